@@ -1,0 +1,1 @@
+"""Training and evaluation: everything between the builders and the run folder."""

@@ -1,0 +1,65 @@
+"""One training step: a function of static inputs without a single wait for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller_norm.data import TrainLoader
+from mdistiller_norm.engine.meters import TrainMeters
+from mdistiller_norm.engine.teacher import Teacher
+from mdistiller_norm.engine.trainable import Trainable
+
+
+class TrainStep:
+    """Augmentation, teacher, student, backward, optimizer and metrics, in this order.
+
+    What changes from step to step comes in as tensors (``raw``); what changes from epoch to epoch lives in ``factors``
+    and in the optimizer's learning rate, written in place. That is what lets a step be captured and replayed.
+
+    Args:
+        loader: turns ``raw`` into a batch.
+        teacher: None for plain training.
+        trainable: student and distillers.
+        optimizer: over the parameters of ``trainable``.
+        meters: where the step's losses go.
+        scaler: for fp16 gradients.
+        forward: ``trainable`` or a wrapper of it (DistributedDataParallel); ``trainable`` when not given.
+    """
+
+    def __init__(
+        self,
+        loader: TrainLoader,
+        teacher: Teacher | None,
+        trainable: Trainable,
+        optimizer: torch.optim.Optimizer,
+        meters: TrainMeters,
+        scaler: torch.amp.GradScaler | None = None,
+        forward: nn.Module | None = None,
+    ) -> None:
+        self.loader, self.teacher, self.trainable = loader, teacher, trainable
+        self.optimizer, self.meters, self.scaler = optimizer, meters, scaler
+        self.forward = forward or trainable
+        device = next(trainable.parameters()).device
+        self.factors = torch.tensor(trainable.factors(1), device=device)
+
+    def begin_epoch(self, epoch: int, seed: int) -> None:
+        """Write what changes with the epoch (counted from 1)."""
+        self.factors.copy_(torch.tensor(self.trainable.factors(epoch)))
+        for method in self.trainable.methods():
+            method.begin_epoch(epoch, seed)
+
+    def __call__(self, *raw: Tensor) -> None:
+        """Train on the batch that ``raw`` names."""
+        batch = self.loader.prepare(*raw)
+        taught = self.teacher(batch) if self.teacher else None
+        losses = self.forward(batch, taught, self.factors)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler:
+            self.scaler.scale(losses.total).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            losses.total.backward()
+            self.optimizer.step()
+        self.meters.update(losses, batch.targets)

@@ -1,0 +1,83 @@
+"""The one module that trains: the student and the distillers' own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller_norm.distillers.base import Distiller, Need, at_least_float32
+from mdistiller_norm.models.base import Network
+from mdistiller_norm.types import Batch, Losses, Outputs
+
+
+class Trainable(nn.Module):
+    """Student and distillers; what the optimizer, DistributedDataParallel and checkpoints see. No teacher inside.
+
+    Args:
+        student: the network to train.
+        distillers: by name; none for plain training. Their losses add up, cross entropy counts once.
+        ce_weight: weight of the cross entropy.
+        autocast: the dtype of the student's pass, None for float32. Losses are in at least float32 all the same.
+    """
+
+    def __init__(
+        self,
+        student: Network,
+        distillers: Mapping[str, Distiller] | None = None,
+        ce_weight: float = 1.0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.distillers = nn.ModuleDict(dict(distillers or {}))
+        self.ce_weight = ce_weight
+        self.autocast = autocast
+
+    @property
+    def loss_names(self) -> list[str]:
+        """What ``Losses.parts`` holds, in order."""
+        return ["ce", *self.distillers]
+
+    def methods(self) -> list[Distiller]:
+        """The distillers, in the order of ``loss_names``."""
+        return [method for method in self.distillers.values() if isinstance(method, Distiller)]
+
+    @property
+    def need(self) -> Need:
+        """The most that any of the distillers reads of the teacher."""
+        return max((method.need for method in self.methods()), default=Need.NOTHING)
+
+    def factors(self, epoch: int) -> list[float]:
+        """What each part is multiplied by in this epoch (counted from 1): its weight times its warm-up ramp."""
+        return [self.ce_weight, *(method.weight * method.ramp(epoch) for method in self.methods())]
+
+    def forward(self, batch: Batch, teacher: Outputs | None, factors: Tensor) -> Losses:
+        """One pass of the student and all losses.
+
+        Args:
+            batch: what the student sees.
+            teacher: the teacher's outputs for it; None for plain training.
+            factors: ``[1 + distillers]``, see :meth:`factors`.
+        """
+        with torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None):
+            student = self.student.outputs(batch.images)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            student = _at_least_float32(student)
+            parts = [F.cross_entropy(student.logits, batch.targets)]
+            if teacher is not None:
+                teacher = _at_least_float32(teacher)
+                parts += [method(student, teacher, batch) for method in self.methods()]
+            weighted = torch.stack(parts) * factors
+        return Losses(weighted.sum(), weighted.detach(), student.logits.detach())
+
+
+def _at_least_float32(outputs: Outputs) -> Outputs:
+    return Outputs(
+        at_least_float32(outputs.logits),
+        tuple(at_least_float32(feature) for feature in outputs.features),
+        tuple(at_least_float32(preact) for preact in outputs.preacts),
+        at_least_float32(outputs.pooled),
+    )
