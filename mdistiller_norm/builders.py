@@ -1,0 +1,293 @@
+"""From a config to the objects that run: the only code below ``config.py`` that sees the YACS node."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from mdistiller_norm.config import Config, differences, dump, load_config
+from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, TensorDataset
+from mdistiller_norm.distillers import DISTILLERS, Distiller, Pair
+from mdistiller_norm.engine.checkpoint import TeacherFile, find_teacher, load, load_into, load_weights
+from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.logger import Record, RunLog, environment
+from mdistiller_norm.engine.meters import TrainMeters
+from mdistiller_norm.engine.optim import StepSchedule, build_sgd
+from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.engine.teacher import Teacher
+from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.engine.trainer import Trainer, write_json
+from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.models import build_model, probe
+from mdistiller_norm.models.base import Network
+
+# Keys that do not change what is computed, only where it is kept, shown or run.
+_NEUTRAL = ("EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DEVICE", "SOLVER.EPOCHS")
+_NEUTRAL += ("DISTILLER.TEACHER_WEIGHTS",)  # the teacher's hash is compared instead
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def method_names(cfg: Any) -> list[str]:
+    """The distillers that ``DISTILLER.TYPE`` names; none for plain training."""
+    types = [cfg.DISTILLER.TYPE] if isinstance(cfg.DISTILLER.TYPE, str) else list(cfg.DISTILLER.TYPE)
+    return [name for name in types if name != "NONE"]
+
+
+def build_device(cfg: Any) -> torch.device:
+    """The device of ``DEVICE``; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: not a device, or not on this machine.
+    """
+    if cfg.DEVICE == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(cfg.DEVICE)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"DEVICE {cfg.DEVICE!r} cannot be used here ({str(error).splitlines()[0]}): choose auto, cpu or cuda"
+        ) from error
+    return device
+
+
+def build_precision(cfg: Any, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """The autocast dtype of ``SOLVER.PRECISION``, and a warning where the processor would emulate it."""
+    dtype = _DTYPES[cfg.SOLVER.PRECISION]
+    if device.type == "cpu" and dtype is not None:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if dtype is torch.float16 or not native:
+            return None, f"this processor has no fast {cfg.SOLVER.PRECISION}: training in fp32 instead"
+    return dtype, ""
+
+
+def build_dataset(cfg: Any) -> TensorDataset:
+    """The data set of ``DATASET.TYPE``, in host memory."""
+    return DATASETS[cfg.DATASET.TYPE](Path(cfg.DATASET.ROOT))
+
+
+def build_student(cfg: Any, dataset: TensorDataset) -> Network:
+    """The student with its initial weights, a function of ``SEED`` alone."""
+    torch.manual_seed(cfg.SEED)
+    return build_model(cfg.DISTILLER.STUDENT, len(dataset.classes))
+
+
+def train_command(cfg: Any, model: str) -> str:
+    """The command that trains this network as a teacher."""
+    if cfg.DATASET.TYPE == "digits":
+        return f"python tools/train.py --cfg configs/digits/vanilla_{model}.yaml"
+    return f"python tools/train.py --cfg configs/{cfg.DATASET.TYPE}/vanilla/{model}.yaml"
+
+
+def build_teacher(cfg: Any, dataset: TensorDataset) -> tuple[Network, TeacherFile]:
+    """The teacher with its trained weights.
+
+    Raises:
+        CheckpointError: its weights are missing (says what trains them) or do not fit.
+    """
+    name = cfg.DISTILLER.TEACHER
+    network = build_model(name, len(dataset.classes))
+    runs, command = Path(cfg.LOG.PREFIX), train_command(cfg, name)
+    file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command)
+    weights = load_weights(file.path)
+    trained_on = weights.about.get("dataset", dataset.name)
+    if trained_on != dataset.name:
+        raise CheckpointError(f"{file.path} was trained on {trained_on}, not on {dataset.name}")
+    load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
+    return network, file
+
+
+def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: TensorDataset) -> dict[str, Distiller]:
+    """The methods of ``DISTILLER.TYPE`` for this pair of networks, by name."""
+    size = dataset.image_size
+    pair = Pair(probe(student, size), probe(teacher, size), teacher, dataset.train.targets, len(dataset.classes))
+    return {name: DISTILLERS[name].from_config(cfg[name], pair) for name in method_names(cfg)}
+
+
+class Run(NamedTuple):
+    """A run, ready to start.
+
+    Attributes:
+        trainer: call ``fit`` on it.
+        folder: where it writes.
+        result: what ``result.json`` will say besides the accuracies.
+        finished: nothing is left to train.
+    """
+
+    trainer: Trainer
+    folder: Path
+    result: Record
+    finished: bool
+
+
+def run_folder(config: Config) -> Path:
+    """``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``, with what the command line changed about the computation."""
+    cfg = config.node
+    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
+    if not cfg.EXPERIMENT.NAME:
+        for key, source in config.sources.items():
+            if source == "command line" and not key.startswith(_NEUTRAL):
+                value = cfg
+                for part in key.split("."):
+                    value = value[part]
+                name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
+    return Path(cfg.LOG.PREFIX) / cfg.EXPERIMENT.PROJECT / name
+
+
+def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | None, str]:
+    """Make the run folder, or find the state to go on from.
+
+    Returns:
+        The folder, the state of ``latest.pt`` or None, and a line for the log.
+
+    Raises:
+        ConfigError: it holds a run already and ``resume`` is off, or a run of another config.
+    """
+    folder = run_folder(config)
+    latest, saved = folder / "latest.pt", folder / "config.yaml"
+    if saved.exists() and not resume:
+        raise ConfigError(
+            f"{folder} holds a run already: --resume goes on with it, EXPERIMENT.NAME or EXPERIMENT.TAG starts another"
+        )
+    if latest.exists():
+        changed = differences(load_config(saved).node, config.node)
+        in_use = set(method_names(config.node))
+        changed = [
+            key for key in changed
+            if not key.startswith(_NEUTRAL) and not (key.split(".")[0] in DISTILLERS and key.split(".")[0] not in in_use)
+        ]  # fmt: skip
+        if changed:
+            raise ConfigError(f"{folder} was run with other values of {', '.join(changed)}: it cannot be resumed so")
+        state = load(latest)
+        return folder, state, f"resuming {folder} at epoch {state['epoch']}, step {state['steps_done'] + 1}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved.write_text(dump(config.node))
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written ({error}): set LOG.PREFIX") from error
+    return folder, None, f"nothing to resume in {folder}: starting" if resume else f"run folder {folder}"
+
+
+def _check_teacher(network: Network, file: TeacherFile, name: str, test: MemoryEvalLoader, classes: int) -> Record:
+    """Evaluate the teacher once, so that a wrong one is seen before the training."""
+    measured = evaluate(network, test)
+    line = f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}"
+    warning = ""
+    if file.top1 is not None and measured.top1 < file.top1 - 1:
+        warning = f"the teacher reaches {measured.top1:.2f} top-1, far below the {file.top1:.2f} of its manifest entry"
+    elif measured.top1 < 200 / classes:
+        warning = f"the teacher reaches {measured.top1:.2f} top-1, about chance: its weights or the data are wrong"
+    return {"line": line, "warning": warning, "top1": measured.top1, "top5": measured.top5}
+
+
+def build_run(config: Config, resume: bool = False, command: str = "") -> Run:
+    """Everything a training run needs, checked before the first step.
+
+    Raises:
+        UserError: anything about config, data, weights, device or run folder that cannot work.
+    """
+    cfg = config.node
+    device = build_device(cfg)
+    autocast, precision_warning = build_precision(cfg, device)
+    dataset = build_dataset(cfg)
+    student = build_student(cfg, dataset)
+    names, teacher, taught, distillers = method_names(cfg), None, {}, {}
+    if names:
+        teacher_network, file = build_teacher(cfg, dataset)
+        distillers = build_distillers(cfg, student, teacher_network, dataset)
+    folder, state, opening = open_folder(config, resume)
+
+    dataset = dataset.to(device)
+    test = MemoryEvalLoader(dataset, cfg.DATASET.TEST.BATCH_SIZE)
+    first = (state["epoch"], (state["epoch"] - 1) * 10**9) if state else (1, 0)
+    log = RunLog(folder, *first)
+    log.line(opening)
+    if precision_warning:
+        log.line(f"warning: {precision_warning}")
+    if names:
+        train_mode = any(method.teacher_in_train_mode for method in distillers.values())
+        teacher = Teacher(_on(teacher_network, device), autocast, train_mode)
+        taught = _check_teacher(teacher.network, file, cfg.DISTILLER.TEACHER, test, len(dataset.classes))
+        log.line(taught.pop("line"))
+        if warning := taught.pop("warning"):
+            log.line(f"warning: {warning}")
+        taught |= {"name": cfg.DISTILLER.TEACHER, "file": str(file.path), "hash": teacher.hash}
+
+    ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
+    trainable = Trainable(_on(student, device), distillers, ce_weight, autocast).to(device)
+    solver = cfg.SOLVER
+    optimizer = build_sgd(
+        trainable.parameters(), lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY,
+        nesterov=solver.NESTEROV,
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
+    loader = MemoryTrainLoader(dataset, solver.BATCH_SIZE, cfg.SEED)
+    meters = TrainMeters(trainable.loss_names).to(device)
+    about = {
+        "name": cfg.DISTILLER.STUDENT, "variant": "cifar", "num_classes": len(dataset.classes),
+        "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
+        "image_size": list(dataset.image_size), "seed": cfg.SEED,
+    }  # fmt: skip
+    trainer = Trainer(
+        step=TrainStep(loader, teacher, trainable, optimizer, meters, scaler),
+        schedule=StepSchedule(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
+        test=test, epochs=solver.EPOCHS, seed=cfg.SEED, folder=folder, log=log, about=about,
+        identity={"teacher": taught.get("hash", "")}, save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ,
+        log_every=cfg.LOG.TENSORBOARD_FREQ,
+    )  # fmt: skip
+    if state:
+        if state["identity"] != trainer.identity:
+            raise ConfigError(f"{folder} was run with another teacher: it cannot be resumed with {taught['file']}")
+        trainer.load_state(state)
+    extra = sum(method.extra_parameters() for method in distillers.values())
+    log.line(
+        f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.train)} images, "
+        f"{loader.steps} steps an epoch, {sum(p.numel() for p in student.parameters()):,} parameters, {extra:,} extra"
+    )
+    result = {
+        "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
+        "seed": cfg.SEED, "epochs": solver.EPOCHS, "extra_parameters": extra, "command": command,
+        "config": yaml.safe_load(dump(cfg)), "environment": environment(device),
+    }  # fmt: skip
+    return Run(trainer, folder, result, trainer.epoch > solver.EPOCHS)
+
+
+def _on(network: Network, device: torch.device) -> Network:
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def train(config: Config, resume: bool = False, command: list[str] | None = None) -> Record:
+    """Run a config from its start, or from where it stopped, to its end.
+
+    Args:
+        config: resolved.
+        resume: go on from the run folder's ``latest.pt``, if there is one.
+        command: the words of the command line, for the record.
+
+    Returns:
+        What ``result.json`` in the run folder holds: ``last`` and ``best`` (epoch, top1, top5, loss), and what was run.
+
+    Raises:
+        UserError: see :func:`build_run`; NonFiniteLossError in training.
+        Interrupted: on SIGINT or SIGTERM, after the state was saved.
+    """
+    run = build_run(config, resume, shlex.join(command or []))
+    log = run.trainer.log
+    try:
+        write_json(run.result["environment"], run.folder / "environment.json")
+        if run.finished:
+            log.line(f"{run.folder} is finished already: nothing left to train")
+        result = run.result | run.trainer.fit()
+    finally:
+        log.close()
+    write_json(result, run.folder / "result.json")
+    last, best = result["last"], result["best"]
+    log.line(
+        f"done: last top-1 {last['top1']:.2f}, best top-1 {best['top1']:.2f} (epoch {best['epoch']}); "
+        f"weights, metrics.jsonl, result.json and tensorboard/ are in {run.folder}"
+    )
+    return result

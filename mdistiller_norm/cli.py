@@ -1,0 +1,104 @@
+"""The command lines: parse, call the package, and turn a user's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mdistiller_norm.errors import ConfigError, UserError
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Run a tool: exit code 0, 2 for a mistake in its input, 128 + the signal's number when stopped."""
+    from mdistiller_norm.engine.trainer import Interrupted
+
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except Interrupted as stop:
+        print(f"{stop}; everything is saved: the same command with --resume goes on", file=sys.stderr)
+        code = 128 + stop.signal_number
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def train_main(arguments: Sequence[str]) -> int:
+    """``tools/train.py``."""
+    parser = argparse.ArgumentParser(
+        prog="tools/train.py", description="Train a student, with a teacher or without.",
+        epilog="example: python tools/train.py --cfg configs/cifar100/normkd/res32x4_res8x4.yaml SEED 1",
+    )  # fmt: skip
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's latest.pt")
+    parser.add_argument("--show", action="store_true", help="print the resolved config and where each key is from")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
+    options = parser.parse_intermixed_args(arguments)
+
+    from mdistiller_norm import builders, config
+
+    resolved = config.load_config(options.cfg, options.overrides)
+    if options.show:
+        print(config.show(resolved))
+        return 0
+    builders.train(resolved, options.resume, ["python", "tools/train.py", *arguments])
+    return 0
+
+
+def eval_main(arguments: Sequence[str]) -> int:
+    """``tools/eval.py``."""
+    parser = argparse.ArgumentParser(
+        prog="tools/eval.py", description="Evaluate the weights of networks on a test split, a line each.",
+        epilog="example: python tools/eval.py -c output/digits/student_normkd/student_last.pt",
+    )  # fmt: skip
+    parser.add_argument("-m", "--model", default="", help="its name; a student_*.pt knows it")
+    parser.add_argument("-c", "--ckpt", required=True, nargs="+", help="checkpoint files")
+    parser.add_argument("-d", "--dataset", default="", help="data set; a student_*.pt knows it; else cifar100")
+    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    parser.add_argument("--root", default="data", help="folder of the data set")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise ConfigError(f"-bs must be at least 1, not {options.batch_size}")
+
+    from mdistiller_norm.builders import build_device
+    from mdistiller_norm.config import default_config
+
+    cfg = default_config()
+    cfg.DEVICE = options.device
+    device = build_device(cfg)
+    for path in options.ckpt:
+        _evaluate_file(path, options, device)
+    return 0
+
+
+def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device) -> None:
+    """Evaluate one checkpoint and print what was found."""
+    from mdistiller_norm.data import DATASETS, MemoryEvalLoader
+    from mdistiller_norm.engine.checkpoint import load_into, load_weights
+    from mdistiller_norm.engine.evaluate import evaluate
+    from mdistiller_norm.models import build_model
+
+    weights = load_weights(path)
+    name = options.model or weights.about.get("name", "")
+    if not name:
+        raise ConfigError(f"{path} does not say what network it is: add -m, for example -m resnet20")
+    dataset = DATASETS[options.dataset or weights.about.get("dataset", "cifar100")](Path(options.root))
+    network = build_model(name, len(dataset.classes))
+    load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    measured = evaluate(network, MemoryEvalLoader(dataset.to(device), options.batch_size))
+    print(
+        f"{name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  loss {measured.loss:7.4f}  "
+        f"{measured.samples} images, {measured.images_per_second:.0f} images/s  {path}"
+    )
+    if options.per_class:
+        for label, accuracy in zip(dataset.classes, measured.per_class.tolist(), strict=True):
+            print(f"  {label}: {accuracy:.2f}")

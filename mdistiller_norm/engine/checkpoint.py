@@ -1,0 +1,230 @@
+"""Checkpoints: written atomically, read without running code, found by name.
+
+Three kinds of file are read as weights: this project's students (``student_best.pt``: the weights and what they are
+for), its run states (``latest.pt``), and those published for mdistiller and RepDistiller (a dict with ``model`` or
+``state_dict``, with or without ``module.`` prefixes) or bare state dicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from mdistiller_norm.errors import CheckpointError
+
+# The harmless types that published checkpoints hold beside tensors.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")
+    if hasattr(np, "_core")
+    else np.core.multiarray.scalar,  # type: ignore[attr-defined]
+]
+
+MANIFEST = Path("checkpoints/manifest.yaml")
+# Where mdistiller's users unpacked its teachers.
+PEER_TEACHERS = Path("download_ckpts/cifar_teachers")
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """``torch.save`` that leaves either the old file or the whole new one, whatever happens in between.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, a folder without permission).
+    """
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise CheckpointError(f"{path} could not be written ({error}): the file before it, if any, is intact") from error
+
+
+def load(path: str | Path) -> Any:
+    """Read a checkpoint onto the CPU with ``weights_only``: data, never code.
+
+    Raises:
+        CheckpointError: missing, broken, or holding types that no checkpoint needs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise CheckpointError(f"{path} is broken or holds more than weights, and is not loaded ({reason})") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): it may be cut off") from error
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of one network and what the file says they are for.
+
+    Attributes:
+        state: the state dict.
+        path: the file.
+        about: this project's facts beside the weights (``name``, ``num_classes``, ``dataset``, ``top1`` ...), or empty.
+    """
+
+    state: dict[str, Tensor]
+    path: Path
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def load_weights(path: str | Path) -> Weights:
+    """The weights of a network out of any of the known kinds of file.
+
+    Raises:
+        CheckpointError: as :func:`load`, or a file without weights.
+    """
+    path = Path(path)
+    content = load(path)
+    about: dict[str, Any] = {}
+    if isinstance(content, Mapping):
+        about = dict(content.get("about", {}))
+        for key in ("model", "state_dict", "trainable"):
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the weights of a network")
+    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    if any(name.startswith("student.") for name in state):  # a whole distiller, ours or mdistiller's
+        state = {name.removeprefix("student."): v for name, v in state.items() if name.startswith("student.")}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no weights under 'model', 'state_dict' or at its top")
+    return Weights(state, path, about)
+
+
+def load_into(network: nn.Module, weights: Weights, name: str) -> None:
+    """Load weights strictly: every name and shape must fit.
+
+    Raises:
+        CheckpointError: they are of another network; names the first difference.
+    """
+    expected = network.state_dict()
+    for key in [*expected, *weights.state]:
+        wanted, got = expected.get(key), weights.state.get(key)
+        if wanted is None or got is None:
+            what = "lacks" if got is None else "has the unknown"
+            raise CheckpointError(f"{weights.path} does not fit {name}: it {what} tensor {key}")
+        if wanted.shape != got.shape:
+            raise CheckpointError(
+                f"{weights.path} does not fit {name}: {key} has shape {tuple(got.shape)}, expected {tuple(wanted.shape)}"
+            )
+    network.load_state_dict(weights.state)
+
+
+@dataclass(frozen=True)
+class TeacherFile:
+    """A teacher's weights on disk.
+
+    Attributes:
+        path: the file.
+        top1: the accuracy that the manifest states for it, in percent; None if none does.
+    """
+
+    path: Path
+    top1: float | None = None
+
+
+def read_manifest(path: Path) -> list[dict[str, Any]]:
+    """The entries of a ``manifest.yaml``: ``file``, ``sha256``, ``model``, ``dataset``, ``top1``, ``command``.
+
+    Raises:
+        CheckpointError: not a list of such entries.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text()) or []
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from error
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and {"file", "model", "dataset"} <= entry.keys() for entry in entries
+    ):
+        raise CheckpointError(f"{path} must be a list of entries with at least file, model and dataset")
+    return entries
+
+
+def find_teacher(model: str, dataset: str, weights: str, runs: Path, train_command: str) -> TeacherFile:
+    """The file of a teacher: the one given, the manifest's, mdistiller's download folder, or one trained here.
+
+    Args:
+        model: the teacher's name.
+        dataset: what it was trained on.
+        weights: ``DISTILLER.TEACHER_WEIGHTS``, may be empty.
+        runs: ``LOG.PREFIX``, whose finished runs of plain training are looked at last; the best of them is taken.
+        train_command: what trains it, for the message.
+
+    Raises:
+        CheckpointError: there is none; says what trains it.
+    """
+    if weights:
+        if not Path(weights).is_file():
+            raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
+        return TeacherFile(Path(weights), _stated_accuracy(Path(weights)))
+    for root in dict.fromkeys((Path(), PROJECT)):
+        if (root / MANIFEST).is_file():
+            for entry in read_manifest(root / MANIFEST):
+                if entry["model"] == model and entry["dataset"] == dataset:
+                    path = root / MANIFEST.parent / entry["file"]
+                    if not path.is_file():
+                        raise CheckpointError(f"{root / MANIFEST} names {path}, which is not there")
+                    return TeacherFile(path, entry.get("top1"))
+        path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
+        if dataset == "cifar100" and path.is_file():
+            return TeacherFile(path)
+    if trained := _trained_here(model, dataset, runs):
+        return trained
+    raise CheckpointError(
+        f"no weights for the teacher {model} on {dataset} in {MANIFEST}, {PEER_TEACHERS} or the runs of {runs}: set "
+        f"DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
+    )
+
+
+def _trained_here(model: str, dataset: str, runs: Path) -> TeacherFile | None:
+    found = []
+    for path in sorted(runs.glob("*/*/result.json")):
+        try:
+            result = json.loads(path.read_text())
+            if (result["method"], result["student"], result["dataset"]) == ([], model, dataset):
+                found.append(TeacherFile(path.with_name("student_best.pt"), float(result["best"]["top1"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not a run of ours, or one that is being written
+    return max((file for file in found if file.path.is_file()), key=lambda file: file.top1 or 0, default=None)
+
+
+def _stated_accuracy(path: Path) -> float | None:
+    for root in dict.fromkeys((Path(), PROJECT)):
+        if (root / MANIFEST).is_file():
+            for entry in read_manifest(root / MANIFEST):
+                if (root / MANIFEST.parent / entry["file"]).resolve() == path.resolve():
+                    return entry.get("top1")
+    return None

@@ -1,0 +1,118 @@
+"""What a run leaves for people to read: lines, ``metrics.jsonl``, TensorBoard scalars, and where it ran."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import mdistiller_norm
+
+Record = dict[str, Any]
+
+
+def environment(device: torch.device) -> Record:
+    """Versions, device and git commit of this process, for the record of a run."""
+    root = Path(mdistiller_norm.__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    return {
+        "mdistiller_norm": mdistiller_norm.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a text file."""
+    with path.open("a") as file:
+        file.write(text + "\n")
+
+
+class RunLog:
+    """The log of one run folder.
+
+    Args:
+        folder: of the run.
+        first_epoch: metrics of this epoch and later ones, left by an interrupted run, are dropped.
+        first_step: likewise for the scalars by step.
+        quiet: print nothing (other processes than the first).
+    """
+
+    def __init__(self, folder: Path, first_epoch: int = 1, first_step: int = 0, quiet: bool = False) -> None:
+        self.folder, self.quiet = folder, quiet
+        self.metrics = folder / "metrics.jsonl"
+        kept = [record for record in read_metrics(self.metrics) if record["epoch"] < first_epoch]
+        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._by_epoch = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
+        # By step in a folder of its own: TensorBoard drops what an interrupted run left by the number of the step.
+        self._by_step = SummaryWriter(folder / "tensorboard" / "steps", purge_step=first_step)
+
+    def line(self, text: str) -> None:
+        """Print a line, and keep it in ``worklog.txt``."""
+        if not self.quiet:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        append_line(self.folder / "worklog.txt", text)
+
+    def epoch(self, record: Record) -> None:
+        """Keep the metrics of an epoch."""
+        append_line(self.metrics, json.dumps(record))
+        for name, value in record.items():
+            if name != "epoch":
+                self._by_epoch.add_scalar(name, value, record["epoch"])
+        self._by_epoch.flush()
+
+    def step(self, values: dict[str, float], step: int) -> None:
+        """Keep running averages after that many steps."""
+        for name, value in values.items():
+            self._by_step.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._by_epoch.close()
+        self._by_step.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    records: list[Record] = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records

@@ -1,0 +1,229 @@
+"""The training loop: epochs of steps, an evaluation and a checkpoint after each."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from mdistiller_norm.data import EvalLoader
+from mdistiller_norm.engine.checkpoint import save_atomically
+from mdistiller_norm.engine.evaluate import Evaluation, evaluate
+from mdistiller_norm.engine.logger import Record, RunLog
+from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
+from mdistiller_norm.engine.step import TrainStep
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it, and everything is saved
+    """Training stopped on a signal, after it saved its state."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
+class Trainer:
+    """Trains until the last epoch, and keeps ``latest.pt``, ``best.pt`` and the students in the run folder.
+
+    Args:
+        step: one training step.
+        schedule: learning rate by epoch.
+        test: the split that is evaluated after each epoch.
+        epochs: to train, counted from 1.
+        seed: of the run.
+        folder: the run folder; exists.
+        log: of the run.
+        about: facts kept beside the student's weights (its name, classes, data set, normalisation).
+        identity: what a checkpoint must agree with to be resumed (the config, the teacher's hash).
+        save_every: epochs between the students that are kept (``student_<epoch>.pt``).
+        log_every: steps between scalars by step.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: TrainStep,
+        schedule: StepSchedule,
+        test: EvalLoader,
+        epochs: int,
+        seed: int,
+        folder: Path,
+        log: RunLog,
+        about: Record,
+        identity: Record,
+        save_every: int,
+        log_every: int,
+    ) -> None:
+        self.step, self.schedule, self.test, self.epochs, self.seed = step, schedule, test, epochs, seed
+        self.folder, self.log, self.about, self.identity = folder, log, about, identity
+        self.save_every, self.log_every = save_every, log_every
+        self.epoch, self.steps_done, self.seconds = 1, 0, 0.0  # where training goes on
+        self.best: Record = {}
+        self.last: Record = {}
+        self._stop = 0
+
+    def fit(self) -> Record:
+        """Train to the end.
+
+        Returns:
+            ``last`` and ``best`` accuracies and the seconds it took.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, with the state saved.
+            NonFiniteLossError: a loss became NaN or infinite.
+        """
+        with self._signals():
+            while self.epoch <= self.epochs:
+                start = time.perf_counter()
+                lr = self.schedule(self.epoch)
+                set_learning_rate(self.step.optimizer, lr)
+                self.step.begin_epoch(self.epoch, self.seed)
+                waited = self._train_epoch()
+                if self._stop and self.steps_done < self.step.loader.steps:
+                    self._save_and_stop(start)
+                averages = self.step.meters.read(self.epoch)
+                trained = time.perf_counter() - start
+                test = evaluate(self.step.trainable.student, self.test, self.step.trainable.autocast)
+                self.seconds += time.perf_counter() - start
+                record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
+                    "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
+                    "test_top5": test.top5, "test_loss": test.loss, "images_per_second": averages.samples / trained,
+                    "data_wait": waited / trained, "seconds": self.seconds,
+                }  # fmt: skip
+                self._end_epoch(record, test)
+                if self._stop and self.epoch <= self.epochs:
+                    raise Interrupted(self._stop)
+        return {"last": self.last, "best": self.best, "seconds": self.seconds}
+
+    def _train_epoch(self) -> float:
+        """Run the rest of the epoch's steps; returns the seconds spent waiting for data."""
+        loader, meters, waited = self.step.loader, self.step.meters, 0.0
+        self.step.trainable.train()
+        bar = tqdm(
+            total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}", leave=False,
+            mininterval=0.5, dynamic_ncols=True, disable=None,
+        )  # fmt: skip
+        looked = time.perf_counter()
+        batches = loader.batches(self.epoch, self.steps_done)
+        for _ in range(self.steps_done, loader.steps):
+            before = time.perf_counter()
+            raw = next(batches)
+            waited += time.perf_counter() - before
+            self.step(*raw)
+            self.steps_done += 1
+            bar.update()
+            done = (self.epoch - 1) * loader.steps + self.steps_done
+            due = done % self.log_every == 0
+            if due or time.perf_counter() - looked > 1.0:  # the only places that wait for the device
+                averages = meters.read(self.epoch)
+                bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
+                if due:
+                    self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, done)
+                looked = time.perf_counter()
+            if self._stop:
+                break
+        bar.close()
+        return waited
+
+    def _end_epoch(self, record: Record, test: Evaluation) -> None:
+        summary = {"epoch": self.epoch, "top1": test.top1, "top5": test.top5, "loss": test.loss}
+        improved = not self.best or test.top1 >= self.best["top1"]  # the later of equals, as mdistiller keeps it
+        self.last, self.best = summary, summary if improved else self.best
+        self.log.epoch(record)
+        losses = " ".join(f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_"))
+        left = self.seconds / self.epoch * (self.epochs - self.epoch)
+        self.log.line(
+            f"epoch {self.epoch}/{self.epochs}: {losses} | train top-1 {record['train_top1']:.2f} | test top-1 "
+            f"{test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | lr {record['lr']:.10g} | "
+            f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.1%}, ETA {_clock(left)}"
+            + (" | best" if improved else "")
+        )
+        finished = self.epoch
+        self.epoch, self.steps_done = self.epoch + 1, 0
+        self.step.meters.reset()
+        state = self.state()
+        student = {"model": self.step.trainable.student.state_dict(), "about": self.about | summary}
+        if improved:
+            save_atomically(state, self.folder / "best.pt")
+            save_atomically(student, self.folder / "student_best.pt")
+        if finished % self.save_every == 0:
+            save_atomically(student, self.folder / f"student_{finished}.pt")
+        save_atomically(student, self.folder / "student_last.pt")
+        # Last: whatever a crash cuts off above is done again from here.
+        save_atomically(state, self.folder / "latest.pt")
+
+    def _save_and_stop(self, start: float) -> None:
+        self.step.meters.read(self.epoch)  # a state with a NaN in it must not replace a good one
+        self.seconds += time.perf_counter() - start
+        save_atomically(self.state(), self.folder / "latest.pt")
+        raise Interrupted(self._stop)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training goes on from; no teacher inside, loadable with ``weights_only``."""
+        return {
+            "trainable": self.step.trainable.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict() if self.step.scaler else {},
+            "meters": self.step.meters.state_dict(),
+            "epoch": self.epoch,
+            "steps_done": self.steps_done,
+            "seconds": self.seconds,
+            "best": self.best,
+            "last": self.last,
+            "identity": self.identity,
+            "about": self.about,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.step.trainable.load_state_dict(state["trainable"])
+        rates = [group["lr"] for group in self.step.optimizer.param_groups]
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.step.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # the very tensor that a captured step reads; its value is set by the epoch
+        if self.step.scaler:
+            self.step.scaler.load_state_dict(state["scaler"])
+        self.step.meters.load_state_dict(state["meters"])
+        self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
+        self.best, self.last = state["best"], state["last"]
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a request to stop after the step; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def request(number: int, frame: FrameType | None) -> None:
+            self._stop = number
+            signal.signal(number, before[number])
+
+        for number in before:
+            signal.signal(number, request)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def write_json(content: Record, path: Path) -> None:
+    """Write a JSON file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)

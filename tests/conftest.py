@@ -1,0 +1,58 @@
+"""Shared by the tests: where the real data is, and how the tools are run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def cifar_root() -> Path:
+    """The folder that holds the complete CIFAR-100, or a skip."""
+    root = Path(os.environ.get("MDISTILLER_NORM_DATA", ROOT / "data"))
+    unpack = SHARED / "data" / "unpack.py"
+    if not (root / "cifar-100-python" / "meta").is_file() and unpack.is_file():
+        subprocess.run([sys.executable, str(unpack), str(root), "cifar100"], check=True, capture_output=True)
+    if not (root / "cifar-100-python" / "meta").is_file():
+        pytest.skip("CIFAR-100 is not in data/: needs the network or MDISTILLER_NORM_DATA")
+    return root
+
+
+@pytest.fixture(scope="session")
+def facts() -> Path:
+    """The folder of facts about the reference, or a skip."""
+    if not (SHARED / "facts").is_dir():
+        pytest.skip("the facts about the reference are not beside this checkout")
+    return SHARED / "facts"
+
+
+def tool(name: str, *arguments: object, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run ``tools/<name>.py`` as a user does, in a process of its own."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One line on stderr that holds all the words, exit code 2 and no traceback."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert len(errors) == 1, done.stderr
+    for word in words:
+        assert word in errors[0], f"{word!r} is not in {errors[0]!r}"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms import functional as TF
+
+from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, TensorDataset, cifar100, digits
+from mdistiller_norm.data.augment import PadCropFlip, normalise
+from mdistiller_norm.data.plan import epoch_plan
+from mdistiller_norm.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def cifar(cifar_root: Path) -> TensorDataset:
+    return cifar100(cifar_root)
+
+
+def test_digits_are_the_real_ones_split_evenly() -> None:
+    data = digits()
+    assert data.train.images.shape == (1437, 32, 32, 3)
+    assert data.test.images.shape == (360, 32, 32, 3)
+    assert data.train.images.dtype == torch.uint8
+    assert len(data.train) + len(data.test) == 1797
+    assert data.test.targets.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    assert torch.equal(digits().train.images, data.train.images)
+    pixels = data.train.images / 255
+    assert pixels.mean((0, 1, 2)).tolist() == pytest.approx(data.mean, abs=1e-3)
+    assert pixels.std((0, 1, 2)).tolist() == pytest.approx(data.std, abs=1e-3)
+
+
+def test_cifar_is_complete(cifar: TensorDataset) -> None:
+    assert len(cifar.train) == 50_000
+    assert len(cifar.test) == 10_000
+    assert cifar.train.targets.bincount().tolist() == [500] * 100
+    assert cifar.classes[:2] == ("apple", "aquarium_fish")
+    assert (cifar.train.images / 255).mean((0, 1, 2)).tolist() == pytest.approx(cifar.mean, abs=1e-3)
+
+
+def torchvision_view(image: torch.Tensor, augment: PadCropFlip, y: int, x: int, flip: int, data: TensorDataset):
+    """The usual pipeline on a PIL image, with the offsets given instead of drawn."""
+    picture = TF.to_pil_image(image.permute(2, 0, 1))
+    picture = TF.crop(TF.pad(picture, augment.padding), y, x, *data.image_size)
+    picture = TF.hflip(picture) if flip else picture
+    return TF.normalize(TF.to_tensor(picture), data.mean, data.std)
+
+
+def test_augmentation_is_torchvisions_to_the_bit(cifar: TensorDataset) -> None:
+    augment = PadCropFlip(cifar.padding, cifar.flip)
+    assert augment.views == 162
+    wanted, indices, views = [], [], []
+    for i, (y, x, flip) in enumerate([(0, 0, 0), (8, 8, 1), (4, 4, 0), (4, 4, 1), (0, 8, 1), (3, 5, 0), (7, 1, 1)]):
+        indices.append(i * 31)
+        views.append(augment.name(y, x, flip))
+        wanted.append(torchvision_view(cifar.train.images[i * 31], augment, y, x, flip, cifar))
+    padded = augment.pad(cifar.train.images[:200])
+    crops = augment(padded, torch.tensor(indices), torch.tensor(views))
+    got = normalise(crops, torch.tensor(cifar.mean), torch.tensor(cifar.std))
+    assert torch.equal(got, torch.stack(wanted))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(augment(padded, torch.tensor([5]), torch.tensor([augment.identity]))[0], cifar.train.images[5])
+
+
+def test_every_view_has_its_own_name() -> None:
+    for flip in (False, True):
+        augment = PadCropFlip(4, flip)
+        names = {augment.name(y, x, f) for y in range(9) for x in range(9) for f in range(1 + flip)}
+        assert names == set(range(augment.views))
+
+
+def test_evaluation_images_are_torchvisions_to_the_bit(cifar: TensorDataset) -> None:
+    images, targets = next(iter(MemoryEvalLoader(cifar, 16)))
+    usual = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(cifar.mean, cifar.std)])
+    wanted = torch.stack([usual(TF.to_pil_image(image.permute(2, 0, 1))) for image in cifar.test.images[:16]])
+    torch.testing.assert_close(images, wanted, rtol=0, atol=1e-6)
+    classic = torch.stack(
+        [TF.normalize(TF.to_tensor(image.numpy()), cifar.mean, cifar.std) for image in cifar.test.images[:16]]
+    )
+    assert torch.equal(images, classic)
+    assert torch.equal(targets, cifar.test.targets[:16])
+
+
+def test_plan_is_a_pure_function_of_seed_and_epoch() -> None:
+    first, again = epoch_plan(3, 7, 1437, 162), epoch_plan(3, 7, 1437, 162)
+    assert torch.equal(first.order, again.order)
+    assert torch.equal(first.views, again.views)
+    assert first.key == again.key
+    assert sorted(first.order.tolist()) == list(range(1437))
+    assert first.views.min() >= 0
+    assert first.views.max() < 162
+    for other in (epoch_plan(4, 7, 1437, 162), epoch_plan(3, 8, 1437, 162)):
+        assert not torch.equal(first.order, other.order)
+        assert not torch.equal(first.views, other.views)
+        assert first.key != other.key
+
+
+def test_an_epoch_holds_every_sample_once_and_the_last_batch_is_kept() -> None:
+    data = digits()
+    loader = MemoryTrainLoader(data, batch_size=64, seed=0)
+    batches = [loader.prepare(*raw) for raw in loader.batches(1)]
+    assert len(batches) == loader.steps == 23
+    assert [len(batch.targets) for batch in batches] == [64] * 22 + [29]
+    indices = torch.cat([batch.indices for batch in batches])
+    assert sorted(indices.tolist()) == list(range(1437))
+    assert torch.equal(torch.cat([batch.targets for batch in batches]), data.train.targets[indices])
+    assert len({int(batch.key) for batch in batches}) == 23
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped() -> None:
+    loader = MemoryTrainLoader(digits(), batch_size=64, seed=0)
+    whole = list(loader.batches(2))
+    for raw, same in zip(loader.batches(2, first_step=20), whole[20:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(raw, same, strict=True))
+
+
+def test_processes_share_out_the_same_plan() -> None:
+    data = digits()
+    whole = [raw[0] for raw in MemoryTrainLoader(data, 479, seed=5).batches(3)]
+    halves = [[raw[0] for raw in MemoryTrainLoader(data, 480, 5, rank, 3).batches(3)] for rank in range(3)]
+    assert torch.equal(torch.cat([part for step in zip(*halves, strict=True) for part in step]), torch.cat(whole))
+    with pytest.raises(ConfigError, match="SOLVER.BATCH_SIZE 64 cannot be split evenly over 3"):
+        MemoryTrainLoader(data, 64, seed=0, rank=0, world=3)
+    with pytest.raises(ConfigError, match="the last batch of an epoch has 29"):
+        MemoryTrainLoader(data, 64, seed=0, rank=0, world=2)
+
+
+def test_unknown_data_set_names_the_near_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown data set 'cifar10': did you mean cifar100"):
+        DATASETS["cifar10"]
+
+
+def write_cifar(folder: Path, train: object) -> None:
+    folder.mkdir()
+    labels = list(range(100)) * 100
+    test = {"data": np.zeros((10_000, 3072), np.uint8), "fine_labels": labels}
+    meta = {"fine_label_names": [f"class {i}" for i in range(100)]}
+    for name, content in (("train", train), ("test", test), ("meta", meta)):
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+
+
+def good_train() -> dict[str, object]:
+    return {"data": np.zeros((50_000, 3072), np.uint8), "fine_labels": list(range(100)) * 500}
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code from a data file ran",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": np.zeros((49_999, 3072), np.uint8)}, "holds uint8 data of shape"),
+        ({"data": np.zeros((50_000, 3072), np.float32)}, "holds float32 data"),
+        ({"fine_labels": [100] * 50_000}, "50000 fine labels in 0..99"),
+        ({"fine_labels": None}, "fine labels"),
+        ({"data": Evil()}, "it wants .*print"),
+    ],
+)
+def test_a_folder_is_judged_by_its_content(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    write_cifar(tmp_path / "cifar-100-python", good_train() | change)
+    with pytest.raises(DataError, match=message):
+        cifar100(tmp_path)
+
+
+def test_any_order_of_the_images_is_fine(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "cifar-100-python", good_train())
+    assert len(cifar100(tmp_path).train) == 50_000
+
+
+def test_cut_off_and_missing_files_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    write_cifar(folder, good_train())
+    (folder / "train").write_bytes((folder / "train").read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"train cannot be read as a CIFAR-100 file"):
+        cifar100(tmp_path)
+    (folder / "test").unlink()
+    with pytest.raises(DataError, match="lacks test"):
+        cifar100(tmp_path)
+
+
+def test_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there: the download cannot succeed
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
+    with pytest.raises(DataError, match=r"downloading https://.*cifar-100-python.tar.gz failed.*put the files"):
+        cifar100(tmp_path)
