@@ -1,0 +1,110 @@
+"""Wide residual networks with pre-activation, for CIFAR.
+
+Source: Zagoruyko and Komodakis, "Wide Residual Networks" (2016); parameter names as in RepDistiller.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller_norm.models.base import CIFAR_MODELS, Network, conv, global_pool, init_convs
+from mdistiller_norm.types import Outputs
+
+
+class PreactBlock(nn.Module):
+    """BN, ReLU, 3x3 convolution, twice, plus the identity.
+
+    Where the number of channels changes, the identity path is a 1x1 convolution of the first ReLU's output; elsewhere
+    it is the raw input.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        self.convShortcut = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's output, and the pre-activation of its *input*: ``bn1(x)``."""
+        preact = self.bn1(x)
+        activation = F.relu(preact)
+        out = F.relu(self.bn2(self.conv1(activation)), inplace=True)
+        out = self.conv2(out)
+        out += x if self.convShortcut is None else self.convShortcut(activation)
+        return out, preact
+
+
+class Group(nn.Module):
+    """Blocks of one width; only the first changes shape."""
+
+    def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int) -> None:
+        super().__init__()
+        rest = (PreactBlock(out_channels, out_channels, 1) for _ in range(depth - 1))
+        self.layer = nn.Sequential(PreactBlock(in_channels, out_channels, stride), *rest)
+
+    @property
+    def first_norm(self) -> nn.BatchNorm2d:
+        """The norm of the group's input."""
+        first = self.layer[0]
+        assert isinstance(first, PreactBlock)
+        return first.bn1
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The group's output, and the pre-activation of its input."""
+        first, *rest = self.layer
+        x, preact = first(x)
+        for block in rest:
+            x, _ = block(x)
+        return x, preact
+
+
+class WideResNet(Network):
+    """A convolution, then three groups, then BN and ReLU.
+
+    ``features`` are the raw outputs of the convolution and of the groups (no activation: they can be negative), as in
+    mdistiller. ``preacts`` are the convolution's output as it is, and for each group the output of the batch norm that
+    comes next: the first of the following group, or the last of the network. So ``relu(preact) != feature`` here.
+    Each batch norm runs once a forward; mdistiller runs those three twice and moves their statistics twice.
+
+    Args:
+        num_classes: number of classes.
+        depth: ``6 * blocks + 4``.
+        widen: channels are 16, then 16, 32 and 64 times this.
+    """
+
+    def __init__(self, num_classes: int, *, depth: int, widen: int) -> None:
+        super().__init__(num_classes)
+        blocks = (depth - 4) // 6
+        self.conv1 = conv(3, 16, 3)
+        self.block1 = Group(16, 16 * widen, blocks, stride=1)
+        self.block2 = Group(16 * widen, 32 * widen, blocks, stride=2)
+        self.block3 = Group(32 * widen, 64 * widen, blocks, stride=2)
+        self.bn1 = nn.BatchNorm2d(64 * widen)
+        self.fc = nn.Linear(64 * widen, num_classes)
+        init_convs(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """See :class:`Network`."""
+        stem = self.conv1(images)
+        group1, _ = self.block1(stem)
+        group2, preact1 = self.block2(group1)
+        group3, preact2 = self.block3(group2)
+        preact3 = self.bn1(group3)
+        pooled = global_pool(F.relu(preact3))
+        logits = self.fc(pooled)
+        return Outputs(logits, (stem, group1, group2, group3), (stem, preact1, preact2, preact3), pooled)
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
+        """See :class:`Network`."""
+        return (None, self.block2.first_norm, self.block3.first_norm, self.bn1)
+
+
+for _depth in (16, 40):
+    for _widen in (1, 2):
+        CIFAR_MODELS.register(f"wrn_{_depth}_{_widen}")(partial(WideResNet, depth=_depth, widen=_widen))
