@@ -90,13 +90,7 @@ class Temperature:
         return (float(self.scale),)
 
     def measure(self, logits: Tensor) -> Tensor:
-        """The statistic of each sample, ``[B, 1]``, without the scale.
-
-        Raises:
-            ValueError: fewer than two classes.
-        """
-        if logits.ndim != 2 or logits.shape[1] < 2:
-            raise ValueError(f"logits must be [batch, classes] with at least 2 classes, not {tuple(logits.shape)}")
+        """The statistic of each sample, ``[B, 1]``, without the scale."""
         return STATISTICS[self.statistic](logits)
 
     def soften(self, student_logits: Tensor, teacher_logits: Tensor) -> Softened:
@@ -108,6 +102,9 @@ class Temperature:
 
         Returns:
             Both sides in at least float32 and the weight of each sample, ``[B]``.
+
+        Raises:
+            ValueError: shapes that differ, are not ``[B, C]``, or have fewer than two classes.
         """
         student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
         if student_logits.shape != teacher_logits.shape:
@@ -115,6 +112,9 @@ class Temperature:
                 f"student logits are {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)}: "
                 "they must have the same shape"
             )
+        if student_logits.ndim != 2 or student_logits.shape[1] < 2:
+            shape = tuple(student_logits.shape)
+            raise ValueError(f"logits must be [batch, classes] with at least 2 classes, not {shape}")
         student, _ = self._divide(student_logits)
         teacher, statistic = self._divide(teacher_logits)
         weight = max(self.scales) * (statistic if self.compensate else torch.ones_like(statistic))
