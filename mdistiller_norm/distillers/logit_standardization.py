@@ -2,6 +2,11 @@
 
 Source: Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024), Algorithm 1. Logits become z-scores
 divided by a base temperature; the loss is multiplied by the base temperature squared, not by each sample's own.
+
+The defaults are those published for resnet32x4 -> resnet8x4 (README of the authors' repository,
+sunshangquan/logit-standardization-KD: ``--base-temp 2 --kd-weight 9``; KD keeps its cross-entropy weight of 0.1, and
+DKD multiplies both alpha and beta by 9): 76.62 with KD, 77.01 with DKD. Other pairs use base temperatures 2 to 4 and
+weights 1 to 18. Their code divides by ``sigma + 1e-7``; here a row without spread is uniform, which is its limit.
 """
 
 from __future__ import annotations
