@@ -1,0 +1,373 @@
+"""Configuration: a YACS tree of defaults, YAML files with ``_BASE_`` inheritance on top, ``KEY VALUE`` overrides last.
+
+The keys are a superset of mdistiller's and of its NormKD fork's, so their YAML files load unchanged. Only this module
+and the builders see the tree; everything below them takes explicit arguments.
+
+A YAML file may name its bases: ``_BASE_: ../base.yaml`` or a list, relative to the file. Later bases override earlier
+ones, the file overrides its bases; a base reached on two ways counts once, where it is reached first. Keys are nested
+(``SOLVER: {LR: 0.1}``) or dotted (``SOLVER.LR: 0.1``).
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yacs.config import CfgNode
+
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.registry import nearest
+
+# Key -> default and what it means. Every registered distiller adds a node under its own name: see default_config.
+_KEYS: dict[str, tuple[Any, str]] = {
+    "EXPERIMENT.PROJECT": ("distill", "folder of the runs, under LOG.PREFIX"),
+    "EXPERIMENT.NAME": ("", "name of the run; empty for its TAG"),
+    "EXPERIMENT.TAG": ("default", "comma-separated words that describe the run"),
+    "DATASET.TYPE": ("cifar100", "data set"),
+    "DATASET.ROOT": ("data", "folder that holds the data sets"),
+    "DATASET.NUM_WORKERS": (2, "processes that read images (data sets held in memory need none)"),
+    "DATASET.TEST.BATCH_SIZE": (64, "images in a batch of the evaluation"),
+    "DISTILLER.TYPE": ("NONE", "method, or a list of methods whose losses add up; NONE trains the student alone"),
+    "DISTILLER.TEACHER": ("ResNet50", "teacher's model name"),
+    "DISTILLER.STUDENT": ("resnet32", "student's model name"),
+    "DISTILLER.TEACHER_WEIGHTS": ("", "teacher's checkpoint; empty to look it up by model and data set"),
+    "SOLVER.TRAINER": ("base", "training loop; crd is the same as base here"),
+    "SOLVER.BATCH_SIZE": (64, "images in a batch, over all processes"),
+    "SOLVER.EPOCHS": (240, "passes over the training set"),
+    "SOLVER.LR": (0.05, "initial learning rate"),
+    "SOLVER.LR_DECAY_STAGES": ([150, 180, 210], "epochs, counted from 1, after which the learning rate decays"),
+    "SOLVER.LR_DECAY_RATE": (0.1, "factor of each decay"),
+    "SOLVER.WEIGHT_DECAY": (1e-4, "weight decay on every parameter"),
+    "SOLVER.MOMENTUM": (0.9, "momentum of SGD"),
+    "SOLVER.NESTEROV": (False, "Nesterov momentum: the NormKD paper says yes, its code and mdistiller's say no"),
+    "SOLVER.TYPE": ("SGD", "optimizer"),
+    "SOLVER.PRECISION": ("fp32", "arithmetic of the networks; losses are float32 in any case"),
+    "SOLVER.DOT.DELTA": (0.075, "DOT: the momenta of both losses are MOMENTUM -/+ DELTA"),
+    "LOG.TENSORBOARD_FREQ": (500, "steps between two scalars of the training loss"),
+    "LOG.SAVE_CHECKPOINT_FREQ": (40, "epochs between two checkpoints that are kept"),
+    "LOG.PREFIX": ("./output", "folder of all projects"),
+    "LOG.WANDB": (False, "log to Weights & Biases too"),
+    "SEED": (0, "seed of all that is random: initialisation, order, augmentation, negatives"),
+    "DEVICE": ("auto", "auto, cpu, cuda or cuda:N"),
+}
+HELP: dict[str, str] = {key: text for key, (_, text) in _KEYS.items()}
+
+# These take one value of their default's type, or a list of such values.
+_ONE_OR_SEVERAL = {"DISTILLER.TYPE", "KD.TEMPERATURE"}
+
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    text: str
+
+
+def _one_of(*names: str) -> _Rule:
+    return _Rule(lambda value: value in names, f"one of {', '.join(names)}")
+
+
+_AT_LEAST_1 = _Rule(lambda value: value >= 1, "at least 1")
+_POSITIVE = _Rule(lambda value: value > 0, "positive")
+_NOT_NEGATIVE = _Rule(lambda value: value >= 0, "zero or positive")
+_RULES: dict[str, _Rule] = {
+    "DATASET.NUM_WORKERS": _NOT_NEGATIVE,
+    "DATASET.TEST.BATCH_SIZE": _AT_LEAST_1,
+    "SOLVER.TRAINER": _one_of("base", "crd", "dot", "crd_dot"),
+    "SOLVER.BATCH_SIZE": _AT_LEAST_1,
+    "SOLVER.EPOCHS": _AT_LEAST_1,
+    "SOLVER.LR": _POSITIVE,
+    "SOLVER.LR_DECAY_STAGES": _Rule(lambda stages: stages == sorted(set(stages)), "strictly increasing"),
+    "SOLVER.LR_DECAY_RATE": _POSITIVE,
+    "SOLVER.WEIGHT_DECAY": _NOT_NEGATIVE,
+    "SOLVER.MOMENTUM": _Rule(lambda value: 0 <= value < 1, "in [0, 1)"),
+    "SOLVER.TYPE": _one_of("SGD"),
+    "SOLVER.PRECISION": _one_of("fp32", "bf16", "fp16"),
+    "LOG.TENSORBOARD_FREQ": _AT_LEAST_1,
+    "LOG.SAVE_CHECKPOINT_FREQ": _AT_LEAST_1,
+    "SEED": _NOT_NEGATIVE,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration.
+
+    Attributes:
+        node: the tree, frozen.
+        sources: dotted key -> where its value comes from: ``default``, a file's path, or ``command line``.
+    """
+
+    node: CfgNode
+    sources: Mapping[str, str]
+
+
+class _Setting(NamedTuple):
+    key: str
+    value: Any
+    where: str  # for messages: file and line, or "command line"
+
+
+def default_config() -> CfgNode:
+    """A fresh tree of all defaults: the common keys, and one node for each registered distiller that has any."""
+    tree: dict[str, Any] = {}
+    for key, (default, _) in _KEYS.items():
+        *sections, name = key.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = default
+    return CfgNode(tree | {name: cls.defaults for name, cls in DISTILLERS.items() if cls.defaults})
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, then a YAML file with its bases, then overrides.
+
+    Args:
+        path: the file; None for the defaults.
+        overrides: from the command line, each ``KEY VALUE`` (two items) or ``KEY=VALUE`` (one); values are YAML.
+
+    Raises:
+        ConfigError: names the file and line, the key, what was expected, what was got and the nearest valid key.
+    """
+    node = default_config()
+    tree = dict(_walk(node))
+    sources = {key: "default" for key, default in tree.items() if not isinstance(default, CfgNode)}
+    blocks: dict[Path, tuple[str, list[_Setting]]] = {}
+    if path is not None:
+        _read_with_bases(Path(path), tree, (), blocks)
+    for source, settings in [*blocks.values(), ("command line", _parse_overrides(overrides, tree))]:
+        for setting in settings:
+            *sections, name = setting.key.split(".")
+            section = node
+            for part in sections:
+                section = section[part]
+            section[name] = _check(setting, tree[setting.key])
+            sources[setting.key] = source
+    if node.SOLVER.NESTEROV and node.SOLVER.MOMENTUM == 0:
+        raise ConfigError(
+            f"SOLVER.NESTEROV ({sources['SOLVER.NESTEROV']}) needs a SOLVER.MOMENTUM above 0 "
+            f"({sources['SOLVER.MOMENTUM']}): change one of them"
+        )
+    node.freeze()
+    return Config(node, sources)
+
+
+def show(config: Config) -> str:
+    """The resolved config as YAML, with the source of each value in a comment.
+
+    Of the methods' nodes only those that are used or set somewhere are shown.
+    """
+    types = config.node.DISTILLER.TYPE
+    used = {types} if isinstance(types, str) else set(types)
+    used |= {key.split(".")[0] for key, source in config.sources.items() if source != "default"}
+    shown = {name: value for name, value in config.node.items() if name not in DISTILLERS or name in used}
+    return _render(shown, config.sources).rstrip("\n")
+
+
+def dump(node: CfgNode) -> str:
+    """The whole tree as YAML; :func:`load_config` of it gives an equal tree."""
+    return _render(node, {})
+
+
+def differences(a: CfgNode, b: CfgNode) -> list[str]:
+    """Dotted keys whose values differ, or that one of the two trees lacks."""
+    leaves_a, leaves_b = ({k: v for k, v in _walk(x) if not isinstance(v, CfgNode)} for x in (a, b))
+    missing = object()
+    return [key for key in {**leaves_a, **leaves_b} if leaves_a.get(key, missing) != leaves_b.get(key, missing)]
+
+
+def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value, each section before what it holds."""
+    for name, value in node.items():
+        yield prefix + name, value
+        if isinstance(value, CfgNode):
+            yield from _walk(value, f"{prefix}{name}.")
+
+
+def _render(node: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+    lines = []
+    for key, value in _walk(node):
+        line = "  " * key.count(".") + key.rsplit(".", 1)[-1] + ":"
+        if not isinstance(value, CfgNode):
+            # As the one item of a list: a bare scalar would be followed by YAML's end-of-document mark.
+            line += " " + yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True)[1:-2]
+        elif not value:
+            line += " {}"
+        lines.append((line, comments.get(key, "")))
+    width = max(len(line) for line, _ in lines)
+    return "".join((f"{line:<{width}}  # {comment}" if comment else line) + "\n" for line, comment in lines)
+
+
+def _read_with_bases(
+    path: Path, tree: Mapping[str, Any], chain: tuple[Path, ...], blocks: dict[Path, tuple[str, list[_Setting]]]
+) -> None:
+    """Append the settings of a file to ``blocks``, after those of its bases. ``chain``: the files that led here."""
+    identity = path.resolve()
+    if identity in [file.resolve() for file in chain]:
+        raise ConfigError(f"_BASE_ goes in a circle: {' -> '.join(str(file) for file in (*chain, path))}")
+    if identity in blocks:
+        return
+    asked = f" (the _BASE_ of {chain[-1]})" if chain else ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = nearest(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
+        hint = f": did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
+        raise ConfigError(f"config file {path}{asked} does not exist{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}{asked} cannot be read: {error}") from None
+    bases, settings = _parse_file(text, path, tree)
+    for base in bases:
+        _read_with_bases(Path(os.path.normpath(path.parent / base)), tree, (*chain, path), blocks)
+    blocks[identity] = (str(path), settings)
+
+
+def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[str], list[_Setting]]:
+    """The bases a YAML text names, and its settings; the keys are known ones, the values unchecked."""
+    bases: list[str] = []
+    settings: dict[str, _Setting] = {}
+
+    def visit(mapping: yaml.MappingNode, prefix: str) -> None:
+        for name_node, value_node in mapping.value:
+            where = f"{path}:{name_node.start_mark.line + 1}"
+            if not isinstance(name_node, yaml.ScalarNode):
+                raise ConfigError(f"{where}: a key must be a plain name")
+            key = f"{prefix}{name_node.value}"
+            if key in settings or (key == "_BASE_" and bases):
+                raise ConfigError(f"{where}: key {key} is given twice")
+            if key == "_BASE_":
+                value = loader.construct_object(value_node, deep=True)
+                bases.extend([value] if isinstance(value, str) else value if isinstance(value, list) else [])
+                if not bases or not all(isinstance(base, str) for base in bases):
+                    raise ConfigError(f"{where}: _BASE_ must be a path or a list of paths, not {value!r}")
+            elif key not in tree:
+                raise ConfigError(f"{where}: {_unknown(key, tree)}")
+            elif not isinstance(tree[key], CfgNode):
+                settings[key] = _Setting(key, loader.construct_object(value_node, deep=True), where)
+            elif isinstance(value_node, yaml.MappingNode):
+                visit(value_node, f"{key}.")
+            else:
+                raise ConfigError(f"{where}: {_is_section(key, tree)}")
+
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            visit(root, "")
+        elif root is not None:
+            raise ConfigError(f"{path}:1: a config must be a mapping of keys to values")
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return bases, list(settings.values())
+
+
+def _parse_overrides(overrides: Sequence[str], tree: Mapping[str, Any]) -> list[_Setting]:
+    settings = []
+    items = iter(overrides)
+    for item in items:
+        key, equals, text = item.partition("=")
+        if key not in tree:
+            raise ConfigError(f"command line: {_unknown(key, tree)}")
+        if isinstance(tree[key], CfgNode):
+            raise ConfigError(f"command line: {_is_section(key, tree)}")
+        if not equals:
+            try:
+                text = next(items)
+            except StopIteration:
+                raise ConfigError(f"command line: {key} has no value: overrides are KEY VALUE pairs") from None
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            value = text
+        if isinstance(tree[key], str) and not isinstance(value, str | list):
+            value = text  # A name may look like a number, or be empty.
+        settings.append(_Setting(key, value, "command line"))
+    return settings
+
+
+def _check(setting: _Setting, default: Any) -> Any:
+    """The value in its default's type.
+
+    Raises:
+        ConfigError: it is of another type, or breaks the key's rule.
+    """
+    key, value, where = setting
+    several = key in _ONE_OR_SEVERAL
+    meaning = f" ({HELP[key]})" if key in HELP else ""
+    try:
+        result = _convert(value, default, several)
+    except (TypeError, OverflowError):
+        expected = _describe(default) + (f", or a list of them (each {_describe(default)})" if several else "")
+        got = "null" if value is None else f"{value!r} ({type(value).__name__})"
+        raise ConfigError(f"{where}: {key}{meaning} must be {expected}, not {got}") from None
+    if key == "DISTILLER.TYPE":
+        _check_types(result, where)
+    rule = _RULES.get(key)
+    if rule is not None and not rule.holds(result):
+        raise ConfigError(f"{where}: {key}{meaning} must be {rule.text}, not {value!r}")
+    return result
+
+
+def _convert(value: Any, default: Any, several: bool = False) -> Any:
+    """``value`` in the type of ``default``, or TypeError. Text that spells a number or a list counts as one."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = ast.literal_eval(value)  # YAML reads 5e-4 and (1, 2) as text.
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise TypeError from None
+    if several and isinstance(value, list | tuple) and value:
+        return [_convert(item, default) for item in value]
+    if isinstance(default, list | tuple) and isinstance(value, list | tuple):
+        return type(default)(_convert(item, default[0]) if default else item for item in value)
+    if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif default is None or type(value) is type(default):
+        return value
+    raise TypeError
+
+
+def _describe(default: Any) -> str:
+    if isinstance(default, list | tuple):
+        return f"a list (each item {_describe(default[0])})" if default else "a list"
+    names = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
+    return names.get(type(default), type(default).__name__)
+
+
+def _check_types(types: str | list[str], where: str) -> None:
+    """Refuse method names that are unknown, repeated, or NONE beside others."""
+    names = [types] if isinstance(types, str) else types
+    for name in names:
+        if name != "NONE" and name not in DISTILLERS:
+            near = nearest(name, ["NONE", *DISTILLERS])
+            hint = f"did you mean {_or(near)}?" if near else f"there are: NONE, {', '.join(sorted(DISTILLERS))}"
+            raise ConfigError(f"{where}: DISTILLER.TYPE: unknown distiller {name!r}: {hint}")
+    if len(set(names)) < len(names) or ("NONE" in names and len(names) > 1):
+        raise ConfigError(f"{where}: DISTILLER.TYPE must list different methods and not NONE among them, not {types!r}")
+
+
+def _unknown(key: str, tree: Mapping[str, Any]) -> str:
+    """Message for a key that does not exist; its last name in another section counts as nearest."""
+    last = key.rsplit(".", 1)[-1].lower()
+    same_name = [known for known in tree if known.rsplit(".", 1)[-1].lower() == last]
+    tops = [known for known in tree if "." not in known]
+    hints = (nearest(key, same_name) or same_name or nearest(key, tree))[:3]
+    return f"unknown key {key}: " + (f"did you mean {_or(hints)}?" if hints else f"the top keys are {', '.join(tops)}")
+
+
+def _is_section(key: str, tree: Mapping[str, Any]) -> str:
+    inside = [known for known, value in tree.items() if known.startswith(f"{key}.") and not isinstance(value, CfgNode)]
+    return f"{key} is a section, not a value: set one of {', '.join(inside) or 'its keys (it has none)'}"
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(names)
