@@ -218,7 +218,7 @@ def _read_with_bases(
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = nearest(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
-        hint = f": did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
+        hint = f": did you mean {_or(str(path.parent / name) for name in near)}?" if near else ""
         raise ConfigError(f"config file {path}{asked} does not exist{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path}{asked} cannot be read: {error}") from None
@@ -231,7 +231,8 @@ def _read_with_bases(
 def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[str], list[_Setting]]:
     """The bases a YAML text names, and its settings; the keys are known ones, the values unchecked."""
     bases: list[str] = []
-    settings: dict[str, _Setting] = {}
+    settings: list[_Setting] = []
+    seen: set[str] = set()
 
     def visit(mapping: yaml.MappingNode, prefix: str) -> None:
         for name_node, value_node in mapping.value:
@@ -239,8 +240,9 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
             if not isinstance(name_node, yaml.ScalarNode):
                 raise ConfigError(f"{where}: a key must be a plain name")
             key = f"{prefix}{name_node.value}"
-            if key in settings or (key == "_BASE_" and bases):
+            if key in seen:
                 raise ConfigError(f"{where}: key {key} is given twice")
+            seen.add(key)
             if key == "_BASE_":
                 value = loader.construct_object(value_node, deep=True)
                 bases.extend([value] if isinstance(value, str) else value if isinstance(value, list) else [])
@@ -249,7 +251,7 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
             elif key not in tree:
                 raise ConfigError(f"{where}: {_unknown(key, tree)}")
             elif not isinstance(tree[key], CfgNode):
-                settings[key] = _Setting(key, loader.construct_object(value_node, deep=True), where)
+                settings.append(_Setting(key, loader.construct_object(value_node, deep=True), where))
             elif isinstance(value_node, yaml.MappingNode):
                 visit(value_node, f"{key}.")
             else:
@@ -267,7 +269,7 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return bases, list(settings.values())
+    return bases, settings
 
 
 def _parse_overrides(overrides: Sequence[str], tree: Mapping[str, Any]) -> list[_Setting]:
@@ -360,7 +362,8 @@ def _unknown(key: str, tree: Mapping[str, Any]) -> str:
     last = key.rsplit(".", 1)[-1].lower()
     same_name = [known for known in tree if known.rsplit(".", 1)[-1].lower() == last]
     tops = [known for known in tree if "." not in known]
-    hints = (nearest(key, same_name) or same_name or nearest(key, tree))[:3]
+    same_depth = [known for known in tree if known.count(".") == key.count(".")]
+    hints = (nearest(key, same_name) or same_name or nearest(key, same_depth))[:3]
     return f"unknown key {key}: " + (f"did you mean {_or(hints)}?" if hints else f"the top keys are {', '.join(tops)}")
 
 
