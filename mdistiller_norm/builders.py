@@ -10,9 +10,10 @@ import torch
 import yaml
 
 from mdistiller_norm.config import Config, differences, dump, load_config
-from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, TensorDataset
+from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, TensorDataset, TrainLoader
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Pair
 from mdistiller_norm.engine.checkpoint import TeacherFile, find_teacher, load, load_into, load_weights
+from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.logger import Record, RunLog, environment
 from mdistiller_norm.engine.meters import TrainMeters
@@ -26,8 +27,10 @@ from mdistiller_norm.models import build_model, probe
 from mdistiller_norm.models.base import Network
 
 # Keys that do not change what is computed, only where it is kept, shown or run.
-_NEUTRAL = ("EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DEVICE", "SOLVER.EPOCHS")
-_NEUTRAL += ("DISTILLER.TEACHER_WEIGHTS",)  # the teacher's hash is compared instead
+_NEUTRAL = (
+    "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DEVICE", "SOLVER.EPOCHS",
+    "DISTILLER.TEACHER_WEIGHTS",  # the teacher's hash is compared instead
+)  # fmt: skip
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -108,6 +111,27 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Tens
     return {name: DISTILLERS[name].from_config(cfg[name], pair) for name in method_names(cfg)}
 
 
+def build_optimizer(
+    cfg: Any, trainable: Trainable, loader: TrainLoader, teacher: Teacher | None
+) -> torch.optim.Optimizer | DOT:
+    """SGD, or DOT's two where ``SOLVER.TRAINER`` says so.
+
+    Raises:
+        ConfigError: DOT without a teacher, or with fp16, whose gradients need a scale.
+    """
+    solver = cfg.SOLVER
+    sgd = {
+        "lr": solver.LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY, "nesterov": solver.NESTEROV,
+    }  # fmt: skip
+    if not solver.TRAINER.endswith("dot"):
+        return build_sgd(trainable.parameters(), **sgd)
+    if teacher is None or trainable.autocast is torch.float16:
+        why = "a distillation loss: DISTILLER.TYPE is NONE" if teacher is None else "SOLVER.PRECISION fp32 or bf16"
+        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} needs {why}")
+    batch = loader.prepare(*next(loader.batches(1)))
+    return DOT(trainable, batch, teacher, solver.DOT.DELTA, **sgd)
+
+
 class Run(NamedTuple):
     """A run, ready to start.
 
@@ -135,7 +159,13 @@ def run_folder(config: Config) -> Path:
                 for part in key.split("."):
                     value = value[part]
                 name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
-    return Path(cfg.LOG.PREFIX) / cfg.EXPERIMENT.PROJECT / name
+    return Path(str(cfg.LOG.PREFIX), str(cfg.EXPERIMENT.PROJECT), name)
+
+
+def _matters(key: str, cfg: Any) -> bool:
+    """Whether another value of that key makes another computation; the nodes of unused methods do not."""
+    section = key.split(".")[0]
+    return not key.startswith(_NEUTRAL) and (section not in DISTILLERS or section in method_names(cfg))
 
 
 def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | None, str]:
@@ -154,12 +184,7 @@ def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | No
             f"{folder} holds a run already: --resume goes on with it, EXPERIMENT.NAME or EXPERIMENT.TAG starts another"
         )
     if latest.exists():
-        changed = differences(load_config(saved).node, config.node)
-        in_use = set(method_names(config.node))
-        changed = [
-            key for key in changed
-            if not key.startswith(_NEUTRAL) and not (key.split(".")[0] in DISTILLERS and key.split(".")[0] not in in_use)
-        ]  # fmt: skip
+        changed = [key for key in differences(load_config(saved).node, config.node) if _matters(key, config.node)]
         if changed:
             raise ConfigError(f"{folder} was run with other values of {', '.join(changed)}: it cannot be resumed so")
         state = load(latest)
@@ -170,6 +195,19 @@ def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | No
     except OSError as error:
         raise ConfigError(f"the run folder {folder} cannot be written ({error}): set LOG.PREFIX") from error
     return folder, None, f"nothing to resume in {folder}: starting" if resume else f"run folder {folder}"
+
+
+def start_wandb(cfg: Any, folder: Path) -> str:
+    """Mirror what TensorBoard gets to Weights & Biases; returns a warning where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        return "LOG.WANDB is true and wandb is not installed (pip install 'mdistiller_norm[wandb]'): going on without"
+    wandb.init(
+        project=cfg.EXPERIMENT.PROJECT, name=folder.name, dir=str(folder), config=yaml.safe_load(dump(cfg)),
+        tags=cfg.EXPERIMENT.TAG.split(","), sync_tensorboard=True,
+    )  # fmt: skip
+    return ""
 
 
 def _check_teacher(network: Network, file: TeacherFile, name: str, test: MemoryEvalLoader, classes: int) -> Record:
@@ -204,28 +242,26 @@ def build_run(config: Config, resume: bool = False, command: str = "") -> Run:
     dataset = dataset.to(device)
     test = MemoryEvalLoader(dataset, cfg.DATASET.TEST.BATCH_SIZE)
     first = (state["epoch"], (state["epoch"] - 1) * 10**9) if state else (1, 0)
+    wandb_warning = start_wandb(cfg, folder) if cfg.LOG.WANDB else ""
     log = RunLog(folder, *first)
     log.line(opening)
-    if precision_warning:
-        log.line(f"warning: {precision_warning}")
+    for warning in filter(None, (precision_warning, wandb_warning)):
+        log.line(f"warning: {warning}")
     if names:
         train_mode = any(method.teacher_in_train_mode for method in distillers.values())
         teacher = Teacher(_on(teacher_network, device), autocast, train_mode)
         taught = _check_teacher(teacher.network, file, cfg.DISTILLER.TEACHER, test, len(dataset.classes))
         log.line(taught.pop("line"))
-        if warning := taught.pop("warning"):
-            log.line(f"warning: {warning}")
+        if teacher_warning := taught.pop("warning"):
+            log.line(f"warning: {teacher_warning}")
         taught |= {"name": cfg.DISTILLER.TEACHER, "file": str(file.path), "hash": teacher.hash}
 
     ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
     trainable = Trainable(_on(student, device), distillers, ce_weight, autocast).to(device)
     solver = cfg.SOLVER
-    optimizer = build_sgd(
-        trainable.parameters(), lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY,
-        nesterov=solver.NESTEROV,
-    )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
     loader = MemoryTrainLoader(dataset, solver.BATCH_SIZE, cfg.SEED)
+    optimizer = build_optimizer(cfg, trainable, loader, teacher)
     meters = TrainMeters(trainable.loss_names).to(device)
     about = {
         "name": cfg.DISTILLER.STUDENT, "variant": "cifar", "num_classes": len(dataset.classes),
@@ -245,8 +281,9 @@ def build_run(config: Config, resume: bool = False, command: str = "") -> Run:
         trainer.load_state(state)
     extra = sum(method.extra_parameters() for method in distillers.values())
     log.line(
-        f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.train)} images, "
-        f"{loader.steps} steps an epoch, {sum(p.numel() for p in student.parameters()):,} parameters, {extra:,} extra"
+        f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.train)} "
+        f"images, {loader.steps} steps an epoch, {sum(p.numel() for p in student.parameters()):,} parameters and "
+        f"{extra:,} extra"
     )
     result = {
         "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,

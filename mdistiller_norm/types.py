@@ -61,7 +61,7 @@ class Losses(NamedTuple):
     Attributes:
         total: scalar, what is differentiated.
         parts: ``[1 + number of distillers]``: cross entropy, then each distillation loss, as they enter the total
-            (weighted and ramped); detached.
+            (weighted and ramped).
         logits: ``[B, C]`` of the student, detached.
     """
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
 from torchvision.transforms import functional as TF
+from torchvision.transforms import v2
 
 from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, TensorDataset, cifar100, digits
 from mdistiller_norm.data.augment import PadCropFlip, normalise
@@ -122,7 +122,7 @@ def test_processes_share_out_the_same_plan() -> None:
     whole = [raw[0] for raw in MemoryTrainLoader(data, 479, seed=5).batches(3)]
     halves = [[raw[0] for raw in MemoryTrainLoader(data, 480, 5, rank, 3).batches(3)] for rank in range(3)]
     assert torch.equal(torch.cat([part for step in zip(*halves, strict=True) for part in step]), torch.cat(whole))
-    with pytest.raises(ConfigError, match="SOLVER.BATCH_SIZE 64 cannot be split evenly over 3"):
+    with pytest.raises(ConfigError, match=r"SOLVER\.BATCH_SIZE 64 cannot be split evenly over 3"):
         MemoryTrainLoader(data, 64, seed=0, rank=0, world=3)
     with pytest.raises(ConfigError, match="the last batch of an epoch has 29"):
         MemoryTrainLoader(data, 64, seed=0, rank=0, world=2)

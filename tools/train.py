@@ -1,6 +1,6 @@
 """Train a student: ``python tools/train.py --cfg FILE [--resume] [--show] [KEY VALUE ...]``."""
 
-from mdistiller_norm.cli import train_main, run
+from mdistiller_norm.cli import run, train_main
 
 if __name__ == "__main__":
     run(train_main)

@@ -60,9 +60,7 @@ class TensorDataset:
     def to(self, device: torch.device) -> TensorDataset:
         """The same data set with its tensors on that device."""
         train, test = (Split(split.images.to(device), split.targets.to(device)) for split in (self.train, self.test))
-        return TensorDataset(
-            self.name, train, test, self.classes, self.mean, self.std, self.padding, self.flip
-        )
+        return TensorDataset(self.name, train, test, self.classes, self.mean, self.std, self.padding, self.flip)
 
 
 class TrainLoader(ABC):

@@ -74,9 +74,9 @@ class MemoryEvalLoader(EvalLoader):
         self._mean, self._std = torch.tensor(dataset.mean, device=device), torch.tensor(dataset.std, device=device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, targets = (part.split(self.batch_size) for part in (self._split.images, self._split.targets))
-        for image, target in zip(images, targets, strict=True):
-            yield normalise(image, self._mean, self._std), target
+        for first in range(0, len(self), self.batch_size):
+            batch = slice(first, first + self.batch_size)
+            yield normalise(self._split.images[batch], self._mean, self._std), self._split.targets[batch]
 
     def __len__(self) -> int:
         return len(self._split)

@@ -53,7 +53,7 @@ class Distiller(nn.Module):
         need: what it reads of the teacher.
         ce_weight: weight of the cross entropy.
         weight: weight of the distillation loss.
-        teacher_in_train_mode: run the teacher with batch statistics (OFD's reference does); the state it moves is a copy.
+        teacher_in_train_mode: run the teacher with batch statistics, as OFD's reference does.
         warmup: epochs over which the distillation loss is ramped up linearly, counted from 1; 0 or 1 for none.
     """
 

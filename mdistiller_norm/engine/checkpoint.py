@@ -33,9 +33,7 @@ _HARMLESS: list[Any] = [
     type(np.dtype(np.float32)),
     type(np.dtype(np.int64)),
     np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,  # type: ignore[attr-defined]
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")
-    if hasattr(np, "_core")
-    else np.core.multiarray.scalar,  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar") if hasattr(np, "_core") else np.core.multiarray.scalar,  # type: ignore[attr-defined]
 ]
 
 MANIFEST = Path("checkpoints/manifest.yaml")
@@ -61,7 +59,7 @@ def save_atomically(content: Any, path: Path) -> None:
     except (OSError, RuntimeError) as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written ({error}): the file before it, if any, is intact") from error
+        raise CheckpointError(f"{path} could not be written ({error}); the one before it is intact") from error
 
 
 def load(path: str | Path) -> Any:
@@ -138,7 +136,7 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
             raise CheckpointError(f"{weights.path} does not fit {name}: it {what} tensor {key}")
         if wanted.shape != got.shape:
             raise CheckpointError(
-                f"{weights.path} does not fit {name}: {key} has shape {tuple(got.shape)}, expected {tuple(wanted.shape)}"
+                f"{weights.path} does not fit {name}: {key} has shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
             )
     network.load_state_dict(weights.state)
 

@@ -51,11 +51,12 @@ class TrainMeters(nn.Module):
     @torch.no_grad()
     def update(self, losses: Losses, targets: Tensor) -> None:
         """Add a step; no synchronisation with the host."""
+        parts = losses.parts.detach()
         self.step += 1
-        self.sums += losses.parts * len(targets)
+        self.sums += parts * len(targets)
         self.correct += (losses.logits.argmax(1) == targets).sum()
         self.samples += len(targets)
-        news = ~losses.parts.isfinite() & (self.first_bad < 0)
+        news = ~parts.isfinite() & (self.first_bad < 0)
         self.first_bad.copy_(torch.where(news, self.step, self.first_bad))
 
     def reset(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +49,9 @@ def build_sgd(
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Write a learning rate into every group, in place where it is a tensor."""
-    for group in optimizer.param_groups:
+def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
+    """Write a learning rate into every parameter group, in place where it is a tensor."""
+    for group in groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.data import TrainLoader
+from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.trainable import Trainable
@@ -32,7 +33,7 @@ class TrainStep:
         loader: TrainLoader,
         teacher: Teacher | None,
         trainable: Trainable,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | DOT,
         meters: TrainMeters,
         scaler: torch.amp.GradScaler | None = None,
         forward: nn.Module | None = None,
@@ -54,12 +55,15 @@ class TrainStep:
         batch = self.loader.prepare(*raw)
         taught = self.teacher(batch) if self.teacher else None
         losses = self.forward(batch, taught, self.factors)
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler:
+        if isinstance(self.optimizer, DOT):
+            self.optimizer.step(losses.parts)
+        elif self.scaler:
+            self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(losses.total).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
+            self.optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
             self.optimizer.step()
         self.meters.update(losses, batch.targets)

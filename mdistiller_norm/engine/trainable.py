@@ -71,7 +71,7 @@ class Trainable(nn.Module):
                 teacher = _at_least_float32(teacher)
                 parts += [method(student, teacher, batch) for method in self.methods()]
             weighted = torch.stack(parts) * factors
-        return Losses(weighted.sum(), weighted.detach(), student.logits.detach())
+        return Losses(weighted.sum(), weighted, student.logits.detach())
 
 
 def _at_least_float32(outputs: Outputs) -> Outputs:

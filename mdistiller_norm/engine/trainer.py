@@ -84,7 +84,7 @@ class Trainer:
             while self.epoch <= self.epochs:
                 start = time.perf_counter()
                 lr = self.schedule(self.epoch)
-                set_learning_rate(self.step.optimizer, lr)
+                set_learning_rate(self.step.optimizer.param_groups, lr)
                 self.step.begin_epoch(self.epoch, self.seed)
                 waited = self._train_epoch()
                 if self._stop and self.steps_done < self.step.loader.steps:
@@ -201,7 +201,7 @@ class Trainer:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def request(number: int, frame: FrameType | None) -> None:
             self._stop = number
