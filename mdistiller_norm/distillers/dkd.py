@@ -16,6 +16,27 @@ from mdistiller_norm.distillers.temperature import Temperature
 from mdistiller_norm.types import Batch, Outputs, Softened
 
 
+def split_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """One class against all others, and the others among themselves, of softened logits.
+
+    Args:
+        logits: ``[B, C]``.
+        targets: ``[B]``, int64: the class.
+
+    Returns:
+        The log odds of the class, ``[B]``, and the log probabilities of the others without it, ``[B, C - 1]``.
+    """
+    rest = torch.arange(logits.shape[1] - 1, device=targets.device).expand(len(targets), -1)
+    others = logits.gather(1, rest + (rest >= targets[:, None]).long())
+    return logits.gather(1, targets[:, None]).squeeze(1) - others.logsumexp(1), others.log_softmax(1)
+
+
+def binary_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of two-class distributions given by their log odds, element by element."""
+    divergence = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    return divergence + (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+
+
 def decoupled_divergence(softened: Softened, targets: Tensor, alpha: float, beta: float) -> Tensor:
     """Mean over the batch of ``weight * (alpha * TCKD + beta * NCKD)`` of softened logits; a scalar.
 
@@ -29,20 +50,10 @@ def decoupled_divergence(softened: Softened, targets: Tensor, alpha: float, beta
         alpha: weight of TCKD, the target class against all others.
         beta: weight of NCKD, the distribution over the others.
     """
-    classes = softened.student.shape[1]
-    rest = torch.arange(classes - 1, device=targets.device).expand(len(targets), -1)
-    rest = rest + (rest >= targets[:, None]).long()
-
-    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-        others = logits.gather(1, rest)
-        margin = logits.gather(1, targets[:, None]).squeeze(1) - others.logsumexp(1)
-        return margin, others.log_softmax(1)
-
-    (margin_s, others_s), (margin_t, others_t) = split(softened.student), split(softened.teacher)
-    tckd = margin_t.sigmoid() * (F.logsigmoid(margin_t) - F.logsigmoid(margin_s))
-    tckd = tckd + (-margin_t).sigmoid() * (F.logsigmoid(-margin_t) - F.logsigmoid(-margin_s))
+    odds_s, others_s = split_target(softened.student, targets)
+    odds_t, others_t = split_target(softened.teacher, targets)
     nckd = (others_t.exp() * (others_t - others_s)).sum(1)
-    return (softened.weight * (alpha * tckd + beta * nckd)).mean()
+    return (softened.weight * (alpha * binary_divergence(odds_s, odds_t) + beta * nckd)).mean()
 
 
 def dkd_loss(
