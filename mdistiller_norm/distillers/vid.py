@@ -1,0 +1,88 @@
+"""VID: the student's maps predict the teacher's, with a learned uncertainty for each channel.
+
+Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer" (CVPR 2019): negative log
+likelihood of a Gaussian with learned mean and one learned variance a channel, without its constant. mdistiller keeps
+the variances at their first value (they are in neither its optimizer nor its checkpoints); here they are parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
+from mdistiller_norm.distillers.maps import matched_stages, pool_to
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.types import Batch, Outputs
+
+
+def vid_loss(mean: Tensor, f_t: Tensor, log_scale: Tensor, eps: float = 1e-5) -> Tensor:
+    """``((mean - f_t)^2 / variance + log(variance)) / 2``, averaged over all elements; a scalar, may be negative.
+
+    Args:
+        mean: what the student predicts of the teacher's map, ``[B, D, H, W]``.
+        f_t: the teacher's map, of the same shape.
+        log_scale: ``[D]``; a channel's variance is ``softplus(log_scale) + eps``.
+        eps: smallest variance.
+    """
+    variance = (F.softplus(at_least_float32(log_scale)) + eps).view(1, -1, 1, 1)
+    error = at_least_float32(mean) - at_least_float32(f_t)
+    return 0.5 * (error.square() / variance + variance.log()).mean()
+
+
+def _regressor(channels: int, targets: int) -> nn.Sequential:
+    """From the student's channels to the teacher's, pixel by pixel."""
+    first, second, third = (nn.Conv2d(width, targets, 1, bias=False) for width in (channels, targets, targets))
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+
+
+@register("VID")
+class VID(Distiller):
+    """Variational information distillation of the stages (:mod:`~mdistiller_norm.distillers.maps` says which meet).
+
+    Args:
+        channels: the student's channels at each stage.
+        targets: the teacher's.
+        initial_variance: what every variance starts from.
+        eps: smallest variance.
+    """
+
+    defaults = {
+        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}, "EPS": 1e-5, "INIT_PRED_VAR": 5.0, "INPUT_SIZE": [32, 32],
+    }  # fmt: skip
+    need = Need.MAPS
+
+    def __init__(
+        self, channels: Sequence[int], targets: Sequence[int], initial_variance: float, eps: float, **weights: Any
+    ) -> None:
+        super().__init__(**weights)
+        if not 0 < eps < initial_variance:
+            raise ConfigError(f"VID.INIT_PRED_VAR is {initial_variance} and VID.EPS {eps}: they must be 0 < EPS < INIT")
+        self.eps = eps
+        # The inverse of softplus; expm1 keeps its digits where the variance is small.
+        start = math.log(math.expm1(initial_variance - eps))
+        self.regressors = nn.ModuleList(_regressor(s, t) for s, t in zip(channels, targets, strict=True))
+        self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t,), start)) for t in targets)
+
+    @classmethod
+    def from_config(cls, node: Any, pair: Pair) -> VID:
+        """See :class:`Distiller`. ``INPUT_SIZE`` is accepted for mdistiller's files and not needed."""
+        students, teachers = matched_stages(pair.student.features, pair.teacher.features)
+        channels, targets = [maps.shape[1] for maps in students], [maps.shape[1] for maps in teachers]
+        weights = {"ce_weight": node.LOSS.CE_WEIGHT, "weight": node.LOSS.FEAT_WEIGHT}
+        return cls(channels, targets, node.INIT_PRED_VAR, node.EPS, **weights)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See :class:`Distiller`."""
+        losses = []
+        stages = zip(*matched_stages(student.features, teacher.features), strict=True)
+        for (s, t), regressor, log_scale in zip(stages, self.regressors, self.log_scales, strict=True):
+            size = [min(sides) for sides in zip(s.shape[-2:], t.shape[-2:], strict=True)]
+            mean = regressor(at_least_float32(pool_to(s, size)))
+            losses.append(vid_loss(mean, pool_to(t, size), log_scale, self.eps))
+        return torch.stack(losses).sum()
