@@ -222,8 +222,14 @@ def _check_teacher(network: Network, file: TeacherFile, name: str, test: MemoryE
     return {"line": line, "warning": warning, "top1": measured.top1, "top5": measured.top5}
 
 
-def build_run(config: Config, resume: bool = False, command: str = "") -> Run:
+def build_run(config: Config, resume: bool = False, command: str = "", dataset: TensorDataset | None = None) -> Run:
     """Everything a training run needs, checked before the first step.
+
+    Args:
+        config: resolved.
+        resume: go on from the run folder's ``latest.pt``, if there is one.
+        command: the command line, for the record.
+        dataset: in place of the one that ``DATASET.TYPE`` names.
 
     Raises:
         UserError: anything about config, data, weights, device or run folder that cannot work.
@@ -231,7 +237,7 @@ def build_run(config: Config, resume: bool = False, command: str = "") -> Run:
     cfg = config.node
     device = build_device(cfg)
     autocast, precision_warning = build_precision(cfg, device)
-    dataset = build_dataset(cfg)
+    dataset = dataset or build_dataset(cfg)
     student = build_student(cfg, dataset)
     names, teacher, taught, distillers = method_names(cfg), None, {}, {}
     if names:
