@@ -21,11 +21,13 @@ from mdistiller_norm.types import Batch, Outputs, Softened
 
 
 def _pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
-    """Correlation of each row; 0 without gradient for a constant one."""
+    """Correlation of each row; 0 without gradient for one that is constant up to rounding."""
+    sizes = [torch.linalg.vector_norm(rows, dim=1) for rows in (x, y)]
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    lengths: Tensor = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1)
-    constant = (x == 0).all(1) | (y == 0).all(1)
-    return (x * y).sum(1) / (lengths + eps).masked_fill(constant, torch.inf)
+    spreads = [torch.linalg.vector_norm(rows, dim=1) for rows in (x, y)]
+    constant = (spreads[0] <= 1e-6 * sizes[0]) | (spreads[1] <= 1e-6 * sizes[1])
+    correlation: Tensor = (x * y).sum(1) / (spreads[0] * spreads[1] + eps).masked_fill(constant, torch.inf)
+    return correlation
 
 
 def relation_distance(softened: Softened, beta: float, gamma: float) -> Tensor:
