@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# One thread: the networks here are too small for two, and other processes may want the second core.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -55,4 +58,5 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> No
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,0 +1,299 @@
+"""Training from config to run folder, on the real digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, assert_user_error, tool
+
+from mdistiller_norm.builders import build_run, train
+from mdistiller_norm.config import load_config
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.engine.trainer import Interrupted
+from mdistiller_norm.errors import CheckpointError, ConfigError, NonFiniteLossError
+
+# A batch of 240 makes an epoch of 6 steps, the last one short.
+SHORT = ["DATASET.TYPE=digits", "SOLVER.BATCH_SIZE=240", "SOLVER.NESTEROV=true", "SOLVER.WEIGHT_DECAY=5e-4"]
+PAIR = [*SHORT, "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
+# Defaults that are made for data sets larger than the digits.
+SMALLER = {"CRD": ["CRD.NCE.K=128"]}
+
+
+def config(folder: Path, name: str, *overrides: str, epochs: int = 2):
+    return load_config(None, [*PAIR, f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The override that names a teacher trained for three epochs."""
+    folder = tmp_path_factory.mktemp("teacher")
+    train(config(folder, "teacher", "DISTILLER.STUDENT=resnet14", "SOLVER.BATCH_SIZE=64", epochs=3))
+    return f"DISTILLER.TEACHER_WEIGHTS={folder / 'distill' / 'teacher' / 'student_last.pt'}"
+
+
+def assert_same_state(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the bit, whatever the nesting."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def state_of(folder: Path, name: str) -> dict[str, Any]:
+    state = load(folder / "distill" / name / "latest.pt")
+    del state["seconds"]
+    return state
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path, teacher: str) -> None:
+    result = train(config(tmp_path, "run", "DISTILLER.TYPE=NormKD", "LOG.SAVE_CHECKPOINT_FREQ=1", teacher))
+    folder = tmp_path / "distill" / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "config.yaml", "environment.json", "metrics.jsonl", "result.json", "tensorboard", "worklog.txt", "latest.pt",
+        "best.pt", "student_best.pt", "student_last.pt", "student_1.pt", "student_2.pt",
+    } == names  # fmt: skip
+    assert json.loads((folder / "result.json").read_text()) == result
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert result["last"]["top1"] == records[-1]["test_top1"]
+    assert result["best"]["top1"] == max(record["test_top1"] for record in records)
+    assert {"loss_ce", "loss_NormKD", "loss_total", "train_top1", "test_top5", "lr", "data_wait"} <= records[0].keys()
+    assert records[0]["loss_total"] == pytest.approx(records[0]["loss_ce"] + records[0]["loss_NormKD"])
+    assert result["teacher"]["top1"] > 30
+    assert result["config"]["NormKD"]["TEMPERATURE_NORM"] == 2.0
+    assert result["environment"]["torch"] == torch.__version__
+    assert list((folder / "tensorboard").glob("events*"))
+
+    state = load(folder / "latest.pt")
+    assert not [key for key in state["trainable"] if not key.startswith("student.")], "a teacher in the checkpoint"
+    student = load(folder / "student_last.pt")
+    assert student["about"]["name"] == "resnet8"
+    assert student["about"]["classes"] == [str(i) for i in range(10)]
+    assert student["about"]["top1"] == result["last"]["top1"]
+    assert load_config(folder / "config.yaml").node.DISTILLER.TYPE == "NormKD"
+
+
+def test_the_learning_rate_falls_after_its_stages(tmp_path: Path) -> None:
+    train(config(tmp_path, "run", "SOLVER.LR_DECAY_STAGES=[1,2]", epochs=3))
+    rates = [record["lr"] for record in read_metrics(tmp_path / "distill" / "run" / "metrics.jsonl")]
+    assert rates == pytest.approx([0.05, 0.005, 0.0005])
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: Path, teacher: str) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(config(tmp_path, name, "DISTILLER.TYPE=KD", f"SEED={seed}", teacher, epochs=1))
+    a, b, c = (state_of(tmp_path, name) for name in "abc")
+    assert_same_state(a["trainable"], b["trainable"])
+    assert not torch.equal(a["trainable"]["student.conv1.weight"], c["trainable"]["student.conv1.weight"])
+
+
+@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
+def test_resuming_is_exact_in_mid_epoch_and_between_epochs(tmp_path: Path, teacher: str, method: str) -> None:
+    extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher]
+    whole, parts = config(tmp_path, "whole", *extra), config(tmp_path, "parts", *extra)
+    train(whole)
+
+    run = build_run(parts)
+    step, calls = run.trainer.step.__call__, 0
+
+    class StopAfterFour(type(run.trainer.step)):  # a real signal, at a known step
+        def __call__(self, *raw: torch.Tensor) -> None:
+            nonlocal calls
+            step(*raw)
+            calls += 1
+            if calls == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+    run.trainer.step.__class__ = StopAfterFour
+    with pytest.raises(Interrupted):
+        run.trainer.fit()
+    run.trainer.log.close()
+    assert (run.trainer.epoch, run.trainer.steps_done) == (1, 4)
+
+    train(config(tmp_path, "parts", *extra, epochs=1), resume=True)
+    train(parts, resume=True)
+    assert_same_state(state_of(tmp_path, "whole"), state_of(tmp_path, "parts"))
+    records = [read_metrics(tmp_path / "distill" / name / "metrics.jsonl") for name in ("whole", "parts")]
+    for a, b in zip(*records, strict=True):
+        for key in a.keys() - {"seconds", "images_per_second", "data_wait"}:
+            assert a[key] == b[key], key
+
+
+def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str) -> None:
+    extra = ["DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot", teacher]
+    train(config(tmp_path, "whole", *extra))
+    train(config(tmp_path, "parts", *extra, epochs=1))
+    train(config(tmp_path, "parts", *extra), resume=True)
+    assert_same_state(state_of(tmp_path, "whole"), state_of(tmp_path, "parts"))
+    train(config(tmp_path, "sgd", "DISTILLER.TYPE=KD", teacher))
+    weights = [state_of(tmp_path, name)["trainable"]["student.conv1.weight"] for name in ("whole", "sgd")]
+    assert not torch.equal(*weights)
+    with pytest.raises(ConfigError, match="SOLVER.TRAINER dot needs a distillation loss"):
+        train(config(tmp_path, "none", "SOLVER.TRAINER=dot"))
+
+
+def test_dot_without_delta_is_sgd(tmp_path: Path, teacher: str) -> None:
+    common = ["DISTILLER.TYPE=KD", "SOLVER.NESTEROV=false", "SOLVER.LR=1e-3", teacher]
+    train(config(tmp_path, "dot", "SOLVER.TRAINER=dot", "SOLVER.DOT.DELTA=0", *common, epochs=1))
+    train(config(tmp_path, "sgd", *common, epochs=1))
+    a, b = (state_of(tmp_path, name)["trainable"] for name in ("dot", "sgd"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+def test_several_methods_add_up_and_cross_entropy_counts_once(tmp_path: Path, teacher: str) -> None:
+    train(config(tmp_path, "both", "DISTILLER.TYPE=[NormKD,FITNET]", teacher, epochs=1))
+    (record,) = read_metrics(tmp_path / "distill" / "both" / "metrics.jsonl")
+    parts = [record[f"loss_{name}"] for name in ("ce", "NormKD", "FITNET")]
+    assert record["loss_total"] == pytest.approx(sum(parts))
+    state = load(tmp_path / "distill" / "both" / "latest.pt")
+    assert any(key.startswith("distillers.FITNET.") for key in state["trainable"])
+
+
+def test_the_warm_up_ramps_the_distillation_loss(tmp_path: Path, teacher: str) -> None:
+    for name, warmup in (("none", 0), ("ten", 10)):
+        train(config(tmp_path, name, "DISTILLER.TYPE=DKD", f"DKD.WARMUP={warmup}", "SOLVER.LR=1e-9", teacher))
+    full, ramped = (read_metrics(tmp_path / "distill" / name / "metrics.jsonl") for name in ("none", "ten"))
+    for epoch in (1, 2):
+        assert ramped[epoch - 1]["loss_DKD"] == pytest.approx(full[epoch - 1]["loss_DKD"] * epoch / 10, rel=1e-3)
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
+    train(config(tmp_path, "run", epochs=1))
+    before = (tmp_path / "distill" / "run" / "latest.pt").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already: --resume"):
+        train(config(tmp_path, "run", epochs=1))
+    with pytest.raises(ConfigError, match=r"other values of SOLVER\.LR, SEED: it cannot be resumed"):
+        train(config(tmp_path, "run", "SOLVER.LR=0.1", "SEED=5"), resume=True)
+    assert (tmp_path / "distill" / "run" / "latest.pt").read_bytes() == before
+    again = train(config(tmp_path, "run", epochs=1), resume=True)
+    assert again["last"]["epoch"] == 1
+
+
+def test_resume_refuses_another_teacher(tmp_path: Path, teacher: str) -> None:
+    train(config(tmp_path, "other", "DISTILLER.STUDENT=resnet14", epochs=1))
+    train(config(tmp_path, "run", "DISTILLER.TYPE=KD", teacher, epochs=1))
+    other = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'distill' / 'other' / 'student_last.pt'}"
+    with pytest.raises(ConfigError, match="was run with another teacher"):
+        train(config(tmp_path, "run", "DISTILLER.TYPE=KD", other), resume=True)
+
+
+def test_resume_with_nothing_to_resume_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(tmp_path, "run", epochs=1), resume=True)
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    train(config(tmp_path, "run", epochs=1))
+    folder = tmp_path / "distill" / "run"
+    good = load(folder / "latest.pt")
+    bad = load(folder / "latest.pt")
+    bad["trainable"]["student.fc.weight"][0, 0] = torch.inf
+    torch.save(bad, folder / "latest.pt")
+    written = (folder / "latest.pt").read_bytes()
+    with pytest.raises(NonFiniteLossError, match="the loss ce became NaN or infinite in epoch 2, step 1"):
+        train(config(tmp_path, "run"), resume=True)
+    assert (folder / "latest.pt").read_bytes() == written
+    assert_same_state(load(folder / "best.pt")["trainable"], good["trainable"])
+
+
+def test_a_missing_teacher_is_one_line_with_the_command_that_trains_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        train(config(tmp_path, "run", "DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet20"))
+    message = str(caught.value)
+    assert "tools/train.py --cfg configs/digits/vanilla_resnet20.yaml" in message
+    assert "\n" not in message
+    assert not (tmp_path / "distill").exists(), "nothing may be written before everything was checked"
+
+
+def test_a_teacher_trained_here_is_found(tmp_path: Path) -> None:
+    train(config(tmp_path, "teacher", "DISTILLER.STUDENT=resnet14", epochs=1))
+    result = train(config(tmp_path, "student", "DISTILLER.TYPE=KD", epochs=1))
+    assert result["teacher"]["file"] == str(tmp_path / "distill" / "teacher" / "student_best.pt")
+
+
+def test_a_teacher_near_chance_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mdistiller_norm.models import build_model
+
+    torch.save({"model": build_model("resnet14", 10).state_dict()}, tmp_path / "raw.pth")
+    override = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'raw.pth'}"
+    train(config(tmp_path, "run", "DISTILLER.TYPE=KD", override, epochs=1))
+    assert "about chance" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/train.py", "--cfg", "configs/digits/vanilla_resnet8.yaml"]
+    command += ["LOG.PREFIX", str(tmp_path), "EXPERIMENT.NAME", "run", "SOLVER.EPOCHS", "500"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "80"}
+    )
+    folder = tmp_path / "digits" / "run"
+    for _ in range(600):
+        if (folder / "latest.pt").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped by SIGINT" in errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    assert load(folder / "latest.pt")["epoch"] >= 1
+    assert not list(folder.glob(".*")), "half-written files"
+
+
+def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    cfg = "configs/digits/vanilla_resnet8.yaml"
+    assert_user_error(tool("train", "--cfg", "nowhere.yaml", check=False), "nowhere.yaml")
+    assert_user_error(tool("train", "--cfg", cfg, "SOLVER.LRR", "1", check=False), "SOLVER.LRR", "SOLVER.LR")
+    device = tool("train", "--cfg", cfg, "DEVICE", "tpu", "LOG.PREFIX", tmp_path, check=False)
+    assert_user_error(device, "DEVICE", "tpu")
+    student = tool("train", "--cfg", cfg, "DISTILLER.STUDENT", "resnet21", "LOG.PREFIX", tmp_path, check=False)
+    assert_user_error(student, "resnet21", "resnet20")
+    assert_user_error(tool("eval", "-c", tmp_path / "none.pt", check=False), "none.pt")
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    assert_user_error(tool("eval", "-c", tmp_path / "broken.pt", check=False), "broken.pt")
+    assert not (tmp_path / "digits").exists()
+
+
+def test_show_prints_where_each_key_is_from() -> None:
+    shown = tool("train", "--cfg", "configs/digits/normkd.yaml", "--show", "SEED", "7").stdout
+    assert "SEED: 7" in shown
+    assert "command line" in shown
+    assert "configs/digits/normkd.yaml" in shown
+
+
+def test_eval_reads_students_and_bare_weights_alike(tmp_path: Path) -> None:
+    result = train(config(tmp_path, "run", "SOLVER.BATCH_SIZE=64"))
+    folder = tmp_path / "distill" / "run"
+    torch.save({"state_dict": load(folder / "student_last.pt")["model"]}, tmp_path / "bare.pth")
+    knows = tool("eval", "-c", folder / "student_last.pt", "--per-class").stdout
+    told = tool("eval", "-c", tmp_path / "bare.pth", "-m", "resnet8", "-d", "digits", "-bs", 360).stdout
+    whole = tool("eval", "-c", folder / "latest.pt").stdout
+    wanted = f"top-1 {result['last']['top1']:6.2f}  top-5 {result['last']['top5']:6.2f}  loss {result['last']['loss']:7.4f}"
+    for output in (knows, told, whole):
+        assert wanted in output
+    assert len([line for line in knows.splitlines() if line.startswith("  ")]) == 10
+    assert_user_error(tool("eval", "-c", tmp_path / "bare.pth", "-d", "digits", check=False), "add -m")
+    mismatch = tool("eval", "-c", tmp_path / "bare.pth", "-m", "resnet14", "-d", "digits", check=False)
+    assert_user_error(mismatch, "does not fit resnet14", "layer1.1.conv1.weight")
