@@ -6,12 +6,12 @@ import json
 import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -37,7 +37,7 @@ def environment(device: torch.device) -> Record:
         "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
