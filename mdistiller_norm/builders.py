@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mdistiller_norm.config import Config, differences, dump, load_config
-from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, TensorDataset, TrainLoader
+from mdistiller_norm.data import DATASETS, Dataset, EvalLoader, TrainLoader
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Pair
 from mdistiller_norm.engine.checkpoint import TeacherFile, find_teacher, load, load_into, load_weights
 from mdistiller_norm.engine.dot import DOT
@@ -27,7 +27,7 @@ from mdistiller_norm.models import build_model, probe
 from mdistiller_norm.models.base import Network
 
 # Keys that do not change what is computed, only where it is kept, shown or run.
-_NEUTRAL = (
+NEUTRAL = (
     "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DEVICE", "SOLVER.EPOCHS",
     "DISTILLER.TEACHER_WEIGHTS",  # the teacher's hash is compared instead
 )  # fmt: skip
@@ -68,15 +68,15 @@ def build_precision(cfg: Any, device: torch.device) -> tuple[torch.dtype | None,
     return dtype, ""
 
 
-def build_dataset(cfg: Any) -> TensorDataset:
-    """The data set of ``DATASET.TYPE``, in host memory."""
+def build_dataset(cfg: Any) -> Dataset:
+    """The data set of ``DATASET.TYPE``."""
     return DATASETS[cfg.DATASET.TYPE](Path(cfg.DATASET.ROOT))
 
 
-def build_student(cfg: Any, dataset: TensorDataset) -> Network:
+def build_student(cfg: Any, dataset: Dataset) -> Network:
     """The student with its initial weights, a function of ``SEED`` alone."""
     torch.manual_seed(cfg.SEED)
-    return build_model(cfg.DISTILLER.STUDENT, len(dataset.classes))
+    return build_model(cfg.DISTILLER.STUDENT, len(dataset.classes), variant=dataset.variant)
 
 
 def train_command(cfg: Any, model: str) -> str:
@@ -86,14 +86,14 @@ def train_command(cfg: Any, model: str) -> str:
     return f"python tools/train.py --cfg configs/{cfg.DATASET.TYPE}/vanilla/{model}.yaml"
 
 
-def build_teacher(cfg: Any, dataset: TensorDataset) -> tuple[Network, TeacherFile]:
+def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
     """The teacher with its trained weights.
 
     Raises:
         CheckpointError: its weights are missing (says what trains them) or do not fit.
     """
     name = cfg.DISTILLER.TEACHER
-    network = build_model(name, len(dataset.classes))
+    network = build_model(name, len(dataset.classes), variant=dataset.variant)
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg, name)
     file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command)
     weights = load_weights(file.path)
@@ -104,10 +104,10 @@ def build_teacher(cfg: Any, dataset: TensorDataset) -> tuple[Network, TeacherFil
     return network, file
 
 
-def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: TensorDataset) -> dict[str, Distiller]:
+def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> dict[str, Distiller]:
     """The methods of ``DISTILLER.TYPE`` for this pair of networks, by name."""
     size = dataset.image_size
-    pair = Pair(probe(student, size), probe(teacher, size), teacher, dataset.train.targets, len(dataset.classes))
+    pair = Pair(probe(student, size), probe(teacher, size), teacher, dataset.targets, len(dataset.classes))
     return {name: DISTILLERS[name].from_config(cfg[name], pair) for name in method_names(cfg)}
 
 
@@ -154,7 +154,7 @@ def run_folder(config: Config) -> Path:
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
     if not cfg.EXPERIMENT.NAME:
         for key, source in config.sources.items():
-            if source == "command line" and not key.startswith(_NEUTRAL):
+            if source == "command line" and not key.startswith(NEUTRAL):
                 value = cfg
                 for part in key.split("."):
                     value = value[part]
@@ -165,7 +165,7 @@ def run_folder(config: Config) -> Path:
 def _matters(key: str, cfg: Any) -> bool:
     """Whether another value of that key makes another computation; the nodes of unused methods do not."""
     section = key.split(".")[0]
-    return not key.startswith(_NEUTRAL) and (section not in DISTILLERS or section in method_names(cfg))
+    return not key.startswith(NEUTRAL) and (section not in DISTILLERS or section in method_names(cfg))
 
 
 def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | None, str]:
@@ -210,7 +210,7 @@ def start_wandb(cfg: Any, folder: Path) -> str:
     return ""
 
 
-def _check_teacher(network: Network, file: TeacherFile, name: str, test: MemoryEvalLoader, classes: int) -> Record:
+def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoader, classes: int) -> Record:
     """Evaluate the teacher once, so that a wrong one is seen before the training."""
     measured = evaluate(network, test)
     line = f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}"
@@ -222,7 +222,7 @@ def _check_teacher(network: Network, file: TeacherFile, name: str, test: MemoryE
     return {"line": line, "warning": warning, "top1": measured.top1, "top5": measured.top5}
 
 
-def build_run(config: Config, resume: bool = False, command: str = "", dataset: TensorDataset | None = None) -> Run:
+def build_run(config: Config, resume: bool = False, command: str = "", dataset: Dataset | None = None) -> Run:
     """Everything a training run needs, checked before the first step.
 
     Args:
@@ -245,8 +245,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         distillers = build_distillers(cfg, student, teacher_network, dataset)
     folder, state, opening = open_folder(config, resume)
 
-    dataset = dataset.to(device)
-    test = MemoryEvalLoader(dataset, cfg.DATASET.TEST.BATCH_SIZE)
+    test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device)
     first = (state["epoch"], (state["epoch"] - 1) * 10**9) if state else (1, 0)
     wandb_warning = start_wandb(cfg, folder) if cfg.LOG.WANDB else ""
     log = RunLog(folder, *first)
@@ -266,11 +265,11 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     trainable = Trainable(_on(student, device), distillers, ce_weight, autocast).to(device)
     solver = cfg.SOLVER
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
-    loader = MemoryTrainLoader(dataset, solver.BATCH_SIZE, cfg.SEED)
+    loader = dataset.train_loader(solver.BATCH_SIZE, cfg.SEED, device, warn=lambda text: log.line(f"warning: {text}"))
     optimizer = build_optimizer(cfg, trainable, loader, teacher)
     meters = TrainMeters(trainable.loss_names).to(device)
     about = {
-        "name": cfg.DISTILLER.STUDENT, "variant": "cifar", "num_classes": len(dataset.classes),
+        "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
         "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
         "image_size": list(dataset.image_size), "seed": cfg.SEED,
     }  # fmt: skip
@@ -287,7 +286,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         trainer.load_state(state)
     extra = sum(method.extra_parameters() for method in distillers.values())
     log.line(
-        f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.train)} "
+        f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.targets)} "
         f"images, {loader.steps} steps an epoch, {sum(p.numel() for p in student.parameters()):,} parameters and "
         f"{extra:,} extra"
     )

@@ -81,7 +81,7 @@ def eval_main(arguments: Sequence[str]) -> int:
 
 def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device) -> None:
     """Evaluate one checkpoint and print what was found."""
-    from mdistiller_norm.data import DATASETS, MemoryEvalLoader
+    from mdistiller_norm.data import DATASETS
     from mdistiller_norm.engine.checkpoint import load_into, load_weights
     from mdistiller_norm.engine.evaluate import evaluate
     from mdistiller_norm.models import build_model
@@ -91,10 +91,10 @@ def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device)
     if not name:
         raise ConfigError(f"{path} does not say what network it is: add -m, for example -m resnet20")
     dataset = DATASETS[options.dataset or weights.about.get("dataset", "cifar100")](Path(options.root))
-    network = build_model(name, len(dataset.classes))
+    network = build_model(name, len(dataset.classes), variant=dataset.variant)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    measured = evaluate(network, MemoryEvalLoader(dataset.to(device), options.batch_size))
+    measured = evaluate(network, dataset.eval_loader(options.batch_size, device))
     print(
         f"{name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  loss {measured.loss:7.4f}  "
         f"{measured.samples} images, {measured.images_per_second:.0f} images/s  {path}"

@@ -9,9 +9,17 @@ import torch
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
-from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, TensorDataset, cifar100, digits
+from mdistiller_norm.data import (
+    DATASETS,
+    MemoryEvalLoader,
+    MemoryTrainLoader,
+    Share,
+    TensorDataset,
+    cifar100,
+    digits,
+)
 from mdistiller_norm.data.augment import PadCropFlip, normalise
-from mdistiller_norm.data.plan import epoch_plan
+from mdistiller_norm.data.plan import epoch_plan, share_out
 from mdistiller_norm.errors import ConfigError, DataError
 
 
@@ -120,12 +128,24 @@ def test_a_resumed_epoch_goes_on_where_it_stopped() -> None:
 def test_processes_share_out_the_same_plan() -> None:
     data = digits()
     whole = [raw[0] for raw in MemoryTrainLoader(data, 479, seed=5).batches(3)]
-    halves = [[raw[0] for raw in MemoryTrainLoader(data, 480, 5, rank, 3).batches(3)] for rank in range(3)]
-    assert torch.equal(torch.cat([part for step in zip(*halves, strict=True) for part in step]), torch.cat(whole))
+    for world, batch in ((3, 480), (2, 64), (4, 360)):  # 1437 samples: last batches of 477, 29 and 357
+        parts = [
+            [raw[0] for raw in MemoryTrainLoader(data, batch, 5, Share(r, world)).batches(3)] for r in range(world)
+        ]
+        assert torch.equal(torch.cat([part for step in zip(*parts, strict=True) for part in step]), torch.cat(whole))
     with pytest.raises(ConfigError, match=r"SOLVER\.BATCH_SIZE 64 cannot be split evenly over 3"):
-        MemoryTrainLoader(data, 64, seed=0, rank=0, world=3)
-    with pytest.raises(ConfigError, match="the last batch of an epoch has 29"):
-        MemoryTrainLoader(data, 64, seed=0, rank=0, world=2)
+        MemoryTrainLoader(data, 64, seed=0, share=Share(0, 3))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
+def test_the_parts_of_a_batch_weigh_as_much_as_their_samples(count: int) -> None:
+    values = torch.arange(100.0)
+    parts = [share_out(40, count, Share(rank, 3)) for rank in range(3)]
+    mean = sum(part.weight * values[part.rows].mean() for part in parts) / 3
+    torch.testing.assert_close(mean, values[40 : 40 + count].mean())
+    real = [i for part in parts if part.weight for i in range(part.rows.start, part.rows.stop)]
+    assert real == list(range(40, 40 + count))
+    assert {part.smallest for part in parts} == {max(count // 3, 1)}
 
 
 def test_unknown_data_set_names_the_near_ones() -> None:

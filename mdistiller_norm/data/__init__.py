@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
-from mdistiller_norm.data.base import EvalLoader, Split, TensorDataset, TrainLoader
+from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader
 from mdistiller_norm.data.cifar import cifar100
 from mdistiller_norm.data.digits import digits
-from mdistiller_norm.data.memory import MemoryEvalLoader, MemoryTrainLoader
+from mdistiller_norm.data.memory import MemoryEvalLoader, MemoryTrainLoader, Split, TensorDataset
+from mdistiller_norm.data.plan import Share
 from mdistiller_norm.registry import Registry
 
-DATASETS: Registry[Callable[[Path], TensorDataset]] = Registry("data set")
-DATASETS.register("cifar100")(cifar100)
+
+class Open(Protocol):
+    """Opens a data set."""
+
+    def __call__(self, root: Path) -> Dataset:
+        """The data set under ``root``, checked."""
+
+
+DATASETS: Registry[Open] = Registry("data set")
+DATASETS.register("cifar100")(lambda root: cifar100(root))
 DATASETS.register("digits")(lambda root: digits())
 
 __all__ = [
-    "DATASETS", "EvalLoader", "MemoryEvalLoader", "MemoryTrainLoader", "Split", "TensorDataset", "TrainLoader",
-    "cifar100", "digits",
+    "DATASETS", "Dataset", "EvalLoader", "MemoryEvalLoader", "MemoryTrainLoader", "Share", "Split", "TensorDataset",
+    "TrainLoader", "cifar100", "digits",
 ]  # fmt: skip

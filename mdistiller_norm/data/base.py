@@ -3,79 +3,98 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from mdistiller_norm.data.plan import ALONE, Part, Share, share_out
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch
 
-
-@dataclass(frozen=True)
-class Split:
-    """Part of a data set, in memory.
-
-    Attributes:
-        images: ``[N, H, W, 3]`` uint8. Channels come last so that cropping copies whole pixels.
-        targets: ``[N]`` int64 class numbers.
-    """
-
-    images: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
+Warn = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class TensorDataset:
-    """A data set small enough to live in memory as uint8.
+class Dataset(ABC):
+    """A training and a test split: what the builders and the tools ask of any data set.
 
     Attributes:
-        name: its ``DATASET.TYPE``.
-        train: the training split.
-        test: the split that accuracy is measured on.
+        name: what checkpoints and results call it.
         classes: class names, in the order of the class numbers.
         mean: of the channels, of pixels in [0, 1].
         std: likewise.
-        padding: zero pixels added on each side before a random crop of the original size.
-        flip: whether a training image is mirrored half of the time.
+        variant: which networks fit its images, a name of :data:`mdistiller_norm.models.VARIANTS`.
     """
 
     name: str
-    train: Split
-    test: Split
     classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    padding: int = 4
-    flip: bool = True
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    variant: str
 
     @property
+    @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return self.train.images.shape[1], self.train.images.shape[2]
+        """Height and width of the images that a network sees."""
 
-    def to(self, device: torch.device) -> TensorDataset:
-        """The same data set with its tensors on that device."""
-        train, test = (Split(split.images.to(device), split.targets.to(device)) for split in (self.train, self.test))
-        return TensorDataset(self.name, train, test, self.classes, self.mean, self.std, self.padding, self.flip)
+    @property
+    @abstractmethod
+    def targets(self) -> Tensor:
+        """``[N]`` int64, the class of every training sample, on the CPU."""
+
+    @abstractmethod
+    def train_loader(
+        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
+    ) -> TrainLoader:
+        """Training batches on that device.
+
+        Args:
+            batch_size: of one step over all processes.
+            seed: of the order and the augmentation.
+            device: where the batches are needed.
+            share: this process among those that train together.
+            warn: is told of what a person should know, a line each.
+
+        Raises:
+            ConfigError: the batch cannot be shared out evenly.
+        """
+
+    @abstractmethod
+    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
+        """This process's share of the test split, in batches of at most ``batch_size``, on that device."""
 
 
 class TrainLoader(ABC):
-    """Training batches whose every random choice is a function of (seed, epoch, rank).
+    """Training batches whose every random choice is a function of (seed, epoch, position in the epoch).
 
     A batch is made in two parts: ``batches`` yields what names it (index tensors, or decoded images), and ``prepare``
     turns that into images inside the training step, on the device, where it can be compiled or captured with the rest.
 
+    Args:
+        samples: of the training split.
+        batch_size: samples of one step over all processes.
+        seed: of the order and the augmentation.
+        share: this process among those that train together.
+
     Attributes:
         batch_size: samples in a full batch of this process.
         steps: batches an epoch, the last one possibly short.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly.
     """
 
-    batch_size: int
-    steps: int
+    def __init__(self, samples: int, batch_size: int, seed: int, share: Share = ALONE) -> None:
+        if batch_size % share.world:
+            raise ConfigError(f"SOLVER.BATCH_SIZE {batch_size} cannot be split evenly over {share.world} processes")
+        self.samples, self.seed, self.share = samples, seed, share
+        self.global_batch_size, self.batch_size = batch_size, batch_size // share.world
+        self.steps = -(-samples // batch_size)
+
+    def part(self, step: int) -> Part:
+        """Which places of the epoch's order this process has in that step (counted from 0)."""
+        first = step * self.global_batch_size
+        return share_out(first, min(self.global_batch_size, self.samples - first), self.share)
 
     @abstractmethod
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
@@ -87,7 +106,7 @@ class TrainLoader(ABC):
 
 
 class EvalLoader(ABC):
-    """Every sample of the test split once, in order."""
+    """Every sample of this process's share of the test split once, in order."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -95,4 +114,4 @@ class EvalLoader(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of samples."""
+        """Number of samples over all processes."""

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR100
 
-from mdistiller_norm.data.base import Split, TensorDataset
+from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.errors import DataError
 
 # mdistiller's constants, which its published checkpoints were trained with.
@@ -54,6 +53,8 @@ def _read_split(path: Path, count: int) -> Split:
 
 
 def _download(root: Path) -> None:
+    from torchvision.datasets import CIFAR100  # seconds to import, and needed once in a data set's life
+
     try:
         CIFAR100(str(root), download=True)
     except (OSError, RuntimeError) as error:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
-from mdistiller_norm.data.base import Split, TensorDataset
+from mdistiller_norm.data.memory import Split, TensorDataset
 
 
 def digits() -> TensorDataset:
@@ -16,6 +14,9 @@ def digits() -> TensorDataset:
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998).
     No flips: digits are not mirror-symmetric.
     """
+    from sklearn.datasets import load_digits  # seconds to import, which users of other data sets need not spend
+    from sklearn.model_selection import train_test_split
+
     source = load_digits()
     pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # they count 0..16
     pixels = pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3)

@@ -1,17 +1,88 @@
-"""Loaders over a data set in memory: no worker processes, no copies, the augmentation is part of the step."""
+"""A data set in memory and its loaders: no worker processes, no copies, the augmentation is part of the step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mdistiller_norm.data.augment import PadCropFlip, normalise
-from mdistiller_norm.data.base import EvalLoader, TensorDataset, TrainLoader
-from mdistiller_norm.data.plan import epoch_plan
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader, Warn
+from mdistiller_norm.data.plan import ALONE, Share, epoch_plan, eval_share
 from mdistiller_norm.types import Batch
+
+
+@dataclass(frozen=True)
+class Split:
+    """Part of a data set, in memory.
+
+    Attributes:
+        images: ``[N, H, W, 3]`` uint8. Channels come last so that cropping copies whole pixels.
+        targets: ``[N]`` int64 class numbers.
+    """
+
+    images: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> Split:
+        """The same split with its tensors on that device."""
+        return Split(self.images.to(device), self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class TensorDataset(Dataset):
+    """A data set small enough to live in memory as uint8.
+
+    Attributes:
+        name: its ``DATASET.TYPE``.
+        train: the training split.
+        test: the split that accuracy is measured on.
+        classes: class names, in the order of the class numbers.
+        mean: of the channels, of pixels in [0, 1].
+        std: likewise.
+        padding: zero pixels added on each side before a random crop of the original size.
+        flip: whether a training image is mirrored half of the time.
+        variant: which networks fit its images.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    padding: int = 4
+    flip: bool = True
+    variant: str = "cifar"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.train.images.shape[1], self.train.images.shape[2]
+
+    @property
+    def targets(self) -> Tensor:
+        """See :class:`Dataset`."""
+        return self.train.targets.cpu()
+
+    def to(self, device: torch.device) -> TensorDataset:
+        """The same data set with its tensors on that device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def train_loader(
+        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
+    ) -> MemoryTrainLoader:
+        """See :class:`Dataset`."""
+        return MemoryTrainLoader(replace(self, train=self.train.to(device)), batch_size, seed, share)
+
+    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> MemoryEvalLoader:
+        """See :class:`Dataset`."""
+        return MemoryEvalLoader(replace(self, test=self.test.to(device)), batch_size, share)
 
 
 class MemoryTrainLoader(TrainLoader):
@@ -19,27 +90,16 @@ class MemoryTrainLoader(TrainLoader):
 
     Args:
         dataset: on the device that trains.
-        batch_size: of one step over all processes; every process takes its contiguous share of it.
+        batch_size: samples of one step over all processes.
         seed: of the order and the augmentation.
-        rank: of this process.
-        world: number of processes.
+        share: this process among those that train together.
 
     Raises:
         ConfigError: the batch cannot be shared out evenly.
     """
 
-    def __init__(self, dataset: TensorDataset, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        samples = len(dataset.train)
-        if batch_size % world:
-            raise ConfigError(f"SOLVER.BATCH_SIZE {batch_size} cannot be split evenly over {world} processes")
-        if samples % batch_size % world:
-            raise ConfigError(
-                f"the last batch of an epoch has {samples % batch_size} samples, which cannot be split evenly over "
-                f"{world} processes: choose another SOLVER.BATCH_SIZE or number of processes"
-            )
-        self.global_batch_size, self.batch_size = batch_size, batch_size // world
-        self.steps = -(-samples // batch_size)
-        self.seed, self.rank, self.world = seed, rank, world
+    def __init__(self, dataset: TensorDataset, batch_size: int, seed: int, share: Share = ALONE) -> None:
+        super().__init__(len(dataset.train), batch_size, seed, share)
         self.augment = PadCropFlip(dataset.padding, dataset.flip)
         self._padded = self.augment.pad(dataset.train.images)
         self._targets = dataset.train.targets
@@ -48,14 +108,12 @@ class MemoryTrainLoader(TrainLoader):
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Indices ``[B]``, views ``[B]`` and the key of every batch."""
-        samples, device = len(self._targets), self._targets.device
-        plan = epoch_plan(self.seed, epoch, samples, self.augment.views)
+        device = self._targets.device
+        plan = epoch_plan(self.seed, epoch, self.samples, self.augment.views)
         order, views = plan.order.to(device), plan.views.to(device)
         keys = torch.arange(self.steps, device=device) + plan.key
         for step in range(first_step, self.steps):
-            first = step * self.global_batch_size
-            share = (min(first + self.global_batch_size, samples) - first) // self.world
-            mine = slice(first + self.rank * share, first + (self.rank + 1) * share)
+            mine = self.part(step).rows
             yield order[mine], views[mine], keys[step]
 
     def prepare(self, *raw: Tensor) -> Batch:
@@ -66,16 +124,23 @@ class MemoryTrainLoader(TrainLoader):
 
 
 class MemoryEvalLoader(EvalLoader):
-    """The test split, normalised batch by batch."""
+    """The test split, normalised batch by batch.
 
-    def __init__(self, dataset: TensorDataset, batch_size: int) -> None:
+    Args:
+        dataset: on the device that evaluates.
+        batch_size: samples at a time.
+        share: this process among those that evaluate together.
+    """
+
+    def __init__(self, dataset: TensorDataset, batch_size: int, share: Share = ALONE) -> None:
         self._split, self.batch_size = dataset.test, batch_size
+        self._mine = eval_share(len(dataset.test), share)
         device = self._split.targets.device
         self._mean, self._std = torch.tensor(dataset.mean, device=device), torch.tensor(dataset.std, device=device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for first in range(0, len(self), self.batch_size):
-            batch = slice(first, first + self.batch_size)
+        for first in range(self._mine.start, self._mine.stop, self.batch_size):
+            batch = slice(first, min(first + self.batch_size, self._mine.stop))
             yield normalise(self._split.images[batch], self._mean, self._std), self._split.targets[batch]
 
     def __len__(self) -> int:

@@ -34,3 +34,51 @@ def epoch_plan(seed: int, epoch: int, samples: int, views: int) -> EpochPlan:
     order = torch.randperm(samples, generator=generator)
     names = torch.randint(views, (samples,), generator=generator)
     return EpochPlan(order, names, int(state[1] >> np.uint64(2)))
+
+
+class Share(NamedTuple):
+    """One of the processes that train together.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+
+ALONE = Share()
+
+
+class Part(NamedTuple):
+    """What one process has of a batch.
+
+    Attributes:
+        rows: places in the epoch's order; never empty.
+        weight: what the mean over these rows is multiplied by so that the mean over all processes is the mean over the
+            batch: 1 where the batch divides evenly. 0 where there is no sample for this process: its one row is then
+            another's, to have something to run on.
+        smallest: the fewest rows that any process has.
+    """
+
+    rows: slice
+    weight: float
+    smallest: int
+
+
+def share_out(first: int, count: int, share: Share) -> Part:
+    """Split ``count`` places from ``first`` on over the processes, contiguously, sizes differing by at most one."""
+    rank, world = share
+    size, longer = divmod(count, world)
+    start = first + rank * size + min(rank, longer)
+    stop = start + size + (rank < longer)
+    weight = (stop - start) * world / count
+    rows = slice(start, stop) if stop > start else slice(first, first + 1)
+    return Part(rows, weight, max(size, 1))
+
+
+def eval_share(count: int, share: Share) -> range:
+    """The test samples that this process evaluates; possibly none."""
+    rank, world = share
+    return range(rank * count // world, (rank + 1) * count // world)
