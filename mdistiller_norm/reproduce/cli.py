@@ -1,0 +1,119 @@
+"""The command lines of ``tools/reproduce.py`` and ``tools/report.py``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mdistiller_norm.errors import ConfigError
+
+_LEDGER = "results"
+_SMOKE = "smoke"  # folder of the short schedule's runs and of its ledger, inside the output folder
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``90s``, ``9m``, ``1h30m``.
+
+    Raises:
+        ConfigError: not a duration.
+    """
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    if not match or not any(match.groups()):
+        raise ConfigError(f"--budget {text!r} is not a duration: write it like 90s, 9m or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--slurm takes NAME=VALUE, not {pair!r}: for example slurm_partition=gpu")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def reproduce_main(arguments: Sequence[str]) -> int:
+    """``tools/reproduce.py``."""
+    parser = argparse.ArgumentParser(
+        prog="tools/reproduce.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run what fills the paper's tables. Finished runs are skipped, interrupted ones go on, a failing "
+        "one is\nrecorded and the rest goes on. tools/report.py makes the report.",
+        epilog="example: python tools/reproduce.py --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3\n"
+        "exit code: 0 all is done, 1 a run failed, 2 wrong input, 3 something is left to do, 130/143 stopped",
+    )  # fmt: skip
+    parser.add_argument("--table", nargs="+", default=[], metavar="ID", help="1 to 9, digits, short")
+    parser.add_argument("--pairs", nargs="+", default=[], metavar="PAIR", help="columns of the table; all by default")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="ROW", help="rows of the table; all by default")
+    trials = parser.add_mutually_exclusive_group()
+    trials.add_argument(
+        "--trials", type=int, default=3, help="runs of each cell, with the seeds 0, 1, ... (default: 3)"
+    )
+    trials.add_argument("--seeds", nargs="+", type=int, help="the seeds, instead of --trials")
+    parser.add_argument("--queue", action="store_true", help="in the order of value; without --table all of CIFAR-100")
+    parser.add_argument("--dry-run", action="store_true", help="list what is done and what is pending, run nothing")
+    parser.add_argument("--budget", default="", metavar="TIME", help="stop after 9m, 1h30m ...; the next call goes on")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on this machine")
+    parser.add_argument("--smoke", action="store_true", help="two epochs a run, to see that all works; kept apart")
+    parser.add_argument("--launcher", choices=["here", "slurm", "submitit-local"], default="here")
+    parser.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="options of submitit")
+    parser.add_argument(
+        "--add", nargs="+", default=[], metavar="FOLDER", help="take finished run folders into the ledger"
+    )
+    parser.add_argument("--output", default="output", metavar="DIR", help="folder of the run folders (default: output)")
+    parser.add_argument("--results", default="", metavar="DIR", help=f"folder of the ledger (default: {_LEDGER})")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys of how runs are executed")
+    options = parser.parse_intermixed_args(arguments)
+    output = Path(options.output, _SMOKE) if options.smoke else Path(options.output)
+    results = Path(options.results) if options.results else output / "results" if options.smoke else Path(_LEDGER)
+    seeds = options.seeds if options.seeds is not None else list(range(options.trials))
+    if options.trials < 1 or options.jobs < 1 or min(seeds) < 0:
+        raise ConfigError("--trials and --jobs must be at least 1, --seeds zero or positive")
+    budget = parse_duration(options.budget) if options.budget else float("inf")
+    slurm = _slurm_options(options.slurm)
+
+    from mdistiller_norm.reproduce import commands
+
+    if options.add:
+        return commands.add_folders([Path(folder) for folder in options.add], results / "runs", options.smoke)
+    started = time.monotonic()
+    cells = commands.select_cells(options.table, options.methods, options.pairs, options.queue)
+    return commands.reproduce(
+        cells, list(dict.fromkeys(seeds)), output=output, folder=results / "runs", smoke=options.smoke,
+        extra=options.overrides, by_value=options.queue, dry_run=options.dry_run, jobs=options.jobs,
+        deadline=started + budget, launcher=options.launcher, slurm=slurm,
+    )  # fmt: skip
+
+
+def report_main(arguments: Sequence[str]) -> int:
+    """``tools/report.py``."""
+    parser = argparse.ArgumentParser(
+        prog="tools/report.py", description="Write TABLES.md and report.html from the ledger of measured runs.",
+        epilog="example: python tools/report.py --export csv",
+    )  # fmt: skip
+    parser.add_argument("--results", default="", metavar="DIR", help=f"folder of the ledger (default: {_LEDGER})")
+    parser.add_argument("--out", default="", metavar="DIR", help="where to write (default: the folder of the ledger)")
+    parser.add_argument("--smoke", action="store_true", help="report the runs of reproduce.py --smoke instead")
+    parser.add_argument("--output", default="output", metavar="DIR", help="as in reproduce.py, for --smoke")
+    parser.add_argument("--export", choices=["csv"], help="write runs.csv too, a line each run")
+    parser.add_argument("--hparams", default="", metavar="DIR", help="write TensorBoard's hparams view there")
+    options = parser.parse_args(arguments)
+    default = Path(options.output, _SMOKE, "results") if options.smoke else Path(_LEDGER)
+    results = Path(options.results) if options.results else default
+    if not (results / "runs").is_dir():
+        raise ConfigError(f"there is no ledger {results / 'runs'}: tools/reproduce.py makes one")
+
+    from mdistiller_norm.reproduce import commands
+
+    out = Path(options.out) if options.out else results
+    return commands.report(
+        results / "runs", out, smoke=options.smoke, csv=options.export == "csv",
+        hparams=Path(options.hparams) if options.hparams else None,
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""What the two tools do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller_norm.builders import build_device
+from mdistiller_norm.config import load_config
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.reproduce.estimate import Estimator, clock
+from mdistiller_norm.reproduce.jobs import Job, Plan, make_plan
+from mdistiller_norm.reproduce.ledger import Ledger, add, finished_record, read_ledger
+from mdistiller_norm.reproduce.runner import Summary, pending_jobs, run_jobs, settle
+from mdistiller_norm.reproduce.tables import Cell, get_table, load_tables
+
+
+def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[str], queue: bool) -> list[Cell]:
+    """The cells that a command line names.
+
+    Raises:
+        ConfigError: unknown names, or no table named.
+    """
+    if not tables and not queue:
+        raise ConfigError(f"--table is missing: name some of {', '.join(load_tables())}, or give --queue")
+    chosen = [get_table(name) for name in tables]
+    if not chosen:
+        chosen = [table for table in load_tables().values() if table.is_papers and table.dataset == "cifar100"]
+    # A name needs to be in one of several tables only.
+    known_rows = {row.key for table in chosen for row in table.rows}
+    known_columns = {column.key for table in chosen for column in table.columns}
+    cells: list[Cell] = []
+    for table in chosen:
+        own_rows = [key for key in rows if key not in known_rows or key in {row.key for row in table.rows}]
+        own_columns = [key for key in columns if key not in known_columns or key in {c.key for c in table.columns}]
+        if bool(rows) == bool(own_rows) and bool(columns) == bool(own_columns):
+            cells += table.select(own_rows, own_columns)
+    return cells
+
+
+def add_folders(runs: Sequence[Path], folder: Path, smoke: bool) -> int:
+    """Take finished run folders into the ledger.
+
+    Raises:
+        DataError: one of them is not a finished run.
+    """
+    for record in [finished_record(run, smoke=smoke) for run in runs]:
+        print(f"added {add(record, folder)}")
+    return 0
+
+
+def reproduce(
+    cells: Sequence[Cell], seeds: Sequence[int], *, output: Path, folder: Path, smoke: bool, extra: Sequence[str],
+    by_value: bool, dry_run: bool, jobs: int, deadline: float, launcher: str, slurm: Mapping[str, Any],
+) -> int:  # fmt: skip
+    """Plan, list, run; returns the exit code.
+
+    Raises:
+        UserError: something about the input cannot work.
+    """
+    plan = make_plan(cells, seeds, output=output, smoke=smoke, extra=extra, by_value=by_value)
+    for job in plan.jobs:
+        settle(job, folder)  # runs that finished while nobody watched
+    ledger = read_ledger(folder, smoke)
+    todo = pending_jobs(plan.jobs, ledger)
+    device = build_device(load_config(None, extra).node)
+    estimator = Estimator(ledger.all_runs(), device)
+    _print_plan(plan, todo, ledger, estimator, verbose=dry_run)
+    if dry_run or not todo:
+        return 0
+    if launcher == "here":
+        summary = run_jobs(todo, folder, jobs=jobs, deadline=deadline)
+    else:
+        from mdistiller_norm.reproduce.launcher import launch
+
+        cluster = "local" if launcher == "submitit-local" else "slurm"
+        summary = launch(todo, folder, cluster=cluster, options=slurm, notes=output / ".submitit")
+    _print_summary(summary, estimator, queued=launcher == "slurm")
+    return summary.exit_code
+
+
+def _print_plan(plan: Plan, todo: Sequence[Job], ledger: Ledger, estimator: Estimator, verbose: bool) -> None:
+    for path, reason in ledger.left_out:
+        print(f"warning: {path} is left out: {reason}")
+    for cell in plan.published:
+        print(f"published weights, nothing to train: {cell.name}")
+    for cell in plan.without_config:
+        print(f"no config file {cell.config}: {cell.name}")
+    if verbose:
+        for job in plan.jobs:
+            state = "done"
+            if job in todo:
+                state = f"about {clock(estimator.seconds(job))}"
+                if job.epochs_done:
+                    state += f", {job.epochs_done} of {job.epochs} epochs are done"
+            elif not job.cells:
+                state = "a teacher, not needed now" if not job.weights.is_file() else "done"
+            first = f"  after {job.teacher.name}" if job.teacher and job.teacher in todo else ""
+            print(f"  {job.name}: {state}{first}")
+    seconds = sum(estimator.seconds(job) for job in todo)
+    estimate = f", about {clock(seconds)} one after another (from {estimator.source})" if todo else ""
+    print(f"{len(plan.jobs)} runs: {len(plan.jobs) - len(todo)} done, {len(todo)} to run{estimate}")
+
+
+def _print_summary(summary: Summary, estimator: Estimator, queued: bool) -> None:
+    print(f"{len(summary.done)} done, {len(summary.failed)} failed, {len(summary.blocked)} without their teacher")
+    for job, error in summary.failed:
+        print(f"  failed: {job.name}: {error}")
+    if summary.left and queued:
+        print(f"{len(summary.left)} runs are in the queue of Slurm; the same command says later what is done")
+    elif summary.left:
+        seconds = sum(estimator.seconds(job) for job in summary.left)
+        print(f"{len(summary.left)} runs are left, about {clock(seconds)}; the same command goes on:")
+        for job in summary.left:
+            behind = f" ({job.epochs_done} of {job.epochs} epochs are done)" if job.epochs_done else ""
+            print(f"  {job.name}{behind}")
+
+
+def report(folder: Path, out: Path, *, smoke: bool, csv: bool, hparams: Path | None) -> int:
+    """Write the report and what was asked for besides; returns the exit code."""
+    from mdistiller_norm.reproduce.report import write_report
+
+    for path in write_report(folder, out, smoke=smoke, csv=csv, hparams=hparams):
+        print(f"wrote {path}")
+    return 0

@@ -1,0 +1,293 @@
+"""From the cells of a table to the runs that fill them: identities, teachers, costs, order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from yacs.config import CfgNode
+
+from mdistiller_norm.builders import NEUTRAL, method_names, run_folder, train_command
+from mdistiller_norm.config import Config, default_config, load_config
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.checkpoint import PROJECT, find_teacher
+from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.models import build_model
+from mdistiller_norm.reproduce.tables import Cell, get_table, load_datasets
+
+# A short schedule to see that everything runs; its runs have other identities than those of the tables.
+SMOKE = ("SOLVER.EPOCHS=2", "SOLVER.LR_DECAY_STAGES=[1]")
+TEACHER_SEED = 0
+_FEATURE_METHODS = {"fitnet", "at", "rkd", "crd", "ofd", "reviewkd"}
+# Keys of the config that reproduce sets itself.
+_OURS = ("EXPERIMENT.", "LOG.PREFIX", "SEED", "DISTILLER.TEACHER_WEIGHTS")
+# Keys that do not make it another computation: those that resuming ignores, but for the epochs, and these.
+_SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.PRECISION")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a config with a seed.
+
+    Attributes:
+        name: for people and file names.
+        config_file: relative to the project.
+        overrides: everything on top of the file.
+        seed: of the run.
+        identity: see :func:`identity`.
+        folder: the run folder.
+        epochs: to train.
+        cost: floating-point operations, see :func:`cost`.
+        smoke: on the short schedule.
+        cells: names of the cells it fills; empty for a teacher that is only needed.
+        teacher: the job that must be finished first.
+        queue: its place in the order by value.
+    """
+
+    name: str
+    config_file: str
+    overrides: tuple[str, ...]
+    seed: int
+    identity: str
+    folder: Path
+    epochs: int
+    cost: float
+    smoke: bool = False
+    cells: tuple[str, ...] = ()
+    teacher: Job | None = None
+    queue: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What makes it the same run as another: identity and seed."""
+        return self.identity, self.seed
+
+    @property
+    def weights(self) -> Path:
+        """Where it leaves the weights of its last epoch."""
+        return self.folder / "student_last.pt"
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of ``tools/train.py``; they start it, or go on with it."""
+        path = Path(self.config_file)
+        return ["--cfg", str(path if path.is_file() else PROJECT / path), "--resume", *self.overrides]
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that an interrupted run has behind it."""
+        return len(read_metrics(self.folder / "metrics.jsonl"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a set of cells needs.
+
+    Attributes:
+        jobs: a teacher comes before its students.
+        without_config: cells whose config file is not there, and
+        published: teachers' cells that nothing trains.
+    """
+
+    jobs: tuple[Job, ...]
+    without_config: tuple[Cell, ...]
+    published: tuple[Cell, ...]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def identity(tree: Mapping[str, Any]) -> str:
+    """What a config computes, whatever the seed: two configs with the same one fill the same cell.
+
+    Left out are keys that say where and how a run is kept or executed, the nodes of methods that are not used, and
+    values equal to today's defaults (so that a record made before a key existed still counts).
+
+    Args:
+        tree: a resolved config, as a node or as it is stored in a record.
+    """
+    node = CfgNode({"DISTILLER": {"TYPE": tree["DISTILLER"]["TYPE"]}})
+    used = method_names(node)
+    defaults = dict(_leaves(default_config()))
+    kept = {}
+    for key, value in _leaves(tree):
+        unused = key.split(".")[0] in DISTILLERS and key.split(".")[0] not in used
+        if unused or key.startswith(_SAME) or (key == "DISTILLER.TEACHER" and not used):
+            continue
+        value = list(value) if isinstance(value, tuple) else value
+        if key == "DISTILLER.TYPE":
+            value = used
+        if key not in defaults or value != defaults[key]:
+            kept[key] = value
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def forward_flops(model: str, dataset: str) -> float:
+    """Floating-point operations of a network for one image of a data set, counted on the meta device."""
+    facts = load_datasets()[dataset]
+    with torch.device("meta"):
+        network = build_model(model, facts.classes, variant=facts.variant).eval()
+        image = torch.empty(1, 3, facts.size, facts.size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(image)
+    return float(counter.get_total_flops())
+
+
+def cost(tree: Mapping[str, Any]) -> float:
+    """Floating-point operations of a run's training: three forward passes of the student and one of the teacher.
+
+    What the distillation losses cost besides is left out. 0 for a data set that no table uses.
+    """
+    dataset = tree["DATASET"]["TYPE"]
+    if dataset not in load_datasets():
+        return 0.0
+    image = 3 * forward_flops(tree["DISTILLER"]["STUDENT"], dataset)
+    if method_names(CfgNode({"DISTILLER": {"TYPE": tree["DISTILLER"]["TYPE"]}})):
+        image += forward_flops(tree["DISTILLER"]["TEACHER"], dataset)
+    return float(tree["SOLVER"]["EPOCHS"]) * load_datasets()[dataset].images * image
+
+
+def config_path(config_file: str) -> Path:
+    """A config file of the project, from here or from the project's folder."""
+    return Path(config_file) if Path(config_file).is_file() else PROJECT / config_file
+
+
+def cell_config(cell: Cell, smoke: bool = False) -> Config | None:
+    """The resolved config of a cell, or None where it has no config file.
+
+    Raises:
+        ConfigError: the file or an override of the cell is wrong.
+    """
+    if not cell.config or not config_path(cell.config).is_file():
+        return None
+    return load_config(config_path(cell.config), [*cell.overrides, *(SMOKE if smoke else ())])
+
+
+def cell_identity(cell: Cell, smoke: bool = False) -> str | None:
+    """The identity of the runs that fill a cell, or None where it has no config file."""
+    config = cell_config(cell, smoke)
+    return identity(config.node) if config else None
+
+
+def cell_command(cell: Cell, seed: int = 0) -> str:
+    """The command that makes one run of a cell, to copy."""
+    return " ".join(["python tools/train.py --cfg", cell.config, *cell.overrides, f"SEED={seed}"])
+
+
+def queue_rank(cell: Cell) -> int:
+    """Place in the order by value: logit rows of resnet32x4 → resnet8x4, other logit rows, ablations, feature rows."""
+    if cell.row.key in _FEATURE_METHODS:
+        return 3
+    if cell.table not in ("2", "3"):
+        return 2
+    return 0 if cell.column.key == "res32x4_res8x4" else 1
+
+
+def _check_extra(extra: Sequence[str]) -> None:
+    """Refuse overrides that would make other runs than those of the table."""
+    plain, changed = load_config(), load_config(None, extra)
+    for key, source in changed.sources.items():
+        if source == "command line" and key.startswith(_OURS):
+            raise ConfigError(f"{key} is set by reproduce itself: see --seeds and --output")
+    if identity(plain.node) != identity(changed.node):
+        raise ConfigError(
+            f"{' '.join(extra)} would change what is computed, and the runs would not be the table's: only keys like "
+            "DEVICE, DATASET.ROOT, SOLVER.PRECISION can be set here"
+        )
+
+
+def _job(config_file: str, overrides: Sequence[str], seed: int, smoke: bool, **fields: Any) -> Job:
+    overrides = (*overrides, *(SMOKE if smoke else ()), f"SEED={seed}")
+    config = load_config(config_path(config_file), overrides)
+    name = f"{config.node.EXPERIMENT.PROJECT}/{config.node.EXPERIMENT.TAG}, seed {seed}"
+    return Job(
+        name=name, config_file=config_file, overrides=overrides, seed=seed, identity=identity(config.node),
+        folder=run_folder(config), epochs=config.node.SOLVER.EPOCHS, cost=cost(config.node), smoke=smoke, **fields,
+    )  # fmt: skip
+
+
+def _published_weights(model: str, config: Config) -> Path | None:
+    """Weights of a teacher that need no training here."""
+    try:
+        # No folder of runs: a teacher trained here is a job, not a find.
+        dataset, command = config.node.DATASET.TYPE, train_command(config.node, model)
+        return find_teacher(model, dataset, "", Path(os.devnull), command).path
+    except CheckpointError:
+        return None
+
+
+def make_plan(
+    cells: Iterable[Cell], seeds: Sequence[int], *, output: Path, smoke: bool = False, extra: Sequence[str] = (),
+    by_value: bool = False,
+) -> Plan:  # fmt: skip
+    """The runs that fill some cells, each once, and the teachers they need.
+
+    Args:
+        cells: to fill.
+        seeds: a run each; a teacher has one, with seed 0.
+        output: ``LOG.PREFIX`` of all runs.
+        smoke: the short schedule.
+        extra: overrides of how the runs are executed (device, place of the data).
+        by_value: most wanted first, instead of in the order of the cells; in both all cells of a seed come before the
+            next seed.
+
+    Raises:
+        ConfigError: a config file or override is wrong.
+    """
+    _check_extra(extra)
+    common = (f"LOG.PREFIX={output}", *extra)
+    jobs: dict[tuple[str, int], Job] = {}
+    without_config: list[Cell] = []
+    published: list[Cell] = []
+
+    def add(job: Job) -> Job:
+        known = jobs.get(job.key)
+        if known:
+            cells_of_both = tuple(dict.fromkeys((*known.cells, *job.cells)))
+            job = dataclasses.replace(known, cells=cells_of_both, queue=min(known.queue, job.queue))
+        jobs[job.key] = job
+        return job
+
+    for cell in cells:
+        config = cell_config(cell, smoke)
+        if not config:
+            (without_config if cell.config else published).append(cell)
+            continue
+        table, rank, weights, teacher = get_table(cell.table), queue_rank(cell), None, None
+        teacher_config = table.teacher_config(cell.column)
+        if (cell.is_teacher or method_names(config.node)) and not (smoke or table.own_teacher):
+            weights = _published_weights(cell.column.teacher, config)
+        if cell.is_teacher and weights:
+            published.append(cell)
+            continue
+        if method_names(config.node) and not weights and teacher_config:
+            teacher = add(_job(teacher_config, common, TEACHER_SEED, smoke, queue=rank))
+            weights = teacher.weights
+        overrides = (*cell.overrides, *common, *([f"DISTILLER.TEACHER_WEIGHTS={weights}"] if weights else []))
+        for seed in [TEACHER_SEED] if cell.is_teacher else seeds:
+            add(_job(cell.config, overrides, seed, smoke, cells=(cell.name,), teacher=teacher, queue=rank))
+
+    order = list(jobs)
+    needed = {job.teacher.key for job in jobs.values() if job.teacher}
+
+    def place(key: tuple[str, int]) -> tuple[int, bool, int, int]:
+        job = jobs[key]
+        return job.queue if by_value else 0, key not in needed, job.seed, order.index(key)
+
+    return Plan(tuple(jobs[key] for key in sorted(order, key=place)), tuple(without_config), tuple(published))
