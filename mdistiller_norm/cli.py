@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mdistiller_norm.data import Dataset
 from mdistiller_norm.errors import ConfigError, UserError
 
 
@@ -38,6 +40,7 @@ def train_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config file")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's latest.pt")
     parser.add_argument("--show", action="store_true", help="print the resolved config and where each key is from")
+    parser.add_argument("--check-data", action="store_true", help="read every image, list those that cannot be, stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     options = parser.parse_intermixed_args(arguments)
 
@@ -47,7 +50,42 @@ def train_main(arguments: Sequence[str]) -> int:
     if options.show:
         print(config.show(resolved))
         return 0
+    if options.check_data:
+        return _check_data(builders.build_dataset(resolved.node))
     builders.train(resolved, options.resume, ["python", "tools/train.py", *arguments])
+    return 0
+
+
+def _check_data(dataset: Dataset) -> int:
+    """Print what the data set holds and every file of it that cannot be read; exit code 2 if there is one."""
+    print(dataset.summary())
+    broken = dataset.unreadable()
+    print("\n".join([*broken, f"{len(broken)} of its images cannot be read"]))
+    return 2 if broken else 0
+
+
+def shards_main(arguments: Sequence[str]) -> int:
+    """``tools/make_shards.py``."""
+    parser = argparse.ArgumentParser(
+        prog="tools/make_shards.py", description="Pack train/<class>/* and val/<class>/* into tar files.",
+        epilog="example: python tools/make_shards.py --root data/imagenet --out data/imagenet_shards",
+    )  # fmt: skip
+    parser.add_argument("--root", required=True, help="folder with train and val")
+    parser.add_argument("--out", required=True, help="folder of the shards; made")
+    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images in a tar file")
+    options = parser.parse_args(arguments)
+    if options.per_shard < 1:
+        raise ConfigError(f"--per-shard must be at least 1, not {options.per_shard}")
+
+    from mdistiller_norm.data import ImageOptions, image_folder
+    from mdistiller_norm.data.image_folder import MEAN, STD
+    from mdistiller_norm.data.webdataset import CLASSES, write_shards
+
+    dataset = image_folder(Path(options.root), ImageOptions(mean=MEAN, std=STD))
+    print(dataset.summary())
+    for name, split in (("train", dataset.train), ("val", dataset.test)):
+        print(f"{write_shards(split, Path(options.out, name), options.per_shard)} shards in {Path(options.out, name)}")
+    Path(options.out, CLASSES).write_text("\n".join(dataset.classes) + "\n")
     return 0
 
 
@@ -81,7 +119,8 @@ def eval_main(arguments: Sequence[str]) -> int:
 
 def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device) -> None:
     """Evaluate one checkpoint and print what was found."""
-    from mdistiller_norm.data import DATASETS
+    from mdistiller_norm.data import DATASETS, ImageOptions
+    from mdistiller_norm.data.image_folder import data_root
     from mdistiller_norm.engine.checkpoint import load_into, load_weights
     from mdistiller_norm.engine.evaluate import evaluate
     from mdistiller_norm.models import build_model
@@ -90,7 +129,12 @@ def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device)
     name = options.model or weights.about.get("name", "")
     if not name:
         raise ConfigError(f"{path} does not say what network it is: add -m, for example -m resnet20")
-    dataset = DATASETS[options.dataset or weights.about.get("dataset", "cifar100")](Path(options.root))
+    about = weights.about
+    known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
+    known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
+    images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
+    kind = options.dataset or about.get("type", about.get("dataset", "cifar100"))
+    dataset = DATASETS[kind](data_root(Path(options.root), about.get("dataset", "")), images)
     network = build_model(name, len(dataset.classes), variant=dataset.variant)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -33,11 +33,21 @@ _KEYS: dict[str, tuple[Any, str]] = {
     "DATASET.TYPE": ("cifar100", "data set"),
     "DATASET.ROOT": ("data", "folder that holds the data sets"),
     "DATASET.NUM_WORKERS": (2, "processes that read images (data sets held in memory need none)"),
+    "DATASET.IMAGE_SIZE": (224, "image files: height and width of what the networks see"),
+    "DATASET.RESIZE": (256, "image files: length of the shorter side before an evaluation's central crop"),
+    "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: least and largest share of the area in a random crop"),
+    "DATASET.MEAN": ([], "image files: mean of the channels; empty for ImageNet's, or for image_folder to measure it"),
+    "DATASET.STD": ([], "image files: standard deviation of the channels; empty as for MEAN"),
+    "DATASET.CLASSES": ([], "image files: names of the class folders, in order; empty for all of them, sorted"),
+    "DATASET.VARIANT": ("auto", "image files: family of networks; auto: imagenet above 64 pixels, else cifar"),
+    "DATASET.MAX_BROKEN": (10, "image files: unreadable ones that are replaced by others before the run fails"),
     "DATASET.TEST.BATCH_SIZE": (64, "images in a batch of the evaluation"),
     "DISTILLER.TYPE": ("NONE", "method, or a list of methods whose losses add up; NONE trains the student alone"),
     "DISTILLER.TEACHER": ("ResNet50", "teacher's model name"),
     "DISTILLER.STUDENT": ("resnet32", "student's model name"),
     "DISTILLER.TEACHER_WEIGHTS": ("", "teacher's checkpoint; empty to look it up by model and data set"),
+    "DISTILLER.TEACHER_CACHE": ("off", "keep the teacher's answers: off, lazy (as met) or full (all before epoch 1)"),
+    "DISTILLER.TEACHER_CACHE_PRECISION": ("fp32", "numbers of the teacher cache: fp32, or fp16 in half the space"),
     "SOLVER.TRAINER": ("base", "training loop; crd is the same as base here"),
     "SOLVER.BATCH_SIZE": (64, "images in a batch, over all processes"),
     "SOLVER.EPOCHS": (240, "passes over the training set"),
@@ -50,6 +60,8 @@ _KEYS: dict[str, tuple[Any, str]] = {
     "SOLVER.TYPE": ("SGD", "optimizer"),
     "SOLVER.PRECISION": ("fp32", "arithmetic of the networks; losses are float32 in any case"),
     "SOLVER.DOT.DELTA": (0.075, "DOT: the momenta of both losses are MOMENTUM -/+ DELTA"),
+    "ENGINE.COMPILE": ("auto", "what to compile: none, teacher, all, or auto (the teacher of a long run)"),
+    "ENGINE.CUDA_GRAPH": ("auto", "record a training step as one CUDA graph: auto (on CUDA), on or off"),
     "LOG.TENSORBOARD_FREQ": (500, "steps between two scalars of the training loss"),
     "LOG.SAVE_CHECKPOINT_FREQ": (40, "epochs between two checkpoints that are kept"),
     "LOG.PREFIX": ("./output", "folder of all projects"),
@@ -75,8 +87,20 @@ def _one_of(*names: str) -> _Rule:
 _AT_LEAST_1 = _Rule(lambda value: value >= 1, "at least 1")
 _POSITIVE = _Rule(lambda value: value > 0, "positive")
 _NOT_NEGATIVE = _Rule(lambda value: value >= 0, "zero or positive")
+_CHANNELS = _Rule(
+    lambda values: not values or (len(values) == 3 and all(type(x) in (int, float) and 0 < x < 1 for x in values)),
+    "three numbers in (0, 1), or empty",
+)
 _RULES: dict[str, _Rule] = {
     "DATASET.NUM_WORKERS": _NOT_NEGATIVE,
+    "DATASET.IMAGE_SIZE": _AT_LEAST_1,
+    "DATASET.RESIZE": _AT_LEAST_1,
+    "DATASET.CROP_SCALE": _Rule(lambda s: len(s) == 2 and 0 < s[0] <= s[1] <= 1, "two shares, 0 < least <= most <= 1"),
+    "DATASET.MEAN": _CHANNELS,
+    "DATASET.STD": _CHANNELS,
+    "DATASET.CLASSES": _Rule(lambda names: all(isinstance(name, str) for name in names), "names of folders"),
+    "DATASET.VARIANT": _one_of("auto", "cifar", "imagenet"),
+    "DATASET.MAX_BROKEN": _NOT_NEGATIVE,
     "DATASET.TEST.BATCH_SIZE": _AT_LEAST_1,
     "SOLVER.TRAINER": _one_of("base", "crd", "dot", "crd_dot"),
     "SOLVER.BATCH_SIZE": _AT_LEAST_1,
@@ -88,6 +112,10 @@ _RULES: dict[str, _Rule] = {
     "SOLVER.MOMENTUM": _Rule(lambda value: 0 <= value < 1, "in [0, 1)"),
     "SOLVER.TYPE": _one_of("SGD"),
     "SOLVER.PRECISION": _one_of("fp32", "bf16", "fp16"),
+    "DISTILLER.TEACHER_CACHE": _one_of("off", "lazy", "full"),
+    "DISTILLER.TEACHER_CACHE_PRECISION": _one_of("fp32", "fp16"),
+    "ENGINE.COMPILE": _one_of("auto", "none", "teacher", "all"),
+    "ENGINE.CUDA_GRAPH": _one_of("auto", "on", "off"),
     "LOG.TENSORBOARD_FREQ": _AT_LEAST_1,
     "LOG.SAVE_CHECKPOINT_FREQ": _AT_LEAST_1,
     "SEED": _NOT_NEGATIVE,
@@ -251,7 +279,10 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
             elif key not in tree:
                 raise ConfigError(f"{where}: {_unknown(key, tree)}")
             elif not isinstance(tree[key], CfgNode):
-                settings.append(_Setting(key, loader.construct_object(value_node, deep=True), where))
+                value = loader.construct_object(value_node, deep=True)
+                if isinstance(tree[key], str) and isinstance(value, bool):
+                    value = value_node.value  # YAML takes on and off for true and false; here they are words.
+                settings.append(_Setting(key, value, where))
             elif isinstance(value_node, yaml.MappingNode):
                 visit(value_node, f"{key}.")
             else:

@@ -42,6 +42,14 @@ class Dataset(ABC):
     def targets(self) -> Tensor:
         """``[N]`` int64, the class of every training sample, on the CPU."""
 
+    def summary(self) -> str:
+        """What it holds, in a line."""
+        return f"{self.name}: {len(self.classes)} classes, {len(self.targets)} training images"
+
+    def unreadable(self) -> list[str]:
+        """Names of the files of both splits that cannot be read, with the reason; reads all of them."""
+        return []
+
     @abstractmethod
     def train_loader(
         self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
@@ -79,10 +87,13 @@ class TrainLoader(ABC):
     Attributes:
         batch_size: samples in a full batch of this process.
         steps: batches an epoch, the last one possibly short.
+        views: how many outcomes the augmentation of an image has; None where they cannot be named.
 
     Raises:
         ConfigError: the batch cannot be shared out evenly.
     """
+
+    views: int | None = None
 
     def __init__(self, samples: int, batch_size: int, seed: int, share: Share = ALONE) -> None:
         if batch_size % share.world:

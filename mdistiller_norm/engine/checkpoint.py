@@ -36,6 +36,7 @@ _HARMLESS: list[Any] = [
 ]
 
 MANIFEST = Path("checkpoints/manifest.yaml")
+TORCHVISION = "torchvision:"  # before the name of weights that torchvision publishes
 # Where mdistiller's users unpacked its teachers.
 PEER_TEACHERS = Path("download_ckpts/cifar_teachers")
 PROJECT = Path(__file__).resolve().parents[2]
@@ -128,6 +129,8 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     expected = network.state_dict()
     for key in [*expected, *weights.state]:
         wanted, got = expected.get(key), weights.state.get(key)
+        if got is None and key.endswith("num_batches_tracked"):
+            continue  # files older than PyTorch 0.4.1 lack the counter, which nothing here reads
         if wanted is None or got is None:
             what = "lacks" if got is None else "has the unknown"
             raise CheckpointError(f"{weights.path} does not fit {name}: it {what} tensor {key}")
@@ -174,13 +177,15 @@ def find_teacher(model: str, dataset: str, weights: str, runs: Path, train_comma
     Args:
         model: the teacher's name.
         dataset: what it was trained on.
-        weights: ``DISTILLER.TEACHER_WEIGHTS``, may be empty.
+        weights: ``DISTILLER.TEACHER_WEIGHTS``: a file, ``torchvision:`` and the name of weights of its, or empty.
         runs: ``LOG.PREFIX``, whose finished runs of plain training are looked at last; the best of them is taken.
         train_command: what trains it, for the message.
 
     Raises:
         CheckpointError: there is none; says what trains it.
     """
+    if weights.startswith(TORCHVISION):
+        return published(weights.removeprefix(TORCHVISION))
     if weights:
         if not Path(weights).is_file():
             raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
@@ -202,6 +207,31 @@ def find_teacher(model: str, dataset: str, weights: str, runs: Path, train_comma
         f"no weights for the teacher {model} on {dataset} in {MANIFEST}, {PEER_TEACHERS} or the runs of {runs}: set "
         f"DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
     )
+
+
+def published(name: str) -> TeacherFile:
+    """Weights of torchvision's by name, such as ``ResNet34_Weights.IMAGENET1K_V1``, downloaded to its cache if needed.
+
+    Raises:
+        CheckpointError: there are none of that name, or they cannot be had.
+    """
+    from torchvision.models import get_weight
+
+    try:
+        weights = get_weight(name)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"there is no {name} in torchvision ({error})") from error
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if not path.is_file():
+        try:
+            weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{weights.url} could not be downloaded ({error}): put it at {path} by hand, or set "
+                "DISTILLER.TEACHER_WEIGHTS to a file"
+            ) from error
+    measured = weights.meta.get("_metrics", {}).get("ImageNet-1K", {})
+    return TeacherFile(path, measured.get("acc@1"))
 
 
 def _trained_here(model: str, dataset: str, runs: Path) -> TeacherFile | None:

@@ -1,0 +1,189 @@
+"""Shards: the images of a data set in few large tar files, for file systems that millions of files are too many for.
+
+The files are in WebDataset's format (``<key>.jpg`` and ``<key>.cls``, the class number as text), so that library reads
+them too. Here they are read by position: an index beside the shards says where each image lies, so that the order, the
+augmentation and the numbers of the samples are a function of (seed, epoch) exactly as with a folder. The shards must be
+on a file system, mounted object storage included; what is read of them are single images.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mdistiller_norm.data.image_folder import (
+    EXTENSIONS,
+    MEAN,
+    STD,
+    UNREADABLE,
+    Files,
+    ImageDataset,
+    ImageOptions,
+    ImageSplit,
+    data_root,
+)
+from mdistiller_norm.errors import DataError
+
+INDEX, CLASSES = "index.npz", "classes.txt"
+
+
+class Shards:
+    """Images inside tar files.
+
+    Args:
+        folder: of the shards.
+        shards: their names.
+        places: ``[N, 3]`` int64: number of the shard, first byte, number of bytes.
+    """
+
+    def __init__(self, folder: Path, shards: list[str], places: NDArray[np.int64]) -> None:
+        self.folder, self.shards, self.places = folder, shards, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def read(self, index: int) -> bytes:
+        """See :class:`~mdistiller_norm.data.image_folder.Source`."""
+        shard, first, size = self.places[index].tolist()
+        file = os.open(self.folder / self.shards[shard], os.O_RDONLY)
+        try:
+            return os.pread(file, size, first)
+        finally:
+            os.close(file)
+
+    def name(self, index: int) -> str:
+        """The shard and the place in it."""
+        shard, first, _ = self.places[index].tolist()
+        return f"{self.folder / self.shards[shard]}, byte {first}"
+
+
+def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
+    """A data set in shards, ``root/{train,val}/*.tar`` and ``root/classes.txt``, normalised as ImageNet by default.
+
+    Raises:
+        DataError: a split or the names of the classes are missing, or a shard is not one.
+    """
+    root = data_root(root, "webdataset")
+    parts = [open_shards(root / split) for split in (["train", "val"] if options.train else ["val"])]
+    train, test = parts[0], parts[-1]
+    try:
+        classes = tuple((root / CLASSES).read_text().splitlines())
+    except OSError as error:
+        raise DataError(
+            f"{root / CLASSES} cannot be read ({error.strerror}): it names the classes, one a line"
+        ) from error
+    largest = max(int(train.targets.max()), int(test.targets.max()))
+    if largest >= len(classes):
+        raise DataError(f"{root / CLASSES} names {len(classes)} classes and the shards hold class number {largest}")
+    options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
+    return ImageDataset(root.resolve().name, classes, train, test, options)
+
+
+def open_shards(folder: Path) -> ImageSplit:
+    """The images of all shards of a folder, by its index or, where there is none, by the headers in the shards.
+
+    Raises:
+        DataError: there are no shards, they are cut off, or they are other shards than the index is of.
+    """
+    shards = sorted(path.name for path in folder.glob("*.tar"))
+    if not shards:
+        raise DataError(f"{folder} holds no shards (*.tar): tools/make_shards.py makes them from a folder")
+    if not (folder / INDEX).is_file():
+        return _scan(folder, shards)
+    try:
+        with np.load(folder / INDEX) as index:
+            names, places, targets = index["shards"].tolist(), index["places"], index["targets"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{folder / INDEX} cannot be read ({error}): remove it, the shards are then looked through"
+        ) from error
+    sizes = np.array([(folder / name).stat().st_size if name in shards else -1 for name in names])
+    if names != shards or (places[:, 1] + places[:, 2] > sizes[places[:, 0]]).any():
+        raise DataError(f"{folder / INDEX} is of other shards than those beside it: remove it or make the shards anew")
+    return ImageSplit(Shards(folder, names, places), torch.from_numpy(targets))
+
+
+def _scan(folder: Path, shards: list[str]) -> ImageSplit:
+    places: list[tuple[int, int, int]] = []
+    targets: list[int] = []
+    for number, name in enumerate(shards):
+        images: dict[str, tuple[int, int]] = {}
+        labels: dict[str, int] = {}
+        try:
+            with tarfile.open(folder / name) as tar:
+                for member in tar:
+                    key, extension = os.path.splitext(member.name)
+                    if extension.lower() in EXTENSIONS:
+                        images[key] = member.offset_data, member.size
+                    elif extension == ".cls" and (content := tar.extractfile(member)):
+                        labels[key] = int(content.read())
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise DataError(f"the shard {folder / name} cannot be read ({error}): make it anew") from error
+        if images.keys() != labels.keys():
+            odd = min(images.keys() ^ labels.keys())
+            raise DataError(f"the shard {folder / name} does not hold both an image and a .cls for {odd}")
+        places += [(number, *images[key]) for key in images]
+        targets += [labels[key] for key in images]
+    return ImageSplit(Shards(folder, shards, np.array(places).reshape(-1, 3)), torch.tensor(targets))
+
+
+def write_shards(split: ImageSplit, folder: Path, per_shard: int, seed: int = 0) -> int:
+    """Write a split as shards with their index, in random order, so that reading them in sequence is a shuffle.
+
+    Args:
+        split: what to write, as it is: nothing is decoded.
+        folder: where to; made, and must not hold shards yet.
+        per_shard: images in a shard.
+        seed: of the order.
+
+    Returns:
+        The number of shards.
+
+    Raises:
+        DataError: there are shards already, or an image cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.tar")):
+        raise DataError(f"{folder} holds shards already: choose another folder")
+    order = torch.randperm(len(split.source), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = [order[first : first + per_shard] for first in range(0, len(order), per_shard)]
+    names = [f"{number:06d}.tar" for number in range(len(parts))]
+    places: list[tuple[int, int, int]] = []
+    for number, part in enumerate(parts):
+        unfinished = folder / f".{names[number]}"
+        with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, index in enumerate(part):
+                try:
+                    content = split.source.read(index)
+                except UNREADABLE as error:
+                    raise DataError(f"{split.source.name(index)} cannot be read ({error})") from error
+                key = f"{number:06d}{row:08d}"
+                places.append((number, _add(tar, f"{key}{_extension(split.source, index)}", content), len(content)))
+                _add(tar, f"{key}.cls", str(int(split.targets[index])).encode())
+        unfinished.rename(folder / names[number])
+    targets: Tensor = split.targets[torch.tensor(order)]
+    with (folder / INDEX).open("wb") as file:
+        np.savez(file, shards=np.array(names), places=np.array(places), targets=targets.numpy())
+    return len(parts)
+
+
+def _extension(source: Any, index: int) -> str:
+    extension = os.path.splitext(source.name(index))[1].lower() if isinstance(source, Files) else ".jpg"
+    return ".jpg" if extension == ".jpeg" else extension
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Append a file; returns the place of its first byte."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+    return tar.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -1,0 +1,374 @@
+"""Image folders and shards: real JPEGs, through worker processes, the loaders and the tools."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, assert_user_error, tool
+from PIL import Image
+from torchvision import transforms as T
+
+from mdistiller_norm.builders import build_dataset, train
+from mdistiller_norm.config import load_config
+from mdistiller_norm.data import Share
+from mdistiller_norm.data.decode import View, decode, draw_view, eval_image, train_image
+from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset, ImageOptions, image_folder, imagenet, measure
+from mdistiller_norm.data.webdataset import INDEX, webdataset
+from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.errors import CheckpointError, DataError
+from mdistiller_norm.models import build_model
+
+CPU = torch.device("cpu")
+SMALL = ImageOptions(size=48, resize=56, mean=MEAN, std=STD, workers=0)
+
+
+def real_images(folder: str) -> Path:
+    """A folder of the data that lies unpacked in ``data/``, or a skip."""
+    path = Path(os.environ.get("MDISTILLER_NORM_DATA", ROOT / "data")) / folder
+    if not path.is_dir():
+        pytest.skip(f"{folder} is not in data/: the real JPEGs are not there")
+    return path
+
+
+@pytest.fixture(scope="module")
+def jpegs() -> list[Path]:
+    return sorted(real_images("imagenet_samples").rglob("*.JPEG"))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of twelve training and four test images of Tiny ImageNet."""
+    source, root = real_images("tiny_imagenet_20"), tmp_path_factory.mktemp("tree") / "tiny"
+    for split, count in (("train", 12), ("val", 4)):
+        for folder in sorted((source / split).iterdir())[:3]:
+            (root / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.glob("*.JPEG"))[:count]:
+                shutil.copy(file, root / split / folder.name)
+    return root
+
+
+@pytest.fixture
+def copy(tree: Path, tmp_path: Path) -> Path:
+    """The tree, to be damaged."""
+    return Path(shutil.copytree(tree, tmp_path / "tiny"))
+
+
+def epoch(dataset: ImageDataset, number: int = 1, first: int = 0, **options: Any) -> list[tuple[torch.Tensor, ...]]:
+    return list(dataset.train_loader(8, 0, CPU, **options).batches(number, first))
+
+
+def same(a: list[tuple[torch.Tensor, ...]], b: list[tuple[torch.Tensor, ...]]) -> bool:
+    return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
+
+
+# Pixels
+
+
+def test_decoding_is_pillows_to_the_bit(jpegs: list[Path]) -> None:
+    for path in jpegs[::2]:
+        with Image.open(path) as image:
+            assert torch.equal(
+                decode(path.read_bytes()).permute(1, 2, 0), torch.from_numpy(np.array(image.convert("RGB")))
+            )
+    with Image.open(jpegs[0]) as image:
+        for mode, kind in (("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG")):
+            file = io.BytesIO()
+            image.convert(mode).save(file, kind)
+            with Image.open(file) as again:
+                wanted = torch.from_numpy(np.array(again.convert("RGB")))
+            difference = decode(file.getvalue()).permute(1, 2, 0).int() - wanted.int()
+            assert difference.abs().max() <= (mode == "CMYK"), mode
+
+
+def test_views_are_the_usual_pipelines_within_two_levels(jpegs: list[Path]) -> None:
+    random = np.random.default_rng(0)
+    for path in jpegs[::5]:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+        image = decode(path.read_bytes())
+        view = draw_view(random, *image.shape[1:], (0.08, 1.0))
+        usual = T.functional.resized_crop(picture, view.top, view.left, view.height, view.width, [224, 224])
+        usual = T.functional.hflip(usual) if view.flip else usual
+        difference = train_image(image, view, 224).int() - T.functional.pil_to_tensor(usual).int()
+        assert difference.abs().max() <= 2
+        assert difference.float().abs().mean() < 0.3
+        usual = T.Compose([T.Resize(256), T.CenterCrop(224)])(picture)
+        difference = eval_image(image, 256, 224).int() - T.functional.pil_to_tensor(usual).int()
+        assert difference.abs().max() <= 2
+        assert difference.float().abs().mean() < 0.3
+
+
+def test_views_are_distributed_as_torchvisions() -> None:
+    random, draws = np.random.default_rng(1), 4000
+    for height, width, scale in ((375, 500, (0.08, 1.0)), (100, 400, (0.5, 1.0)), (64, 64, (0.25, 1.0))):
+        blank = torch.empty(3, height, width)
+        ours = np.array([draw_view(random, height, width, scale) for _ in range(draws)], dtype=float)
+        theirs = np.array([T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)])
+        assert (ours[:, 0] + ours[:, 2] <= height).all()
+        assert (ours[:, 1] + ours[:, 3] <= width).all()
+        for column in range(4):
+            a, b = ours[:, column], theirs[:, column]
+            assert abs(a.mean() - b.mean()) < 5 * np.hypot(a.std(), b.std()) / draws**0.5 + 1e-9
+            assert a.std() == pytest.approx(b.std(), rel=0.1, abs=1)
+        assert ours[:, 4].mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_image_that_no_crop_fits_is_cut_in_the_middle() -> None:
+    assert draw_view(np.random.default_rng(0), 10, 1000, (1.0, 1.0))[:4] == View(0, 493, 10, 13, False)[:4]
+
+
+# The folder
+
+
+def test_folder_is_counted_and_named(tree: Path) -> None:
+    data = image_folder(tree, SMALL)
+    assert data.summary() == "tiny: 3 classes, 36 + 12 images"
+    assert data.targets.bincount().tolist() == [12, 12, 12]
+    assert data.classes == tuple(sorted(path.name for path in (tree / "train").iterdir()))
+    assert data.variant == "cifar"
+    assert image_folder(tree, ImageOptions()).variant == "imagenet"
+    backwards = tuple(reversed(data.classes))
+    assert image_folder(tree, ImageOptions(classes=backwards, mean=MEAN, std=STD)).classes == backwards
+    assert imagenet(tree, SMALL).name == "imagenet"
+
+
+def test_mean_and_deviation_are_measured_where_they_are_not_given(tree: Path) -> None:
+    data = image_folder(tree, ImageOptions(size=64, resize=64))
+    pixels = torch.stack([decode(path.read_bytes()) for path in sorted((tree / "train").rglob("*.JPEG"))]) / 255
+    assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-3)
+    assert data.std == pytest.approx(pixels.double().permute(1, 0, 2, 3).flatten(1).std(1).tolist(), abs=1e-3)
+
+
+def test_a_folder_that_lacks_something_is_one_line(copy: Path, tmp_path: Path) -> None:
+    gone = sorted((copy / "val").iterdir())[0]
+    shutil.rmtree(gone)
+    with pytest.raises(DataError, match=f"val has 2 classes and lacks 1 \\({gone.name}\\)"):
+        image_folder(copy, SMALL)
+    gone.mkdir()
+    with pytest.raises(DataError, match=r"holds no images \(.jpeg"):
+        image_folder(copy, SMALL)
+    shutil.rmtree(copy / "val")
+    done = tool(
+        "train", "--cfg", "configs/digits/vanilla_resnet8.yaml", "DATASET.TYPE", "image_folder", "DATASET.ROOT", copy,
+        "LOG.PREFIX", tmp_path / "out", check=False,
+    )  # fmt: skip
+    assert_user_error(done, str(copy / "val"), "<class>")
+    assert not (tmp_path / "out").exists()
+
+
+# Loading
+
+
+def test_every_sample_comes_once_and_no_epoch_is_like_another(tree: Path) -> None:
+    data = image_folder(tree, SMALL)
+    first, second = epoch(data), epoch(data, 2)
+    for batches in (first, second):
+        assert torch.cat([indices for _, _, indices, _ in batches]).sort().values.tolist() == list(range(36))
+        assert [len(images) for images, *_ in batches] == [8, 8, 8, 8, 4]
+        assert all(torch.equal(targets, data.targets[indices]) for _, targets, indices, _ in batches)
+    assert not same(first, second)
+    assert first[0][0].dtype == torch.uint8
+    batch = data.train_loader(8, 0, CPU).prepare(*first[0])
+    assert batch.images.shape == (8, 3, 48, 48)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    usual = T.functional.normalize(first[0][0].permute(0, 3, 1, 2) / 255, MEAN, STD)
+    torch.testing.assert_close(batch.images, usual)
+    assert batch.views.tolist() == [-1] * 8
+
+
+def test_workers_and_processes_do_not_change_a_pixel(tree: Path) -> None:
+    alone = image_folder(tree, SMALL)
+    wanted = epoch(alone, 3)
+    loader = image_folder(tree, replace(SMALL, workers=2)).train_loader(8, 0, CPU)
+    assert not same(list(loader.batches(1)), wanted)
+    assert same(list(loader.batches(3)), wanted)  # by the same, persistent workers
+    assert same(list(loader.batches(3, 2)), wanted[2:])
+    halves = [epoch(alone, 3, share=Share(rank, 2)) for rank in range(2)]
+    for whole, *parts in zip(wanted, *halves, strict=True):
+        for tensor, *pieces in list(zip(whole, *parts, strict=True))[:3]:
+            assert torch.equal(torch.cat(pieces), tensor)
+
+
+def test_a_damaged_file_is_replaced_reported_and_counted(copy: Path) -> None:
+    damaged = sorted((copy / "train").rglob("*.JPEG"))[7]
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    whole = epoch(image_folder(copy, SMALL))
+    lines: list[str] = []
+    for workers in (0, 2):
+        lines.clear()
+        loader = image_folder(copy, replace(SMALL, workers=workers, max_broken=1)).train_loader(
+            8, 0, CPU, warn=lines.append
+        )
+        assert same(list(loader.batches(1)), whole)
+        assert len(lines) == 1
+        assert str(damaged) in lines[0]
+        assert "another sample takes its place (1 so far)" in lines[0]
+    indices = torch.cat([indices for _, _, indices, _ in whole])
+    assert 7 not in indices
+    assert len(indices) == 36
+    with pytest.raises(DataError, match="1 training images cannot be read"):
+        epoch(image_folder(copy, replace(SMALL, max_broken=0)))
+
+
+def test_a_damaged_test_image_is_named_not_left_out(copy: Path) -> None:
+    damaged = sorted((copy / "val").rglob("*.JPEG"))[0]
+    damaged.write_bytes(b"\xff\xd8\xff\xe0 no more")
+    with pytest.raises(DataError, match=damaged.name):
+        list(image_folder(copy, SMALL).eval_loader(8, CPU))
+
+
+def test_check_data_lists_every_unreadable_file(copy: Path) -> None:
+    files = [sorted((copy / split).rglob("*.JPEG"))[3] for split in ("train", "val")]
+    files[0].write_bytes(b"")
+    files[1].write_bytes(b"not an image")
+    command = ("train", "--cfg", "configs/digits/vanilla_resnet8.yaml", "--check-data", "DATASET.TYPE", "image_folder")
+    done = tool(*command, "DATASET.ROOT", copy, check=False)
+    assert done.returncode == 2
+    assert "tiny: 3 classes, 36 + 12 images" in done.stdout
+    assert all(str(file) in done.stdout for file in files)
+    assert "2 of its images cannot be read" in done.stdout
+
+
+# Shards
+
+
+@pytest.fixture(scope="module")
+def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "tiny_shards"
+    done = tool("make_shards", "--root", tree, "--out", out, "--per-shard", 10)
+    assert "4 shards" in done.stdout
+    return out
+
+
+def test_shards_hold_the_same_images_and_classes(tree: Path, shards: Path) -> None:
+    files, packed = image_folder(tree, SMALL), webdataset(shards, SMALL)
+    assert packed.classes == files.classes
+    assert packed.summary() == "tiny_shards: 3 classes, 36 + 12 images"
+
+    def content(data: ImageDataset) -> list[tuple[bytes, int]]:
+        return sorted((data.train.source.read(i), int(data.targets[i])) for i in range(36))
+
+    assert content(files) == content(packed)
+    assert evaluate_pixels(files) == pytest.approx(evaluate_pixels(packed))
+    with tarfile.open(shards / "train" / "000000.tar") as tar:
+        names = tar.getnames()
+    assert len(names) == 20
+    assert {Path(name).suffix for name in names} == {".jpg", ".cls"}
+
+
+def evaluate_pixels(data: ImageDataset) -> float:
+    return sum(float(images.double().sum()) for images, _ in data.eval_loader(5, CPU))
+
+
+def test_shards_without_an_index_are_looked_through(shards: Path, tmp_path: Path) -> None:
+    indexed = webdataset(shards, SMALL)
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    for split in ("train", "val"):
+        (copy / split / INDEX).unlink()
+    assert same(epoch(webdataset(copy, SMALL)), epoch(indexed))
+    shard = copy / "train" / "000001.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"000001\.tar"):
+        webdataset(copy, SMALL)
+    shutil.copy(shards / "train" / INDEX, copy / "train" / INDEX)
+    with pytest.raises(DataError, match="is of other shards"):
+        webdataset(copy, SMALL)
+
+
+# Networks and runs
+
+
+def test_torchvisions_weights_give_torchvisions_logits(jpegs: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "val" / "all"
+    folder.mkdir(parents=True)
+    for path in jpegs[:4]:
+        shutil.copy(path, folder)
+    with Image.open(jpegs[5]) as image:
+        image.convert("L").save(folder / "grey.JPEG")
+    theirs = torchvision.models.resnet34(num_classes=1000).eval()
+    ours = build_model("ResNet34", 1000, variant="imagenet").eval()
+    ours.load_state_dict(theirs.state_dict())
+    (tmp_path / "val" / "none").mkdir()
+    shutil.copy(jpegs[6], tmp_path / "val" / "none")
+    data = imagenet(tmp_path, ImageOptions(train=False, workers=0))
+    with torch.inference_mode():
+        for images, _ in data.eval_loader(3, CPU):
+            assert images.shape[1:] == (3, 224, 224)
+            torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_torchvisions_weights_are_found_by_name(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    overrides = [
+        "DATASET.TYPE=image_folder", f"DATASET.ROOT={tree}", "DATASET.VARIANT=imagenet", "DATASET.IMAGE_SIZE=64",
+        "DATASET.RESIZE=64", "DATASET.NUM_WORKERS=0", "DISTILLER.TYPE=KD", "DISTILLER.STUDENT=ResNet18",
+        "DISTILLER.TEACHER=ResNet34", f"LOG.PREFIX={tmp_path / 'out'}", "SOLVER.EPOCHS=1", "SOLVER.BATCH_SIZE=12",
+    ]  # fmt: skip
+    name = "DISTILLER.TEACHER_WEIGHTS=torchvision:ResNet34_Weights."
+    with pytest.raises(CheckpointError, match=r"there is no ResNet34_Weights\.IMAGENET1K_V9"):
+        train(load_config(None, [*overrides, name + "IMAGENET1K_V9"]))
+    # A file of that name in torchvision's cache is taken as it is; its three classes stand for the thousand.
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(torchvision.models.resnet34(num_classes=3).state_dict(), cache / "resnet34-b627a593.pth")
+    result = train(load_config(None, [*overrides, name + "IMAGENET1K_V1"]))
+    assert result["teacher"]["file"] == str(cache / "resnet34-b627a593.pth")
+
+
+@pytest.fixture(scope="module")
+def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on the tree, stopped nowhere."""
+    out = tmp_path_factory.mktemp("runs")
+    train(run_config(tree, out, "whole"))
+    return out
+
+
+def run_config(tree: Path, out: Path, name: str, epochs: int = 2, workers: int = 0):
+    return load_config(
+        None,
+        [
+            "DATASET.TYPE=image_folder", f"DATASET.ROOT={tree}", "DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36",
+            f"DATASET.NUM_WORKERS={workers}", "DISTILLER.STUDENT=resnet8", f"LOG.PREFIX={out}", "SOLVER.BATCH_SIZE=8",
+            f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}",
+        ],
+    )  # fmt: skip
+
+
+def test_a_run_resumes_exactly_whatever_the_workers(tree: Path, run: Path) -> None:
+    train(run_config(tree, run, "parts", epochs=1))
+    train(run_config(tree, run, "parts", workers=2), resume=True)
+    whole, parts = (load(run / "distill" / name / "latest.pt")["trainable"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_eval_knows_how_a_student_saw_its_images(tree: Path, run: Path) -> None:
+    student = run / "distill" / "whole" / "student_last.pt"
+    about = load(student)["about"]
+    shown = tool("eval", "-c", student, "--root", tree.parent).stdout
+    assert f"top-1 {about['top1']:6.2f}" in shown
+    assert f"loss {about['loss']:7.4f}" in shown
+    data = build_dataset(run_config(tree, run, "any").node)
+    network = build_model("resnet8", 3)
+    network.load_state_dict(load(student)["model"])
+    assert evaluate(network, data.eval_loader(5, CPU)).top1 == about["top1"]
+
+
+def test_measuring_skips_what_cannot_be_read(copy: Path) -> None:
+    sorted((copy / "train").rglob("*.JPEG"))[0].write_bytes(b"")
+    mean, _ = measure(image_folder(copy, SMALL).train.source, SMALL)
+    assert all(0 < value < 1 for value in mean)
+    for path in (copy / "train").rglob("*.JPEG"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the images like"):
+        image_folder(copy, ImageOptions(size=64))
