@@ -77,18 +77,18 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     if options.trials < 1 or options.jobs < 1 or min(seeds) < 0:
         raise ConfigError("--trials and --jobs must be at least 1, --seeds zero or positive")
     budget = parse_duration(options.budget) if options.budget else float("inf")
+    deadline = time.monotonic() + budget - min(10.0, budget / 10)  # running jobs need a moment to save
     slurm = _slurm_options(options.slurm)
 
     from mdistiller_norm.reproduce import commands
 
     if options.add:
         return commands.add_folders([Path(folder) for folder in options.add], results / "runs", options.smoke)
-    started = time.monotonic()
     cells = commands.select_cells(options.table, options.methods, options.pairs, options.queue)
     return commands.reproduce(
         cells, list(dict.fromkeys(seeds)), output=output, folder=results / "runs", smoke=options.smoke,
         extra=options.overrides, by_value=options.queue, dry_run=options.dry_run, jobs=options.jobs,
-        deadline=started + budget, launcher=options.launcher, slurm=slurm,
+        deadline=deadline, launcher=options.launcher, slurm=slurm,
     )  # fmt: skip
 
 

@@ -15,8 +15,11 @@ from mdistiller_norm.reproduce.jobs import Job, cost, forward_flops
 from mdistiller_norm.reproduce.ledger import Entry
 
 
+_START = 5.0  # seconds to import PyTorch, read the data and check the teacher
+
+
 class Estimator:
-    """Seconds of a job on this machine.
+    """Seconds of a job on this machine, its start included.
 
     Args:
         entries: finished runs; those of this machine's device count.
@@ -40,9 +43,9 @@ class Estimator:
         """Of the epochs that a job has left."""
         left = 1 - min(job.epochs_done, job.epochs) / job.epochs
         if job.identity in self._measured:
-            return left * statistics.median(self._measured[job.identity])
+            return _START + left * statistics.median(self._measured[job.identity])
         self._rate = self._rate or trial_rate(self.device)
-        return left * job.cost / self._rate
+        return _START + left * job.cost / self._rate
 
 
 def trial_rate(device: torch.device) -> float:

@@ -118,6 +118,11 @@ class Execution:
                 return self._release("failed")
         return self._release("done")
 
+    @property
+    def ran(self) -> bool:
+        """Whether a process was needed."""
+        return self._process is not None
+
     def stop(self) -> None:
         """Ask it to save and stop."""
         if self._process and not self._stop_at:
@@ -208,7 +213,8 @@ def run_jobs(
                 if outcome == "done":
                     summary.done.append(job)
                     unfinished.discard(job.key)
-                    say(f"{place[job.key]} done in {took}: {job.name}")
+                    how = f"done in {took}" if execution.ran else "was finished by another process"
+                    say(f"{place[job.key]} {how}: {job.name}")
                 elif outcome == "failed":
                     summary.failed.append((job, execution.error))
                     bad.add(job.key)
@@ -229,8 +235,9 @@ def run_jobs(
                     if execution.start():
                         waiting.remove(job)
                         running.append((slot, execution))
-                        behind = f" from epoch {job.epochs_done + 1}" if job.epochs_done else ""
-                        say(f"{place[job.key]} running{behind}: {job.name}")
+                        if execution.ran:
+                            behind = f" from epoch {job.epochs_done + 1}" if job.epochs_done else ""
+                            say(f"{place[job.key]} running{behind}: {job.name}")
                     elif job.key not in locked:
                         locked.add(job.key)
                         say(f"{place[job.key]} another process is running it, waiting: {job.name}")
