@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor, nn
 
 from mdistiller_norm.config import Config, differences, dump, load_config
-from mdistiller_norm.data import DATASETS, Dataset, EvalLoader, TrainLoader
-from mdistiller_norm.distillers import DISTILLERS, Distiller, Pair
+from mdistiller_norm.data import DATASETS, Dataset, EvalLoader, ImageOptions, MemoryTrainLoader, TrainLoader
+from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine.checkpoint import TeacherFile, find_teacher, load, load_into, load_weights
+from mdistiller_norm.engine.compile import choose, compile_teacher
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.graph import CapturedStep
 from mdistiller_norm.engine.logger import Record, RunLog, environment
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import StepSchedule, build_sgd
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.engine.teacher import Teacher
+from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
+from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.engine.trainer import Trainer, write_json
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import build_model, probe
 from mdistiller_norm.models.base import Network
+from mdistiller_norm.types import Outputs
 
 # Keys that do not change what is computed, only where it is kept, shown or run.
 NEUTRAL = (
-    "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DEVICE", "SOLVER.EPOCHS",
-    "DISTILLER.TEACHER_WEIGHTS",  # the teacher's hash is compared instead
+    "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
+    "SOLVER.EPOCHS",
+    "ENGINE.", "DISTILLER.TEACHER_CACHE", "DISTILLER.TEACHER_WEIGHTS",  # the teacher's hash is compared instead
 )  # fmt: skip
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,7 +78,13 @@ def build_precision(cfg: Any, device: torch.device) -> tuple[torch.dtype | None,
 
 def build_dataset(cfg: Any) -> Dataset:
     """The data set of ``DATASET.TYPE``."""
-    return DATASETS[cfg.DATASET.TYPE](Path(cfg.DATASET.ROOT))
+    data = cfg.DATASET
+    options = ImageOptions(
+        size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
+        std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
+        max_broken=data.MAX_BROKEN,
+    )  # fmt: skip
+    return DATASETS[data.TYPE](Path(data.ROOT), options)
 
 
 def build_student(cfg: Any, dataset: Dataset) -> Network:
@@ -109,6 +123,57 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
     size = dataset.image_size
     pair = Pair(probe(student, size), probe(teacher, size), teacher, dataset.targets, len(dataset.classes))
     return {name: DISTILLERS[name].from_config(cfg[name], pair) for name in method_names(cfg)}
+
+
+def build_teacher_runner(
+    cfg: Any,
+    network: Network,
+    distillers: Mapping[str, Distiller],
+    loader: TrainLoader,
+    checkpoint: Path,
+    image_size: tuple[int, int],
+    autocast: torch.dtype | None,
+    compiled: bool,
+    log: RunLog,
+) -> Teacher:
+    """The teacher as a step uses it: run in every step, or its answers kept in a cache."""
+    need = max(method.need for method in distillers.values())
+    train_mode = any(method.teacher_in_train_mode for method in distillers.values())
+
+    def compiler(module: nn.Module) -> Callable[[Tensor], Outputs]:
+        device = next(network.parameters()).device
+        example = torch.zeros(loader.batch_size, 3, *image_size, device=device)
+        return compile_teacher(module, example.to(memory_format=torch.channels_last), log.line)
+
+    live = LiveTeacher(network, need, autocast, train_mode, compiler if compiled else None)
+    if cfg.DISTILLER.TEACHER_CACHE == "off":
+        return live
+    if need > Need.POOLED:
+        readers = [name for name, method in distillers.items() if method.need > Need.POOLED]
+        log.line(f"no teacher cache: {' and '.join(readers)} reads the teacher's maps, which are too large to keep")
+        return live
+    if not isinstance(loader, MemoryTrainLoader):
+        log.line(f"no teacher cache: the augmentation of {cfg.DATASET.TYPE} has no finite number of views")
+        return live
+    pooled = probe(network, image_size).pooled.shape[1]
+    precision = cfg.DISTILLER.TEACHER_CACHE_PRECISION
+    return CachedTeacher(live, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, precision)
+
+
+def _captured(cfg: Any, step: TrainStep, device: torch.device, log: RunLog) -> Callable[..., None] | None:
+    """The step as a CUDA graph, where it can be one."""
+    why = ""
+    if device.type != "cuda":
+        why = "there is no CUDA device" if cfg.ENGINE.CUDA_GRAPH == "on" else "off"
+    elif step.scaler is not None:
+        why = "SOLVER.PRECISION fp16 skips steps whose gradients overflow"
+    elif not isinstance(step.loader, MemoryTrainLoader):
+        why = "the images of this data set come from the host"
+    if cfg.ENGINE.CUDA_GRAPH == "off" or why:
+        if why not in ("", "off"):
+            log.line(f"no CUDA graph: {why}")
+        return None
+    return CapturedStep(step)
 
 
 def build_optimizer(
@@ -235,6 +300,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         UserError: anything about config, data, weights, device or run folder that cannot work.
     """
     cfg = config.node
+    solver = cfg.SOLVER
     device = build_device(cfg)
     autocast, precision_warning = build_precision(cfg, device)
     dataset = dataset or build_dataset(cfg)
@@ -252,38 +318,53 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     log.line(opening)
     for warning in filter(None, (precision_warning, wandb_warning)):
         log.line(f"warning: {warning}")
+    loader = dataset.train_loader(solver.BATCH_SIZE, cfg.SEED, device, warn=lambda text: log.line(f"warning: {text}"))
+    left = solver.EPOCHS * loader.steps
+    left -= (state["epoch"] - 1) * loader.steps + state["steps_done"] if state else 0
+    to_compile, reason = choose(cfg.ENGINE.COMPILE, device, left)
     if names:
-        train_mode = any(method.teacher_in_train_mode for method in distillers.values())
-        teacher = Teacher(_on(teacher_network, device), autocast, train_mode)
-        taught = _check_teacher(teacher.network, file, cfg.DISTILLER.TEACHER, test, len(dataset.classes))
+        taught = _check_teacher(_on(teacher_network, device), file, cfg.DISTILLER.TEACHER, test, len(dataset.classes))
         log.line(taught.pop("line"))
         if teacher_warning := taught.pop("warning"):
             log.line(f"warning: {teacher_warning}")
+        if reason:
+            log.line(reason)
+        teacher = build_teacher_runner(
+            cfg, teacher_network, distillers, loader, file.path, dataset.image_size, autocast,
+            to_compile in ("teacher", "all"), log,
+        )  # fmt: skip
         taught |= {"name": cfg.DISTILLER.TEACHER, "file": str(file.path), "hash": teacher.hash}
+        if isinstance(teacher, CachedTeacher):
+            log.line(teacher.check_space(left))
 
     ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
     trainable = Trainable(_on(student, device), distillers, ce_weight, autocast).to(device)
-    solver = cfg.SOLVER
+    if to_compile == "all":
+        student.outputs = torch.compile(student.outputs, dynamic=False)  # type: ignore[method-assign]
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
-    loader = dataset.train_loader(solver.BATCH_SIZE, cfg.SEED, device, warn=lambda text: log.line(f"warning: {text}"))
     optimizer = build_optimizer(cfg, trainable, loader, teacher)
     meters = TrainMeters(trainable.loss_names).to(device)
     about = {
         "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
         "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
-        "image_size": list(dataset.image_size), "seed": cfg.SEED,
+        "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
+        "seed": cfg.SEED,
     }  # fmt: skip
+    step = TrainStep(loader, teacher, trainable, optimizer, meters, scaler)
     trainer = Trainer(
-        step=TrainStep(loader, teacher, trainable, optimizer, meters, scaler),
+        step=step,
         schedule=StepSchedule(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
         test=test, epochs=solver.EPOCHS, seed=cfg.SEED, folder=folder, log=log, about=about,
         identity={"teacher": taught.get("hash", "")}, save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ,
-        log_every=cfg.LOG.TENSORBOARD_FREQ,
+        log_every=cfg.LOG.TENSORBOARD_FREQ, run_step=_captured(cfg, step, device, log),
     )  # fmt: skip
     if state:
         if state["identity"] != trainer.identity:
             raise ConfigError(f"{folder} was run with another teacher: it cannot be resumed with {taught['file']}")
         trainer.load_state(state)
+    if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
+        epochs = range(trainer.epoch, solver.EPOCHS + 1)
+        trainer.ahead = teacher.fill(chain.from_iterable(loader.batches(epoch) for epoch in epochs), left)
     extra = sum(method.extra_parameters() for method in distillers.values())
     log.line(
         f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.targets)} "

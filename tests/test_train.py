@@ -31,7 +31,9 @@ SMALLER = {"CRD": ["CRD.NCE.K=128"]}
 
 
 def config(folder: Path, name: str, *overrides: str, epochs: int = 2):
-    return load_config(None, [*PAIR, f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", *overrides])
+    return load_config(
+        None, [*PAIR, f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", *overrides]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str) 
     train(config(tmp_path, "sgd", "DISTILLER.TYPE=KD", teacher))
     weights = [state_of(tmp_path, name)["trainable"]["student.conv1.weight"] for name in ("whole", "sgd")]
     assert not torch.equal(*weights)
-    with pytest.raises(ConfigError, match="SOLVER.TRAINER dot needs a distillation loss"):
+    with pytest.raises(ConfigError, match=r"SOLVER\.TRAINER dot needs a distillation loss"):
         train(config(tmp_path, "none", "SOLVER.TRAINER=dot"))
 
 
@@ -290,7 +292,9 @@ def test_eval_reads_students_and_bare_weights_alike(tmp_path: Path) -> None:
     knows = tool("eval", "-c", folder / "student_last.pt", "--per-class").stdout
     told = tool("eval", "-c", tmp_path / "bare.pth", "-m", "resnet8", "-d", "digits", "-bs", 360).stdout
     whole = tool("eval", "-c", folder / "latest.pt").stdout
-    wanted = f"top-1 {result['last']['top1']:6.2f}  top-5 {result['last']['top5']:6.2f}  loss {result['last']['loss']:7.4f}"
+    wanted = (
+        f"top-1 {result['last']['top1']:6.2f}  top-5 {result['last']['top5']:6.2f}  loss {result['last']['loss']:7.4f}"
+    )
     for output in (knows, told, whole):
         assert wanted in output
     assert len([line for line in knows.splitlines() if line.startswith("  ")]) == 10

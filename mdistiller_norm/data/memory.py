@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -101,6 +102,7 @@ class MemoryTrainLoader(TrainLoader):
     def __init__(self, dataset: TensorDataset, batch_size: int, seed: int, share: Share = ALONE) -> None:
         super().__init__(len(dataset.train), batch_size, seed, share)
         self.augment = PadCropFlip(dataset.padding, dataset.flip)
+        self.views = self.augment.views
         self._padded = self.augment.pad(dataset.train.images)
         self._targets = dataset.train.targets
         device = self._targets.device
@@ -115,6 +117,12 @@ class MemoryTrainLoader(TrainLoader):
         for step in range(first_step, self.steps):
             mine = self.part(step).rows
             yield order[mine], views[mine], keys[step]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that an augmented image is made from."""
+        digest = hashlib.sha256(f"{self.augment} {self._mean.tolist()} {self._std.tolist()}".encode())
+        digest.update(self._padded.cpu().numpy().data)
+        return digest.hexdigest()
 
     def prepare(self, *raw: Tensor) -> Batch:
         """See :class:`TrainLoader`."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.data import TrainLoader
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.meters import TrainMeters
-from mdistiller_norm.engine.teacher import Teacher
+from mdistiller_norm.engine.teacher import Raw, Teacher
 from mdistiller_norm.engine.trainable import Trainable
 
 
@@ -50,10 +52,15 @@ class TrainStep:
         for method in self.trainable.methods():
             method.begin_epoch(epoch, seed)
 
+    def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+        """The inputs of a step for each batch: what names it, and what a cached teacher said of it."""
+        return self.teacher.feed(batches) if self.teacher else batches
+
     def __call__(self, *raw: Tensor) -> None:
-        """Train on the batch that ``raw`` names."""
-        batch = self.loader.prepare(*raw)
-        taught = self.teacher(batch) if self.teacher else None
+        """Train on the batch that ``raw`` names (an item of :meth:`feed`)."""
+        split = len(raw) - (self.teacher.extra if self.teacher else 0)
+        batch = self.loader.prepare(*raw[:split])
+        taught = self.teacher(batch, *raw[split:]) if self.teacher else None
         losses = self.forward(batch, taught, self.factors)
         if isinstance(self.optimizer, DOT):
             self.optimizer.step(losses.parts)

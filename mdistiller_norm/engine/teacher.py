@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
+from mdistiller_norm.distillers.base import Need
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Batch, Outputs
+
+Raw = tuple[Tensor, ...]
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -21,25 +27,106 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class Teacher:
-    """A fixed function from a batch to a network's outputs.
+class Teacher(Protocol):
+    """What a training step asks of a teacher.
+
+    Attributes:
+        hash: of its weights.
+        network: as it was loaded, frozen, in eval mode.
+        extra: how many tensors it adds to what names a batch.
+    """
+
+    hash: str
+    network: Network
+    extra: int
+
+    def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+        """What names each batch, and after it the tensors that :meth:`__call__` wants besides the batch."""
+
+    def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
+        """What the teacher says of a batch."""
+
+
+class _Reads(nn.Module):
+    """A network's forward that gives just what is needed of its outputs."""
+
+    def __init__(self, network: Network, need: Need) -> None:
+        super().__init__()
+        self.network, self.need = network, need
+
+    def forward(self, images: Tensor) -> Outputs:
+        outputs = self.network.outputs(images)
+        if self.need < Need.MAPS:
+            return Outputs(outputs.logits, (), (), outputs.pooled)
+        return outputs
+
+
+def folded(network: Network, need: Need) -> nn.Module:
+    """A copy of a frozen network, its batch norms folded into the convolutions before them where they directly follow.
+
+    Equal to the network up to float rounding. Maps that are not needed are not computed.
+
+    Args:
+        network: in eval mode; stays as it is.
+        need: what its outputs are read for.
+
+    Returns:
+        A module from images to :class:`Outputs` (without maps, where they are not needed).
+    """
+    result = fuse(_Reads(copy.deepcopy(network), need).eval(), inplace=True, no_trace=False)
+    for parameter in result.parameters():
+        parameter.requires_grad_(False)
+    return result.to(memory_format=torch.channels_last)
+
+
+class LiveTeacher:
+    """A teacher that runs in every step.
 
     Not an ``nn.Module``, so that no optimizer, wrapper or checkpoint can pick it up by accident.
 
     Args:
         network: trained; put into eval mode and frozen.
+        need: what the distillers read.
         autocast: the dtype of its pass, None for float32.
         train_mode: run a copy with batch statistics, whose running averages drift (OFD's reference does this).
+        compiler: turns the folded network into something faster; None to run it as it is.
     """
 
-    def __init__(self, network: Network, autocast: torch.dtype | None = None, train_mode: bool = False) -> None:
+    extra = 0
+
+    def __init__(
+        self,
+        network: Network,
+        need: Need = Need.MAPS,
+        autocast: torch.dtype | None = None,
+        train_mode: bool = False,
+        compiler: Callable[[nn.Module], Callable[[Tensor], Outputs]] | None = None,
+    ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.hash = weights_hash(network)
-        self.autocast = autocast
-        self._runs = copy.deepcopy(network).train() if train_mode else network
+        self.need, self.autocast = need, autocast
+        self._runs: Callable[[Tensor], Outputs]
+        if train_mode:
+            self._runs = _Reads(copy.deepcopy(network), need).train()
+        else:
+            module = folded(network, need)
+            self._runs = compiler(module) if compiler else module
 
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Outputs:
-        """What the teacher says of the batch."""
-        with torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None):
-            return self._runs.outputs(batch.images)
+    def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+        """See :class:`Teacher`: nothing is added."""
+        return batches
+
+    def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
+        """See :class:`Teacher`."""
+        return self.run(batch.images)
+
+    def run(self, images: Tensor) -> Outputs:
+        """The outputs for images ``[B, 3, H, W]``."""
+        # What the student's loss may save for its backward must not be inference tensors, and copying maps costs more
+        # than no_grad's bookkeeping: only the small outputs leave inference mode, as copies.
+        mode = torch.no_grad() if self.need is Need.MAPS else torch.inference_mode()
+        with mode, torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            outputs = self._runs(images)
+        if self.need is Need.MAPS:
+            return outputs
+        return Outputs(outputs.logits.clone(), (), (), outputs.pooled.clone())

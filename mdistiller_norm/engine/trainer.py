@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -45,6 +45,8 @@ class Trainer:
         identity: what a checkpoint must agree with to be resumed (the config, the teacher's hash).
         save_every: epochs between the students that are kept (``student_<epoch>.pt``).
         log_every: steps between scalars by step.
+        ahead: work to be done before the first step, bit by bit (filling the teacher cache).
+        run_step: ``step``, or a faster form of the same (a captured one).
     """
 
     def __init__(
@@ -61,10 +63,13 @@ class Trainer:
         identity: Record,
         save_every: int,
         log_every: int,
+        ahead: Iterable[int] = (),
+        run_step: Callable[..., None] | None = None,
     ) -> None:
         self.step, self.schedule, self.test, self.epochs, self.seed = step, schedule, test, epochs, seed
         self.folder, self.log, self.about, self.identity = folder, log, about, identity
         self.save_every, self.log_every = save_every, log_every
+        self.ahead, self.run_step = ahead, run_step or step
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0  # where training goes on
         self.best: Record = {}
         self.last: Record = {}
@@ -81,6 +86,9 @@ class Trainer:
             NonFiniteLossError: a loss became NaN or infinite.
         """
         with self._signals():
+            for _ in self.ahead:
+                if self._stop:
+                    raise Interrupted(self._stop)
             while self.epoch <= self.epochs:
                 start = time.perf_counter()
                 lr = self.schedule(self.epoch)
@@ -112,12 +120,12 @@ class Trainer:
             mininterval=0.5, dynamic_ncols=True, disable=None,
         )  # fmt: skip
         looked = time.perf_counter()
-        batches = loader.batches(self.epoch, self.steps_done)
+        batches = self.step.feed(loader.batches(self.epoch, self.steps_done))
         for _ in range(self.steps_done, loader.steps):
             before = time.perf_counter()
             raw = next(batches)
             waited += time.perf_counter() - before
-            self.step(*raw)
+            self.run_step(*raw)
             self.steps_done += 1
             bar.update()
             done = (self.epoch - 1) * loader.steps + self.steps_done

@@ -1,0 +1,265 @@
+"""The teacher as a step uses it: folded, compiled, and cached."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import assert_same_state, config, state_of, teacher
+
+from mdistiller_norm.builders import build_run, train
+from mdistiller_norm.distillers import Need
+from mdistiller_norm.engine.compile import choose, compile_teacher, compiler_missing
+from mdistiller_norm.engine.teacher import LiveTeacher, folded
+from mdistiller_norm.engine.teacher_cache import CachedTeacher, Table
+from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.models import CIFAR_MODELS, build_model
+
+__all__ = ["teacher"]  # a fixture
+NORMKD = "DISTILLER.TYPE=NormKD"
+
+
+@pytest.fixture
+def own_teacher(teacher: str, tmp_path: Path) -> str:
+    """A copy of the teacher, with no cache beside it yet."""
+    copy = tmp_path / "teacher.pt"
+    shutil.copy(teacher.partition("=")[2], copy)
+    return f"DISTILLER.TEACHER_WEIGHTS={copy}"
+
+
+def cached(folder: Path, name: str, *overrides: str, epochs: int = 1, mode: str = "lazy") -> CachedTeacher:
+    run = build_run(config(folder, name, NORMKD, f"DISTILLER.TEACHER_CACHE={mode}", *overrides, epochs=epochs))
+    run.trainer.fit()
+    run.trainer.log.close()
+    found = run.trainer.step.teacher
+    assert isinstance(found, CachedTeacher)
+    return found
+
+
+def trained_network(name: str) -> torch.nn.Module:
+    network = build_model(name, 10).train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(16, 3, 32, 32))
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_2", "vgg8", "ResNet18", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_folding_is_exact_to_rounding_and_leaves_the_network_alone(name: str) -> None:
+    network = trained_network(name)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    images = torch.randn(4, 3, 32, 32)
+    for need in (Need.LOGITS, Need.MAPS):
+        module = folded(network, need)
+        norms = sum(isinstance(part, torch.nn.BatchNorm2d) for part in module.modules())
+        assert norms < sum(isinstance(part, torch.nn.BatchNorm2d) for part in network.modules())
+        with torch.no_grad():
+            wanted, got = network.outputs(images), module(images)
+        scale = wanted.logits.std()
+        torch.testing.assert_close(got.logits / scale, wanted.logits / scale, rtol=1e-4, atol=1e-4)
+        if need is Need.MAPS:
+            for a, b in zip([*got.features, *got.preacts], [*wanted.features, *wanted.preacts], strict=True):
+                torch.testing.assert_close(a / b.std(), b / b.std(), rtol=1e-3, atol=1e-3)
+        else:
+            assert got.features == got.preacts == ()
+    assert_same_state(dict(network.state_dict()), before)
+
+
+def test_every_model_can_be_folded() -> None:
+    for name in CIFAR_MODELS:
+        with torch.device("meta"):
+            network = build_model(name, 10).eval()
+        logits = folded(network, Need.LOGITS)(torch.empty(2, 3, 32, 32, device="meta")).logits
+        assert logits.shape == (2, 10)
+
+
+def test_what_leaves_a_teacher_can_be_saved_for_a_backward() -> None:
+    live = LiveTeacher(build_model("resnet8", 10), Need.LOGITS)
+    outputs = live.run(torch.randn(4, 3, 32, 32))
+    weight = torch.ones(4, 10, requires_grad=True)
+    (weight * outputs.logits).sum().backward()
+    assert torch.equal(weight.grad, outputs.logits)
+    assert not outputs.logits.requires_grad
+
+
+def test_a_run_that_fills_and_one_that_reads_are_equal_to_the_bit(tmp_path: Path, own_teacher: str) -> None:
+    filler = cached(tmp_path, "fills", own_teacher, epochs=2)
+    assert filler.use.asked == 2 * 1437
+    assert filler.use.computed == len(filler.table) > 1437
+    reader = cached(tmp_path, "reads", own_teacher, epochs=2)
+    assert reader.use == (2 * 1437, 0)
+    assert_same_state(state_of(tmp_path, "fills"), state_of(tmp_path, "reads"))
+
+
+def test_the_cached_run_is_the_live_one_up_to_rounding(tmp_path: Path, own_teacher: str) -> None:
+    common = (NORMKD, own_teacher, "SOLVER.LR=1e-3")
+    live = train(config(tmp_path, "live", *common, epochs=1))
+    for precision, tolerance in (("fp32", 1e-4), ("fp16", 1e-2)):
+        extra = ("DISTILLER.TEACHER_CACHE=lazy", f"DISTILLER.TEACHER_CACHE_PRECISION={precision}")
+        result = train(config(tmp_path, precision, *common, *extra, epochs=1))
+        assert result["last"]["loss"] == pytest.approx(live["last"]["loss"], rel=tolerance)
+
+
+def test_cached_rows_are_what_the_live_teacher_says(tmp_path: Path, own_teacher: str) -> None:
+    found = cached(tmp_path, "run", own_teacher)
+    for *raw, values in islice(found.feed(found.loader.batches(1)), 2):
+        batch = found.loader.prepare(*raw)
+        with torch.no_grad():
+            wanted = found.network(batch.images)
+        torch.testing.assert_close(found(batch, values).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_full_fills_what_the_schedule_visits_before_the_first_step(tmp_path: Path, own_teacher: str) -> None:
+    found = cached(tmp_path, "run", own_teacher, mode="full", epochs=2)
+    rows = {int(row) for epoch in (1, 2) for raw in found.loader.batches(epoch) for row in found.rows_of(raw)}
+    assert len(found.table) == len(rows)
+    assert found.use.asked == 2 * 1437
+
+
+@pytest.mark.parametrize("mode", ["lazy", "full"])
+def test_resuming_with_a_cache_is_exact(tmp_path: Path, own_teacher: str, mode: str) -> None:
+    whole = cached(tmp_path, "whole", own_teacher, mode=mode, epochs=2)
+    shutil.rmtree(whole.table.folder.parent)
+    cached(tmp_path, "parts", own_teacher, mode=mode, epochs=1)
+    extra = [NORMKD, f"DISTILLER.TEACHER_CACHE={mode}", own_teacher]
+    train(config(tmp_path, "parts", *extra, epochs=2), resume=True)
+    a, b = (state_of(tmp_path, name)["trainable"] for name in ("whole", "parts"))
+    for key in a:  # the misses were gathered into other batches: equal up to the teacher's rounding
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-3)
+
+
+def test_another_teacher_data_or_precision_has_another_table(tmp_path: Path, own_teacher: str) -> None:
+    first = cached(tmp_path, "a", own_teacher)
+    weights = own_teacher.partition("=")[2]
+    content = torch.load(weights, weights_only=True)
+    content["model"]["fc.bias"][0] += 1
+    torch.save(content, weights)
+    second = cached(tmp_path, "b", own_teacher)
+    third = cached(tmp_path, "c", own_teacher, "DISTILLER.TEACHER_CACHE_PRECISION=fp16")
+    assert len({first.table.folder, second.table.folder, third.table.folder}) == 3
+    assert second.use.computed == second.use.asked, "a stale row was used"
+    assert third.table.dtype == np.float16
+
+
+def test_pooled_features_are_cached_and_maps_are_not(
+    tmp_path: Path, own_teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = build_run(config(tmp_path, "rkd", "DISTILLER.TYPE=RKD", "DISTILLER.TEACHER_CACHE=lazy", own_teacher))
+    found = run.trainer.step.teacher
+    assert isinstance(found, CachedTeacher)
+    assert found.table.width == 10 + 64
+    *raw, values = next(found.feed(found.loader.batches(1)))
+    outputs = found(found.loader.prepare(*raw), values)
+    with torch.no_grad():
+        wanted = found.network.outputs(found.loader.prepare(*raw).images).pooled
+    torch.testing.assert_close(outputs.pooled, wanted, rtol=1e-4, atol=1e-4)
+    run.trainer.log.close()
+    train(config(tmp_path, "fitnet", "DISTILLER.TYPE=FITNET", "DISTILLER.TEACHER_CACHE=lazy", own_teacher, epochs=1))
+    assert "no teacher cache: FITNET reads the teacher's maps" in capsys.readouterr().out
+
+
+def make_table(folder: Path, width: int = 3) -> Table:
+    return Table(folder, {"teacher": "abc"}, rows=1000, width=width, dtype=np.dtype(np.float32))
+
+
+def test_rows_are_written_once_and_shared(tmp_path: Path) -> None:
+    a, b = make_table(tmp_path / "t"), make_table(tmp_path / "t")
+    rows = np.array([5, 900, 7])
+    a.write(rows, np.arange(9).reshape(3, 3))
+    assert b.missing(np.array([7, 8, 5, 8])).tolist() == [8]
+    b.write(np.array([7, 8]), np.full((2, 3), -1))  # 7 is there already: it stays
+    assert a.read(np.array([7, 8])).tolist() == [[6, 7, 8], [-1, -1, -1]]
+    assert len(a) == len(make_table(tmp_path / "t")) == 4
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    make_table(tmp_path / "t")
+    with pytest.raises(CheckpointError, match="was made for something else"):
+        make_table(tmp_path / "t", width=4)
+    (tmp_path / "t" / "about.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        make_table(tmp_path / "t")
+
+
+def test_a_row_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t")
+    os.pwrite(table._data.fileno(), b"\x01" * 12, 12 * 4)  # what a crash between data and flag leaves
+    assert table.missing(np.array([4])).tolist() == [4]
+
+
+def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(tmp_path / "t")
+    table.write(np.array([1]), np.ones((1, 3)))
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)  # a disk cannot be filled up for a test
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\): free space or set"):
+        table.write(np.array([2]), np.ones((1, 3)))
+    assert table.missing(np.array([1, 2])).tolist() == [2]
+
+
+def test_too_little_space_is_said_before_training(
+    tmp_path: Path, own_teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"may need .* GB and the disk has 0\.00 GB free"):
+        cached(tmp_path, "run", own_teacher)
+
+
+def test_compiling_is_chosen_by_length_and_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    assert "no C++ compiler" in compiler_missing(cpu)
+    kind, why = choose("all", cpu, 10**6)
+    assert (kind, why.startswith("nothing is compiled: no C++ compiler")) == ("none", True)
+    monkeypatch.undo()
+    if compiler_missing(cpu):
+        pytest.skip("no C++ compiler on this machine")
+    assert choose("auto", cpu, 100)[0] == "none"
+    assert choose("auto", cpu, 10**6)[0] == "teacher"
+    assert choose("none", cpu, 10**6) == ("none", "")
+
+
+@pytest.mark.slow
+def test_the_compiled_teacher_says_the_same() -> None:
+    if why := compiler_missing(torch.device("cpu")):
+        pytest.skip(why)
+    network = trained_network("resnet8")
+    images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
+    said: list[str] = []
+    live = LiveTeacher(network, Need.LOGITS, compiler=lambda module: compile_teacher(module, images, said.append))
+    with torch.no_grad():
+        wanted = network(images)
+    torch.testing.assert_close(live.run(images).logits, wanted, rtol=1e-3, atol=1e-3)
+    assert said == []
+
+
+def test_a_compiler_that_fails_is_a_line_and_not_a_crash() -> None:
+    from torch._inductor import config as inductor
+
+    module, example = build_model("resnet8", 10).eval(), torch.randn(2, 3, 32, 32)
+    said: list[str] = []
+    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):
+        run = compile_teacher(folded(module, Need.LOGITS), example, said.append)
+    assert run(example).logits.shape == (2, 10)
+    assert len(said) == 1
+    assert "runs uncompiled" in said[0]
+
+
+def test_the_table_describes_itself(tmp_path: Path, own_teacher: str) -> None:
+    found = cached(tmp_path, "run", own_teacher)
+    about = json.loads((found.table.folder / "about.json").read_text())
+    assert about["rows"] == 1437 * 81
+    assert about["teacher"] == found.hash
+    assert found.table.folder.parent.name == "teacher.pt.cache"
