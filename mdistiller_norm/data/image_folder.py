@@ -201,6 +201,11 @@ def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
     Raises:
         DataError: see :func:`image_folder`.
     """
+    if not any((data_root(root, "imagenet") / split).is_dir() for split in ("train", "val")):
+        raise DataError(
+            f"ImageNet is neither in {root}/{{train,val}}/<wnid>/ nor in {root}/imagenet/{{train,val}}/<wnid>/: it must be "
+            "fetched from image-net.org by hand; set DATASET.ROOT to its folder"
+        )
     return image_folder(root, replace(options, mean=options.mean or MEAN, std=options.std or STD), "imagenet")
 
 
