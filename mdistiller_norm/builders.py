@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mdistiller_norm.config import Config, differences, dump, load_config
 from mdistiller_norm.data import DATASETS, Dataset, EvalLoader, ImageOptions, MemoryTrainLoader, TrainLoader
+from mdistiller_norm.data.image_folder import data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine.checkpoint import TeacherFile, find_teacher, load, load_into, load_weights
 from mdistiller_norm.engine.compile import choose, compile_teacher
@@ -377,6 +378,35 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         "config": yaml.safe_load(dump(cfg)), "environment": environment(device),
     }  # fmt: skip
     return Run(trainer, folder, result, trainer.epoch > solver.EPOCHS)
+
+
+def open_checkpoint(
+    path: str | Path, model: str = "", kind: str = "", root: Path = Path("data")
+) -> tuple[Network, Dataset]:
+    """The network of a weights file, and the data set it was trained on.
+
+    Args:
+        path: any of the files that :func:`~mdistiller_norm.engine.checkpoint.load_weights` reads.
+        model: its name; a ``student_*.pt`` knows it.
+        kind: of the data set; a ``student_*.pt`` knows it, else cifar100.
+        root: folder of the data sets.
+
+    Raises:
+        UserError: the file, the name or the data cannot be used, or do not fit each other.
+    """
+    weights = load_weights(path)
+    about = weights.about
+    name = model or about.get("name", "")
+    if not name:
+        raise ConfigError(f"{path} does not say what network it is: add -m, for example -m resnet20")
+    known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
+    known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
+    images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
+    opener = DATASETS[kind or about.get("type", about.get("dataset", "cifar100"))]
+    dataset = opener(data_root(root, about.get("dataset", "")), images)
+    network = build_model(name, len(dataset.classes), variant=dataset.variant)
+    load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
+    return network, dataset
 
 
 def _on(network: Network, device: torch.device) -> Network:

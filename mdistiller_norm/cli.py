@@ -6,12 +6,14 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from mdistiller_norm.data import Dataset
 from mdistiller_norm.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from mdistiller_norm.data import Dataset
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -119,29 +121,15 @@ def eval_main(arguments: Sequence[str]) -> int:
 
 def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device) -> None:
     """Evaluate one checkpoint and print what was found."""
-    from mdistiller_norm.data import DATASETS, ImageOptions
-    from mdistiller_norm.data.image_folder import data_root
-    from mdistiller_norm.engine.checkpoint import load_into, load_weights
+    from mdistiller_norm.builders import open_checkpoint
     from mdistiller_norm.engine.evaluate import evaluate
-    from mdistiller_norm.models import build_model
 
-    weights = load_weights(path)
-    name = options.model or weights.about.get("name", "")
-    if not name:
-        raise ConfigError(f"{path} does not say what network it is: add -m, for example -m resnet20")
-    about = weights.about
-    known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
-    known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
-    images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
-    kind = options.dataset or about.get("type", about.get("dataset", "cifar100"))
-    dataset = DATASETS[kind](data_root(Path(options.root), about.get("dataset", "")), images)
-    network = build_model(name, len(dataset.classes), variant=dataset.variant)
-    load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
+    network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root))
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     measured = evaluate(network, dataset.eval_loader(options.batch_size, device))
     print(
-        f"{name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  loss {measured.loss:7.4f}  "
-        f"{measured.samples} images, {measured.images_per_second:.0f} images/s  {path}"
+        f"{network.name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  "
+        f"loss {measured.loss:7.4f}  {measured.samples} images, {measured.images_per_second:.0f} images/s  {path}"
     )
     if options.per_class:
         for label, accuracy in zip(dataset.classes, measured.per_class.tolist(), strict=True):

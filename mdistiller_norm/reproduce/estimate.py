@@ -14,7 +14,6 @@ from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.jobs import Job, cost, forward_flops
 from mdistiller_norm.reproduce.ledger import Entry
 
-
 _START = 5.0  # seconds to import PyTorch, read the data and check the teacher
 
 
