@@ -166,6 +166,8 @@ def _captured(cfg: Any, step: TrainStep, device: torch.device, log: RunLog) -> C
     why = ""
     if device.type != "cuda":
         why = "there is no CUDA device" if cfg.ENGINE.CUDA_GRAPH == "on" else "off"
+    elif slow := [name for name, method in step.trainable.distillers.items() if not method.capturable]:
+        why = f"{' and '.join(slow)} waits for the host in every step"
     elif step.scaler is not None:
         why = "SOLVER.PRECISION fp16 skips steps whose gradients overflow"
     elif not isinstance(step.loader, MemoryTrainLoader):

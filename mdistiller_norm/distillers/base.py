@@ -54,11 +54,13 @@ class Distiller(nn.Module):
         ce_weight: weight of the cross entropy.
         weight: weight of the distillation loss.
         teacher_in_train_mode: run the teacher with batch statistics, as OFD's reference does.
+        capturable: whether a step can be recorded as a CUDA graph; not where it waits for the host.
         warmup: epochs over which the distillation loss is ramped up linearly, counted from 1; 0 or 1 for none.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     need: ClassVar[Need] = Need.LOGITS
+    capturable: ClassVar[bool] = True
     teacher_in_train_mode: bool = False
 
     def __init__(self, *, ce_weight: float = 1.0, weight: float = 1.0, warmup: int = 0) -> None:

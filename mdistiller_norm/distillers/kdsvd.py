@@ -100,6 +100,7 @@ class KDSVD(Distiller):
 
     defaults = {"K": 1, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}}
     need = Need.MAPS
+    capturable = False  # eigenvalues are computed with a look at the host
 
     def __init__(self, k: int = 1, **weights: Any) -> None:
         super().__init__(**weights)

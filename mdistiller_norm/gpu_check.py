@@ -1,0 +1,145 @@
+"""Is the captured step the eager step? Checks that only a GPU can answer, in one command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdistiller_norm.builders import build_run
+from mdistiller_norm.config import load_config
+from mdistiller_norm.data import TensorDataset, digits
+from mdistiller_norm.engine.logger import environment
+from mdistiller_norm.engine.trainer import Trainer
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.models import build_model
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        name: what was asked.
+        passed: the answer.
+        detail: the figures behind it.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def _trainer(folder: Path, name: str, dataset: TensorDataset, *overrides: str) -> Trainer:
+    common = [
+        "DATASET.TYPE=digits", "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8", f"LOG.PREFIX={folder}",
+        f"DISTILLER.TEACHER_WEIGHTS={folder / 'teacher.pth'}", "SOLVER.NESTEROV=true", "DEVICE=cuda",
+        "ENGINE.COMPILE=none", f"EXPERIMENT.NAME={name}",
+    ]  # fmt: skip
+    return build_run(load_config(None, [*common, *overrides]), dataset=dataset).trainer
+
+
+def _run(trainer: Trainer, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train that many steps over as many epochs as they take; the final state and the losses."""
+    loader, losses, done, epoch = trainer.step.loader, [], 0, 1
+    while done < steps:
+        trainer.step.begin_epoch(epoch, trainer.seed)
+        trainer.step.trainable.train()
+        for raw in trainer.step.feed(loader.batches(epoch)):
+            before = trainer.step.meters.sums.clone()
+            trainer.run_step(*raw)
+            losses.append(float((trainer.step.meters.sums - before).sum()) / len(raw[0]))
+            done += 1
+            if done == steps:
+                break
+        epoch += 1
+    trainer.log.close()
+    return {key: value.clone() for key, value in trainer.step.trainable.state_dict().items()}, losses
+
+
+def _compare(folder: Path, dataset: TensorDataset, steps: int, method: str, *overrides: str) -> Check:
+    results = {}
+    for graph in ("off", "on"):
+        name = f"{method}{len(overrides)}{graph}"
+        trainer = _trainer(folder, name, dataset, f"DISTILLER.TYPE={method}", f"ENGINE.CUDA_GRAPH={graph}", *overrides)
+        results[graph] = _run(trainer, steps)
+    (eager, eager_losses), (captured, captured_losses) = results["off"], results["on"]
+    different = [key for key in eager if not torch.equal(eager[key], captured[key])]
+    gap = max(abs(a - b) for a, b in zip(eager_losses, captured_losses, strict=True))
+    detail = f"{steps} steps, {len(different)} of {len(eager)} tensors differ, largest difference of a loss {gap:.3g}"
+    return Check(f"captured equals eager: {method} {' '.join(overrides)}".strip(), not different, detail)
+
+
+def _step_time(folder: Path, dataset: TensorDataset, graph: str) -> float:
+    trainer = _trainer(folder, f"time{graph}", dataset, "DISTILLER.TYPE=NormKD", f"ENGINE.CUDA_GRAPH={graph}")
+    raws = list(trainer.step.feed(trainer.step.loader.batches(1)))[:20]
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for raw in raws:
+            trainer.run_step(*raw)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / len(raws) * 1000)
+    trainer.log.close()
+    return statistics.median(times[2:])
+
+
+def check_gpu(steps: int = 200) -> list[Check]:
+    """Run all checks on the first CUDA device, in deterministic mode.
+
+    Args:
+        steps: of each comparison.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    dataset = digits()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.manual_seed(1)
+        torch.save({"model": build_model("resnet14", 10).state_dict()}, folder / "teacher.pth")
+        checks = [
+            _compare(folder, dataset, steps, method, *overrides)
+            for method, *overrides in (
+                ("NONE",), ("KD",), ("NormKD",), ("DKD",), ("NormKD_W_DKD",), ("NormKD", "SOLVER.PRECISION=bf16"),
+                ("NormKD", "DISTILLER.TEACHER_CACHE=lazy"), ("FITNET",), ("RKD",), ("CRD", "CRD.NCE.K=128"),
+                ("REVIEWKD",),
+            )
+        ]  # fmt: skip
+        eager, captured = (_step_time(folder, dataset, graph) for graph in ("off", "on"))
+        line = f"median ms a step, resnet14 -> resnet8, batch 64: eager {eager:.2f}, captured {captured:.2f}"
+        checks.append(Check("a captured step is faster", captured < eager, line))
+    return checks
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``tools/gpu_check.py``: prints PASS and FAIL lines; 1 if anything failed.
+
+    Raises:
+        ConfigError: there is no CUDA device.
+    """
+    parser = argparse.ArgumentParser(prog="tools/gpu_check.py", description="Check the fast path on a GPU.")
+    parser.add_argument("--json", type=Path, help="write the answers to this file")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each comparison")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here: run this on a machine with a GPU")
+    checks = check_gpu(options.steps)
+    for check in checks:
+        print(f"{'PASS' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+    if options.json:
+        content: dict[str, Any] = {
+            "environment": environment(torch.device("cuda")),
+            "checks": [vars(check) for check in checks],
+        }
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    return 0 if all(check.passed for check in checks) else 1

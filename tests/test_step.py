@@ -1,0 +1,94 @@
+"""What a training step must be so that it can be captured as a CUDA graph, shown without a GPU; and with one, if there."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_user_error, tool
+from test_train import SMALLER, assert_same_state, config, teacher
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mdistiller_norm.builders import build_run
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.graph import CapturedStep
+from mdistiller_norm.engine.step import TrainStep
+
+__all__ = ["teacher"]  # a fixture
+
+
+def build_step(folder: Path, name: str, *overrides: str) -> TrainStep:
+    run = build_run(config(folder, name, *overrides))
+    run.trainer.log.close()
+    run.trainer.step.trainable.train()
+    return run.trainer.step
+
+
+# KDSVD's eigenvalues come from the host on CUDA: it is the one method whose step is not captured.
+@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
+def test_a_step_never_looks_at_a_value(tmp_path: Path, teacher: str, method: str) -> None:
+    """Under FakeTensorMode tensors have shapes and no values: any host sync or data-dependent shape is an error."""
+    step = build_step(tmp_path, "run", f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher)
+    raw = next(step.feed(step.loader.batches(1)))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(tensor) for tensor in raw]
+        batch = step.loader.prepare(*fake)
+        taught = step.teacher(batch) if step.teacher else None
+        losses = step.trainable(batch, taught, step.factors)
+        losses.total.backward()
+        assert losses.total.shape == ()
+        assert losses.parts.shape == (len(step.trainable.loss_names),)
+
+
+def test_momentum_exists_before_the_first_step(tmp_path: Path) -> None:
+    step = build_step(tmp_path, "run")
+    state = step.optimizer.state
+    assert all("momentum_buffer" in state[parameter] for parameter in step.trainable.parameters())
+    addresses = [state[parameter]["momentum_buffer"].data_ptr() for parameter in step.trainable.parameters()]
+    step(*next(step.loader.batches(1)))
+    assert addresses == [state[parameter]["momentum_buffer"].data_ptr() for parameter in step.trainable.parameters()]
+
+
+@pytest.mark.parametrize("method", ["NormKD", "CRD", "OFD"])
+def test_everything_a_step_changes_can_be_put_back(tmp_path: Path, teacher: str, method: str) -> None:
+    """What a recording does: run the step a few times, restore the state in place, and nothing has happened."""
+    extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher]
+    steps = [build_step(tmp_path, name, *extra) for name in ("straight", "restored")]
+    raws = list(steps[0].loader.batches(1))[:3]
+    captured = CapturedStep(steps[1])
+    state = captured._state()
+    addresses = [tensor.data_ptr() for tensor in state]
+    before = [tensor.detach().clone() for tensor in state]
+    for raw in raws[1:]:
+        steps[1](*raw)
+    assert not all(torch.equal(tensor, saved) for tensor, saved in zip(state, before, strict=True))
+    with torch.no_grad():
+        for tensor, saved in zip(state, before, strict=True):
+            tensor.copy_(saved)
+    static = [tensor.clone() for tensor in raws[0]]
+    for raw in raws:
+        steps[0](*raw)
+        for buffer, tensor in zip(static, raw, strict=True):
+            buffer.copy_(tensor)
+        steps[1](*static)
+    assert addresses == [tensor.data_ptr() for tensor in captured._state()]
+    assert_same_state(steps[0].trainable.state_dict(), steps[1].trainable.state_dict())
+    assert_same_state(steps[0].optimizer.state_dict(), steps[1].optimizer.state_dict())
+    assert_same_state(dict(steps[0].meters.state_dict()), dict(steps[1].meters.state_dict()))
+
+
+def test_the_gpu_check_says_when_there_is_no_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: the next test runs the check")
+    assert_user_error(tool("gpu_check", check=False), "no CUDA device")
+
+
+@pytest.mark.cuda
+def test_captured_steps_are_eager_steps() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: captured and eager steps cannot be compared here")
+    done = subprocess.run(["bash", "scripts/gpu_check.sh", "--steps", "50"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAIL" not in done.stdout
