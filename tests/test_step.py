@@ -1,4 +1,4 @@
-"""What a training step must be so that it can be captured as a CUDA graph, shown without a GPU; and with one, if there."""
+"""What makes a training step capturable as a CUDA graph, shown without a GPU; and with one, if there is one."""
 
 from __future__ import annotations
 
