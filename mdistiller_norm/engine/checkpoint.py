@@ -8,6 +8,7 @@ for), its run states (``latest.pt``), and those published for mdistiller and Rep
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -197,6 +198,9 @@ def find_teacher(model: str, dataset: str, weights: str, runs: Path, train_comma
                     path = root / MANIFEST.parent / entry["file"]
                     if not path.is_file():
                         raise CheckpointError(f"{root / MANIFEST} names {path}, which is not there")
+                    stated = entry.get("sha256")
+                    if stated and hashlib.sha256(path.read_bytes()).hexdigest() != stated:
+                        raise CheckpointError(f"{path} is not the file {root / MANIFEST} means: its sha256 differs")
                     return TeacherFile(path, entry.get("top1"))
         path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
         if dataset == "cifar100" and path.is_file():

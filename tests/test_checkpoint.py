@@ -1,0 +1,174 @@
+"""Weights from every kind of file, and nothing but weights."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from mdistiller_norm.engine import checkpoint
+from mdistiller_norm.engine.checkpoint import find_teacher, load, load_into, load_weights, save_atomically
+from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.models import build_model
+
+
+def network() -> nn.Module:
+    return build_model("resnet8", 10)
+
+
+def published(kind: str, state: dict[str, torch.Tensor]) -> Any:
+    """The layouts that are found in the wild."""
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    distiller = {f"module.student.{key}": value for key, value in state.items()}
+    distiller |= {f"module.teacher.{key}": value + 1 for key, value in state.items()}
+    return {
+        "bare": state,
+        "mdistiller": {"model": state},
+        "mdistiller distiller": {"epoch": 240, "model": distiller, "best_acc": np.float64(75.2)},
+        "RepDistiller": {
+            "epoch": 240,
+            "model": state,
+            "opt": argparse.Namespace(model="resnet8", learning_rate=0.05),
+            "best_acc": torch.tensor(72.3),
+            "accuracy": np.float32(72.3),
+        },
+        "torchvision reference": {"state_dict": wrapped, "args": argparse.Namespace(lr=0.1), "epoch": 89},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["bare", "mdistiller", "mdistiller distiller", "RepDistiller", "torchvision reference"]
+)
+def test_published_layouts_load_strictly(tmp_path: Path, kind: str) -> None:
+    source, target = network().eval(), network().eval()
+    torch.save(published(kind, source.state_dict()), tmp_path / "weights.pth")
+    load_into(target, load_weights(tmp_path / "weights.pth"), "resnet8")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(source(images), target(images))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("echo code from a checkpoint ran",))
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": network().state_dict(), "extra": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="holds more than weights"):
+        load_weights(tmp_path / "evil.pth")
+    assert "code from a checkpoint" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"a": 1}}, "holds no weights"),
+        ([1, 2], "holds a list"),
+        ({}, "holds no weights"),
+    ],
+)
+def test_files_without_weights_are_named(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=rf"odd\.pth.* {message}|odd\.pth {message}"):
+        load_weights(tmp_path / "odd.pth")
+
+
+def test_cut_off_and_missing_files_are_named(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "cut.pth")
+    whole = (tmp_path / "cut.pth").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 10):
+        (tmp_path / "cut.pth").write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"cut\.pth") as caught:
+            load(tmp_path / "cut.pth")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load(tmp_path / "none.pth")
+
+
+def test_weights_of_another_network_name_the_first_difference(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "resnet8.pth")
+    weights = load_weights(tmp_path / "resnet8.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit resnet14: it lacks tensor layer1\.1\.conv1\.weight"):
+        load_into(build_model("resnet14", 10), weights, "resnet14")
+    with pytest.raises(CheckpointError, match=r"fc\.weight has shape \(10, 64\), not \(100, 64\)"):
+        load_into(build_model("resnet8", 100), weights, "resnet8")
+
+
+def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
+    save_atomically({"a": torch.ones(2)}, tmp_path / "state.pt")
+    before = (tmp_path / "state.pt").read_bytes()
+
+    class CannotBeSaved:
+        def __reduce__(self) -> tuple[Any, ...]:
+            raise OSError("No space left on device")
+
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save_atomically({"a": torch.zeros(2), "b": CannotBeSaved()}, tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert os.listdir(tmp_path) == ["state.pt"]
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save_atomically({}, tmp_path / "no such folder" / "state.pt")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, without the real project's manifest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "PROJECT", tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path
+
+
+def add_entry(project: Path, **changes: Any) -> None:
+    file = project / "checkpoints" / "teacher.pt"
+    if not file.exists():
+        torch.save(network().state_dict(), file)
+    entry = {"file": "teacher.pt", "model": "resnet8", "dataset": "digits", "top1": 97.5} | changes
+    (project / "checkpoints" / "manifest.yaml").write_text(yaml.safe_dump([entry]))
+
+
+def find(weights: str = "", dataset: str = "digits") -> checkpoint.TeacherFile:
+    return find_teacher("resnet8", dataset, weights, Path("output"), "python tools/train.py --cfg x.yaml")
+
+
+def test_the_manifest_is_looked_up_by_model_and_data_set(project: Path) -> None:
+    add_entry(project)
+    assert find().path == Path("checkpoints/teacher.pt")
+    assert find().top1 == 97.5
+    assert find(str(project / "checkpoints" / "teacher.pt")).top1 == 97.5
+    with pytest.raises(CheckpointError, match=r"no weights for the teacher resnet8 on cifar100.*train it with `python"):
+        find(dataset="cifar100")
+
+
+def test_the_manifest_is_checked(project: Path) -> None:
+    add_entry(project, sha256=hashlib.sha256(b"other").hexdigest())
+    with pytest.raises(CheckpointError, match="its sha256 differs"):
+        find()
+    add_entry(project, sha256=hashlib.sha256((project / "checkpoints" / "teacher.pt").read_bytes()).hexdigest())
+    find()
+    (project / "checkpoints" / "teacher.pt").unlink()
+    with pytest.raises(CheckpointError, match="which is not there"):
+        find()
+    (project / "checkpoints" / "manifest.yaml").write_text("- file: only")
+    with pytest.raises(CheckpointError, match="at least file, model and dataset"):
+        find()
+
+
+def test_mdistillers_download_folder_is_found(project: Path) -> None:
+    folder = project / "download_ckpts" / "cifar_teachers" / "resnet8_vanilla"
+    folder.mkdir(parents=True)
+    torch.save({"model": network().state_dict()}, folder / "ckpt_epoch_240.pth")
+    assert find(dataset="cifar100").path.name == "ckpt_epoch_240.pth"
+
+
+def test_given_weights_that_are_not_there_are_named() -> None:
+    with pytest.raises(CheckpointError, match=r"TEACHER_WEIGHTS: there is no file nowhere\.pth"):
+        find("nowhere.pth")
