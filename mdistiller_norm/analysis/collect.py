@@ -1,0 +1,89 @@
+"""What a network says of a whole test split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mdistiller_norm.builders import open_checkpoint
+from mdistiller_norm.distillers.base import at_least_float32
+from mdistiller_norm.errors import ConfigError
+
+
+class Collected(NamedTuple):
+    """Outputs of one network, on the CPU.
+
+    Attributes:
+        name: for people.
+        logits: ``[N, C]``.
+        pooled: ``[N, D]``, the input of the classifier.
+        targets: ``[N]``.
+        classes: names, C of them.
+    """
+
+    name: str
+    logits: Tensor
+    pooled: Tensor
+    targets: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in percent."""
+        return float((self.logits.argmax(1) == self.targets).double().mean()) * 100
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The parts of some paths that tell them apart: the run folder, and the file's stem where folders repeat."""
+    folders = [path.name if path.is_dir() else path.parent.name or path.stem for path in paths]
+    if len(set(folders)) == len(folders):
+        return folders
+    return [f"{path.parent.name}/{path.stem}" for path in paths]
+
+
+@torch.inference_mode()
+def collect(
+    path: Path, name: str, *, model: str = "", kind: str = "", root: Path = Path("data"), batch_size: int = 250,
+    device: torch.device | None = None,
+) -> Collected:  # fmt: skip
+    """Run a checkpoint over the test split, in eval mode.
+
+    Args:
+        path: weights file.
+        name: for people.
+        model: see :func:`~mdistiller_norm.builders.open_checkpoint`, as the next two.
+        kind: of the data set.
+        root: folder of the data sets.
+        batch_size: images at a time.
+        device: the CPU when not given.
+
+    Raises:
+        UserError: the file, the name or the data cannot be used.
+    """
+    device = device or torch.device("cpu")
+    network, dataset = open_checkpoint(path, model, kind, root)
+    network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    logits, pooled, targets = [], [], []
+    for images, labels in dataset.eval_loader(batch_size, device):
+        outputs = network.outputs(images)
+        logits.append(at_least_float32(outputs.logits).cpu())
+        pooled.append(at_least_float32(outputs.pooled).cpu())
+        targets.append(labels.cpu())
+    return Collected(name, torch.cat(logits), torch.cat(pooled), torch.cat(targets), dataset.classes)
+
+
+def check_same_classes(networks: Sequence[Collected]) -> None:
+    """Refuse to compare networks of different data sets.
+
+    Raises:
+        ConfigError: their classes differ.
+    """
+    for other in networks[1:]:
+        if other.classes != networks[0].classes or not torch.equal(other.targets, networks[0].targets):
+            raise ConfigError(
+                f"{networks[0].name} and {other.name} are of different data sets: they cannot be compared"
+            )
