@@ -117,7 +117,10 @@ CASES: dict[str, tuple[Loss, dict[str, Any]]] = {
     ),
     "dkd": (losses.dkd_loss, {"dkd": (1.0, 8.0)}),
     "dkd_2_3": (lambda s, t, y: losses.dkd_loss(s, t, y, 2.0, 3.0, 1.5), {"scales": (1.5,), "dkd": (2.0, 3.0)}),
-    "norm_dkd": (losses.norm_dkd_loss, {"stat": "std", "scales": (2.0,), "dkd": (1.0, 8.0)}),
+    "norm_dkd": (
+        lambda s, t, y: losses.norm_dkd_loss(s, t, y, 1.0, 8.0),
+        {"stat": "std", "scales": (2.0,), "dkd": (1.0, 8.0)},
+    ),
     "lskd": (
         lambda s, t, y: losses.lskd_loss(s, t),
         {"stat": "std", "scales": (2.0,), "compensate": False},

@@ -19,8 +19,8 @@ def norm_dkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     targets: Tensor,
-    alpha: float = 1.0,
-    beta: float = 8.0,
+    alpha: float,
+    beta: float,
     t_norm: float = 2.0,
 ) -> Tensor:
     """``(T_norm * sigma_t)^2 * (alpha * TCKD + beta * NCKD)`` of logits divided by ``T_norm * sigma``.
