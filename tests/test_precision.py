@@ -1,0 +1,85 @@
+"""Half precision: the networks under autocast, the losses in float32, fp16 gradients scaled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import PAIR, SMALLER, config, teacher
+
+from mdistiller_norm.builders import build_precision, build_run, train
+from mdistiller_norm.config import load_config
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.step import TrainStep
+
+__all__ = ["teacher"]  # a fixture
+
+
+def half_step(folder: Path, teacher: str, method: str, dtype: torch.dtype) -> TrainStep:
+    """A step as a device with native half precision would run it: the CPU emulates it, slowly, which builders avoid."""
+    extra = [f"DISTILLER.TYPE={method}", "SOLVER.BATCH_SIZE=8", *SMALLER.get(method, []), teacher]
+    run = build_run(config(folder, "run", *extra))
+    run.trainer.log.close()
+    step = run.trainer.step
+    step.trainable.autocast = dtype
+    if step.teacher is not None:
+        step.teacher.autocast = dtype
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if dtype is torch.float16 else None
+    step.trainable.train()
+    return step
+
+
+@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
+def test_losses_are_float32_and_finite_under_bf16(tmp_path: Path, teacher: str, method: str) -> None:
+    step = half_step(tmp_path, teacher, method, torch.bfloat16)
+    batch = step.loader.prepare(*next(step.loader.batches(1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert step.trainable.student(batch.images).dtype is torch.bfloat16
+    losses = step.trainable(batch, step.teacher(batch) if step.teacher else None, step.factors)
+    assert losses.parts.dtype is torch.float32
+    assert losses.logits.dtype is torch.float32
+    assert losses.parts.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_train_in_half_precision(tmp_path: Path, teacher: str, dtype: torch.dtype) -> None:
+    step = half_step(tmp_path, teacher, "NormKD", dtype)
+    before = step.trainable.student.conv1.weight.detach().clone()
+    for _, raw in zip(range(3), step.loader.batches(1), strict=False):
+        step(*raw)
+    after = step.trainable.student.conv1.weight.detach()
+    assert after.dtype is torch.float32
+    assert after.isfinite().all()
+    assert not torch.equal(before, after)
+    step.meters.read(epoch=1)
+
+
+def test_a_scaler_skips_a_step_whose_gradients_overflow(tmp_path: Path, teacher: str) -> None:
+    step = half_step(tmp_path, teacher, "KD", torch.float16)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    before = {name: p.detach().clone() for name, p in step.trainable.named_parameters()}
+    step(*next(step.loader.batches(1)))
+    assert all(torch.equal(before[name], p) for name, p in step.trainable.named_parameters())
+    assert step.scaler.get_scale() == 2.0**119
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_emulated_half_precision_is_a_warning_and_fp32(precision: str) -> None:
+    cfg = load_config(None, [*PAIR, f"SOLVER.PRECISION={precision}"]).node
+    dtype, warning = build_precision(cfg, torch.device("cpu"))
+    if dtype is None:
+        assert f"no fast {precision}: training in fp32" in warning
+    else:
+        assert precision == "bf16", "no CPU runs fp16 convolutions fast"
+        assert warning == ""
+
+
+def test_wandb_that_is_not_installed_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        train(config(tmp_path, "run", "LOG.WANDB=true", epochs=1))
+        assert "wandb is not installed" in capsys.readouterr().out
+    else:
+        pytest.skip("wandb is installed here")
