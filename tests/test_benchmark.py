@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, assert_user_error, tool
+from torchvision.io import write_jpeg
 
 from mdistiller_norm.benchmark import Settings, run, show
 from mdistiller_norm.benchmark.timing import ratios, spread, take_turns
@@ -234,11 +236,28 @@ def test_replayed_blocks_are_all_hits_of_a_lazy_teacher_cache(tmp_path: Path) ->
     assert ours.step.teacher.use.computed == computed
 
 
+def test_the_loading_of_image_files(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for number in range(6):
+            pixels = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
+            write_jpeg(pixels, str(tmp_path / label / f"{number}.jpg"))
+    overrides = ["DATASET.NUM_WORKERS=1", "DATASET.IMAGE_SIZE=32", "SOLVER.BATCH_SIZE=4"]
+    record = run(Settings(loader=str(tmp_path), blocks=1, overrides=overrides))
+    found = record["loader"]
+    assert found["images"] == 12
+    assert found["workers"] == 1
+    assert found["ratio"] == pytest.approx(found["ours"] / found["usual"])
+    assert "pair" not in record
+    assert f"loading 12 images of {tmp_path}" in show(record)
+
+
 def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert_user_error(tool("benchmark", "--against", nowhere, check=False), str(nowhere), "mdistiller's layout")
     for settings, words in (
-        ({}, "--table9, --evaluate or --against"),
+        ({}, "--table9, --evaluate, --against PATH or --loader"),
+        ({"loader": "nowhere"}, "--loader: there is no folder nowhere"),
         ({"table9": True, "blocks": 0}, "--blocks must be at least 1, not 0"),
         ({"table9": True, "synthetic": 5}, "--synthetic needs at least 100"),
         ({"table9": True, "pair": "res32x4_res8x5"}, r"res32x4_res8x5.*did you mean .*res32x4_res8x4\.yaml"),
@@ -258,5 +277,5 @@ def test_a_reference_that_lacks_something_is_one_line(reference: Path) -> None:
         run(Settings(**small, methods=["KD"], overrides=overrides))
     with pytest.raises(ConfigError, match="has no CIFAR model resnet20"):
         run(Settings(**small, overrides=[*overrides, "DISTILLER.STUDENT=resnet20"]))
-    with pytest.raises(ConfigError, match="needs DATASET.TYPE cifar100, not digits"):
+    with pytest.raises(ConfigError, match=r"needs DATASET\.TYPE cifar100, not digits"):
         run(Settings(**small | {"synthetic": 0}, methods=["KD"], cfg=str(ROOT / "configs/digits/kd.yaml")))

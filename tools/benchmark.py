@@ -19,6 +19,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--table9", action="store_true", help="time, memory and extra parameters of the methods")
     parser.add_argument("--evaluate", action="store_true", help="images/s of evaluating the student on the test split")
     parser.add_argument("--against", type=Path, metavar="PATH", help="compare with the checkout of a reference")
+    parser.add_argument(
+        "--loader", default="", metavar="FOLDER", help="images/s of reading class folders, or: imagenet"
+    )
     parser.add_argument("--methods", default="", metavar="A,B", help="DISTILLER.TYPEs; default: Table 9's, or NormKD")
     parser.add_argument("--pair", default="res32x4_res8x4", help="stem of the config files in configs/cifar100/METHOD")
     parser.add_argument("--cfg", default="", metavar="FILE", help="config file in place of the pair's")
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
     batch = [] if options.batch_size is None else [f"SOLVER.BATCH_SIZE={options.batch_size}"]
     settings = benchmark.Settings(
-        table9=options.table9, evaluation=options.evaluate, against=options.against,
+        table9=options.table9, evaluation=options.evaluate, against=options.against, loader=options.loader,
         methods=[name for name in options.methods.split(",") if name], pair=options.pair, cfg=options.cfg,
         blocks=options.blocks, steps=options.steps, warmup=options.warmup, teacher=options.teacher,
         synthetic=options.synthetic, replay=options.replay, overrides=[*options.overrides, *batch],

@@ -27,9 +27,9 @@ and hardly the ratios. A time is that of a whole block with the device waited fo
         "log": what the run said about itself,
         "paper": {"ms", "ratio_to_kd", "extra_parameters"}: Table 9 of the NormKD paper, one RTX 3080 Ti; may be null
       }},
-      "against": {METHOD: {"ours_ms", "reference_ms": SPREAD, "ratio": SPREAD of reference / ours}},
+      "against": {METHOD: {"ours_ms", "reference_ms": SPREAD, "ratio": SPREAD of reference / ours, "log"}},
       "evaluate": {"images", "ours", "reference": SPREAD of images/s, "ratio": SPREAD of ours / reference},
-      "loader": {"images_per_second": SPREAD ...}
+      "loader": {"folder", "images", "workers", "ours", "usual": images/s of the best of ``blocks`` passes, "ratio"}
     }
 
 with only what was asked for, and SPREAD = ``{"median", "q1", "q3", "n", "values"}``.

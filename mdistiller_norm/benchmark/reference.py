@@ -47,7 +47,8 @@ def load_package(path: Path) -> None:
         substitute = types.ModuleType("tensorboardX")
         substitute.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
         sys.modules["tensorboardX"] = substitute
-    sys.path.insert(0, str(path.resolve()))
+    if str(path.resolve()) not in sys.path:
+        sys.path.insert(0, str(path.resolve()))
     try:
         for name in ("engine.cfg", "engine.utils", "engine", "models", "dataset", "distillers"):
             module = importlib.import_module(f"{PACKAGE}.{name}")

@@ -7,9 +7,10 @@ import multiprocessing
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,11 +18,12 @@ from mdistiller_norm.benchmark.reference import Reference, load_package, write_c
 from mdistiller_norm.benchmark.timing import Record, matmul_gflops, ratios, spread, take_turns
 from mdistiller_norm.benchmark.workload import Ours, load_images, memory, method_config, method_folder, teacher_weights
 from mdistiller_norm.builders import build_device, build_precision
-from mdistiller_norm.config import Config
+from mdistiller_norm.config import Config, load_config
+from mdistiller_norm.data.image_folder import data_root, loader_throughput
 from mdistiller_norm.engine.checkpoint import load_weights
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.logger import environment
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.reproduce.tables import get_table
 
 TABLE9 = ("KD", "RKD", "FITNET", "OFD", "CRD", "REVIEWKD", "DKD", "NormKD", "NormKD_W_DKD", "AT")
@@ -37,6 +39,8 @@ class Settings:
         table9: time, memory and parameters of the methods.
         evaluation: images/s of evaluating the pair's student.
         against: checkout of a reference to compare with; None for none.
+        loader: folder of class folders with images, or ``imagenet`` for the one under ``DATASET.ROOT``: images/s of
+            reading it.
         methods: names; empty for Table 9's, or NormKD where only a reference is compared with.
         pair: stem of the config files.
         cfg: config file in place of the pair's; its method is replaced.
@@ -53,6 +57,7 @@ class Settings:
     table9: bool = False
     evaluation: bool = False
     against: Path | None = None
+    loader: str = ""
     methods: Sequence[str] = ()
     pair: str = "res32x4_res8x4"
     cfg: str = ""
@@ -71,8 +76,8 @@ class Settings:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.synthetic and self.synthetic < 100:
             raise ConfigError(f"--synthetic needs at least 100 images, one a class, not {self.synthetic}")
-        if not (self.table9 or self.evaluation or self.against):
-            raise ConfigError("nothing to measure: add --table9, --evaluate or --against PATH")
+        if not (self.table9 or self.evaluation or self.against or self.loader):
+            raise ConfigError("nothing to measure: add --table9, --evaluate, --against PATH or --loader FOLDER")
 
 
 class _Bench:
@@ -149,28 +154,51 @@ def run(settings: Settings) -> Record:
     Raises:
         UserError: of the config, data, weights, device or reference.
     """
-    with tempfile.TemporaryDirectory(prefix="mdistiller_norm_benchmark_") as folder:
-        bench = _Bench(settings, Path(folder))
-        node = bench.node
-        dtype = build_precision(node, bench.device)[0] or torch.float32
-        record: Record = {
-            "command": settings.command,
-            "machine": environment(bench.device) | {"matmul_gflops": matmul_gflops(bench.device, dtype)},
-            "data": bench.data,
-            "pair": {
-                "teacher": node.DISTILLER.TEACHER, "student": node.DISTILLER.STUDENT, "teacher_weights": bench.teacher,
-                "batch_size": node.SOLVER.BATCH_SIZE,
-            },
-            "overrides": settings.overrides, "blocks": settings.blocks, "steps": settings.steps,
-            "warmup": settings.warmup, "replay": settings.replay,
-        }  # fmt: skip
-        if settings.table9:
-            record["table9"] = _table9(bench, record["machine"]["matmul_gflops"])
-        if settings.evaluation:
-            record["evaluate"] = _evaluation(bench)
-        elif settings.against:
-            record["against"] = {method: _against(bench, settings.against, method) for method in bench.methods}
+    plain = load_config(settings.cfg or None, settings.overrides).node
+    device = build_device(plain)
+    dtype = build_precision(plain, device)[0] or torch.float32
+    record: Record = {
+        "command": settings.command,
+        "machine": environment(device) | {"matmul_gflops": matmul_gflops(device, dtype)},
+        "overrides": settings.overrides, "blocks": settings.blocks, "steps": settings.steps,
+        "warmup": settings.warmup, "replay": settings.replay,
+    }  # fmt: skip
+    if settings.loader:
+        record["loader"] = _loader(settings, plain)
+    if settings.table9 or settings.evaluation or settings.against:
+        with tempfile.TemporaryDirectory(prefix="mdistiller_norm_benchmark_") as folder:
+            _measure_training(_Bench(settings, Path(folder)), record)
     return record
+
+
+def _measure_training(bench: _Bench, record: Record) -> None:
+    settings, node = bench.settings, bench.node
+    record["data"] = bench.data
+    record["pair"] = {
+        "teacher": node.DISTILLER.TEACHER, "student": node.DISTILLER.STUDENT, "teacher_weights": bench.teacher,
+        "batch_size": node.SOLVER.BATCH_SIZE,
+    }  # fmt: skip
+    if settings.table9:
+        record["table9"] = _table9(bench, record["machine"]["matmul_gflops"])
+    if settings.evaluation:
+        record["evaluate"] = _evaluation(bench)
+    elif settings.against:
+        record["against"] = {method: _against(bench, settings.against, method) for method in bench.methods}
+
+
+def _loader(settings: Settings, node: Any) -> Record:
+    """Read a folder of images with our loader and torchvision's, in turns."""
+    folder = Path(settings.loader)
+    if settings.loader == "imagenet":
+        root = data_root(Path(node.DATASET.ROOT), "imagenet")
+        folder = root / ("train" if (root / "train").is_dir() else "val")
+    if not folder.is_dir():
+        raise DataError(f"--loader: there is no folder {folder}; it must hold class folders with images")
+    found = loader_throughput(
+        folder, size=node.DATASET.IMAGE_SIZE, workers=node.DATASET.NUM_WORKERS, batch_size=node.SOLVER.BATCH_SIZE,
+        passes=settings.blocks,
+    )  # fmt: skip
+    return {"folder": str(folder), "ratio": found.ours / found.usual} | asdict(found)
 
 
 def _table9(bench: _Bench, peak: float) -> Record:
@@ -264,15 +292,19 @@ def _evaluation(bench: _Bench) -> Record:
 
 def show(record: Record) -> str:
     """The record for people."""
-    machine, pair = record["machine"], record["pair"]
+    machine = record["machine"]
     lines = [
-        f"{pair['teacher']} -> {pair['student']}, batch {pair['batch_size']}",
-        f"teacher's weights: {pair['teacher_weights']}",
-        f"data: {record['data']}",
         f"machine: {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, matrix products "
         f"{machine['matmul_gflops']:.0f} GFLOP/s",
-        f"blocks of {record['steps']} steps, n = {record['blocks']}; median (quartiles)",
     ]
+    if "pair" in record:
+        pair = record["pair"]
+        lines += [
+            f"{pair['teacher']} -> {pair['student']}, batch {pair['batch_size']}",
+            f"teacher's weights: {pair['teacher_weights']}",
+            f"data: {record['data']}",
+            f"blocks of {record['steps']} steps, n = {record['blocks']}; median (quartiles)",
+        ]
     if "table9" in record:
         lines += ["", *_show_table9(record["table9"])]
     if "against" in record:
@@ -285,6 +317,14 @@ def show(record: Record) -> str:
         lines += ["", f"evaluation of {found['images']} images, images/s: ours {_range(found['ours'], 0)}"]
         if "ratio" in found:
             lines[-1] += f", reference {_range(found['reference'], 0)}, ours / reference {_range(found['ratio'], 2)}"
+    if "loader" in record:
+        found = record["loader"]
+        lines += [
+            "",
+            f"loading {found['images']} images of {found['folder']}, {found['workers']} workers, best of "
+            f"{record['blocks']} passes: {found['ours']:.0f} images/s, torchvision {found['usual']:.0f}, "
+            f"ratio {found['ratio']:.2f}",
+        ]
     return "\n".join(lines)
 
 
