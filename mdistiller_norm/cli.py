@@ -54,6 +54,11 @@ def train_main(arguments: Sequence[str]) -> int:
         return 0
     if options.check_data:
         return _check_data(builders.build_dataset(resolved.node))
+    if resolved.node.SOLVER.TRIALS > 1:
+        from mdistiller_norm.trials import train_trials
+
+        train_trials(options.cfg, options.overrides, options.resume)
+        return 0
     builders.train(resolved, options.resume, ["python", "tools/train.py", *arguments])
     return 0
 
