@@ -16,12 +16,13 @@ from mdistiller_norm.config import Config, differences, dump, load_config
 from mdistiller_norm.data import DATASETS, Dataset, EvalLoader, ImageOptions, MemoryTrainLoader, TrainLoader
 from mdistiller_norm.data.image_folder import data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
+from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import TeacherFile, find_teacher, load, load_into, load_weights
 from mdistiller_norm.engine.compile import choose, compile_teacher
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.graph import CapturedStep
-from mdistiller_norm.engine.logger import Record, RunLog, environment
+from mdistiller_norm.engine.logger import Record, RunLog, SilentLog, environment
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import StepSchedule, build_sgd
 from mdistiller_norm.engine.step import TrainStep
@@ -37,9 +38,10 @@ from mdistiller_norm.types import Outputs
 # Keys that do not change what is computed, only where it is kept, shown or run.
 NEUTRAL = (
     "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
-    "SOLVER.EPOCHS",
+    "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "SOLVER.TRIALS",
     "ENGINE.", "DISTILLER.TEACHER_CACHE", "DISTILLER.TEACHER_WEIGHTS",  # the teacher's hash is compared instead
 )  # fmt: skip
+LATEST = "latest.pt"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,7 +58,9 @@ def build_device(cfg: Any) -> torch.device:
         ConfigError: not a device, or not on this machine.
     """
     if cfg.DEVICE == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return distributed.local_device() if torch.cuda.is_available() else torch.device("cpu")
+    if cfg.DEVICE == "cuda" and torch.cuda.is_available():
+        return distributed.local_device()
     try:
         device = torch.device(cfg.DEVICE)
         torch.zeros(1, device=device)
@@ -168,6 +172,8 @@ def _captured(cfg: Any, step: TrainStep, device: torch.device, log: RunLog) -> C
         why = "there is no CUDA device" if cfg.ENGINE.CUDA_GRAPH == "on" else "off"
     elif slow := [name for name, method in step.trainable.distillers.items() if not method.capturable]:
         why = f"{' and '.join(slow)} waits for the host in every step"
+    elif distributed.together():
+        why = "several processes exchange gradients in it"
     elif step.scaler is not None:
         why = "SOLVER.PRECISION fp16 skips steps whose gradients overflow"
     elif not isinstance(step.loader, MemoryTrainLoader):
@@ -185,7 +191,7 @@ def build_optimizer(
     """SGD, or DOT's two where ``SOLVER.TRAINER`` says so.
 
     Raises:
-        ConfigError: DOT without a teacher, or with fp16, whose gradients need a scale.
+        ConfigError: DOT without a teacher, with fp16, whose gradients need a scale, or on several processes.
     """
     solver = cfg.SOLVER
     sgd = {
@@ -196,6 +202,8 @@ def build_optimizer(
     if teacher is None or trainable.autocast is torch.float16:
         why = "a distillation loss: DISTILLER.TYPE is NONE" if teacher is None else "SOLVER.PRECISION fp32 or bf16"
         raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} needs {why}")
+    if distributed.together() or solver.ACCUMULATE > 1:
+        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} trains on one process, and with SOLVER.ACCUMULATE 1")
     batch = loader.prepare(*next(loader.batches(1)))
     return DOT(trainable, batch, teacher, solver.DOT.DELTA, **sgd)
 
@@ -246,7 +254,7 @@ def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | No
         ConfigError: it holds a run already and ``resume`` is off, or a run of another config.
     """
     folder = run_folder(config)
-    latest, saved = folder / "latest.pt", folder / "config.yaml"
+    latest, saved = folder / LATEST, folder / "config.yaml"
     if saved.exists() and not resume:
         raise ConfigError(
             f"{folder} holds a run already: --resume goes on with it, EXPERIMENT.NAME or EXPERIMENT.TAG starts another"
@@ -305,6 +313,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     cfg = config.node
     solver = cfg.SOLVER
     device = build_device(cfg)
+    share = distributed.start(device, solver.TIMEOUT)
     autocast, precision_warning = build_precision(cfg, device)
     dataset = dataset or build_dataset(cfg)
     student = build_student(cfg, dataset)
@@ -312,16 +321,26 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if names:
         teacher_network, file = build_teacher(cfg, dataset)
         distillers = build_distillers(cfg, student, teacher_network, dataset)
-    folder, state, opening = open_folder(config, resume)
+    # Made by the first process; the others come when it is there.
+    opened = open_folder(config, resume or distributed.restarted()) if distributed.is_first() else None
+    resumed = distributed.agree(int(opened is not None and opened[1] is not None))
+    folder, state, opening = opened or (run_folder(config), load(run_folder(config) / LATEST) if resumed else None, "")
 
-    test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device)
+    test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
     first = (state["epoch"], (state["epoch"] - 1) * 10**9) if state else (1, 0)
-    wandb_warning = start_wandb(cfg, folder) if cfg.LOG.WANDB else ""
-    log = RunLog(folder, *first)
+    wandb_warning = start_wandb(cfg, folder) if cfg.LOG.WANDB and distributed.is_first() else ""
+    log = RunLog(folder, *first) if distributed.is_first() else SilentLog(share.rank)
     log.line(opening)
     for warning in filter(None, (precision_warning, wandb_warning)):
         log.line(f"warning: {warning}")
-    loader = dataset.train_loader(solver.BATCH_SIZE, cfg.SEED, device, warn=lambda text: log.line(f"warning: {text}"))
+    loader = dataset.train_loader(
+        solver.BATCH_SIZE, cfg.SEED, device, share, warn=lambda text: log.line(f"warning: {text}")
+    )
+    if loader.batch_size % solver.ACCUMULATE:
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} over {share.world} processes is {loader.batch_size} images each, "
+            f"which SOLVER.ACCUMULATE {solver.ACCUMULATE} does not divide"
+        )
     left = solver.EPOCHS * loader.steps
     left -= (state["epoch"] - 1) * loader.steps + state["steps_done"] if state else 0
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, left)
@@ -342,6 +361,8 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
 
     ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
     trainable = Trainable(_on(student, device), distillers, ce_weight, autocast).to(device)
+    if solver.SYNC_BN:
+        distributed.synchronise_batch_norms(trainable, device)
     if to_compile == "all":
         student.outputs = torch.compile(student.outputs, dynamic=False)  # type: ignore[method-assign]
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
@@ -353,13 +374,16 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
         "seed": cfg.SEED,
     }  # fmt: skip
-    step = TrainStep(loader, teacher, trainable, optimizer, meters, scaler)
+    step = TrainStep(
+        loader, teacher, trainable, optimizer, meters, scaler, distributed.wrap(trainable), solver.ACCUMULATE
+    )
     trainer = Trainer(
         step=step,
         schedule=StepSchedule(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
         test=test, epochs=solver.EPOCHS, seed=cfg.SEED, folder=folder, log=log, about=about,
         identity={"teacher": taught.get("hash", "")}, save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ,
-        log_every=cfg.LOG.TENSORBOARD_FREQ, run_step=_captured(cfg, step, device, log),
+        log_every=cfg.LOG.TENSORBOARD_FREQ, checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS,
+        run_step=_captured(cfg, step, device, log),
     )  # fmt: skip
     if state:
         if state["identity"] != trainer.identity:
@@ -377,7 +401,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     result = {
         "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
         "seed": cfg.SEED, "epochs": solver.EPOCHS, "extra_parameters": extra, "command": command,
-        "config": yaml.safe_load(dump(cfg)), "environment": environment(device),
+        "processes": share.world, "config": yaml.safe_load(dump(cfg)), "environment": environment(device),
     }  # fmt: skip
     return Run(trainer, folder, result, trainer.epoch > solver.EPOCHS)
 
@@ -427,19 +451,23 @@ def train(config: Config, resume: bool = False, command: list[str] | None = None
         What ``result.json`` in the run folder holds: ``last`` and ``best`` (epoch, top1, top5, loss), and what was run.
 
     Raises:
-        UserError: see :func:`build_run`; NonFiniteLossError in training.
-        Interrupted: on SIGINT or SIGTERM, after the state was saved.
+        UserError: see :func:`build_run`; NonFiniteLossError in training; LostProcessError with several processes.
+        Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the state was saved.
     """
-    run = build_run(config, resume, shlex.join(command or []))
-    log = run.trainer.log
-    try:
-        write_json(run.result["environment"], run.folder / "environment.json")
-        if run.finished:
-            log.line(f"{run.folder} is finished already: nothing left to train")
-        result = run.result | run.trainer.fit()
-    finally:
-        log.close()
-    write_json(result, run.folder / "result.json")
+    with distributed.watched():
+        run = build_run(config, resume, shlex.join(command or []))
+        log = run.trainer.log
+        try:
+            if distributed.is_first():
+                write_json(run.result["environment"], run.folder / "environment.json")
+            if run.finished:
+                log.line(f"{run.folder} is finished already: nothing left to train")
+            result = run.result | run.trainer.fit()
+        finally:
+            log.close()
+    if distributed.is_first():
+        write_json(result, run.folder / "result.json")
+    distributed.stop()
     last, best = result["last"], result["best"]
     log.line(
         f"done: last top-1 {last['top1']:.2f}, best top-1 {best['top1']:.2f} (epoch {best['epoch']}); "

@@ -167,8 +167,7 @@ class CRD(Distiller):
 
     Each side's anchors are compared with the other side's memory. The normalisers Z are set by the first training
     batch. After the scores of a step, and only in training, the memory of its samples moves towards their embeddings.
-    With several processes it takes in the samples of all of them and so stays the same everywhere; their batches must
-    be of equal size.
+    With several processes it takes in the samples of all of them and so stays the same everywhere.
 
     Args:
         student_dim: of the student's pooled features.
@@ -244,21 +243,24 @@ class CRD(Distiller):
         """See :class:`Distiller`."""
         of_student, of_teacher = self.embed_student(student.pooled), self.embed_teacher(teacher.pooled)
         chosen = self.sampler(batch.targets, batch.indices, batch.key)
-        student_loss, student_z = self._contrast(of_student, self.teacher_memory, chosen, self.log_z[0])
-        teacher_loss, teacher_z = self._contrast(of_teacher, self.student_memory, chosen, self.log_z[1])
+        sizes = _sizes(batch.indices)
+        student_loss, student_z = self._contrast(of_student, self.teacher_memory, chosen, self.log_z[0], sizes)
+        teacher_loss, teacher_z = self._contrast(of_teacher, self.student_memory, chosen, self.log_z[1], sizes)
         if self.training:
             self.log_z.copy_(torch.stack([student_z, teacher_z]))
-            self._remember(of_student.detach(), of_teacher.detach(), batch.indices)
+            self._remember(of_student.detach(), of_teacher.detach(), batch.indices, sizes)
         return student_loss + teacher_loss
 
-    def _contrast(self, anchors: Tensor, memory: Tensor, chosen: Tensor, log_z: Tensor) -> tuple[Tensor, Tensor]:
+    def _contrast(
+        self, anchors: Tensor, memory: Tensor, chosen: Tensor, log_z: Tensor, sizes: list[int]
+    ) -> tuple[Tensor, Tensor]:
         """Loss of one side's anchors against the other side's memory, and the normaliser it was taken with."""
         samples = self.sampler.samples
         dense = samples <= DENSE_SAMPLES
         with torch.no_grad():
             scores = similarities(anchors, memory, chosen, dense) / self.temperature
-            everyone = _gather(scores.flatten().logsumexp(0, keepdim=True))
-            fresh = everyone.logsumexp(0) + math.log(samples / (len(everyone) * scores.numel()))
+            everyone = _gather(scores.flatten().logsumexp(0, keepdim=True), [1] * len(sizes))
+            fresh = everyone.logsumexp(0) + math.log(samples / (sum(sizes) * scores.shape[1]))
             log_z = fresh.where(log_z.isinf(), log_z.to(fresh))
             loss = nce_loss(scores, log_z, samples)
             pull = weighted_rows(nce_slope(scores, log_z, samples), memory, chosen, dense) / self.temperature
@@ -266,24 +268,39 @@ class CRD(Distiller):
         # row, and would need the memory as it was before its update.
         return loss + ((anchors - anchors.detach()) * pull).sum(), log_z
 
-    def _remember(self, of_student: Tensor, of_teacher: Tensor, indices: Tensor) -> None:
+    def _remember(self, of_student: Tensor, of_teacher: Tensor, indices: Tensor, sizes: list[int]) -> None:
         """Move the memory of the samples of this step, those of all processes."""
-        indices = _gather(indices)
+        indices = _gather(indices, sizes)
         # Of a sample that comes twice every writer writes the first one's embedding: their order makes no difference.
         first = (indices[:, None] == indices).byte().argmax(1)
         for embedded, memory in ((of_student, self.student_memory), (of_teacher, self.teacher_memory)):
-            moved = torch.lerp(_gather(embedded)[first].to(memory), memory[indices], self.momentum)
+            moved = torch.lerp(_gather(embedded, sizes)[first].to(memory), memory[indices], self.momentum)
             memory.index_copy_(0, indices, F.normalize(moved, dim=1))
 
 
-def _gather(tensor: Tensor) -> Tensor:
+def _alone() -> bool:
+    return not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1
+
+
+def _sizes(tensor: Tensor) -> list[int]:
+    """Rows of the batches of all processes. With several it is read on the host: the last of an epoch may differ."""
+    if _alone():
+        return [len(tensor)]
+    size = torch.tensor([len(tensor)], device=tensor.device)
+    sizes = [torch.empty_like(size) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(sizes, size)
+    return [int(size) for size in torch.cat(sizes).tolist()]
+
+
+def _gather(tensor: Tensor, sizes: list[int]) -> Tensor:
     """``[B, ...]`` of all processes, one after the other; the tensor itself where there is only one."""
-    if not distributed.is_available() or not distributed.is_initialized():
+    if _alone():
         return tensor
-    tensor = tensor.detach().contiguous()
-    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, tensor)
-    return torch.cat(parts)
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def _check_fits(samples: int, dim: int) -> None:

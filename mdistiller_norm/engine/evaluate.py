@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.distillers.base import at_least_float32
+from mdistiller_norm.engine import distributed
 from mdistiller_norm.models.base import Network
 
 
@@ -36,7 +37,10 @@ class Evaluation(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(network: Network, loader: EvalLoader, autocast: torch.dtype | None = None) -> Evaluation:
-    """Run a network over a split in eval mode (its mode is put back); waits for the device once, at the end."""
+    """Run a network over a split in eval mode (its mode is put back); waits for the device once, at the end.
+
+    With several processes each runs over its share of the split, and all get the figures of the whole.
+    """
     was_training = network.training
     network.eval()
     device = next(network.parameters()).device
@@ -54,7 +58,8 @@ def evaluate(network: Network, loader: EvalLoader, autocast: torch.dtype | None 
         seen.index_add_(0, targets, torch.ones_like(targets))
         in_top5 += ranked.sum()
         loss += F.cross_entropy(logits, targets, reduction="sum").double()
-    samples = len(loader)
+    correct, seen, in_top5, loss = (distributed.total(counted) for counted in (correct, seen, in_top5, loss))
+    samples = int(seen.sum())
     top1, top5 = 100 * int(correct.sum()) / samples, 100 * int(in_top5) / samples
     rate = samples / (time.perf_counter() - start)
     network.train(was_training)

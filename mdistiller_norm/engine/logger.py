@@ -106,6 +106,27 @@ class RunLog:
         self._by_step.close()
 
 
+class SilentLog(RunLog):
+    """The log of a process that leaves writing to another; only its warnings are printed."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def line(self, text: str) -> None:
+        """Print a warning; drop anything else."""
+        if text.startswith("warning:"):
+            print(f"process {self.rank}: {text}", file=sys.stderr, flush=True)
+
+    def epoch(self, record: Record) -> None:
+        """Drop it."""
+
+    def step(self, values: dict[str, float], step: int) -> None:
+        """Drop them."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
 def read_metrics(path: Path) -> list[Record]:
     """The records of a ``metrics.jsonl``; a last line that was cut off is left out."""
     records: list[Record] = []

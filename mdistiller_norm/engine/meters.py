@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mdistiller_norm.engine import distributed
 from mdistiller_norm.errors import NonFiniteLossError
 from mdistiller_norm.types import Losses
 
@@ -49,13 +50,21 @@ class TrainMeters(nn.Module):
         self.register_buffer("first_bad", torch.full((len(names),), -1, dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, losses: Losses, targets: Tensor) -> None:
-        """Add a step; no synchronisation with the host."""
+    def update(self, losses: Losses, targets: Tensor, new_step: bool = True, counted: bool = True) -> None:
+        """Add a step, or another part of one; no synchronisation with the host.
+
+        Args:
+            losses: of the step.
+            targets: ``[B]``.
+            new_step: it is the first part of a step.
+            counted: its samples are this process's own.
+        """
         parts = losses.parts.detach()
-        self.step += 1
-        self.sums += parts * len(targets)
-        self.correct += (losses.logits.argmax(1) == targets).sum()
-        self.samples += len(targets)
+        self.step += new_step
+        if counted:
+            self.sums += parts * len(targets)
+            self.correct += (losses.logits.argmax(1) == targets).sum()
+            self.samples += len(targets)
         news = ~parts.isfinite() & (self.first_bad < 0)
         self.first_bad.copy_(torch.where(news, self.step, self.first_bad))
 
@@ -65,13 +74,31 @@ class TrainMeters(nn.Module):
             buffer.zero_()
         self.first_bad.fill_(-1)
 
-    def read(self, epoch: int) -> Averages:
+    def everyones(self) -> dict[str, Tensor]:
+        """The state of all processes together; all of them must ask for it."""
+        own = self.state_dict()
+        joined = {name: distributed.total(own[name]) for name in ("sums", "correct", "samples")}
+        return own | joined | {name: distributed.largest(own[name]) for name in ("step", "first_bad")}
+
+    def load_everyones(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`everyones` gave, so that together the processes have it once."""
+        self.load_state_dict(state)
+        if not distributed.is_first():
+            for buffer in (self.sums, self.correct, self.samples):
+                buffer.zero_()
+
+    def read(self, epoch: int, together: bool = False) -> Averages:
         """The averages so far; this one waits for the device.
+
+        Args:
+            epoch: for the message.
+            together: over all processes, all of which must ask for it; else over this one's samples.
 
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; names it, the epoch and the step (counted from 1).
         """
-        bad = {name: step for name, step in zip(self.names, self.first_bad.tolist(), strict=True) if step > 0}
+        state = self.everyones() if together else self.state_dict()
+        bad = {name: step for name, step in zip(self.names, state["first_bad"].tolist(), strict=True) if step > 0}
         if bad:
             step = min(bad.values())
             guilty = " and ".join(name for name in bad if bad[name] == step)
@@ -79,7 +106,7 @@ class TrainMeters(nn.Module):
                 f"the loss {guilty} became NaN or infinite in epoch {epoch}, step {step}: training stopped, the last "
                 "good checkpoint stays; a lower SOLVER.LR, a higher temperature or SOLVER.PRECISION fp32 may help"
             )
-        samples = int(self.samples)
-        means = [value / max(samples, 1) for value in self.sums.tolist()]
+        samples = int(state["samples"])
+        means = [value / max(samples, 1) for value in state["sums"].tolist()]
         losses = dict(zip(self.names, means, strict=True)) | {"total": sum(means)}
-        return Averages(losses, 100 * int(self.correct) / max(samples, 1), samples)
+        return Averages(losses, 100 * int(state["correct"]) / max(samples, 1), samples)

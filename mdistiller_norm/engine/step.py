@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller_norm.data import TrainLoader
+from mdistiller_norm.data.plan import Part
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.teacher import Raw, Teacher
 from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.types import Batch, Losses
 
 
 class TrainStep:
@@ -28,6 +32,10 @@ class TrainStep:
         meters: where the step's losses go.
         scaler: for fp16 gradients.
         forward: ``trainable`` or a wrapper of it (DistributedDataParallel); ``trainable`` when not given.
+        accumulate: parts of the batch whose gradients are added up, one after the other, for one update.
+
+    Attributes:
+        part: this process's part of the coming batch, for those that train together.
     """
 
     def __init__(
@@ -39,10 +47,13 @@ class TrainStep:
         meters: TrainMeters,
         scaler: torch.amp.GradScaler | None = None,
         forward: nn.Module | None = None,
+        accumulate: int = 1,
     ) -> None:
         self.loader, self.teacher, self.trainable = loader, teacher, trainable
         self.optimizer, self.meters, self.scaler = optimizer, meters, scaler
         self.forward = forward or trainable
+        self.accumulate = accumulate
+        self.part: Part | None = None
         device = next(trainable.parameters()).device
         self.factors = torch.tensor(trainable.factors(1), device=device)
 
@@ -60,17 +71,44 @@ class TrainStep:
         """Train on the batch that ``raw`` names (an item of :meth:`feed`)."""
         split = len(raw) - (self.teacher.extra if self.teacher else 0)
         batch = self.loader.prepare(*raw[:split])
-        taught = self.teacher(batch, *raw[split:]) if self.teacher else None
-        losses = self.forward(batch, taught, self.factors)
         if isinstance(self.optimizer, DOT):
+            losses = self._losses(batch, raw[split:])
             self.optimizer.step(losses.parts)
-        elif self.scaler:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(losses.total).backward()
+            self.meters.update(losses, batch.targets)
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        rows, weight = len(batch.targets), self.part.weight if self.part else 1.0
+        count = min(self.accumulate, self.part.smallest if self.part else rows)
+        pieces = _split(batch, raw[split:], count) if count > 1 else [(batch, raw[split:])]
+        for number, (piece, extra) in enumerate(pieces, 1):
+            with self._gradients_stay_here(number < count):
+                losses = self._losses(piece, extra)
+                share = weight * len(piece.targets) / rows
+                loss = losses.total if share == 1 else losses.total * share
+                loss = self.scaler.scale(loss) if self.scaler else loss
+                loss.backward()  # type: ignore[no-untyped-call]
+            self.meters.update(losses, piece.targets, new_step=number == 1, counted=weight > 0)
+        if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.zero_grad(set_to_none=True)
-            losses.total.backward()
             self.optimizer.step()
-        self.meters.update(losses, batch.targets)
+
+    def _losses(self, batch: Batch, extra: Raw) -> Losses:
+        taught = self.teacher(batch, *extra) if self.teacher else None
+        losses: Losses = self.forward(batch, taught, self.factors)
+        return losses
+
+    def _gradients_stay_here(self, more_to_come: bool) -> AbstractContextManager[None]:
+        """Whether this pass leaves the exchange of the gradients with other processes to a later one."""
+        if more_to_come and isinstance(self.forward, DistributedDataParallel):
+            return self.forward.no_sync()
+        return nullcontext()
+
+
+def _split(batch: Batch, extra: Raw, count: int) -> list[tuple[Batch, Raw]]:
+    """A batch and the tensors that belong to its samples in as many parts, sizes differing by at most one."""
+    own = ("images", "targets", "indices", "views")
+    whole = (*(getattr(batch, name) for name in own), *extra)
+    parts = zip(*(tensor.tensor_split(count) for tensor in whole), strict=True)
+    return [(batch._replace(**dict(zip(own, part, strict=False))), part[len(own) :]) for part in parts]

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mdistiller_norm.data import EvalLoader
+from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import save_atomically
 from mdistiller_norm.engine.evaluate import Evaluation, evaluate
 from mdistiller_norm.engine.logger import Record, RunLog
@@ -45,6 +46,7 @@ class Trainer:
         identity: what a checkpoint must agree with to be resumed (the config, the teacher's hash).
         save_every: epochs between the students that are kept (``student_<epoch>.pt``).
         log_every: steps between scalars by step.
+        checkpoint_steps: steps between two states of ``latest.pt`` within an epoch; 0 for none.
         ahead: work to be done before the first step, bit by bit (filling the teacher cache).
         run_step: ``step``, or a faster form of the same (a captured one).
     """
@@ -63,17 +65,19 @@ class Trainer:
         identity: Record,
         save_every: int,
         log_every: int,
+        checkpoint_steps: int = 0,
         ahead: Iterable[int] = (),
         run_step: Callable[..., None] | None = None,
     ) -> None:
         self.step, self.schedule, self.test, self.epochs, self.seed = step, schedule, test, epochs, seed
         self.folder, self.log, self.about, self.identity = folder, log, about, identity
-        self.save_every, self.log_every = save_every, log_every
+        self.save_every, self.log_every, self.checkpoint_steps = save_every, log_every, checkpoint_steps
         self.ahead, self.run_step = ahead, run_step or step
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0  # where training goes on
         self.best: Record = {}
         self.last: Record = {}
         self._stop = 0
+        self._since = time.perf_counter()  # what of the epoch's time is not yet in seconds
 
     def fit(self) -> Record:
         """Train to the end.
@@ -82,7 +86,7 @@ class Trainer:
             ``last`` and ``best`` accuracies and the seconds it took.
 
         Raises:
-            Interrupted: on SIGINT or SIGTERM, with the state saved.
+            Interrupted: on SIGINT, SIGTERM or SIGUSR1 (to any of the processes), with the state saved.
             NonFiniteLossError: a loss became NaN or infinite.
         """
         with self._signals():
@@ -90,23 +94,26 @@ class Trainer:
                 if self._stop:
                     raise Interrupted(self._stop)
             while self.epoch <= self.epochs:
-                start = time.perf_counter()
+                start = self._since = time.perf_counter()
                 lr = self.schedule(self.epoch)
                 set_learning_rate(self.step.optimizer.param_groups, lr)
                 self.step.begin_epoch(self.epoch, self.seed)
                 waited = self._train_epoch()
                 if self._stop and self.steps_done < self.step.loader.steps:
-                    self._save_and_stop(start)
-                averages = self.step.meters.read(self.epoch)
+                    self._save_latest()
+                    raise Interrupted(self._stop)
+                averages = self.step.meters.read(self.epoch, together=True)
                 trained = time.perf_counter() - start
+                distributed.average_batch_norms(self.step.trainable)
                 test = evaluate(self.step.trainable.student, self.test, self.step.trainable.autocast)
-                self.seconds += time.perf_counter() - start
+                self.seconds += time.perf_counter() - self._since
                 record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
                     "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
                     "test_top5": test.top5, "test_loss": test.loss, "images_per_second": averages.samples / trained,
                     "data_wait": waited / trained, "seconds": self.seconds,
                 }  # fmt: skip
                 self._end_epoch(record, test)
+                self._stop = distributed.agree(self._stop)
                 if self._stop and self.epoch <= self.epochs:
                     raise Interrupted(self._stop)
         return {"last": self.last, "best": self.best, "seconds": self.seconds}
@@ -117,7 +124,8 @@ class Trainer:
         self.step.trainable.train()
         bar = tqdm(
             total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}", leave=False,
-            mininterval=0.5, dynamic_ncols=True, disable=None,
+            mininterval=0.5, dynamic_ncols=True,
+            disable=None if distributed.is_first() else True,
         )  # fmt: skip
         looked = time.perf_counter()
         batches = self.step.feed(loader.batches(self.epoch, self.steps_done))
@@ -125,6 +133,7 @@ class Trainer:
             before = time.perf_counter()
             raw = next(batches)
             waited += time.perf_counter() - before
+            self.step.part = loader.part(self.steps_done)
             self.run_step(*raw)
             self.steps_done += 1
             bar.update()
@@ -136,8 +145,15 @@ class Trainer:
                 if due:
                     self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, done)
                 looked = time.perf_counter()
+            self._stop = distributed.agree(self._stop)  # all stop after the same step
             if self._stop:
                 break
+            if (
+                self.checkpoint_steps
+                and self.steps_done < loader.steps
+                and self.steps_done % self.checkpoint_steps == 0
+            ):
+                self._save_latest()
         bar.close()
         return waited
 
@@ -160,27 +176,37 @@ class Trainer:
         state = self.state()
         student = {"model": self.step.trainable.student.state_dict(), "about": self.about | summary}
         if improved:
-            save_atomically(state, self.folder / "best.pt")
-            save_atomically(student, self.folder / "student_best.pt")
+            self._write(state, "best.pt")
+            self._write(student, "student_best.pt")
         if finished % self.save_every == 0:
-            save_atomically(student, self.folder / f"student_{finished}.pt")
-        save_atomically(student, self.folder / "student_last.pt")
+            self._write(student, f"student_{finished}.pt")
+        self._write(student, "student_last.pt")
         # Last: whatever a crash cuts off above is done again from here.
-        save_atomically(state, self.folder / "latest.pt")
+        self._write(state, "latest.pt")
 
-    def _save_and_stop(self, start: float) -> None:
-        self.step.meters.read(self.epoch)  # a state with a NaN in it must not replace a good one
-        self.seconds += time.perf_counter() - start
-        save_atomically(self.state(), self.folder / "latest.pt")
-        raise Interrupted(self._stop)
+    def _save_latest(self) -> None:
+        """Save the state in mid-epoch."""
+        self.step.meters.read(self.epoch, together=True)  # a state with a NaN in it must not replace a good one
+        distributed.average_batch_norms(self.step.trainable)
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        self._write(self.state(), "latest.pt")
+
+    def _write(self, content: dict[str, Any], name: str) -> None:
+        """Write a file of the run folder, once for all processes; they need not wait for it."""
+        if distributed.is_first():
+            save_atomically(content, self.folder / name)
 
     def state(self) -> dict[str, Any]:
-        """Everything that training goes on from; no teacher inside, loadable with ``weights_only``."""
+        """Everything that training goes on from; no teacher inside, loadable with ``weights_only``.
+
+        The same on all processes, all of which must ask for it, and of any number of them.
+        """
         return {
             "trainable": self.step.trainable.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict() if self.step.scaler else {},
-            "meters": self.step.meters.state_dict(),
+            "meters": self.step.meters.everyones(),
             "epoch": self.epoch,
             "steps_done": self.steps_done,
             "seconds": self.seconds,
@@ -199,17 +225,17 @@ class Trainer:
             group["lr"] = rate  # the very tensor that a captured step reads; its value is set by the epoch
         if self.step.scaler:
             self.step.scaler.load_state_dict(state["scaler"])
-        self.step.meters.load_state_dict(state["meters"])
+        self.step.meters.load_everyones(state["meters"])
         self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
         self.best, self.last = state["best"], state["last"]
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a request to stop after the step; a second one acts at once."""
+        """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request to stop after the step; a second acts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
         def request(number: int, frame: FrameType | None) -> None:
             self._stop = number

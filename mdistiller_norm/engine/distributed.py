@@ -1,0 +1,214 @@
+"""Several processes that train together: torch.distributed, started by torchrun, by Slurm or by hand.
+
+Who a process is comes from the environment: ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and
+``MASTER_PORT``. A process alone needs none of it, and every function here then does nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from mdistiller_norm.data.plan import ALONE, Share
+from mdistiller_norm.errors import ConfigError, UserError
+
+ROLL_CALL = 5.0  # seconds that a process has to say that it is still there, after a collective failed
+_store: Store | None = None
+
+
+class LostProcessError(UserError):
+    """A process did not come to where the others waited for it."""
+
+
+def wanted() -> Share:
+    """This process among those that were started together, by the environment.
+
+    Raises:
+        ConfigError: the environment says something impossible.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return ALONE
+    try:
+        share = Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    except ValueError as error:
+        raise ConfigError(f"RANK and WORLD_SIZE in the environment must be numbers ({error})") from error
+    if not 0 <= share.rank < share.world:
+        raise ConfigError(f"RANK is {share.rank} and WORLD_SIZE {share.world} in the environment: start with torchrun")
+    return share
+
+
+def local_device() -> torch.device:
+    """The GPU of this process among those of its machine.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local + 1} of this machine has no GPU, there are {torch.cuda.device_count()}: start fewer "
+            "processes, or set DEVICE to cpu"
+        )
+    return torch.device("cuda", local)
+
+
+def start(device: torch.device, timeout: int) -> Share:
+    """Find the others, if there are any.
+
+    Args:
+        device: of this process.
+        timeout: seconds that a process waits for the others, here and in every later collective.
+
+    Raises:
+        ConfigError: the others cannot be found.
+    """
+    global _store
+    share = wanted()
+    if share.world == 1 or distributed.is_initialized():
+        return share
+    limit = timedelta(seconds=timeout)
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        _store, rank, world = next(rendezvous("env://", timeout=limit))
+        distributed.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"process {share.rank} of {share.world} could not find the others: {reason}") from error
+    return share
+
+
+def stop() -> None:
+    """Leave the others, after the last collective."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def together() -> bool:
+    """Whether there are other processes."""
+    return distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes: the first, or the only one."""
+    return not together() or distributed.get_rank() == 0
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all processes; the tensor itself where there is only one."""
+    return _reduced(tensor, distributed.ReduceOp.SUM)
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The maximum over all processes; the tensor itself where there is only one."""
+    return _reduced(tensor, distributed.ReduceOp.MAX)
+
+
+def agree(number: int) -> int:
+    """The largest of all processes' numbers; all of them wait here, on the CPU, not for their GPUs."""
+    return int(largest(torch.tensor(number))) if together() else number
+
+
+def _reduced(tensor: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
+    if not together():
+        return tensor
+    tensor = tensor.clone()
+    distributed.all_reduce(tensor, operation)
+    return tensor
+
+
+@torch.no_grad()
+def average_batch_norms(module: nn.Module) -> None:
+    """Give all processes the mean of their batch norms' running statistics, in place."""
+    if not together():
+        return
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+    if buffers:
+        flat = total(torch.cat([buffer.flatten() for buffer in buffers])) / distributed.get_world_size()
+        means = torch.split(flat, [buffer.numel() for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+
+def wrap(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over all processes; the module itself where there is only one.
+
+    Buffers stay each process's own: batch norms are averaged when it matters, and what else there is (CRD's memory) is
+    kept equal by whoever writes it.
+    """
+    if not together():
+        return module
+    # PyTorch 2.14 has a new name for it.
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    no_sync: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **no_sync)
+
+
+def synchronise_batch_norms(module: nn.Module, device: torch.device) -> None:
+    """Make a module's batch norms, none of which is the module itself, run over the batch of all processes.
+
+    Raises:
+        ConfigError: not on CUDA.
+    """
+    if device.type != "cuda":
+        raise ConfigError("SOLVER.SYNC_BN needs CUDA: PyTorch has synchronised batch norm for GPUs only")
+    if together():
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Turn the failure of a collective into one line that names the missing processes.
+
+    Raises:
+        LostProcessError: a process hangs, has died, or cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not together() or not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
+            raise
+        raise LostProcessError(_roll_call(error)) from error
+
+
+def _roll_call(error: RuntimeError) -> str:
+    """Who does not answer within a few seconds, all the others having failed at about the same time."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    reason = str(error).splitlines()[0]
+    missing = set(range(world)) - {rank}
+    try:
+        assert _store is not None
+        _store.set(f"here/{rank}", "")
+        deadline = time.monotonic() + ROLL_CALL
+        while missing and time.monotonic() < deadline:
+            missing = {other for other in missing if not _store.check([f"here/{other}"])}
+            time.sleep(0.1)
+    except RuntimeError:
+        return f"process {rank} of {world} lost the others ({reason})"
+    if not missing:
+        return f"process {rank} of {world} lost its connection to the others ({reason})"
+    names = ", ".join(str(other) for other in sorted(missing))
+    return (
+        f"process {rank} of {world} waited in vain for process {names}: it hangs or has died ({reason}); "
+        "the state of the last checkpoint is safe, --resume goes on from it"
+    )
