@@ -168,6 +168,11 @@ def config_path(config_file: str) -> Path:
     return Path(config_file) if Path(config_file).is_file() else PROJECT / config_file
 
 
+@cache
+def _load(config_file: str, overrides: tuple[str, ...]) -> Config:
+    return load_config(config_path(config_file), overrides)
+
+
 def cell_config(cell: Cell, smoke: bool = False) -> Config | None:
     """The resolved config of a cell, or None where it has no config file.
 
@@ -176,7 +181,7 @@ def cell_config(cell: Cell, smoke: bool = False) -> Config | None:
     """
     if not cell.config or not config_path(cell.config).is_file():
         return None
-    return load_config(config_path(cell.config), [*cell.overrides, *(SMOKE if smoke else ())])
+    return _load(cell.config, (*cell.overrides, *(SMOKE if smoke else ())))
 
 
 def cell_identity(cell: Cell, smoke: bool = False) -> str | None:
@@ -214,7 +219,7 @@ def _check_extra(extra: Sequence[str]) -> None:
 
 def _job(config_file: str, overrides: Sequence[str], seed: int, smoke: bool, **fields: Any) -> Job:
     overrides = (*overrides, *(SMOKE if smoke else ()), f"SEED={seed}")
-    config = load_config(config_path(config_file), overrides)
+    config = _load(config_file, overrides)
     name = f"{config.node.EXPERIMENT.PROJECT}/{config.node.EXPERIMENT.TAG}, seed {seed}"
     return Job(
         name=name, config_file=config_file, overrides=overrides, seed=seed, identity=identity(config.node),

@@ -158,6 +158,11 @@ class TableView:
         return sum(bool(cell.runs) for cell in self.cells.values())
 
     @property
+    def measured_first(self) -> bool:
+        """Sorts tables with runs before those without."""
+        return not self.measured
+
+    @property
     def total(self) -> int:
         """Cells that a run can fill."""
         return sum(cell.state != "published" for cell in self.cells.values())
@@ -400,6 +405,8 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 def _narrow_rows(view: TableView) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table with one column of the paper."""
     header = ["", "paper", "ours, best epoch", "ours, last epoch", "n", "difference"]
+    if not view.table.is_papers:
+        header = ["", "best epoch", "last epoch", "n"]
     extra: list[tuple[str, Callable[[CellView], str], Callable[[CellView], str]]] = []
     if "top5" in view.printed:
         extra.append(("top-5", lambda c: f"{c.cell.paper['top5']:.2f}", lambda c: plus_minus(c.top5)))
@@ -418,13 +425,11 @@ def _narrow_rows(view: TableView) -> tuple[list[str], list[list[str]]]:
     for row in view.table.rows:
         (cell,) = view.row(row.key)
         paper = cell.cell.paper.get("top1")
-        line = [row.name, f"{paper:.2f}" if paper is not None else NOTHING]
-        if cell.runs:
-            difference = cell.difference
-            line += [plus_minus(cell.best), plus_minus(cell.last), str(len(cell.runs))]
-            line.append(signed(difference) if difference is not None else "")
-        else:
-            line += [_state_text(cell), "", "0", ""]
+        line = [row.name, *([f"{paper:.2f}" if paper is not None else NOTHING] if view.table.is_papers else [])]
+        best = plus_minus(cell.best) if cell.runs else _state_text(cell)
+        line += [best, plus_minus(cell.last), str(len(cell.runs))]
+        if view.table.is_papers:
+            line.append(signed(cell.difference) if cell.difference is not None else "")
         for _, of_paper, ours in extra:
             line += [of_paper(cell) if "top5" in cell.cell.paper or "ms" in cell.cell.paper else NOTHING, ours(cell)]
         rows.append(line)

@@ -1,0 +1,508 @@
+"""The paper's tables, the runs that fill them, and the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from conftest import ROOT, assert_user_error, tool
+
+from mdistiller_norm.config import dump, load_config
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.errors import ConfigError, DataError, UserError
+from mdistiller_norm.reproduce.cli import parse_duration, report_main, reproduce_main
+from mdistiller_norm.reproduce.commands import select_cells
+from mdistiller_norm.reproduce.jobs import (
+    cell_command,
+    cell_config,
+    cell_identity,
+    cost,
+    forward_flops,
+    identity,
+    make_plan,
+)  # fmt: skip
+from mdistiller_norm.reproduce.ledger import add, digest, finished_record, read_ledger
+from mdistiller_norm.reproduce.runner import pending_jobs
+from mdistiller_norm.reproduce.tables import Cell, load_claims, load_tables
+
+TABLES = load_tables()
+CELLS = [cell for table in TABLES.values() for cell in table.cells.values()]
+TYPES = {
+    "fitnet": "FITNET", "rkd": "RKD", "crd": "CRD", "ofd": "OFD", "reviewkd": "REVIEWKD", "at": "AT", "kd": "KD",
+    "dkd": "DKD", "normkd": "NormKD", "dkd_normkd": "NormKD_W_DKD", "student": "NONE", "teacher": "NONE",
+}  # fmt: skip
+
+
+def test_the_numbers_are_those_of_the_facts(facts: Path) -> None:
+    paper = json.loads((facts / "paper_tables.json").read_text())
+    names = {"teacher": "teacher", "student": "student", "dkd_normkd": "DKD+NormKD"}
+    for number in ("2", "3", "4", "5"):
+        table, expected = TABLES[number], paper[f"table{number}"]
+        assert len(table.rows) == len(expected["rows"])
+        for row in table.rows:
+            name = names.get(row.key, row.name)
+            cells = [table.cells[row.key, column.key].paper for column in table.columns]
+            if number in "45":
+                assert [cells[0]["top1"], cells[0]["top5"]] == expected["rows"][name], name
+            else:
+                assert [cell["top1"] for cell in cells] == expected["rows"][name], name
+        if "delta1_printed" in expected:
+            deltas = [expected["delta1_printed"], expected["delta2_printed"]]
+            assert [list(delta.printed) for delta in table.deltas] == deltas
+    for number in ("1", "6", "7", "8"):
+        printed = [cell.paper["top1"] for cell in TABLES[number].cells.values()]
+        assert printed == [row["top1"] for row in paper[f"table{number}"]["rows"]]
+    assert [cell.paper["top5"] for cell in TABLES["7"].cells.values()] == [r["top5"] for r in paper["table7"]["rows"]]
+    for row in TABLES["9"].rows:
+        (cell,) = TABLES["9"].select([row.key])
+        assert [cell.paper[key] for key in ("top1", "ms", "parameters")] == paper["table9"]["rows"][row.name]
+
+
+def test_printed_deltas_are_differences_of_printed_means_but_for_the_known_misprint() -> None:
+    wrong = []
+    for table in TABLES.values():
+        for delta in table.deltas:
+            for column, printed in zip(table.columns, delta.printed, strict=False):
+                first, second = (table.cells[key, column.key].paper["top1"] for key in (delta.row, delta.minus))
+                if round(first - second, 2) != printed:
+                    wrong.append((table.id, delta.name, column.key))
+    assert wrong == [("3", "Δ2", "res32x4_shuv2")]
+    assert any("+0.05" in note for note in TABLES["3"].notes)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.table}-{cell.row.key}-{cell.column.key}")
+def test_every_cell_names_a_config_of_its_pair_and_method(cell: Cell) -> None:
+    if not cell.config:
+        assert cell.is_teacher
+        assert TABLES[cell.table].dataset == "imagenet"  # published weights
+        return
+    config = cell_config(cell)
+    if config is None:
+        pytest.skip(f"{cell.config} is not in this checkout")
+    node = config.node
+    assert TABLES[cell.table].dataset == node.DATASET.TYPE
+    assert cell.column.teacher if cell.is_teacher else cell.column.student == node.DISTILLER.STUDENT
+    if node.DISTILLER.TYPE != "NONE":
+        assert cell.column.teacher == node.DISTILLER.TEACHER
+    if cell.row.key in TYPES:
+        assert TYPES[cell.row.key] == node.DISTILLER.TYPE
+    if cell.is_teacher:
+        assert cell.config == TABLES[cell.table].teacher_config(cell.column)
+
+
+def test_settings_of_the_ablations_reach_the_config() -> None:
+    def value(table: str, row: str, *path: str) -> Any:
+        config = cell_config(next(TABLES[table].select([row])))
+        if config is None:
+            pytest.skip(f"table {table} has no configs in this checkout")
+        node = config.node
+        for part in path:
+            node = node[part]
+        return node
+
+    assert value("1", "t_1_to_14", "KD", "TEMPERATURE") == [float(t) for t in range(1, 15)]
+    assert value("6", "t_norm_0.75", "NormKD", "TEMPERATURE_NORM") == 0.75
+    assert value("8", "range", "NormKD", "STATISTIC") == "range"
+    assert value("7", "t_norm_0.5", "NormKD", "TEMPERATURE_NORM") == 0.5
+
+
+def test_claims_name_rows_that_exist() -> None:
+    for claim in load_claims():
+        for name in claim.tables:
+            keys = {row.key for row in TABLES[name].rows}
+            assert {claim.row, claim.than} <= keys if claim.row else set(claim.peak) < keys
+
+
+def test_the_same_computation_is_one_run_in_all_its_tables() -> None:
+    def of(table: str, row: str, pair: str = "res32x4_res8x4") -> str | None:
+        return cell_identity(TABLES[table].cells[row, pair])
+
+    assert of("1", "t_4") == of("2", "kd") == of("9", "kd")
+    assert of("6", "t_norm_2") == of("2", "normkd") == of("9", "normkd")
+    assert of("2", "teacher") == of("3", "teacher", "res32x4_shuv2")
+    assert of("1", "t_1") != of("1", "t_2")
+    every = {identity: cell.config for cell in CELLS if (identity := cell_identity(cell))}
+    assert len(every) > 130
+
+
+def test_identity_is_what_is_computed() -> None:
+    def of(*overrides: str) -> str:
+        return identity(load_config(ROOT / "configs/digits/normkd.yaml", overrides).node)
+
+    same = ["SEED=7", "LOG.PREFIX=/elsewhere", "DEVICE=cpu", "SOLVER.PRECISION=bf16", "CRD.NCE.K=3", "EXPERIMENT.TAG=x"]
+    assert {of(override) for override in same} == {of()}
+    other = ["SOLVER.EPOCHS=3", "NormKD.TEMPERATURE_NORM=1.5", "DISTILLER.STUDENT=resnet14", "DISTILLER.TYPE=KD"]
+    assert len({of(), *(of(override) for override in other)}) == len(other) + 1
+    assert of("DISTILLER.TYPE=[NormKD]") == of()
+    node = load_config(ROOT / "configs/digits/normkd.yaml").node
+    stored = json.loads(json.dumps(yaml.safe_load(dump(node))))
+    assert identity(stored) == of()
+    del stored["SOLVER"]["DOT"]  # as if made before that key existed
+    assert identity(stored) == of()
+    plain = load_config(ROOT / "configs/digits/vanilla_resnet8.yaml", ["DISTILLER.TEACHER=resnet56"]).node
+    assert identity(plain) == identity(load_config(ROOT / "configs/digits/vanilla_resnet8.yaml").node)
+
+
+def test_a_plan_has_teachers_first_and_every_run_once(tmp_path: Path) -> None:
+    cells = select_cells(["2", "3", "9"], ["kd", "normkd", "teacher"], ["res32x4_res8x4", "res32x4_shuv2"], False)
+    plan = make_plan(cells, [0, 1], output=tmp_path)
+    assert len({job.key for job in plan.jobs}) == len(plan.jobs) == 1 + 2 * 4
+    teacher, *students = plan.jobs
+    assert teacher.config_file == "configs/cifar100/vanilla/resnet32x4.yaml"
+    assert all(job.teacher is not None and job.teacher.key == teacher.key for job in students)
+    assert [job.seed for job in students] == [0] * 4 + [1] * 4
+    assert all(f"DISTILLER.TEACHER_WEIGHTS={teacher.weights}" in job.overrides for job in students)
+    shared = next(job for job in students if "table 9, KD, resnet32x4 → resnet8x4" in job.cells)
+    assert "table 2, KD, resnet32x4 → resnet8x4" in shared.cells
+
+
+def test_the_queue_is_in_the_order_of_value(tmp_path: Path) -> None:
+    plan = make_plan(select_cells([], [], [], True), [0], output=tmp_path, by_value=True)
+    assert plan.jobs[0].config_file == "configs/cifar100/vanilla/resnet32x4.yaml"
+    first = [cell for job in plan.jobs[1:6] for cell in job.cells if cell.startswith("table 2")]
+    names = ("Student", "KD", "DKD", "NormKD", "DKD+NormKD")
+    assert set(first) == {f"table 2, {name}, resnet32x4 → resnet8x4" for name in names}
+    ranks = [job.queue for job in plan.jobs]
+    assert ranks == sorted(ranks)
+    features = ("fitnet", "rkd", "crd", "ofd", "reviewkd")
+    last = [job for job in plan.jobs if job.queue == 3]
+    assert len(last) == 5 * 11
+    assert all(job.config_file.split("/")[2] in features for job in last)
+
+
+def test_overrides_that_would_make_other_runs_are_refused(tmp_path: Path) -> None:
+    cells = list(TABLES["digits"].select(["kd"]))
+    with pytest.raises(ConfigError, match=r"SOLVER\.LR=0\.1 would change what is computed"):
+        make_plan(cells, [0], output=tmp_path, extra=["SOLVER.LR=0.1"])
+    with pytest.raises(ConfigError, match="SEED is set by reproduce itself"):
+        make_plan(cells, [0], output=tmp_path, extra=["SEED=3"])
+    assert "DEVICE=cpu" in make_plan(cells, [0], output=tmp_path, extra=["DEVICE=cpu"]).jobs[1].overrides
+
+
+def test_the_cost_counts_operations() -> None:
+    # resnet20 of 32x32 images has 40.55 million multiply-adds in its convolutions (He et al., 2016) and its classifier.
+    assert forward_flops("resnet20", "cifar100") == pytest.approx(2 * 40.8e6, rel=0.02)
+    alone, taught = (load_config(ROOT / f"configs/digits/{name}.yaml").node for name in ("vanilla_resnet8", "kd"))
+    images = 12 * 1437
+    assert cost(alone) == pytest.approx(images * 3 * forward_flops("resnet8", "digits"))
+    assert cost(taught) - cost(alone) == pytest.approx(images * forward_flops("resnet20", "digits"))
+
+
+def test_durations() -> None:
+    assert [parse_duration(text) for text in ("90s", "9m", "1h30m")] == [90, 540, 5400]
+    for text in ("", "9", "m", "9 minutes"):
+        with pytest.raises(ConfigError, match="is not a duration"):
+            parse_duration(text)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    assert_user_error(tool("reproduce", "--table", "2", "--methods", "normkdd", check=False), "normkdd", "normkd")
+    for arguments, words in (
+        (["--table", "10"], "there is no table '10'"),
+        ([], "--table is missing"),
+        (["--table", "2", "--pairs", "res56"], "no pair of Table 2 called 'res56'"),
+        (["--table", "digits", "--budget", "soon"], "--budget 'soon' is not a duration"),
+        (["--table", "digits", "--jobs", "0"], "--jobs must be at least 1"),
+        (["--table", "digits", "--slurm", "timeout"], "NAME=VALUE, not 'timeout'"),
+        (["--add", str(tmp_path), "--results", str(tmp_path)], "is not a finished run"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            reproduce_main(arguments)
+
+
+def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    assert reproduce_main(["--table", "4", "digits", "--trials", "1", "--dry-run", *folders]) == 0
+    listed = capsys.readouterr().out
+    assert "digits/normkd,resnet20,resnet8, seed 0: about" in listed
+    assert "after digits/vanilla,resnet20, seed 0" in listed
+    assert "table 4, Teacher, ResNet34 → ResNet18" in listed
+    assert "one after another (from operations counted" in listed
+    assert not list(tmp_path.iterdir())
+
+
+# --- Real runs. A smoke run has two epochs and takes some seconds. ---
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return ["--table", "digits", "--smoke", "--output", str(folder), *more]
+
+
+class Done(NamedTuple):
+    """What a call of the tool's main function left."""
+
+    returncode: int
+    stdout: str
+
+
+def smoke(folder: Path, *more: str) -> Done:
+    """Run a smoke table in this process; its trainings are processes of their own all the same."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = reproduce_main(arguments(folder, *more))
+    return Done(code, said.getvalue())
+
+
+def records(folder: Path) -> list[Path]:
+    return sorted((folder / "smoke" / "results" / "runs").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with a finished teacher and one student of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    smoke(folder, "--methods", "kd", "--trials", "1")
+    return folder
+
+
+@pytest.fixture
+def output(trained: Path, tmp_path: Path) -> Path:
+    """A copy of ``trained`` that a test may change, at a place of its own."""
+    shutil.copytree(trained, tmp_path / "output")
+    return tmp_path / "output"
+
+
+def run_folder(output: Path, method: str, seed: int) -> Path:
+    (job,) = (
+        job
+        for job in make_plan(TABLES["digits"].select([method]), [seed], output=output / "smoke", smoke=True).jobs
+        if job.cells
+    )
+    return job.folder
+
+
+@pytest.mark.slow
+def test_a_table_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
+    rows = ["--methods", "student", "kd", "normkd", "--seeds", "0", "1"]
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments(tmp_path, *rows)]
+
+    stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(records(tmp_path)) >= 1)
+    stopped.send_signal(signal.SIGTERM)  # the polite way
+    said, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "runs are left" in said
+
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    before = len(records(tmp_path))
+    wait_for(lambda: len(records(tmp_path)) > before)
+    time.sleep(1)
+    killed.send_signal(signal.SIGKILL)  # its training process lives on
+    killed.wait()
+
+    assert "0 failed" in smoke(tmp_path, *rows, "--jobs", "2").stdout
+    assert "7 runs: 7 done, 0 to run" in smoke(tmp_path, *rows).stdout
+    assert len(records(tmp_path)) == 7  # a teacher and 3 x 2 students
+    for log in (tmp_path / "smoke").glob("digits/*/worklog.txt"):
+        epochs = [line.split(":")[0] for line in log.read_text().splitlines() if line.startswith("epoch ")]
+        assert epochs == ["epoch 1/2", "epoch 2/2"], log
+    ledger = read_ledger(tmp_path / "smoke" / "results" / "runs", smoke=True)
+    hashes = {entry.record["teacher"]["hash"] for entry in ledger.all_runs() if entry.record["teacher"]}
+    assert len(hashes) == 1
+
+    tool("report", "--smoke", "--output", tmp_path)
+    text = (tmp_path / "smoke" / "results" / "TABLES.md").read_text()
+    assert "Smoke runs" in text
+    assert "4 of 6 cells measured" in text
+    assert text.count("n = 2: fewer than 3 trials") == 3  # Δ1, and the claim by last and by best epochs
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_failing_cell_is_recorded_and_the_rest_goes_on(output: Path) -> None:
+    broken = run_folder(output, "normkd", 0)
+    broken.mkdir()
+    (broken / "config.yaml").write_text(dump(load_config(run_folder(output, "kd", 0) / "config.yaml").node))
+    (broken / "latest.pt").write_bytes(b"not a checkpoint")
+    done = smoke(output, "--methods", "normkd", "student", "--seeds", "0")
+    assert done.returncode == 1
+    assert "FAILED: digits/normkd,resnet20,resnet8, seed 0: error: " in done.stdout
+    assert "1 done, 1 failed" in done.stdout
+    ledger = read_ledger(output / "smoke" / "results" / "runs", smoke=True)
+    (failure,) = ledger.failures
+    assert failure.record["error"].startswith("error: ")
+    assert failure.record["error"].endswith("(exit code 2)")
+    assert report_main(["--smoke", "--output", str(output)]) == 0
+    text = (output / "smoke" / "results" / "TABLES.md").read_text()
+    assert "| NormKD | failed |" in text
+    assert "## Failed runs" in text
+
+    shutil.rmtree(broken)
+    assert smoke(output, "--methods", "normkd", "--seeds", "0").returncode == 0
+    assert not read_ledger(output / "smoke" / "results" / "runs", smoke=True).failures
+
+
+@pytest.mark.slow
+def test_students_of_a_failing_teacher_are_not_run(tmp_path: Path) -> None:
+    teacher = run_folder(tmp_path, "teacher", 0)
+    teacher.mkdir(parents=True)
+    (teacher / "config.yaml").write_text("SOLVER: nonsense\n")
+    (teacher / "latest.pt").write_bytes(b"")
+    done = smoke(tmp_path, "--methods", "kd", "--trials", "2")
+    assert done.returncode == 1
+    assert done.stdout.count("not run, its teacher failed") == 2
+    assert "0 done, 1 failed, 2 without their teacher" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_budget_stops_in_time_and_says_what_is_left(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = smoke(tmp_path, "--methods", "kd", "--trials", "1", "--budget", "12s")
+    assert done.returncode == 3, done.stdout
+    assert time.monotonic() - started < 60
+    assert "2 runs are left" in done.stdout or "1 runs are left" in done.stdout
+
+
+@pytest.mark.slow
+def test_submitit_runs_jobs_and_waits_for_the_teacher(tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
+    done = smoke(
+        tmp_path, "--methods", "kd", "--trials", "1", "--launcher", "submitit-local", "--slurm", "timeout_min=5"
+    )
+    assert done.stdout.count("submitted as") == 2
+    assert "2 done, 0 failed" in done.stdout
+    assert len(records(tmp_path)) == 2
+
+
+def test_slurm_without_slurm_is_one_line(output: Path) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
+    if shutil.which("sbatch"):
+        pytest.skip("this machine has Slurm")
+    with pytest.raises(ConfigError, match="submitit cannot use slurm"):
+        smoke(output, "--methods", "normkd", "--trials", "1", "--launcher", "slurm")
+
+
+def test_what_is_finished_is_not_run_again(output: Path) -> None:
+    assert "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "--trials", "1").stdout
+    for path in records(output):
+        path.unlink()
+    # The run folders are still there: they are taken into the ledger, not run again.
+    again = smoke(output, "--methods", "kd", "teacher", "--trials", "1")
+    assert "2 runs: 2 done, 0 to run" in again.stdout
+    assert len(records(output)) == 2
+
+
+def test_a_merged_ledger_needs_no_teacher_until_a_student_is_missing(output: Path) -> None:
+    ledger = read_ledger(output / "smoke" / "results" / "runs", smoke=True)
+    elsewhere = output.parent / "other_machine"  # has the records, not the weights
+    cells = list(TABLES["digits"].select(["kd", "normkd"]))
+    plan = make_plan(cells[:1], [0], output=elsewhere, smoke=True)
+    assert pending_jobs(plan.jobs, ledger) == []
+    plan = make_plan(cells, [0], output=elsewhere, smoke=True)
+    assert [job.config_file for job in pending_jobs(plan.jobs, ledger)] == [
+        "configs/digits/vanilla_resnet20.yaml", "configs/digits/normkd.yaml",
+    ]  # fmt: skip
+
+
+def test_records_say_what_was_run(trained: Path) -> None:
+    ledger = read_ledger(trained / "smoke" / "results" / "runs", smoke=True)
+    (entry,) = ledger.of(cell_identity(TABLES["digits"].cells["kd", "res20_res8"], smoke=True)).values()
+    record, folder = entry.record, run_folder(trained, "kd", 0)
+    result = json.loads((folder / "result.json").read_text())
+    for key in ("last", "best", "seconds", "teacher", "extra_parameters", "command", "environment"):
+        assert record[key] == result[key]
+    assert record["smoke"] is True
+    assert record["config_file"] == "configs/digits/kd.yaml"
+    assert len(record["teacher"]["hash"]) == 64
+    assert {"commit", "torch", "device", "python"} <= record["environment"].keys()
+    assert record["metrics"]["epoch"] == [1, 2]
+    assert entry.milliseconds == pytest.approx(64e3 / sorted(record["metrics"]["images_per_second"])[1])
+    # Smoke runs fill no cell of the real table.
+    assert not read_ledger(entry.path.parent).all_runs()
+    assert entry.identity != cell_identity(TABLES["digits"].cells["kd", "res20_res8"])
+
+
+def test_broken_and_edited_files_are_named_and_left_out(output: Path) -> None:
+    folder = output / "smoke" / "results" / "runs"
+    good = next(path for path in records(output) if "kd" in path.name)
+    record = json.loads(good.read_text())
+    cases: dict[str, tuple[str, str]] = {}
+
+    def case(name: str, content: str, reason: str) -> None:
+        (folder / f"{name}.json").write_text(content)
+        cases[f"{name}.json"] = (content, reason)
+
+    def changed(resign: bool = True, **values: Any) -> str:
+        new = record | values
+        return json.dumps(new | {"sha256": digest(new)} if resign else new)
+
+    case("cut", good.read_text()[:500], "not JSON")
+    case("edited", good.read_text().replace('"seed": 0', '"seed": 5'), "sha256 differs")
+    case("list", "[]", "not a record")
+    case("missing", json.dumps({key: value for key, value in record.items() if key != "metrics"}), "metrics is missing")
+    case("type", changed(seed="0"), "seed is '0', of the wrong type")
+    case("future", changed(format=2), "format 2")
+    case("flattered", changed(best=record["best"] | {"top1": 99.9}), "best top1 99.9 differs")
+    case("short", changed(metrics=record["metrics"] | {"epoch": [1]}), "not of the epochs 1 to 2")
+    case("schedule", changed(epochs=3), "differs from SOLVER.EPOCHS")
+    ledger = read_ledger(folder, smoke=True)
+    assert {path.name: reason for path, reason in ledger.left_out}.keys() == cases.keys()
+    for path, reason in ledger.left_out:
+        assert cases[path.name][1] in reason
+    assert len(ledger.all_runs()) == 2
+    said = smoke(output, "--methods", "kd", "--trials", "1").stdout
+    assert "edited.json is left out" in said
+    assert "2 runs: 2 done" in said
+
+
+def test_ledgers_merge_by_copying_and_seeds_count_once(output: Path, tmp_path: Path) -> None:
+    record = finished_record(run_folder(output, "kd", 0), "configs/digits/kd.yaml", smoke=True)
+    folder = tmp_path / "merged"
+    first = add(record, folder)
+    assert add(record, folder) == first  # the same record is one file
+    later = record | {"at": "2099-01-01T00:00:00Z"}
+    add(later | {"sha256": digest(later)}, folder)
+    other = record | {"seed": 1}
+    add(other | {"sha256": digest(other)}, folder)
+    ledger = read_ledger(folder, smoke=True)
+    assert sorted(ledger.of(next(iter(ledger.runs)))) == [0, 1]
+    assert [entry.record["at"] for entry in ledger.duplicates] == ["2099-01-01T00:00:00Z"]
+    with pytest.raises(DataError, match="sha256 differs"):
+        add(record | {"seed": 3}, folder)
+
+
+def test_run_folders_made_by_hand_can_be_added(trained: Path, tmp_path: Path) -> None:
+    assert reproduce_main(["--add", str(run_folder(trained, "kd", 0)), "--smoke", "--results", str(tmp_path)]) == 0
+    (entry,) = read_ledger(tmp_path / "runs", smoke=True).all_runs()
+    assert entry.record["method"] == ["KD"]
+
+
+def test_commands_of_cells_are_runnable() -> None:
+    command = cell_command(TABLES["7"].cells["t_norm_0.5", "r50_mv1"], seed=2)
+    assert command == (
+        "python tools/train.py --cfg configs/imagenet/r50_mv1/normkd.yaml NormKD.TEMPERATURE_NORM=0.5 SEED=2"
+    )
+    shown = tool("train", *cell_command(TABLES["digits"].cells["dkd", "res20_res8"]).split()[2:], "--show").stdout
+    assert "TYPE: DKD" in shown
+
+
+def test_the_short_study_differs_from_the_papers_schedule_in_its_length_only() -> None:
+    for method in ("kd", "normkd", "dkd", "dkd_normkd"):
+        short = load_config(ROOT / f"configs/cifar100/short/{method}.yaml").node
+        full = load_config(ROOT / f"configs/cifar100/{method}/res56_res20.yaml").node
+        assert [240 * stage / 12 for stage in short.SOLVER.LR_DECAY_STAGES] == [160, 200, 220]
+        short, full = short.clone(), full.clone()
+        for node in (short, full):
+            node.defrost()
+            node.SOLVER.EPOCHS, node.SOLVER.LR_DECAY_STAGES = 0, []
+            for name in DISTILLERS:
+                if name in node and "WARMUP" in node[name]:
+                    node[name].WARMUP = 0
+        assert identity(short) == identity(full)
