@@ -13,7 +13,15 @@ import yaml
 from torch import Tensor, nn
 
 from mdistiller_norm.config import Config, differences, dump, load_config
-from mdistiller_norm.data import DATASETS, Dataset, EvalLoader, ImageOptions, MemoryTrainLoader, TrainLoader
+from mdistiller_norm.data import (
+    DATASETS,
+    Dataset,
+    EvalLoader,
+    ImageOptions,
+    MemoryTrainLoader,
+    TensorDataset,
+    TrainLoader,
+)  # fmt: skip
 from mdistiller_norm.data.image_folder import data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed
@@ -82,14 +90,23 @@ def build_precision(cfg: Any, device: torch.device) -> tuple[torch.dtype | None,
 
 
 def build_dataset(cfg: Any) -> Dataset:
-    """The data set of ``DATASET.TYPE``."""
+    """The data set of ``DATASET.TYPE``; with ``DATASET.VAL_SPLIT`` part of its training split is the test split.
+
+    Raises:
+        UserError: the data are missing or broken, or cannot be split.
+    """
     data = cfg.DATASET
     options = ImageOptions(
         size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
         std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
         max_broken=data.MAX_BROKEN,
     )  # fmt: skip
-    return DATASETS[data.TYPE](Path(data.ROOT), options)
+    dataset = DATASETS[data.TYPE](Path(data.ROOT), options)
+    if not data.VAL_SPLIT:
+        return dataset
+    if not isinstance(dataset, TensorDataset):
+        raise ConfigError(f"DATASET.VAL_SPLIT is for data sets in memory, not for {data.TYPE}: split its folders")
+    return dataset.hold_out(data.VAL_SPLIT)
 
 
 def build_student(cfg: Any, dataset: Dataset) -> Network:

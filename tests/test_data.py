@@ -209,3 +209,18 @@ def test_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"downloading https://.*cifar-100-python.tar.gz failed.*put the files"):
         cifar100(tmp_path)
+
+
+def test_a_held_out_part_is_stratified_fixed_and_disjoint() -> None:
+    whole = digits()
+    held = whole.hold_out(0.1)
+    assert len(held.train) + len(held.test) == len(whole.train)
+    counts = torch.bincount(whole.train.targets)
+    assert torch.bincount(held.test.targets).tolist() == [round(0.1 * int(count)) for count in counts]
+    rows = {image.numpy().tobytes() for image in held.train.images}
+    assert len(rows & {image.numpy().tobytes() for image in whole.test.images}) == 0
+    everything = torch.cat([held.train.images, held.test.images]).flatten(1).long().sum(1).sort().values
+    assert torch.equal(everything, whole.train.images.flatten(1).long().sum(1).sort().values)
+    torch.manual_seed(5)
+    assert torch.equal(whole.hold_out(0.1).test.images, held.test.images)
+    assert (held.name, held.classes, held.flip) == (whole.name, whole.classes, whole.flip)

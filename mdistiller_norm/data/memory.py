@@ -75,6 +75,26 @@ class TensorDataset(Dataset):
         """The same data set with its tensors on that device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
+    def hold_out(self, fraction: float) -> TensorDataset:
+        """Part of the training split in the place of the test split, for choosing hyper-parameters.
+
+        Args:
+            fraction: of the samples of each class, rounded; which ones depends on nothing else.
+        """
+        targets = self.targets
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+        by_class = [order[targets[order] == label] for label in range(len(self.classes))]
+        counts = [round(fraction * len(members)) for members in by_class]
+        held, kept = (
+            torch.cat(parts).sort().values.to(self.train.targets.device)
+            for parts in (
+                [members[:count] for members, count in zip(by_class, counts, strict=True)],
+                [members[count:] for members, count in zip(by_class, counts, strict=True)],
+            )
+        )
+        test, train = (Split(self.train.images[part], self.train.targets[part]) for part in (held, kept))
+        return replace(self, train=train, test=test)
+
     def train_loader(
         self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
     ) -> MemoryTrainLoader:
