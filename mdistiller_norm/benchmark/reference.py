@@ -29,6 +29,7 @@ from yacs.config import CfgNode
 from mdistiller_norm.benchmark.timing import clock
 from mdistiller_norm.data import Split, TensorDataset
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.models import build_model, probe
 
 PACKAGE = "mdistiller"
 
@@ -117,8 +118,8 @@ class Reference:
 
     Args:
         path: the checkout.
-        cfg: our config node; where the reference has the same key it gets our value.
-        pair: name of the pair, for the reference's own file of the method (``configs/cifar100/METHOD/PAIR.yaml``).
+        cfg: our config node; where the reference has the same key it gets our value (ReviewKD's shapes too: its
+            defaults are those of resnet32x4 -> resnet8x4, for another pair set REVIEWKD's keys).
         data: the folder that holds ``cifar-100-python``.
         weights: state dicts of the networks by role, ``student`` and ``teacher``: both sides start from the same ones.
         folder: for its output.
@@ -129,7 +130,7 @@ class Reference:
     """
 
     def __init__(
-        self, path: Path, cfg: Any, pair: str, data: Path, weights: Mapping[str, Mapping[str, Tensor]], folder: Path,
+        self, path: Path, cfg: Any, data: Path, weights: Mapping[str, Mapping[str, Tensor]], folder: Path,
         device: torch.device,
     ) -> None:  # fmt: skip
         method = cfg.DISTILLER.TYPE
@@ -143,7 +144,7 @@ class Reference:
             raise ConfigError(f"--against {path} has no method {method}: --methods can be {', '.join(sorted(known))}")
         self.device = device
         self._null = open(os.devnull, "w")  # noqa: SIM115 - its progress bars hold on to it
-        node = self._config(path, cfg, pair, folder)
+        node = self._config(cfg, folder)
         with self._patched(data):
             train, self._test, count, classes = _module("dataset").get_dataset(node)
             networks = {}
@@ -165,18 +166,16 @@ class Reference:
             self._trainer = make("reference", self._distiller, self._block, self._test, node)
 
     @staticmethod
-    def _config(path: Path, cfg: Any, pair: str, folder: Path) -> Any:
-        """The reference's config: its defaults, its own file of this pair, and our values of all shared keys."""
-        method = cfg.DISTILLER.TYPE
+    def _config(cfg: Any, folder: Path) -> Any:
+        """The reference's config: its defaults, and our values of all keys that both have."""
         node = _module("engine.cfg").CFG.clone()
         node.defrost()
-        own = path / "configs" / "cifar100" / method.lower() / f"{pair}.yaml"
-        probed = method in ("CRD", "REVIEWKD") and own.is_file()  # ours probes the shapes that its file states
-        if probed:
-            node.merge_from_file(str(own))
-        for section in {*node} & {*cfg} - ({method} if probed else set()):
-            _copy_shared(cfg[section], node[section])
-        node.SOLVER.TRAINER = "crd" if method == "CRD" else "base"
+        _copy_shared(cfg, node)
+        if cfg.DISTILLER.TYPE == "CRD":  # ours finds these out, and its defaults fit one pair
+            for role in ("STUDENT", "TEACHER"):
+                network = build_model(cfg.DISTILLER[role], 2)
+                node.CRD.FEAT[f"{role}_DIM"] = probe(network).pooled.shape[1]
+        node.SOLVER.TRAINER = "crd" if cfg.DISTILLER.TYPE == "CRD" else "base"
         node.LOG.PREFIX, node.LOG.WANDB = str(folder), False
         return node
 
@@ -206,8 +205,12 @@ class Reference:
     def block(self, steps: int) -> float:
         """Train; returns the seconds a step."""
         self._block.steps = steps
-        with self._patched(), contextlib.suppress(_BlockDone):
-            self._trainer.train_epoch(1)
+        try:
+            with self._patched(), contextlib.suppress(_BlockDone):
+                self._trainer.train_epoch(1)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"--against: a training step of the reference failed ({reason})") from error
         time.sleep(0.5)  # its workers fill their queue now, and not on the other side's time
         return self._block.seconds / steps
 
@@ -226,12 +229,10 @@ class Reference:
         self._null.close()
 
 
-def _copy_shared(source: Any, target: CfgNode) -> None:
+def _copy_shared(source: CfgNode, target: CfgNode) -> None:
     """Write the values of keys that both trees have from ``source`` to ``target``."""
-    if not isinstance(source, CfgNode):
-        return
     for key in {*source} & {*target}:
-        if isinstance(target[key], CfgNode):
+        if isinstance(target[key], CfgNode) and isinstance(source[key], CfgNode):
             _copy_shared(source[key], target[key])
-        elif not isinstance(source[key], CfgNode):
+        else:
             target[key] = source[key]

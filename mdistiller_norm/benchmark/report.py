@@ -135,9 +135,9 @@ class _Bench:
     def reference(self, path: Path, method: str, ours: Ours) -> Iterator[Reference]:
         """The reference's run of that method, from our student's weights of now and our teacher's, warmed up."""
         weights = {"student": ours.step.trainable.student.state_dict(), "teacher": load_weights(self.weights).state}
-        node, settings = self.configs[method].node, self.settings
+        node = self.configs[method].node
         folder = self.folder / "reference"
-        reference = Reference(path, node, settings.pair, self.cifar_root(), weights, folder, self.device)
+        reference = Reference(path, node, self.cifar_root(), weights, folder, self.device)
         try:
             self.warm_up(reference)
             yield reference
