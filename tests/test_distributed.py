@@ -1,0 +1,289 @@
+"""Two processes against one, on the CPU, with real images: the same samples, the same weights, the same figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, assert_user_error, tool
+from torch import nn
+
+from mdistiller_norm.builders import build_run
+from mdistiller_norm.config import load_config
+from mdistiller_norm.data import Share, digits
+from mdistiller_norm.engine import distributed
+from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.models import build_model
+
+# 1437 training samples: the last of 60 batches of 24 has 21, which two processes cannot share evenly.
+STEPS, BATCH = 20, 24
+PAIR = [
+    "DATASET.TYPE=digits",
+    "DEVICE=cpu",
+    "ENGINE.COMPILE=none",
+    "DISTILLER.TEACHER=resnet14",
+    "DISTILLER.STUDENT=resnet8",
+]
+METHODS = {
+    "NONE": [], "KD": [], "NormKD": [], "DKD": [], "CRD": ["CRD.NCE.K=64"], "REVIEWKD": [],
+}  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "80"} | more
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def start(rank: int, world: int, port: int, *command: object) -> subprocess.Popen[str]:
+    """One of several processes, as Slurm would start it."""
+    who = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **who),
+    )  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit code and stderr of each."""
+    try:
+        return [
+            (process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=100)]
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def without_batch_norm(module: nn.Module) -> None:
+    for child in module.modules():
+        for name, part in child.named_children():
+            if isinstance(part, nn.BatchNorm2d):
+                setattr(child, name, nn.Identity())
+
+
+def train_steps(method: str, folder: Path, *overrides: str, first_step: int = 0) -> dict[str, Any]:
+    """The weights after some steps without batch norm, and the samples that this process saw."""
+    config = [
+        *PAIR, f"DISTILLER.TYPE={method}", f"LOG.PREFIX={folder}", f"SOLVER.BATCH_SIZE={BATCH}", "SOLVER.LR=0.002",
+        f"DISTILLER.TEACHER_WEIGHTS={folder / 'teacher.pt'}", *METHODS[method], *overrides,
+    ]  # fmt: skip
+    trainer = build_run(load_config(None, [*config, f"EXPERIMENT.NAME={method}"])).trainer
+    step = trainer.step
+    without_batch_norm(step.trainable)
+    whole = TrainStep(
+        step.loader, step.teacher, step.trainable, step.optimizer, step.meters,
+        forward=distributed.wrap(step.trainable), accumulate=step.accumulate,
+    )  # fmt: skip
+    step.trainable.train()
+    seen = []
+    for number, raw in enumerate(step.loader.batches(1, first_step), first_step):
+        if number == first_step + STEPS:
+            break
+        part = step.loader.part(number)
+        seen.append(raw[0].tolist() if part.weight else [])
+        whole.part = part
+        whole(*raw)
+    trainer.log.close()
+    averages = step.meters.read(1, together=True)
+    return {
+        "weights": step.trainable.state_dict(),
+        "seen": seen,
+        "losses": averages.losses,
+        "samples": averages.samples,
+    }
+
+
+def main(folder: Path) -> None:
+    """What each of the processes runs; with no data in between but what the engine exchanges."""
+    share = distributed.wanted()
+    for method in METHODS:
+        torch.save(train_steps(method, folder, first_step=40), folder / f"{method}_{share.rank}.pt")
+    torch.manual_seed(3)
+    network = build_model("resnet8", 10)
+    measured = evaluate(network, digits().eval_loader(7, torch.device("cpu"), share))
+    torch.save(measured._asdict(), folder / f"evaluation_{share.rank}.pt")
+    norm = nn.BatchNorm2d(2)
+    norm.running_mean.fill_(share.rank)
+    distributed.average_batch_norms(nn.Sequential(norm))
+    assert norm.running_mean.tolist() == [0.5, 0.5]
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes left what they found."""
+    folder = tmp_path_factory.mktemp("both")
+    torch.manual_seed(1)
+    torch.save({"model": build_model("resnet14", 10).state_dict()}, folder / "teacher.pt")
+    port = free_port()
+    for code, errors in finish([start(rank, 2, port, __file__, folder) for rank in range(2)]):
+        assert code == 0, errors
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one(both: Path, tmp_path: Path, method: str) -> None:
+    (tmp_path / "teacher.pt").write_bytes((both / "teacher.pt").read_bytes())
+    alone = train_steps(method, tmp_path, first_step=40)
+    one, two = (torch.load(both / f"{method}_{rank}.pt") for rank in range(2))
+    # The samples, in their order, the last batch of 21 included.
+    assert [a + b for a, b in zip(one["seen"], two["seen"], strict=True)] == alone["seen"]
+    assert [len(step) for step in one["seen"]][-2:] == [12, 11]
+    assert one["samples"] == two["samples"] == alone["samples"] == 19 * BATCH + 21
+    assert one["losses"] == two["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    for key, weights in alone["weights"].items():
+        assert torch.equal(one["weights"][key], two["weights"][key]), key
+        torch.testing.assert_close(one["weights"][key], weights, rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_several_processes_evaluate_every_image_once(both: Path) -> None:
+    torch.manual_seed(3)
+    alone = evaluate(build_model("resnet8", 10), digits().eval_loader(7, torch.device("cpu")))
+    for rank in range(2):
+        found = torch.load(both / f"evaluation_{rank}.pt")
+        assert (found["top1"], found["top5"], found["samples"]) == (alone.top1, alone.top5, 360)
+        assert found["loss"] == pytest.approx(alone.loss, rel=1e-6)
+        assert torch.equal(found["per_class"], alone.per_class)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_shares_of_the_test_split_are_disjoint_and_whole(world: int) -> None:
+    data = digits()
+    parts = [list(data.eval_loader(50, torch.device("cpu"), Share(rank, world))) for rank in range(world)]
+    assert torch.equal(torch.cat([targets for part in parts for _, targets in part]), data.test.targets)
+    assert len(data.eval_loader(50, torch.device("cpu"), Share(0, world))) == 360
+
+
+@pytest.mark.parametrize("method", ["KD", "NormKD", "DKD", "REVIEWKD"])
+def test_accumulation_gives_the_same_update(both: Path, tmp_path: Path, method: str) -> None:
+    results = []
+    for pieces in (1, 4):
+        folder = tmp_path / str(pieces)
+        folder.mkdir()
+        (folder / "teacher.pt").write_bytes((both / "teacher.pt").read_bytes())
+        results.append(train_steps(method, folder, f"SOLVER.ACCUMULATE={pieces}", first_step=40))
+    whole, parts = results
+    assert parts["samples"] == whole["samples"]
+    assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    for key, weights in whole["weights"].items():
+        torch.testing.assert_close(parts["weights"][key], weights, rtol=1e-6, atol=1e-6)
+
+
+def test_what_cannot_be_divided_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = [*PAIR, f"LOG.PREFIX={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"SOLVER\.ACCUMULATE 7 does not divide"):
+        build_run(load_config(None, [*common, "SOLVER.ACCUMULATE=7"]))
+    data = digits()
+    with pytest.raises(ConfigError, match=r"SOLVER\.BATCH_SIZE 64 cannot be split evenly over 3"):
+        data.train_loader(64, 0, torch.device("cpu"), Share(0, 3))
+    with pytest.raises(ConfigError, match=r"SOLVER\.SYNC_BN needs CUDA"):
+        build_run(load_config(None, [*common, "SOLVER.SYNC_BN=true", "EXPERIMENT.NAME=sync"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, words in (("2", "RANK is 2 and WORLD_SIZE 2"), ("first", "must be numbers")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ConfigError, match=words):
+            distributed.wanted()
+
+
+# Whole runs
+
+
+def run_arguments(folder: Path, name: str, *overrides: str, epochs: int = 2) -> list[str]:
+    return [
+        "--cfg", "configs/digits/vanilla_resnet8.yaml", "DEVICE=cpu", f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}",
+        f"SOLVER.EPOCHS={epochs}", "SOLVER.BATCH_SIZE=48", "LOG.CHECKPOINT_STEPS=4", *overrides,
+    ]  # fmt: skip
+
+
+def torchrun(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "--max-restarts", "1", "--monitor-interval", "0.2", "tools/train.py", *arguments],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
+    )  # fmt: skip
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The children of torchrun that train."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"tools/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
+def test_a_killed_worker_costs_no_bit(tmp_path: Path) -> None:
+    ends = {}
+    for name in ("whole", "killed"):
+        process = torchrun(*run_arguments(tmp_path, name))
+        folder = tmp_path / "digits" / name
+        if name == "killed":
+            wait_for(folder / "latest.pt", process)  # the first comes in mid-epoch
+            os.kill(workers(process)[1], signal.SIGKILL)
+        output, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        ends[name] = load(folder / "latest.pt")
+        assert ("resuming" in output) == (name == "killed")
+        assert [record["epoch"] for record in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+        assert json.loads((folder / "result.json").read_text())["processes"] == 2
+    for key, weights in ends["whole"]["trainable"].items():
+        assert torch.equal(ends["killed"]["trainable"][key], weights), key
+    # What two processes left, one goes on with.
+    done = tool("train", "--resume", *run_arguments(tmp_path, "whole", epochs=3))
+    assert "at epoch 3, step 1" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "digits" / "run"
+    arguments = run_arguments(tmp_path, "run", epochs=100)
+    processes = [start(rank, 2, port, "tools/train.py", *arguments) for rank in range(2)]
+    wait_for(folder / "latest.pt", processes[0])
+    processes[1].send_signal(signal.SIGUSR1)
+    for code, errors in finish(processes):
+        assert code == 128 + signal.SIGUSR1, errors
+        assert "--resume" in errors
+    state = load(folder / "latest.pt")
+    assert int(state["meters"]["samples"]) in (48 * state["steps_done"], 0)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
+    port = free_port()
+    arguments = run_arguments(tmp_path, "run", "SOLVER.TIMEOUT=8", epochs=100)
+    processes = [start(rank, 2, port, "tools/train.py", *arguments) for rank in range(2)]
+    wait_for(tmp_path / "digits" / "run" / "latest.pt", processes[0])
+    processes[1].send_signal(signal.SIGSTOP)
+    _, errors = processes[0].communicate(timeout=120)
+    finish(processes[1:]) if processes[1].kill() else processes[1].wait(60)
+    done = subprocess.CompletedProcess([], processes[0].returncode, "", errors)
+    assert_user_error(done, "process 0 of 2 waited in vain for process 1", "--resume")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
