@@ -213,6 +213,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ([], "--table is missing"),
         (["--table", "2", "--pairs", "res56"], "no pair of Table 2 called 'res56'"),
         (["--table", "digits", "--budget", "soon"], "--budget 'soon' is not a duration"),
+        (["--table", "digits", "--sweep", "KD.TEMPERATURE"], "--sweep takes KEY=A,B,C"),
+        (["--table", "digits", "--sweep", "KD.TEMPERATURE=1", "--val-split", "0"], "--val-split must be above 0"),
+        (["--table", "digits", "--methods", "kd", "--sweep", "KD.TEMPERATUR=1"], "KD.TEMPERATURE"),
         (["--table", "digits", "--jobs", "0"], "--jobs must be at least 1"),
         (["--table", "digits", "--slurm", "timeout"], "NAME=VALUE, not 'timeout'"),
         (["--add", str(tmp_path), "--results", str(tmp_path)], "is not a finished run"),
@@ -368,6 +371,22 @@ def test_a_budget_stops_in_time_and_says_what_is_left(tmp_path: Path) -> None:
     assert done.returncode == 3, done.stdout
     assert time.monotonic() - started < 60
     assert "2 runs are left" in done.stdout or "1 runs are left" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_is_measured_on_held_out_images_and_fills_no_cell(output: Path) -> None:
+    options = ["--methods", "normkd", "teacher", "--sweep", "NormKD.TEMPERATURE_NORM=1,2", "--trials", "1"]
+    said = smoke(output, *options).stdout
+    assert said.count("on held-out images") == 2
+    swept = [e for e in read_ledger(output / "smoke" / "results" / "runs", smoke=True).all_runs()
+             if e.record["config"]["DATASET"]["VAL_SPLIT"] == 0.1]  # fmt: skip
+    assert {entry.record["config"]["NormKD"]["TEMPERATURE_NORM"] for entry in swept} == {1.0, 2.0}
+    cell = TABLES["digits"].cells["normkd", "res20_res8"]
+    assert cell_identity(cell, smoke=True) not in {entry.identity for entry in swept}
+    report_main(["--smoke", "--output", str(output)])
+    text = (output / "smoke" / "results" / "TABLES.md").read_text()
+    assert "| NormKD | pending |" in text
+    assert text.count("on 10% of the training set, held out") == 2
 
 
 @pytest.mark.slow

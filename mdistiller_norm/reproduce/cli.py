@@ -58,6 +58,8 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     )
     trials.add_argument("--seeds", nargs="+", type=int, help="the seeds, instead of --trials")
     parser.add_argument("--queue", action="store_true", help="in the order of value; without --table all of CIFAR-100")
+    parser.add_argument("--sweep", default="", metavar="KEY=A,B,C", help="runs with each value, on held-out images")
+    parser.add_argument("--val-split", type=float, default=0.1, help="what a sweep holds out (default: 0.1)")
     parser.add_argument("--dry-run", action="store_true", help="list what is done and what is pending, run nothing")
     parser.add_argument("--budget", default="", metavar="TIME", help="stop after 9m, 1h30m ...; the next call goes on")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on this machine")
@@ -85,11 +87,16 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     if options.add:
         return commands.add_folders([Path(folder) for folder in options.add], results / "runs", options.smoke)
     cells = commands.select_cells(options.table, options.methods, options.pairs, options.queue)
-    return commands.reproduce(
+    if options.sweep:
+        cells = commands.sweep(cells, options.sweep, options.val_split)
+    code = commands.reproduce(
         cells, list(dict.fromkeys(seeds)), output=output, folder=results / "runs", smoke=options.smoke,
         extra=options.overrides, by_value=options.queue, dry_run=options.dry_run, jobs=options.jobs,
         deadline=deadline, launcher=options.launcher, slurm=slurm,
     )  # fmt: skip
+    if options.sweep:
+        commands.print_sweep(cells, results / "runs", options.smoke)
+    return code
 
 
 def report_main(arguments: Sequence[str]) -> int:

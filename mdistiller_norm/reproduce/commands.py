@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from mdistiller_norm.builders import build_device
 from mdistiller_norm.config import load_config
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.estimate import Estimator, clock
-from mdistiller_norm.reproduce.jobs import Job, Plan, make_plan
+from mdistiller_norm.reproduce.jobs import Job, Plan, cell_identity, make_plan
 from mdistiller_norm.reproduce.ledger import Ledger, add, finished_record, read_ledger
 from mdistiller_norm.reproduce.runner import Summary, pending_jobs, run_jobs, settle
-from mdistiller_norm.reproduce.tables import Cell, get_table, load_tables
+from mdistiller_norm.reproduce.stats import plus_minus, spread
+from mdistiller_norm.reproduce.tables import Cell, Row, get_table, load_tables
 
 
 def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[str], queue: bool) -> list[Cell]:
@@ -37,6 +39,43 @@ def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[s
         if bool(rows) == bool(own_rows) and bool(columns) == bool(own_columns):
             cells += table.select(own_rows, own_columns)
     return cells
+
+
+def sweep(cells: Sequence[Cell], setting: str, val_split: float) -> list[Cell]:
+    """The students' cells with each value of a key, evaluated on held-out training images.
+
+    Args:
+        cells: of tables; teachers are left out.
+        setting: ``KEY=A,B,C``.
+        val_split: ``DATASET.VAL_SPLIT`` of the runs.
+
+    Raises:
+        ConfigError: not of that form, or nothing held out.
+    """
+    key, _, values = setting.partition("=")
+    if not key or not all(values.split(",")):
+        raise ConfigError(f"--sweep takes KEY=A,B,C, not {setting!r}: for example NormKD.TEMPERATURE_NORM=1,1.5,2")
+    if not 0 < val_split <= 0.5:
+        raise ConfigError(f"--val-split must be above 0 and at most 0.5, not {val_split:g}")
+    varied = []
+    for cell in cells:
+        for value in values.split(","):
+            if not cell.is_teacher:
+                overrides = (*cell.overrides, f"{key}={value}", f"DATASET.VAL_SPLIT={val_split:g}")
+                row = Row(f"{cell.row.key},{key}={value}", f"{cell.row.name} with {key} = {value}")
+                varied.append(replace(cell, row=row, overrides=overrides))
+    return varied
+
+
+def print_sweep(cells: Sequence[Cell], folder: Path, smoke: bool) -> None:
+    """Print the accuracies on the held-out images, the best mean of the last epochs first."""
+    ledger = read_ledger(folder, smoke)
+    measured = []
+    for cell in cells:
+        if numbers := spread(entry.top1("last") for entry in ledger.of(cell_identity(cell, smoke)).values()):
+            measured.append((numbers, cell))
+    for numbers, cell in sorted(measured, key=lambda pair: -pair[0].mean):
+        print(f"  {plus_minus(numbers)} (n {numbers.n}) on held-out images: {cell.row.name}, {cell.column.name}")
 
 
 def add_folders(runs: Sequence[Path], folder: Path, smoke: bool) -> int:

@@ -217,10 +217,13 @@ def _check_extra(extra: Sequence[str]) -> None:
         )
 
 
-def _job(config_file: str, overrides: Sequence[str], seed: int, smoke: bool, **fields: Any) -> Job:
-    overrides = (*overrides, *(SMOKE if smoke else ()), f"SEED={seed}")
+def _job(
+    config_file: str, common: Sequence[str], seed: int, smoke: bool, settings: Sequence[str] = (), **fields: Any
+) -> Job:
+    overrides = (*settings, *common, *(SMOKE if smoke else ()), f"SEED={seed}")
     config = _load(config_file, overrides)
-    name = f"{config.node.EXPERIMENT.PROJECT}/{config.node.EXPERIMENT.TAG}, seed {seed}"
+    words = [f"{config.node.EXPERIMENT.PROJECT}/{config.node.EXPERIMENT.TAG}", *settings]
+    name = f"{' '.join(words)}, seed {seed}"
     return Job(
         name=name, config_file=config_file, overrides=overrides, seed=seed, identity=identity(config.node),
         folder=run_folder(config), epochs=config.node.SOLVER.EPOCHS, cost=cost(config.node), smoke=smoke, **fields,
@@ -284,9 +287,13 @@ def make_plan(
         if method_names(config.node) and not weights and teacher_config:
             teacher = add(_job(teacher_config, common, TEACHER_SEED, smoke, queue=rank))
             weights = teacher.weights
-        overrides = (*cell.overrides, *common, *([f"DISTILLER.TEACHER_WEIGHTS={weights}"] if weights else []))
+        overrides = (*common, *([f"DISTILLER.TEACHER_WEIGHTS={weights}"] if weights else []))
         for seed in [TEACHER_SEED] if cell.is_teacher else seeds:
-            add(_job(cell.config, overrides, seed, smoke, cells=(cell.name,), teacher=teacher, queue=rank))
+            add(
+                _job(
+                    cell.config, overrides, seed, smoke, cell.overrides, cells=(cell.name,), teacher=teacher, queue=rank
+                )
+            )
 
     order = list(jobs)
     needed = {job.teacher.key for job in jobs.values() if job.teacher}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv as csv_files
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,17 @@ from mdistiller_norm.reproduce.charts import COLOURS, Line, line_chart
 from mdistiller_norm.reproduce.estimate import clock
 from mdistiller_norm.reproduce.jobs import cell_command, cell_identity, config_path
 from mdistiller_norm.reproduce.ledger import Entry, Ledger, read_ledger
-from mdistiller_norm.reproduce.stats import CONTRADICTED, HOLDS, UNDECIDED, UNTESTED, Paired, Spread, paired, spread
+from mdistiller_norm.reproduce.stats import (
+    CONTRADICTED,
+    HOLDS,
+    UNDECIDED,
+    UNTESTED,
+    Paired,
+    Spread,
+    paired,
+    plus_minus,
+    spread,
+)
 from mdistiller_norm.reproduce.tables import Cell, Claim, Column, Delta, Table, load_claims, load_tables
 
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -31,13 +40,6 @@ def signed(value: float) -> str:
     """A difference with its sign, to two decimals."""
     text = f"{value:+.2f}"
     return "±0.00" if text in ("+0.00", "-0.00") else text.replace("-", MINUS)
-
-
-def plus_minus(numbers: Spread | None) -> str:
-    """Mean ± std, to two decimals."""
-    if numbers is None:
-        return ""
-    return f"{numbers.mean:.2f}" + (f" ± {numbers.std:.2f}" if numbers.std is not None else "")
 
 
 @dataclass
@@ -514,7 +516,8 @@ def to_markdown(report: Report) -> str:
     if report.others:
         out += ["", "## Runs of no table", ""]
         out += [
-            f"- {run_name(entry)}: best {entry.top1('best'):.2f}, last {entry.top1('last'):.2f}"
+            f"- {run_name(entry)}: best {entry.top1('best'):.2f}, last {entry.top1('last'):.2f}{measured_on(entry)} "
+            f"(`{entry.path.name}`)"
             for entry in report.others
         ]
     return "\n".join(out).rstrip() + "\n"
@@ -524,6 +527,12 @@ def run_name(entry: Entry) -> str:
     """A run for people."""
     about = entry.record["config"]["EXPERIMENT"]
     return f"{about['PROJECT']}/{about['TAG']}, seed {entry.seed}"
+
+
+def measured_on(entry: Entry) -> str:
+    """What a run's accuracy was measured on, if not on the test set."""
+    fraction = entry.record["config"]["DATASET"].get("VAL_SPLIT", 0)
+    return f" on {fraction:.0%} of the training set, held out" if fraction else ""
 
 
 def environment_text(environment: Record) -> str:
@@ -542,8 +551,8 @@ def to_html(report: Report) -> str:
     templates.undefined = jinja2.StrictUndefined
     functions = {
         "signed": signed, "plus_minus": plus_minus, "comparison_text": comparison_text, "clock": clock,
-        "environment_text": environment_text, "run_name": run_name, "state_text": _state_text,
-        "slug": lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-"),
+        "environment_text": environment_text, "run_name": run_name, "measured_on": measured_on,
+        "state_text": _state_text,
         "narrow": _narrow_rows, "delta_rows": _delta_rows, "safe": Markup,
     }  # fmt: skip
     return templates.get_template("report.html.j2").render(report=report, **functions) + "\n"

@@ -65,3 +65,10 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Paired | 
         return Paired(differences.n, differences.mean, None, None)
     half = float(stats.t.ppf(0.975, differences.n - 1)) * differences.std / differences.n**0.5
     return Paired(differences.n, differences.mean, differences.mean - half, differences.mean + half)
+
+
+def plus_minus(numbers: Spread | None) -> str:
+    """Mean ± std, to two decimals."""
+    if numbers is None:
+        return ""
+    return f"{numbers.mean:.2f}" + (f" ± {numbers.std:.2f}" if numbers.std is not None else "")
