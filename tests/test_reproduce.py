@@ -505,9 +505,7 @@ def test_run_folders_made_by_hand_can_be_added(trained: Path, tmp_path: Path) ->
 
 def test_commands_of_cells_are_runnable() -> None:
     command = cell_command(TABLES["7"].cells["t_norm_0.5", "r50_mv1"], seed=2)
-    assert command == (
-        "python tools/train.py --cfg configs/imagenet/r50_mv1/normkd.yaml NormKD.TEMPERATURE_NORM=0.5 SEED=2"
-    )
+    assert command == "python tools/train.py --cfg configs/imagenet/ablation/table7/t_norm_0.5.yaml SEED=2"
     shown = tool("train", *cell_command(TABLES["digits"].cells["dkd", "res20_res8"]).split()[2:], "--show").stdout
     assert "TYPE: DKD" in shown
 

@@ -59,16 +59,16 @@ class Cell:
         row: which method or setting.
         column: which pair.
         config: config file, relative to the project; empty where nothing trains it (published teachers).
-        overrides: on top of the file, ``KEY=VALUE``.
         paper: what the paper prints, by a key of ``PRINTED``.
+        overrides: on top of the file, ``KEY=VALUE``; of sweeps, the tables have a file for each cell.
     """
 
     table: str
     row: Row
     column: Column
     config: str
-    overrides: tuple[str, ...]
     paper: Mapping[str, float]
+    overrides: tuple[str, ...] = ()
 
     @property
     def is_teacher(self) -> bool:
@@ -251,7 +251,6 @@ def _table(entry: dict[str, Any]) -> Table:
                 row=row,
                 column=column,
                 config=config.format(key=column.key, teacher=column.teacher, student=column.student),
-                overrides=tuple(described.get("overrides", ())),
                 paper={name: described[name][i] for name in PRINTED if name in described},
             )
     return Table(
