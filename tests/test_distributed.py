@@ -24,9 +24,12 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
+from mdistiller_norm.types import Batch
 
 # 1437 training samples: the last of 60 batches of 24 has 21, which two processes cannot share evenly.
 STEPS, BATCH = 20, 24
@@ -80,16 +83,25 @@ def without_batch_norm(module: nn.Module) -> None:
 
 
 def train_steps(method: str, folder: Path, *overrides: str, first_step: int = 0) -> dict[str, Any]:
-    """The weights after some steps without batch norm, and the samples that this process saw."""
+    """The weights after some steps in float64, without batch norm, and the samples that this process saw."""
     config = [
-        *PAIR, f"DISTILLER.TYPE={method}", f"LOG.PREFIX={folder}", f"SOLVER.BATCH_SIZE={BATCH}", "SOLVER.LR=0.002",
+        *PAIR, f"DISTILLER.TYPE={method}", f"LOG.PREFIX={folder}", f"SOLVER.BATCH_SIZE={BATCH}",
         f"DISTILLER.TEACHER_WEIGHTS={folder / 'teacher.pt'}", *METHODS[method], *overrides,
     ]  # fmt: skip
     trainer = build_run(load_config(None, [*config, f"EXPERIMENT.NAME={method}"])).trainer
     step = trainer.step
-    without_batch_norm(step.trainable)
+    without_batch_norm(step.trainable.double())
+    prepare = step.loader.prepare
+
+    def in_float64(*raw: torch.Tensor) -> Batch:
+        batch = prepare(*raw)
+        return batch._replace(images=batch.images.double())
+
+    step.loader.prepare = in_float64
+    optimizer = build_sgd(step.trainable.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    teacher = LiveTeacher(step.teacher.network.double(), step.trainable.need) if step.teacher else None
     whole = TrainStep(
-        step.loader, step.teacher, step.trainable, step.optimizer, step.meters,
+        step.loader, teacher, step.trainable, optimizer, step.meters,
         forward=distributed.wrap(step.trainable), accumulate=step.accumulate,
     )  # fmt: skip
     step.trainable.train()
@@ -151,7 +163,7 @@ def test_two_processes_train_as_one(both: Path, tmp_path: Path, method: str) -> 
     assert one["losses"] == two["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     for key, weights in alone["weights"].items():
         assert torch.equal(one["weights"][key], two["weights"][key]), key
-        torch.testing.assert_close(one["weights"][key], weights, rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(one["weights"][key], weights, rtol=0, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_several_processes_evaluate_every_image_once(both: Path) -> None:
@@ -184,7 +196,7 @@ def test_accumulation_gives_the_same_update(both: Path, tmp_path: Path, method: 
     assert parts["samples"] == whole["samples"]
     assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     for key, weights in whole["weights"].items():
-        torch.testing.assert_close(parts["weights"][key], weights, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(parts["weights"][key], weights, rtol=0, atol=1e-9)
 
 
 def test_what_cannot_be_divided_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
