@@ -461,7 +461,8 @@ def to_markdown(report: Report) -> str:
         + ". Made by `python tools/report.py`; the same with learning curves: `report.html`.", "",
         "Top-1 in percent on the test set, mean ± sample standard deviation over n seeds. *Best* is the best epoch on "
         "the test set, which is what the paper's code reports; *last* is the last epoch, selected by nothing. The "
-        "difference is ours (best) minus the paper's; in wide tables a cell reads *paper → ours*.", "",
+        "difference is ours (best) minus the paper's; in wide tables a cell reads *paper → ours*. Δ1 and Δ2 are paired "
+        "over seeds, of the best epochs, with a 95% interval.", "",
     ]  # fmt: skip
     measured = [view for view in report.tables if view.measured]
     empty = [view for view in report.tables if not view.measured]
