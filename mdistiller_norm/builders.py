@@ -19,6 +19,7 @@ from mdistiller_norm.data import (
     EvalLoader,
     ImageOptions,
     MemoryTrainLoader,
+    Share,
     TensorDataset,
     TrainLoader,
 )  # fmt: skip
@@ -225,6 +226,46 @@ def build_optimizer(
     return DOT(trainable, batch, teacher, solver.DOT.DELTA, **sgd)
 
 
+def build_train_loader(cfg: Any, dataset: Dataset, device: torch.device, share: Share, log: RunLog) -> TrainLoader:
+    """Training batches of ``SOLVER.BATCH_SIZE`` over all processes.
+
+    Raises:
+        ConfigError: they cannot be shared out, or ``SOLVER.ACCUMULATE`` does not divide a share.
+    """
+    size, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
+    loader = dataset.train_loader(size, cfg.SEED, device, share, warn=lambda text: log.line(f"warning: {text}"))
+    if loader.batch_size % parts:
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE {size} over {share.world} processes is {loader.batch_size} images each, which "
+            f"SOLVER.ACCUMULATE {parts} does not divide"
+        )
+    return loader
+
+
+def build_step(
+    cfg: Any,
+    student: Network,
+    distillers: Mapping[str, Distiller],
+    loader: TrainLoader,
+    teacher: Teacher | None,
+    autocast: torch.dtype | None,
+    compiled: bool,
+) -> TrainStep:
+    """The training step of a student and its methods, on the loader's device."""
+    device = build_device(cfg)
+    ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
+    trainable = Trainable(_on(student, device), distillers, ce_weight, autocast).to(device)
+    if cfg.SOLVER.SYNC_BN:
+        distributed.synchronise_batch_norms(trainable, device)
+    if compiled:
+        student.outputs = torch.compile(student.outputs, dynamic=False)  # type: ignore[method-assign]
+    scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
+    optimizer = build_optimizer(cfg, trainable, loader, teacher)
+    meters = TrainMeters(trainable.loss_names).to(device)
+    wrapped = distributed.wrap(trainable)
+    return TrainStep(loader, teacher, trainable, optimizer, meters, scaler, wrapped, cfg.SOLVER.ACCUMULATE)
+
+
 class Run(NamedTuple):
     """A run, ready to start.
 
@@ -303,16 +344,43 @@ def start_wandb(cfg: Any, folder: Path) -> str:
     return ""
 
 
-def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoader, classes: int) -> Record:
+def _open_run(config: Config, resume: bool, share: Share) -> tuple[Path, dict[str, Any] | None, RunLog]:
+    """The run folder, the state to go on from, and the log. The folder is made by the first process of several."""
+    opened = open_folder(config, resume or distributed.restarted()) if distributed.is_first() else None
+    resumed = distributed.agree(int(opened is not None and opened[1] is not None))
+    if opened is None:
+        folder = run_folder(config)
+        return folder, load(folder / LATEST) if resumed else None, SilentLog(share.rank)
+    folder, state, opening = opened
+    first = (state["epoch"], (state["epoch"] - 1) * 10**9) if state else (1, 0)
+    warning = start_wandb(config.node, folder) if config.node.LOG.WANDB else ""
+    log = RunLog(folder, *first)
+    log.line(opening)
+    if warning:
+        log.line(f"warning: {warning}")
+    return folder, state, log
+
+
+def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoader, log: RunLog) -> Record:
     """Evaluate the teacher once, so that a wrong one is seen before the training."""
     measured = evaluate(network, test)
-    line = f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}"
-    warning = ""
+    log.line(f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
+    seen = f"warning: the teacher reaches {measured.top1:.2f} top-1"
     if file.top1 is not None and measured.top1 < file.top1 - 1:
-        warning = f"the teacher reaches {measured.top1:.2f} top-1, far below the {file.top1:.2f} of its manifest entry"
-    elif measured.top1 < 200 / classes:
-        warning = f"the teacher reaches {measured.top1:.2f} top-1, about chance: its weights or the data are wrong"
-    return {"line": line, "warning": warning, "top1": measured.top1, "top5": measured.top5}
+        log.line(f"{seen}, far below the {file.top1:.2f} of its manifest entry")
+    elif measured.top1 < 200 / network.num_classes:
+        log.line(f"{seen}, about chance: its weights or the data are wrong")
+    return {"name": name, "file": str(file.path), "top1": measured.top1, "top5": measured.top5}
+
+
+def _about(cfg: Any, dataset: Dataset) -> Record:
+    """What a student's file says of it besides the weights."""
+    return {
+        "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
+        "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
+        "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
+        "seed": cfg.SEED,
+    }  # fmt: skip
 
 
 def build_run(config: Config, resume: bool = False, command: str = "", dataset: Dataset | None = None) -> Run:
@@ -328,9 +396,8 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         UserError: anything about config, data, weights, device or run folder that cannot work.
     """
     cfg = config.node
-    solver = cfg.SOLVER
     device = build_device(cfg)
-    share = distributed.start(device, solver.TIMEOUT)
+    share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     autocast, precision_warning = build_precision(cfg, device)
     dataset = dataset or build_dataset(cfg)
     student = build_student(cfg, dataset)
@@ -338,66 +405,30 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if names:
         teacher_network, file = build_teacher(cfg, dataset)
         distillers = build_distillers(cfg, student, teacher_network, dataset)
-    # Made by the first process; the others come when it is there.
-    opened = open_folder(config, resume or distributed.restarted()) if distributed.is_first() else None
-    resumed = distributed.agree(int(opened is not None and opened[1] is not None))
-    folder, state, opening = opened or (run_folder(config), load(run_folder(config) / LATEST) if resumed else None, "")
-
+    folder, state, log = _open_run(config, resume, share)
+    if precision_warning:
+        log.line(f"warning: {precision_warning}")
     test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
-    first = (state["epoch"], (state["epoch"] - 1) * 10**9) if state else (1, 0)
-    wandb_warning = start_wandb(cfg, folder) if cfg.LOG.WANDB and distributed.is_first() else ""
-    log = RunLog(folder, *first) if distributed.is_first() else SilentLog(share.rank)
-    log.line(opening)
-    for warning in filter(None, (precision_warning, wandb_warning)):
-        log.line(f"warning: {warning}")
-    loader = dataset.train_loader(
-        solver.BATCH_SIZE, cfg.SEED, device, share, warn=lambda text: log.line(f"warning: {text}")
-    )
-    if loader.batch_size % solver.ACCUMULATE:
-        raise ConfigError(
-            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} over {share.world} processes is {loader.batch_size} images each, "
-            f"which SOLVER.ACCUMULATE {solver.ACCUMULATE} does not divide"
-        )
-    left = solver.EPOCHS * loader.steps
+    loader = build_train_loader(cfg, dataset, device, share, log)
+    left = cfg.SOLVER.EPOCHS * loader.steps
     left -= (state["epoch"] - 1) * loader.steps + state["steps_done"] if state else 0
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, left)
     if names:
-        taught = _check_teacher(_on(teacher_network, device), file, cfg.DISTILLER.TEACHER, test, len(dataset.classes))
-        log.line(taught.pop("line"))
-        if teacher_warning := taught.pop("warning"):
-            log.line(f"warning: {teacher_warning}")
+        taught = _check_teacher(_on(teacher_network, device), file, cfg.DISTILLER.TEACHER, test, log)
         if reason:
             log.line(reason)
         teacher = build_teacher_runner(
             cfg, teacher_network, distillers, loader, file.path, dataset.image_size, autocast,
             to_compile in ("teacher", "all"), log,
         )  # fmt: skip
-        taught |= {"name": cfg.DISTILLER.TEACHER, "file": str(file.path), "hash": teacher.hash}
+        taught["hash"] = teacher.hash
         if isinstance(teacher, CachedTeacher):
             log.line(teacher.check_space(left))
-
-    ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
-    trainable = Trainable(_on(student, device), distillers, ce_weight, autocast).to(device)
-    if solver.SYNC_BN:
-        distributed.synchronise_batch_norms(trainable, device)
-    if to_compile == "all":
-        student.outputs = torch.compile(student.outputs, dynamic=False)  # type: ignore[method-assign]
-    scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
-    optimizer = build_optimizer(cfg, trainable, loader, teacher)
-    meters = TrainMeters(trainable.loss_names).to(device)
-    about = {
-        "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
-        "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
-        "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
-        "seed": cfg.SEED,
-    }  # fmt: skip
-    step = TrainStep(
-        loader, teacher, trainable, optimizer, meters, scaler, distributed.wrap(trainable), solver.ACCUMULATE
-    )
+    step = build_step(cfg, student, distillers, loader, teacher, autocast, to_compile == "all")
     trainer = Trainer(
         step=step,
-        schedule=StepSchedule(solver.LR, tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE),
-        test=test, epochs=solver.EPOCHS, seed=cfg.SEED, folder=folder, log=log, about=about,
+        schedule=StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE),
+        test=test, epochs=cfg.SOLVER.EPOCHS, seed=cfg.SEED, folder=folder, log=log, about=_about(cfg, dataset),
         identity={"teacher": taught.get("hash", "")}, save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ,
         log_every=cfg.LOG.TENSORBOARD_FREQ, checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS,
         run_step=_captured(cfg, step, device, log),
@@ -407,7 +438,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
             raise ConfigError(f"{folder} was run with another teacher: it cannot be resumed with {taught['file']}")
         trainer.load_state(state)
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
-        epochs = range(trainer.epoch, solver.EPOCHS + 1)
+        epochs = range(trainer.epoch, cfg.SOLVER.EPOCHS + 1)
         trainer.ahead = teacher.fill(chain.from_iterable(loader.batches(epoch) for epoch in epochs), left)
     extra = sum(method.extra_parameters() for method in distillers.values())
     log.line(
@@ -417,10 +448,10 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     )
     result = {
         "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
-        "seed": cfg.SEED, "epochs": solver.EPOCHS, "extra_parameters": extra, "command": command,
+        "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS, "extra_parameters": extra, "command": command,
         "processes": share.world, "config": yaml.safe_load(dump(cfg)), "environment": environment(device),
     }  # fmt: skip
-    return Run(trainer, folder, result, trainer.epoch > solver.EPOCHS)
+    return Run(trainer, folder, result, trainer.epoch > cfg.SOLVER.EPOCHS)
 
 
 def open_checkpoint(

@@ -98,6 +98,7 @@ class Trainer:
                 lr = self.schedule(self.epoch)
                 set_learning_rate(self.step.optimizer.param_groups, lr)
                 self.step.begin_epoch(self.epoch, self.seed)
+                fresh = 1 - self.steps_done / self.step.loader.steps  # the part of the epoch that is run now
                 waited = self._train_epoch()
                 if self._stop and self.steps_done < self.step.loader.steps:
                     self._save_latest()
@@ -109,8 +110,9 @@ class Trainer:
                 self.seconds += time.perf_counter() - self._since
                 record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
                     "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
-                    "test_top5": test.top5, "test_loss": test.loss, "images_per_second": averages.samples / trained,
-                    "data_wait": waited / trained, "seconds": self.seconds,
+                    "test_top5": test.top5, "test_loss": test.loss, "data_wait": waited / trained,
+                    "images_per_second": averages.samples * fresh / trained,
+                    "seconds": self.seconds,
                 }  # fmt: skip
                 self._end_epoch(record, test)
                 self._stop = distributed.agree(self._stop)
