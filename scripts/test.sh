@@ -7,4 +7,5 @@ source scripts/venv.sh test
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two processes: the tests use one thread each.
+python -m pytest -n "${TEST_PROCESSES:-2}" "$@"
