@@ -168,6 +168,7 @@ def test_markdown_shows_every_state(report: Report) -> None:
     assert "75.51 → failed" in text
     assert "`broken.json`: not JSON" in text
     assert "different teachers!" in text
+    assert "79.42 → 79.00 in its students' runs" in text
     assert "fewer than 3 trials" in text
     assert "Δ1 = NormKD" in text
     assert "+3.24 → +3.23 [" in text

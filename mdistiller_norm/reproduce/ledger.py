@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller_norm.engine.logger import Record, read_metrics
-from mdistiller_norm.engine.trainer import write_json
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.reproduce.jobs import identity
 
@@ -242,10 +241,26 @@ def add(record: Record, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_json(record, path)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(_render(record), encoding="utf-8")
+            temporary.replace(path)
     except OSError as error:
         raise DataError(f"the ledger {folder} cannot be written ({error})") from error
     return path
+
+
+def _render(record: Record) -> str:
+    """JSON with a line for each key, and for each metric."""
+
+    def lines(mapping: Record, indent: str) -> str:
+        inside = indent + "  "
+        items = [
+            f"{inside}{json.dumps(key)}: {lines(value, inside) if key == 'metrics' else json.dumps(value)}"
+            for key, value in mapping.items()
+        ]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+
+    return lines(record, "") + "\n"
 
 
 def _utc(timestamp: float) -> str:

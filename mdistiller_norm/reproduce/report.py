@@ -394,9 +394,9 @@ def _in_short(view: CellView) -> str:
 
 
 def _state_text(view: CellView) -> str:
-    if view.state == "published":
-        return f"published weights, {view.teacher_top1:.2f} here" if view.teacher_top1 else "published weights"
-    return view.state
+    if view.teacher_top1 is not None:
+        return f"{view.teacher_top1:.2f} in its students' runs"
+    return "published weights" if view.state == "published" else view.state
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
