@@ -68,7 +68,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit code and stderr of each."""
     try:
         return [
-            (process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=100)]
+            (process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=300)]
         ]
     finally:
         for process in processes:
