@@ -31,8 +31,8 @@ from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.types import Batch
 
-# 1437 training samples: the last of 60 batches of 24 has 21, which two processes cannot share evenly.
-STEPS, BATCH = 20, 24
+# 1437 training samples: the last of 180 batches of 8 has 5, which two processes cannot share evenly.
+STEPS, BATCH = 20, 8
 PAIR = [
     "DATASET.TYPE=digits",
     "DEVICE=cpu",
@@ -86,9 +86,9 @@ def train_steps(method: str, folder: Path, *overrides: str, first_step: int = 0)
     """The weights after some steps in float64, without batch norm, and the samples that this process saw."""
     config = [
         *PAIR, f"DISTILLER.TYPE={method}", f"LOG.PREFIX={folder}", f"SOLVER.BATCH_SIZE={BATCH}",
-        f"DISTILLER.TEACHER_WEIGHTS={folder / 'teacher.pt'}", *METHODS[method], *overrides,
+        f"DISTILLER.TEACHER_WEIGHTS={folder / 'teacher.pt'}", f"EXPERIMENT.NAME={method}", *METHODS[method], *overrides,
     ]  # fmt: skip
-    trainer = build_run(load_config(None, [*config, f"EXPERIMENT.NAME={method}"])).trainer
+    trainer = build_run(load_config(None, config)).trainer
     step = trainer.step
     without_batch_norm(step.trainable.double())
     prepare = step.loader.prepare
@@ -127,7 +127,9 @@ def main(folder: Path) -> None:
     """What each of the processes runs; with no data in between but what the engine exchanges."""
     share = distributed.wanted()
     for method in METHODS:
-        torch.save(train_steps(method, folder, first_step=40), folder / f"{method}_{share.rank}.pt")
+        torch.save(train_steps(method, folder, first_step=160), folder / f"{method}_{share.rank}.pt")
+    accumulated = train_steps("NormKD", folder, "SOLVER.ACCUMULATE=2", "EXPERIMENT.NAME=accumulated", first_step=160)
+    torch.save(accumulated, folder / f"accumulated_{share.rank}.pt")
     torch.manual_seed(3)
     network = build_model("resnet8", 10)
     measured = evaluate(network, digits().eval_loader(7, torch.device("cpu"), share))
@@ -154,16 +156,24 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_as_one(both: Path, tmp_path: Path, method: str) -> None:
     (tmp_path / "teacher.pt").write_bytes((both / "teacher.pt").read_bytes())
-    alone = train_steps(method, tmp_path, first_step=40)
+    alone = train_steps(method, tmp_path, first_step=160)
     one, two = (torch.load(both / f"{method}_{rank}.pt") for rank in range(2))
-    # The samples, in their order, the last batch of 21 included.
+    # The samples, in their order, the last batch of 5 included.
     assert [a + b for a, b in zip(one["seen"], two["seen"], strict=True)] == alone["seen"]
-    assert [len(step) for step in one["seen"]][-2:] == [12, 11]
-    assert one["samples"] == two["samples"] == alone["samples"] == 19 * BATCH + 21
+    assert [len(step) for step in one["seen"]][-2:] == [4, 3]
+    assert one["samples"] == two["samples"] == alone["samples"] == 19 * BATCH + 5
     assert one["losses"] == two["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     for key, weights in alone["weights"].items():
         assert torch.equal(one["weights"][key], two["weights"][key]), key
         torch.testing.assert_close(one["weights"][key], weights, rtol=0, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_two_processes_that_accumulate_train_as_one_that_does_not(both: Path) -> None:
+    for rank in range(2):
+        whole, parts = (torch.load(both / f"{name}_{rank}.pt") for name in ("NormKD", "accumulated"))
+        assert parts["samples"] == whole["samples"]
+        for key, weights in whole["weights"].items():
+            torch.testing.assert_close(parts["weights"][key], weights, rtol=0, atol=1e-9)
 
 
 def test_several_processes_evaluate_every_image_once(both: Path) -> None:
@@ -191,7 +201,7 @@ def test_accumulation_gives_the_same_update(both: Path, tmp_path: Path, method: 
         folder = tmp_path / str(pieces)
         folder.mkdir()
         (folder / "teacher.pt").write_bytes((both / "teacher.pt").read_bytes())
-        results.append(train_steps(method, folder, f"SOLVER.ACCUMULATE={pieces}", first_step=40))
+        results.append(train_steps(method, folder, f"SOLVER.ACCUMULATE={pieces}", first_step=160))
     whole, parts = results
     assert parts["samples"] == whole["samples"]
     assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
