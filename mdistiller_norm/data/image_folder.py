@@ -203,8 +203,8 @@ def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
     """
     if not any((data_root(root, "imagenet") / split).is_dir() for split in ("train", "val")):
         raise DataError(
-            f"ImageNet is neither in {root}/{{train,val}}/<wnid>/ nor in {root}/imagenet/{{train,val}}/<wnid>/: it must be "
-            "fetched from image-net.org by hand; set DATASET.ROOT to its folder"
+            f"ImageNet is neither in {root}/{{train,val}}/<wnid>/ nor in {root}/imagenet/{{train,val}}/<wnid>/: "
+            "fetch it from image-net.org by hand, and set DATASET.ROOT to its folder"
         )
     return image_folder(root, replace(options, mean=options.mean or MEAN, std=options.std or STD), "imagenet")
 
