@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -22,8 +23,11 @@ def cifar_root() -> Path:
     """The folder that holds the complete CIFAR-100, or a skip."""
     root = Path(os.environ.get("MDISTILLER_NORM_DATA", ROOT / "data"))
     unpack = SHARED / "data" / "unpack.py"
-    if not (root / "cifar-100-python" / "meta").is_file() and unpack.is_file():
-        subprocess.run([sys.executable, str(unpack), str(root), "cifar100"], check=True, capture_output=True)
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".unpacking").open("w") as lock:  # several test processes want it at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "cifar-100-python" / "meta").is_file() and unpack.is_file():
+            subprocess.run([sys.executable, str(unpack), str(root), "cifar100"], check=True, capture_output=True)
     if not (root / "cifar-100-python" / "meta").is_file():
         pytest.skip("CIFAR-100 is not in data/: needs the network or MDISTILLER_NORM_DATA")
     return root
