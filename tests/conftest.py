@@ -18,19 +18,24 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-@pytest.fixture(scope="session")
-def cifar_root() -> Path:
-    """The folder that holds the complete CIFAR-100, or a skip."""
+def unpacked(name: str, marker: str) -> Path:
+    """The data folder with a data set in it, unpacked from beside the checkout where it is not there yet; or a skip."""
     root = Path(os.environ.get("MDISTILLER_NORM_DATA", ROOT / "data"))
     unpack = SHARED / "data" / "unpack.py"
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".unpacking").open("w") as lock:  # several test processes want it at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / "cifar-100-python" / "meta").is_file() and unpack.is_file():
-            subprocess.run([sys.executable, str(unpack), str(root), "cifar100"], check=True, capture_output=True)
-    if not (root / "cifar-100-python" / "meta").is_file():
-        pytest.skip("CIFAR-100 is not in data/: needs the network or MDISTILLER_NORM_DATA")
+        if not (root / marker).exists() and unpack.is_file():
+            subprocess.run([sys.executable, str(unpack), str(root), name], check=True, capture_output=True)
+    if not (root / marker).exists():
+        pytest.skip(f"{name} is not in data/: get it, or say where it is with MDISTILLER_NORM_DATA")
     return root
+
+
+@pytest.fixture(scope="session")
+def cifar_root() -> Path:
+    """The folder that holds the complete CIFAR-100, or a skip."""
+    return unpacked("cifar100", "cifar-100-python/meta")
 
 
 @pytest.fixture(scope="session")

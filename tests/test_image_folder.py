@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import tarfile
 from dataclasses import replace
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, assert_user_error, tool
+from conftest import ROOT, assert_user_error, tool, unpacked
 from PIL import Image
 from torchvision import transforms as T
 
@@ -36,11 +35,8 @@ SMALL = ImageOptions(size=48, resize=56, mean=MEAN, std=STD, workers=0)
 
 
 def real_images(folder: str) -> Path:
-    """A folder of the data that lies unpacked in ``data/``, or a skip."""
-    path = Path(os.environ.get("MDISTILLER_NORM_DATA", ROOT / "data")) / folder
-    if not path.is_dir():
-        pytest.skip(f"{folder} is not in data/: the real JPEGs are not there")
-    return path
+    """A folder of real JPEGs, or a skip."""
+    return unpacked(folder, f"{folder}/val") / folder
 
 
 @pytest.fixture(scope="module")
