@@ -263,6 +263,19 @@ def test_a_teacher_near_chance_is_a_warning(tmp_path: Path, capsys: pytest.Captu
     assert "about chance" in capsys.readouterr().out
 
 
+def test_a_teacher_far_below_its_manifest_entry_is_a_warning(
+    tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "teacher.pt").write_bytes(Path(teacher.partition("=")[2]).read_bytes())
+    (folder / "manifest.yaml").write_text("[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99.9}]")
+    monkeypatch.chdir(tmp_path)  # where the manifest is looked for first
+    result = train(config(tmp_path, "run", "DISTILLER.TYPE=KD", epochs=1))
+    assert "far below the 99.90 of its manifest entry" in capsys.readouterr().out
+    assert result["teacher"]["file"] == "checkpoints/teacher.pt"
+
+
 def test_ctrl_c_stops_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "tools/train.py", "--cfg", "configs/digits/vanilla_resnet8.yaml"]
     command += ["LOG.PREFIX", str(tmp_path), "EXPERIMENT.NAME", "run", "SOLVER.EPOCHS", "500"]
