@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -85,6 +85,10 @@ def start(device: torch.device, timeout: int) -> Share:
         backend = "cpu:gloo,cuda:nccl"
     try:
         _store, rank, world = next(rendezvous("env://", timeout=limit))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+            # torchrun keeps its store when it restarts the processes of one machine, and with it the addresses of the
+            # dead: every attempt looks in a place of its own. (Over several machines the counts may differ.)
+            _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store)
         distributed.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
