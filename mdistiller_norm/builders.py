@@ -352,7 +352,7 @@ def _open_run(config: Config, resume: bool, share: Share) -> tuple[Path, dict[st
         folder = run_folder(config)
         return folder, load(folder / LATEST) if resumed else None, SilentLog(share.rank)
     folder, state, opening = opened
-    first = (state["epoch"], (state["epoch"] - 1) * 10**9) if state else (1, 0)
+    first = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
     warning = start_wandb(config.node, folder) if config.node.LOG.WANDB else ""
     log = RunLog(folder, *first)
     log.line(opening)
@@ -411,7 +411,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
     loader = build_train_loader(cfg, dataset, device, share, log)
     left = cfg.SOLVER.EPOCHS * loader.steps
-    left -= (state["epoch"] - 1) * loader.steps + state["steps_done"] if state else 0
+    left -= state["total_steps"] if state else 0
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, left)
     if names:
         taught = _check_teacher(_on(teacher_network, device), file, cfg.DISTILLER.TEACHER, test, log)

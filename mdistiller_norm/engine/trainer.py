@@ -211,6 +211,7 @@ class Trainer:
             "meters": self.step.meters.everyones(),
             "epoch": self.epoch,
             "steps_done": self.steps_done,
+            "total_steps": (self.epoch - 1) * self.step.loader.steps + self.steps_done,
             "seconds": self.seconds,
             "best": self.best,
             "last": self.last,
