@@ -510,7 +510,7 @@ def test_commands_of_cells_are_runnable() -> None:
     assert "TYPE: DKD" in shown
 
 
-def test_the_short_study_differs_from_the_papers_schedule_in_its_length_only() -> None:
+def test_the_short_study_differs_from_the_papers_recipe_in_length_pair_and_precision_only() -> None:
     for method in ("kd", "normkd", "dkd", "dkd_normkd"):
         short = load_config(ROOT / f"configs/cifar100/short/{method}.yaml").node
         full = load_config(ROOT / f"configs/cifar100/{method}/res56_res20.yaml").node
@@ -518,7 +518,8 @@ def test_the_short_study_differs_from_the_papers_schedule_in_its_length_only() -
         short, full = short.clone(), full.clone()
         for node in (short, full):
             node.defrost()
-            node.SOLVER.EPOCHS, node.SOLVER.LR_DECAY_STAGES = 0, []
+            node.SOLVER.EPOCHS, node.SOLVER.LR_DECAY_STAGES, node.SOLVER.PRECISION = 0, [], "fp32"
+            node.DISTILLER.TEACHER, node.DISTILLER.STUDENT, node.DISTILLER.TEACHER_CACHE = "", "", "off"
             for name in DISTILLERS:
                 if name in node and "WARMUP" in node[name]:
                     node[name].WARMUP = 0
