@@ -21,11 +21,15 @@ from mdistiller_norm.engine.logger import Record
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.charts import Line, line_chart, nice_ticks
 from mdistiller_norm.reproduce.cli import report_main
+from mdistiller_norm.reproduce.collect import collect
 from mdistiller_norm.reproduce.jobs import cell_config
 from mdistiller_norm.reproduce.ledger import add, digest, failed_record
-from mdistiller_norm.reproduce.report import Report, collect, signed, to_html, to_markdown
+from mdistiller_norm.reproduce.markdown import to_markdown
+from mdistiller_norm.reproduce.page import to_html
 from mdistiller_norm.reproduce.stats import CONTRADICTED, HOLDS, UNDECIDED, UNTESTED, paired, spread
 from mdistiller_norm.reproduce.tables import Cell, load_tables
+from mdistiller_norm.reproduce.views import Report
+from mdistiller_norm.reproduce.words import signed
 
 TABLES = load_tables()
 PAIR = "res32x4_res8x4"
