@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from mdistiller_norm.benchmark.loader import loader_throughput
 from mdistiller_norm.benchmark.reference import Reference, load_package, write_cifar
 from mdistiller_norm.benchmark.timing import Record, matmul_gflops, ratios, spread, take_turns
 from mdistiller_norm.benchmark.workload import Ours, load_images, memory, method_config, method_folder, teacher_weights
 from mdistiller_norm.builders import build_device, build_precision
 from mdistiller_norm.config import Config, load_config
-from mdistiller_norm.data.image_folder import data_root, loader_throughput
+from mdistiller_norm.data.class_tree import data_root
 from mdistiller_norm.engine.checkpoint import load_weights
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.logger import environment

@@ -20,17 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdistiller_norm.data.image_folder import (
-    EXTENSIONS,
-    MEAN,
-    STD,
-    UNREADABLE,
-    Files,
-    ImageDataset,
-    ImageOptions,
-    ImageSplit,
-    data_root,
-)
+from mdistiller_norm.data.class_tree import EXTENSIONS, Files, ImageSplit, data_root
+from mdistiller_norm.data.decode import UNREADABLE
+from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset
+from mdistiller_norm.data.image_loader import ImageOptions
 from mdistiller_norm.errors import DataError
 
 INDEX, CLASSES = "index.npz", "classes.txt"
@@ -52,7 +45,7 @@ class Shards:
         return len(self.places)
 
     def read(self, index: int) -> bytes:
-        """See :class:`~mdistiller_norm.data.image_folder.Source`."""
+        """See :class:`~mdistiller_norm.data.class_tree.Source`."""
         shard, first, size = self.places[index].tolist()
         file = os.open(self.folder / self.shards[shard], os.O_RDONLY)
         try:

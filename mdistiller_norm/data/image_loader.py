@@ -1,0 +1,388 @@
+"""Batches of encoded images, made by worker processes.
+
+A worker makes a whole batch: it decodes, crops and resizes into one uint8 tensor in shared memory. Normalisation is
+part of the step, on the device. What happens to a sample is a function of (seed, epoch, its number), so it does not
+matter how many workers and processes there are.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from mdistiller_norm.data.augment import normalise
+from mdistiller_norm.data.base import EvalLoader, TrainLoader, Warn
+from mdistiller_norm.data.class_tree import ImageSplit
+from mdistiller_norm.data.decode import (
+    UNREADABLE,
+    Header,
+    View,
+    decode,
+    decode_box,
+    draw_view,
+    eval_image,
+    jpeg_header,
+    resize_box,
+    train_image,
+)
+from mdistiller_norm.data.plan import ALONE, Share, epoch_plan, eval_share
+from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.types import Batch
+
+if TYPE_CHECKING:
+    from mdistiller_norm.data.image_folder import ImageDataset
+
+GROUP = 16  # images that a worker opens, then decodes, then resizes: one kind of work at a time is faster
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images of a folder are read.
+
+    Attributes:
+        size: height and width of what a network sees.
+        resize: what the shorter side is resized to before the central crop of an evaluation.
+        crop_scale: least and largest share of the area that a random crop keeps.
+        mean: of the channels, of pixels in [0, 1]; empty for the data set's constants, or to measure it.
+        std: likewise.
+        classes: names of the class folders in the order of the class numbers; empty for all of them, sorted.
+        variant: "cifar" or "imagenet" networks; "auto" takes the latter for images above 64 pixels.
+        workers: processes that read images; 0 to read them in the process that trains.
+        max_broken: unreadable training files that are replaced by other samples before the run fails.
+        train: whether the training split is needed.
+        decode: who decodes training images: "cpu", the workers, one by one; "device", the device that trains, by the
+            batch; "cuda", likewise, and the run fails where that is no GPU. The test split is always decoded by the
+            workers, so that its figures do not depend on it.
+    """
+
+    size: int = 224
+    resize: int = 256
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
+    variant: str = "auto"
+    workers: int = 2
+    max_broken: int = 10
+    train: bool = True
+    decode: str = "cpu"
+
+
+# What a worker is asked for: the key of the epoch and the numbers of the samples.
+Task = tuple[int, Sequence[int]]
+# A batch on the device: its tensors.
+Tensors = tuple[Tensor, ...]
+
+
+class Made(NamedTuple):
+    """What a worker gives.
+
+    Attributes:
+        images: ``[B, size, size, 3]`` uint8, in shared memory.
+        targets: ``[B]`` int64.
+        indices: numbers of the samples, ``[B]`` int64.
+        broken: names of unreadable files, with the reason.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    broken: list[str]
+
+
+class Opened(NamedTuple):
+    """A JPEG that is read, and the view of it that is wanted."""
+
+    content: bytes
+    header: Header
+    view: View
+
+
+class TrainReader(TorchDataset[Any]):
+    """Training batches. A sample whose file is unreadable is replaced by another one, the same every time."""
+
+    def __init__(self, split: ImageSplit, options: ImageOptions) -> None:
+        self.split, self.options = split, options
+
+    def __getitem__(self, task: Task) -> Any:
+        key, wanted = task
+        indices, broken = list(wanted), list[str]()
+        images = _shared(len(indices), self.options.size)
+        for first in range(0, len(wanted), GROUP):
+            opened = [self.open(key, index) for index in wanted[first : first + GROUP]]
+            boxes = [_box(one) for one in opened]
+            for row, (one, box) in enumerate(zip(opened, boxes, strict=True), first):
+                if one is None or box is None:
+                    indices[row], images[row] = self.view(key, wanted[row], broken)
+                else:
+                    images[row] = resize_box(box, one.view.flip, self.options.size).permute(1, 2, 0)
+        numbers = torch.tensor(indices)
+        return Made(images, self.split.targets[numbers], numbers, broken)
+
+    def open(self, key: int, index: int) -> Opened | None:
+        """The sample and its view, undecoded; None for what is no sound JPEG, which :meth:`view` has to make."""
+        try:
+            content = self.split.source.read(index)
+        except OSError:
+            return None
+        header = jpeg_header(content)
+        if header is None:
+            return None
+        view = draw_view(_random(key, index), header.height, header.width, self.options.crop_scale)
+        return Opened(content, header, view)
+
+    def view(self, key: int, index: int, broken: list[str]) -> tuple[int, Tensor]:
+        """The view of any sample, from the whole image.
+
+        Args:
+            key: of the epoch.
+            index: number of the sample.
+            broken: gets the names of files that cannot be read.
+
+        Returns:
+            The number of the sample that was taken, and the view ``[size, size, 3]``: zeros where none could be read.
+        """
+        random, size = _random(key, index), self.options.size
+        for _ in range(self.options.max_broken + 1):
+            image = _try_decode(self.split, index, broken)
+            if image is not None:
+                view = draw_view(random, image.shape[1], image.shape[2], self.options.crop_scale)
+                return index, train_image(image, view, size).permute(1, 2, 0)
+            index = int(random.integers(len(self.split.source)))
+        return index, torch.zeros(size, size, 3, dtype=torch.uint8)
+
+
+class EvalReader(TrainReader):
+    """Evaluation batches."""
+
+    def __getitem__(self, task: Task) -> Made:
+        numbers, broken = torch.tensor(task[1]), list[str]()
+        images = _shared(len(numbers), self.options.size)
+        for row, index in enumerate(task[1]):
+            image = _try_decode(self.split, index, broken)
+            if image is not None:
+                images[row] = eval_image(image, self.options.resize, self.options.size).permute(1, 2, 0)
+        return Made(images, self.split.targets[numbers], numbers, broken)
+
+
+class CheckReader(TrainReader):
+    """No images, only the names of the unreadable ones."""
+
+    def __getitem__(self, task: Task) -> list[str]:
+        broken: list[str] = []
+        for index in task[1]:
+            _try_decode(self.split, index, broken)
+        return broken
+
+
+def _random(key: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([key, index], dtype=np.uint64)))
+
+
+def _box(opened: Opened | None) -> Tensor | None:
+    if opened is None:
+        return None
+    try:
+        return decode_box(*opened)
+    except UNREADABLE:
+        return None
+
+
+def _try_decode(split: ImageSplit, index: int, broken: list[str]) -> Tensor | None:
+    try:
+        return decode(split.source.read(index))
+    except UNREADABLE as error:
+        broken.append(f"{split.source.name(index)} ({error})")
+        return None
+
+
+def _shared(count: int, size: int) -> Tensor:
+    """Memory that the training process sees without another copy."""
+    return torch.empty(count, size, size, 3, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Tasks:
+    """What a loader's workers are asked for in this epoch."""
+
+    def __init__(self, tasks: Sequence[Task] = ()) -> None:
+        self.now = tasks
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.now)
+
+    def __len__(self) -> int:
+        return len(self.now)
+
+
+def _as_is(made: Any) -> Any:
+    return made
+
+
+def _start_worker(number: int) -> None:
+    """Leave Ctrl-C and the notice of a preemption to the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _loader(reader: TrainReader, tasks: _Tasks, pin: bool) -> DataLoader[Any]:
+    workers = reader.options.workers
+    return DataLoader(
+        reader,
+        batch_size=None,  # a task is a batch
+        sampler=tasks,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin,
+        worker_init_fn=_start_worker,
+        persistent_workers=workers > 0,
+        prefetch_factor=2 if workers else None,
+    )
+
+
+def unreadable(split: ImageSplit, options: ImageOptions) -> list[str]:
+    """Names of the files of a split that cannot be read, with the reason; reads all of them."""
+    count = len(split.source)
+    tasks = _Tasks([(0, range(first, min(first + 64, count))) for first in range(0, count, 64)])
+    return [name for broken in _loader(CheckReader(split, options), tasks, False) for name in broken]
+
+
+class ImageTrainLoader(TrainLoader):
+    """Augmented training batches, one ahead on the device. The last, short batch of an epoch is kept.
+
+    Raises:
+        ConfigError: a GPU is to decode the images, and there is none, or torchvision cannot.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        share: Share = ALONE,
+        warn: Warn = print,
+    ) -> None:
+        super().__init__(len(dataset.train.source), batch_size, seed, share)
+        options = dataset.options
+        if options.decode == "cuda" and device.type != "cuda":
+            raise ConfigError(
+                f"DATASET.DECODE cuda decodes on a GPU, and this run is on the {device.type}: set it to cpu, or DEVICE "
+                "to cuda on a machine that has one"
+            )
+        self.device, self.warn, self.max_broken = device, warn, options.max_broken
+        self._tasks = _Tasks()
+        self._reader = TrainReader(dataset.train, options)
+        self._place: Callable[[Any], Tensors] = self._copy
+        if options.decode != "cpu":
+            from mdistiller_norm.data.device_decode import DeviceDecoder, EncodedReader
+
+            self._reader = EncodedReader(dataset.train, options)
+            self._place = DeviceDecoder(self._reader, device, self._count, warn)
+        self._loader = _loader(self._reader, self._tasks, device.type == "cuda")
+        self._mean, self._std = torch.tensor(dataset.mean, device=device), torch.tensor(dataset.std, device=device)
+        self._broken: set[str] = set()
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Tensors]:
+        """Images ``[B, size, size, 3]`` uint8, targets ``[B]``, indices ``[B]`` and the key of every batch.
+
+        Raises:
+            DataError: more than ``max_broken`` files could not be read.
+        """
+        plan = epoch_plan(self.seed, epoch, self.samples, 1)
+        steps = range(first_step, self.steps)
+        self._tasks.now = [(plan.key, plan.order[self.part(step).rows].tolist()) for step in steps]
+        keys = iter(range(plan.key + first_step, plan.key + self.steps))
+
+        def place(made: Any) -> Tensors:
+            return *self._place(made), torch.tensor(next(keys)).to(self.device, non_blocking=True)
+
+        return ahead(self._loader, self.device, place)
+
+    def _copy(self, made: Made) -> Tensors:
+        self._count(made.broken)
+        return to_device(made[:3], self.device)
+
+    def _count(self, broken: list[str]) -> None:
+        for name in broken:
+            if name not in self._broken:
+                self._broken.add(name)
+                self.warn(f"{name} cannot be read: another sample takes its place ({len(self._broken)} so far)")
+        if len(self._broken) > self.max_broken:
+            raise DataError(
+                f"{len(self._broken)} training images cannot be read, the last is {broken[-1]}: --check-data lists all "
+                "of them; repair them or raise DATASET.MAX_BROKEN"
+            )
+
+    def prepare(self, *raw: Tensor) -> Batch:
+        """See :class:`TrainLoader`."""
+        images, targets, indices, key = raw
+        return Batch(normalise(images, self._mean, self._std), targets, indices, torch.full_like(indices, -1), key)
+
+
+class ImageEvalLoader(EvalLoader):
+    """The test split: shorter side resized, central crop, normalised."""
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, device: torch.device, share: Share = ALONE) -> None:
+        self._samples, self.device = len(dataset.test.source), device
+        mine = eval_share(self._samples, share)
+        tasks = [(0, mine[first : first + batch_size]) for first in range(0, len(mine), batch_size)]
+        reader = EvalReader(dataset.test, dataset.options)
+        self._loader = _loader(reader, _Tasks(tasks), device.type == "cuda")
+        self._mean, self._std = torch.tensor(dataset.mean, device=device), torch.tensor(dataset.std, device=device)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets in ahead(self._loader, self.device, self._place):
+            yield normalise(images, self._mean, self._std), targets
+
+    def _place(self, made: Made) -> Tensors:
+        if made.broken:
+            raise DataError(f"the test image {made.broken[0]} cannot be read, and none may be left out: repair it")
+        return to_device(made[:2], self.device)
+
+    def __len__(self) -> int:
+        return self._samples
+
+
+def to_device(tensors: Tensors, device: torch.device) -> Tensors:
+    """The same tensors there; the copy from pinned memory is not waited for."""
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+def ahead(batches: DataLoader[Any], device: torch.device, place: Callable[[Any], Tensors]) -> Iterator[Tensors]:
+    """The batches on the device; on CUDA the next one is put there on a stream of its own while this one is used.
+
+    Args:
+        batches: what workers made.
+        device: where it is needed.
+        place: puts a batch there.
+    """
+    if device.type != "cuda":
+        yield from map(place, batches)
+        return
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting: tuple[Tensors, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            placed = place(batch), side.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting, device)
+        waiting = placed
+    if waiting is not None:
+        yield _arrived(*waiting, device)
+
+
+def _arrived(batch: Tensors, placed: torch.cuda.Event, device: torch.device) -> Tensors:
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(placed)
+    for tensor in batch:
+        tensor.record_stream(stream)  # its memory is not given away while this stream uses it
+    return batch
