@@ -20,6 +20,7 @@ from conftest import ROOT, assert_user_error, tool
 
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import ConfigError, DataError, UserError
 from mdistiller_norm.reproduce.cli import parse_duration, report_main, reproduce_main
 from mdistiller_norm.reproduce.commands import select_cells
@@ -33,7 +34,7 @@ from mdistiller_norm.reproduce.jobs import (
     make_plan,
 )  # fmt: skip
 from mdistiller_norm.reproduce.ledger import add, digest, finished_record, read_ledger
-from mdistiller_norm.reproduce.runner import pending_jobs
+from mdistiller_norm.reproduce.runner import pending_jobs, slot_environment
 from mdistiller_norm.reproduce.tables import Cell, load_claims, load_tables
 
 TABLES = load_tables()
@@ -216,7 +217,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--table", "digits", "--sweep", "KD.TEMPERATURE"], "--sweep takes KEY=A,B,C"),
         (["--table", "digits", "--sweep", "KD.TEMPERATURE=1", "--val-split", "0"], "--val-split must be above 0"),
         (["--table", "digits", "--methods", "kd", "--sweep", "KD.TEMPERATUR=1"], "KD.TEMPERATURE"),
-        (["--table", "digits", "--jobs", "0"], "--jobs must be at least 1"),
+        (["--table", "digits", "--jobs", "0"], "--jobs and --processes must be at least 1"),
         (["--table", "digits", "--slurm", "timeout"], "NAME=VALUE, not 'timeout'"),
         (["--add", str(tmp_path), "--results", str(tmp_path)], "is not a finished run"),
     ):
@@ -371,6 +372,56 @@ def test_a_budget_stops_in_time_and_says_what_is_left(tmp_path: Path) -> None:
     assert done.returncode == 3, done.stdout
     assert time.monotonic() - started < 60
     assert "2 runs are left" in done.stdout or "1 runs are left" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_stops_resumes_and_fails_like_any_other(tmp_path: Path) -> None:
+    """By torchrun, on the whole schedule of a resnet8: there is time to stop it."""
+    options = ["--table", "digits", "--methods", "student", "--seeds", "0", "--processes", "2",
+               "--output", str(tmp_path / "output"), "--results", str(tmp_path / "results")]  # fmt: skip
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *options]
+    run = tmp_path / "output" / "digits" / "vanilla,resnet8,SEED=0"
+
+    stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) > 0)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=90)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "stopped and saved: digits/vanilla,resnet8, seed 0" in said
+    assert "1 runs are left" in said
+
+    whole = (run / "latest.pt").read_bytes()
+    (run / "latest.pt").write_bytes(b"not a checkpoint")
+    assert reproduce_main(options) == 1
+    (failure,) = read_ledger(tmp_path / "results" / "runs").failures
+    assert failure.record["error"].startswith(f"error: {run}/latest.pt")
+    assert failure.record["command"].startswith("torchrun --standalone --nproc-per-node 2 tools/train.py --cfg ")
+
+    (run / "latest.pt").write_bytes(whole)
+    assert reproduce_main(options) == 0
+    (entry,) = read_ledger(tmp_path / "results" / "runs").all_runs()
+    assert entry.record["processes"] == 2
+    lines = (run / "worklog.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("epoch ")] == [
+        f"epoch {i}/12" for i in range(1, 13)
+    ]
+    assert sum(line.startswith("resuming") for line in lines) == 1
+
+
+def test_jobs_side_by_side_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    (job,) = make_plan(TABLES["digits"].select(["student"]), [0], output=tmp_path).jobs
+    (on_cpu,) = make_plan(TABLES["digits"].select(["student"]), [0], output=tmp_path, extra=["DEVICE=cpu"]).jobs
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert slot_environment(job, 0, 1, 1) == {}
+    assert slot_environment(job, 1, 2, 4) == {"OMP_NUM_THREADS": "2"}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert slot_environment(job, 1, 2, 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert slot_environment(job, 5, 6, 1)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in slot_environment(on_cpu, 1, 2, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert slot_environment(job, 1, 2, 2)["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list what is done and what is pending, run nothing")
     parser.add_argument("--budget", default="", metavar="TIME", help="stop after 9m, 1h30m ...; the next call goes on")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on this machine")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of each run, by torchrun: a GPU each")
     parser.add_argument("--smoke", action="store_true", help="two epochs a run, to see that all works; kept apart")
     parser.add_argument("--launcher", choices=["here", "slurm", "submitit-local"], default="here")
     parser.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="options of submitit")
@@ -76,8 +77,8 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     output = Path(options.output, _SMOKE) if options.smoke else Path(options.output)
     results = Path(options.results) if options.results else output / "results" if options.smoke else Path(_LEDGER)
     seeds = options.seeds if options.seeds is not None else list(range(options.trials))
-    if options.trials < 1 or options.jobs < 1 or min(seeds) < 0:
-        raise ConfigError("--trials and --jobs must be at least 1, --seeds zero or positive")
+    if min(options.trials, options.jobs, options.processes) < 1 or min(seeds) < 0:
+        raise ConfigError("--trials, --jobs and --processes must be at least 1, --seeds zero or positive")
     budget = parse_duration(options.budget) if options.budget else float("inf")
     deadline = time.monotonic() + budget - min(10.0, budget / 10)  # running jobs need a moment to save
     slurm = _slurm_options(options.slurm)
@@ -92,7 +93,7 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     code = commands.reproduce(
         cells, list(dict.fromkeys(seeds)), output=output, folder=results / "runs", smoke=options.smoke,
         extra=options.overrides, by_value=options.queue, dry_run=options.dry_run, jobs=options.jobs,
-        deadline=deadline, launcher=options.launcher, slurm=slurm,
+        processes=options.processes, deadline=deadline, launcher=options.launcher, slurm=slurm,
     )  # fmt: skip
     if options.sweep:
         commands.print_sweep(cells, results / "runs", options.smoke)

@@ -11,9 +11,10 @@ from mdistiller_norm.builders import build_device
 from mdistiller_norm.config import load_config
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.estimate import Estimator, clock
+from mdistiller_norm.reproduce.execution import settle
 from mdistiller_norm.reproduce.jobs import Job, Plan, cell_identity, make_plan
 from mdistiller_norm.reproduce.ledger import Ledger, add, finished_record, read_ledger
-from mdistiller_norm.reproduce.runner import Summary, pending_jobs, run_jobs, settle
+from mdistiller_norm.reproduce.runner import Runner, Summary, pending_jobs
 from mdistiller_norm.reproduce.stats import plus_minus, spread
 from mdistiller_norm.reproduce.tables import Cell, Row, get_table, load_tables
 
@@ -91,7 +92,7 @@ def add_folders(runs: Sequence[Path], folder: Path, smoke: bool) -> int:
 
 def reproduce(
     cells: Sequence[Cell], seeds: Sequence[int], *, output: Path, folder: Path, smoke: bool, extra: Sequence[str],
-    by_value: bool, dry_run: bool, jobs: int, deadline: float, launcher: str, slurm: Mapping[str, Any],
+    by_value: bool, dry_run: bool, jobs: int, processes: int, deadline: float, launcher: str, slurm: Mapping[str, Any],
 ) -> int:  # fmt: skip
     """Plan, list, run; returns the exit code.
 
@@ -109,12 +110,13 @@ def reproduce(
     if dry_run or not todo:
         return 0
     if launcher == "here":
-        summary = run_jobs(todo, folder, jobs=jobs, deadline=deadline)
+        summary = Runner(todo, folder, jobs=jobs, processes=processes, deadline=deadline).run()
     else:
         from mdistiller_norm.reproduce.launcher import launch
 
         cluster = "local" if launcher == "submitit-local" else "slurm"
-        summary = launch(todo, folder, cluster=cluster, options=slurm, notes=output / ".submitit")
+        notes = output / ".submitit"
+        summary = launch(todo, folder, cluster=cluster, options=slurm, notes=notes, processes=processes)
     _print_summary(summary, estimator, queued=launcher == "slurm")
     return summary.exit_code
 

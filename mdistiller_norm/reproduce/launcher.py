@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.reproduce.execution import Execution
 from mdistiller_norm.reproduce.jobs import Job
-from mdistiller_norm.reproduce.runner import Execution, Summary
+from mdistiller_norm.reproduce.runner import Summary
 
 
 class Task:
     """What a cluster job does: one run; told to make room, it saves and queues itself again."""
 
-    def __init__(self, job: Job, folder: Path) -> None:
-        self.job, self.folder = job, folder
+    def __init__(self, job: Job, folder: Path, processes: int = 1) -> None:
+        self.job, self.folder, self.processes = job, folder, processes
         self._execution: Execution | None = None
 
     def __call__(self) -> str:
         """Run the job; returns ``done``, ``failed: ...`` or ``stopped``."""
-        self._execution = Execution(self.job, self.folder)
+        self._execution = Execution(self.job, self.folder, self.processes)
         while not self._execution.start():
             time.sleep(1)
         while (outcome := self._execution.poll()) == "running":
@@ -40,11 +41,11 @@ class Task:
             self._execution.stop()
             while self._execution.poll() == "running":
                 time.sleep(0.1)
-        return submitit.helpers.DelayedSubmission(Task(self.job, self.folder))
+        return submitit.helpers.DelayedSubmission(Task(self.job, self.folder, self.processes))
 
 
 def launch(
-    todo: Sequence[Job], folder: Path, *, cluster: str, options: Mapping[str, Any], notes: Path,
+    todo: Sequence[Job], folder: Path, *, cluster: str, options: Mapping[str, Any], notes: Path, processes: int = 1,
     say: Callable[[str], None] = print,
 ) -> Summary:  # fmt: skip
     """Submit every job, students with a dependency on their teacher.
@@ -55,6 +56,7 @@ def launch(
         cluster: ``slurm``, or ``local`` for processes of this machine, which this call waits for.
         options: of submitit's ``AutoExecutor.update_parameters`` (``slurm_partition``, ``timeout_min``, ...).
         notes: folder for submitit's own files.
+        processes: of each job, on one machine (``gpus_per_node`` must give them their GPUs).
         say: prints a line.
 
     Returns:
@@ -83,7 +85,7 @@ def launch(
             summary.blocked.append(job)
             say(f"not run, its teacher failed: {job.name}")
             continue
-        submitted[job.key] = executor.submit(Task(job, folder))
+        submitted[job.key] = executor.submit(Task(job, folder, processes))
         say(f"submitted as {submitted[job.key].job_id}: {job.name}")
     if cluster == "slurm":
         summary.left = list(todo)
