@@ -100,7 +100,7 @@ def build_dataset(cfg: Any) -> Dataset:
     options = ImageOptions(
         size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
         std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
-        max_broken=data.MAX_BROKEN,
+        max_broken=data.MAX_BROKEN, decode=data.DECODE,
     )  # fmt: skip
     dataset = DATASETS[data.TYPE](Path(data.ROOT), options)
     if not data.VAL_SPLIT:
