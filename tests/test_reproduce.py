@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, assert_user_error, tool
 
@@ -24,7 +25,9 @@ from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import ConfigError, DataError, UserError
 from mdistiller_norm.reproduce.cli import parse_duration, report_main, reproduce_main
 from mdistiller_norm.reproduce.commands import select_cells
+from mdistiller_norm.reproduce.estimate import Estimator
 from mdistiller_norm.reproduce.jobs import (
+    Job,
     cell_command,
     cell_config,
     cell_identity,
@@ -33,7 +36,7 @@ from mdistiller_norm.reproduce.jobs import (
     identity,
     make_plan,
 )  # fmt: skip
-from mdistiller_norm.reproduce.ledger import add, digest, finished_record, read_ledger
+from mdistiller_norm.reproduce.ledger import Entry, add, digest, finished_record, read_ledger
 from mdistiller_norm.reproduce.runner import pending_jobs, slot_environment
 from mdistiller_norm.reproduce.tables import Cell, load_claims, load_tables
 
@@ -467,6 +470,49 @@ def test_what_is_finished_is_not_run_again(output: Path) -> None:
     again = smoke(output, "--methods", "kd", "teacher", "--trials", "1")
     assert "2 runs: 2 done, 0 to run" in again.stdout
     assert len(records(output)) == 2
+
+
+def test_estimates_prefer_what_was_measured(output: Path) -> None:
+    entries = read_ledger(output / "smoke" / "results" / "runs", smoke=True).all_runs()
+    kd = next(entry for entry in entries if entry.record["method"] == ["KD"]).record
+    cpu = torch.device("cpu")
+
+    def job(method: str, seed: int, *extra: str) -> Job:
+        plan = make_plan(
+            TABLES["digits"].select([method]), [seed], output=output / "smoke", smoke=True, extra=list(extra)
+        )
+        return plan.jobs[-1]
+
+    estimator = Estimator(entries, cpu)
+    start = estimator.of(job("kd", 1)).seconds - kd["seconds"]
+    assert 0 < start < 10
+    assert estimator.of(job("kd", 1)).source == "finished runs of other seeds"
+    assert estimator.of(job("dkd", 0)) == (start + kd["seconds"], "finished runs of the same networks")
+    begun = job("kd", 1)
+    begun.folder.mkdir()
+    (begun.folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 100.0}\n')
+    assert estimator.of(begun) == (start + 100, "its own pace so far")
+
+    # Other runs do not say how fast these are: of another device, of more processes, in another precision.
+    elsewhere = kd | {"environment": kd["environment"] | {"device": "another"}}
+    shared = kd | {"processes": 2}
+    for record, wanted in (
+        (elsewhere, job("dkd", 0)),
+        (shared, job("dkd", 0)),
+        (kd, job("dkd", 0, "SOLVER.PRECISION=bf16")),
+    ):
+        source = Estimator([Entry(Path("x"), record, "")], cpu).of(wanted).source
+        assert source == f"operations counted, at the {wanted.pace.precision} pace of a short trial"
+
+    # Half a teraflop a second in a run of CIFAR's length is this device's pace; a small run's is not looked at.
+    large = yaml.safe_load(dump(load_config(ROOT / "configs/cifar100/vanilla/resnet56.yaml").node))
+    record = kd | {"config": large, "seconds": cost(large) / 5e11, "epochs": 240}
+    estimate = Estimator([*entries, Entry(Path("x"), record, "")], cpu).of(job("student", 1))
+    assert estimate.source == "operations counted, at the fp32 pace of finished runs"
+    assert estimate.seconds == pytest.approx(start + job("student", 1).cost / 5e11)
+    total = estimator.total([begun, job("dkd", 0), job("dkd", 1)])
+    assert total.source == "2 from finished runs of the same networks; 1 from its own pace so far"
+    assert total.seconds == pytest.approx(3 * start + 100 + 2 * kd["seconds"])
 
 
 def test_a_merged_ledger_needs_no_teacher_until_a_student_is_missing(output: Path) -> None:

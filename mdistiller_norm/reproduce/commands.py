@@ -105,7 +105,7 @@ def reproduce(
     ledger = read_ledger(folder, smoke)
     todo = pending_jobs(plan.jobs, ledger)
     device = build_device(load_config(None, extra).node)
-    estimator = Estimator(ledger.all_runs(), device)
+    estimator = Estimator(ledger.all_runs(), device, processes)
     _print_plan(plan, todo, ledger, estimator, verbose=dry_run)
     if dry_run or not todo:
         return 0
@@ -132,16 +132,17 @@ def _print_plan(plan: Plan, todo: Sequence[Job], ledger: Ledger, estimator: Esti
         for job in plan.jobs:
             state = "done"
             if job in todo:
-                state = f"about {clock(estimator.seconds(job))}"
+                estimate = estimator.of(job)
+                state = f"about {clock(estimate.seconds)} from {estimate.source}"
                 if job.epochs_done:
                     state += f", {job.epochs_done} of {job.epochs} epochs are done"
             elif not job.cells:
                 state = "a teacher, not needed now" if not job.weights.is_file() else "done"
             first = f"  after {job.teacher.name}" if job.teacher and job.teacher in todo else ""
             print(f"  {job.name}: {state}{first}")
-    seconds = sum(estimator.seconds(job) for job in todo)
-    estimate = f", about {clock(seconds)} one after another (from {estimator.source})" if todo else ""
-    print(f"{len(plan.jobs)} runs: {len(plan.jobs) - len(todo)} done, {len(todo)} to run{estimate}")
+    total = estimator.total(todo)
+    estimated = f", about {clock(total.seconds)} one after another ({total.source})" if todo else ""
+    print(f"{len(plan.jobs)} runs: {len(plan.jobs) - len(todo)} done, {len(todo)} to run{estimated}")
 
 
 def _print_summary(summary: Summary, estimator: Estimator, queued: bool) -> None:
@@ -151,8 +152,8 @@ def _print_summary(summary: Summary, estimator: Estimator, queued: bool) -> None
     if summary.left and queued:
         print(f"{len(summary.left)} runs are in the queue of Slurm; the same command says later what is done")
     elif summary.left:
-        seconds = sum(estimator.seconds(job) for job in summary.left)
-        print(f"{len(summary.left)} runs are left, about {clock(seconds)}; the same command goes on:")
+        total = clock(estimator.total(summary.left).seconds)
+        print(f"{len(summary.left)} runs are left, about {total}; the same command goes on:")
         for job in summary.left:
             behind = f" ({job.epochs_done} of {job.epochs} epochs are done)" if job.epochs_done else ""
             print(f"  {job.name}{behind}")

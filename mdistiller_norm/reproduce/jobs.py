@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +35,15 @@ _OURS = ("EXPERIMENT.", "LOG.PREFIX", "SEED", "DISTILLER.TEACHER_WEIGHTS")
 _SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.PRECISION")
 
 
+class Pace(NamedTuple):
+    """What the speed of training depends on most: runs that agree in it take about as long an epoch."""
+
+    student: str
+    teacher: str
+    dataset: str
+    precision: str
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: a config with a seed.
@@ -48,6 +57,7 @@ class Job:
         folder: the run folder.
         epochs: to train.
         cost: floating-point operations, see :func:`cost`.
+        pace: what its time is estimated by.
         smoke: on the short schedule.
         cells: names of the cells it fills; empty for a teacher that is only needed.
         teacher: the job that must be finished first.
@@ -62,6 +72,7 @@ class Job:
     folder: Path
     epochs: int
     cost: float
+    pace: Pace
     smoke: bool = False
     cells: tuple[str, ...] = ()
     teacher: Job | None = None
@@ -149,6 +160,13 @@ def forward_flops(model: str, dataset: str) -> float:
     return float(counter.get_total_flops())
 
 
+def pace_of(tree: Mapping[str, Any]) -> Pace:
+    """What the speed of a config's run depends on most; the teacher is empty where there is none."""
+    taught = method_names(CfgNode({"DISTILLER": {"TYPE": tree["DISTILLER"]["TYPE"]}}))
+    networks = tree["DISTILLER"]["STUDENT"], tree["DISTILLER"]["TEACHER"] if taught else ""
+    return Pace(*networks, tree["DATASET"]["TYPE"], tree["SOLVER"]["PRECISION"])
+
+
 def cost(tree: Mapping[str, Any]) -> float:
     """Floating-point operations of a run's training: three forward passes of the student and one of the teacher.
 
@@ -226,7 +244,8 @@ def _job(
     name = f"{' '.join(words)}, seed {seed}"
     return Job(
         name=name, config_file=config_file, overrides=overrides, seed=seed, identity=identity(config.node),
-        folder=run_folder(config), epochs=config.node.SOLVER.EPOCHS, cost=cost(config.node), smoke=smoke, **fields,
+        folder=run_folder(config), epochs=config.node.SOLVER.EPOCHS, cost=cost(config.node), pace=pace_of(config.node),
+        smoke=smoke, **fields,
     )  # fmt: skip
 
 
