@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,43 @@ def test_mdistillers_download_folder_is_found(project: Path) -> None:
     folder.mkdir(parents=True)
     torch.save({"model": network().state_dict()}, folder / "ckpt_epoch_240.pth")
     assert find(dataset="cifar100").path.name == "ckpt_epoch_240.pth"
+
+
+def add_run(project: Path, name: str, epochs: int, top1: float, **changes: Any) -> Path:
+    folder = project / "output" / "digits" / name
+    folder.mkdir(parents=True)
+    torch.save({"model": network().state_dict()}, folder / "student_last.pt")
+    result = {
+        "method": [], "student": "resnet8", "dataset": "digits", "epochs": epochs, "last": {"top1": top1},
+        "config": {"DATASET": {"VAL_SPLIT": 0.0}},
+    } | changes  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    return Path("output", "digits", name, "student_last.pt")
+
+
+def test_of_the_teachers_trained_here_the_one_of_the_students_schedule_is_taken(project: Path) -> None:
+    def found(epochs: int) -> checkpoint.TeacherFile:
+        return find_teacher("resnet8", "digits", "", Path("output"), "python tools/train.py --cfg x.yaml", epochs)
+
+    smoke = add_run(project, "smoke", 2, 99.0)
+    assert found(2) == checkpoint.TeacherFile(smoke, 99.0)
+    assert found(240).path == smoke
+    assert found(240).doubt.startswith(f"the teacher {smoke} trained for 2 epochs and its student is to train for 240:")
+    assert "python tools/train.py --cfg x.yaml" in found(240).doubt
+    add_run(project, "worse", 240, 90.0)
+    full = add_run(project, "full", 240, 95.0)
+    # None of these is a plain run of the whole training set, or of this model.
+    add_run(project, "held out", 240, 99.9, config={"DATASET": {"VAL_SPLIT": 0.1}})
+    add_run(project, "distilled", 240, 99.9, method=["KD"])
+    add_run(project, "another", 240, 99.9, student="resnet20")
+    add_run(project, "unreadable", 240, 99.9, config="")
+    (project / add_run(project, "without weights", 240, 99.9)).unlink()
+    assert found(240) == checkpoint.TeacherFile(full, 95.0)
+    assert found(2) == checkpoint.TeacherFile(smoke, 99.0)
+    assert found(100) == checkpoint.TeacherFile(full, 95.0), "a longer one is no reason for doubt"
+    assert found(0).path == full
+    add_entry(project)
+    assert found(240).path == Path("checkpoints/teacher.pt")
 
 
 def test_given_weights_that_are_not_there_are_named() -> None:

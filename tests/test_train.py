@@ -251,7 +251,7 @@ def test_a_missing_teacher_is_one_line_with_the_command_that_trains_it(tmp_path:
 def test_a_teacher_trained_here_is_found(tmp_path: Path) -> None:
     train(config(tmp_path, "teacher", "DISTILLER.STUDENT=resnet14", epochs=1))
     result = train(config(tmp_path, "student", "DISTILLER.TYPE=KD", epochs=1))
-    assert result["teacher"]["file"] == str(tmp_path / "distill" / "teacher" / "student_best.pt")
+    assert result["teacher"]["file"] == str(tmp_path / "distill" / "teacher" / "student_last.pt")
 
 
 def test_a_teacher_near_chance_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

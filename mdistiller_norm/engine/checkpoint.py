@@ -148,11 +148,13 @@ class TeacherFile:
 
     Attributes:
         path: the file.
-        top1: the accuracy that the manifest states for it, in percent; None if none does.
+        top1: the accuracy that the manifest or its run states for it, in percent; None if none does.
+        doubt: a line that says why it may not be the teacher that is meant, or empty.
     """
 
     path: Path
     top1: float | None = None
+    doubt: str = ""
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
@@ -172,15 +174,19 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def find_teacher(model: str, dataset: str, weights: str, runs: Path, train_command: str) -> TeacherFile:
+def find_teacher(
+    model: str, dataset: str, weights: str, runs: Path, train_command: str, epochs: int = 0
+) -> TeacherFile:
     """The file of a teacher: the one given, the manifest's, mdistiller's download folder, or one trained here.
 
     Args:
         model: the teacher's name.
         dataset: what it was trained on.
         weights: ``DISTILLER.TEACHER_WEIGHTS``: a file, ``torchvision:`` and the name of weights of its, or empty.
-        runs: ``LOG.PREFIX``, whose finished runs of plain training are looked at last; the best of them is taken.
+        runs: ``LOG.PREFIX``, whose finished runs of plain training on the whole training set are looked at last. Taken
+            is the last epoch of the run that is as long as the student's, else of the longest; of several the best.
         train_command: what trains it, for the message.
+        epochs: of the student's schedule; a teacher trained here for fewer is in doubt. 0 if that does not matter.
 
     Raises:
         CheckpointError: there is none; says what trains it.
@@ -205,8 +211,13 @@ def find_teacher(model: str, dataset: str, weights: str, runs: Path, train_comma
         path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
         if dataset == "cifar100" and path.is_file():
             return TeacherFile(path)
-    if trained := _trained_here(model, dataset, runs):
-        return trained
+    if trained := _trained_here(model, dataset, runs, epochs):
+        path, top1, length = trained
+        doubt = (
+            f"the teacher {path} trained for {length} epochs and its student is to train for {epochs}: if another is "
+            f"meant, set DISTILLER.TEACHER_WEIGHTS or train it with `{train_command}`"
+        )
+        return TeacherFile(path, top1, doubt if length < epochs else "")
     raise CheckpointError(
         f"no weights for the teacher {model} on {dataset} in {MANIFEST}, {PEER_TEACHERS} or the runs of {runs}: set "
         f"DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
@@ -238,16 +249,19 @@ def published(name: str) -> TeacherFile:
     return TeacherFile(path, measured.get("acc@1"))
 
 
-def _trained_here(model: str, dataset: str, runs: Path) -> TeacherFile | None:
+def _trained_here(model: str, dataset: str, runs: Path, epochs: int) -> tuple[Path, float, int] | None:
+    """The weights, accuracy and epochs of the fitting run of plain training, see :func:`find_teacher`."""
     found = []
     for path in sorted(runs.glob("*/*/result.json")):
+        weights = path.with_name("student_last.pt")
         try:
             result = json.loads(path.read_text())
-            if (result["method"], result["student"], result["dataset"]) == ([], model, dataset):
-                found.append(TeacherFile(path.with_name("student_best.pt"), float(result["best"]["top1"])))
-        except (OSError, ValueError, KeyError, TypeError):
+            fits = (result["method"], result["student"], result["dataset"]) == ([], model, dataset)
+            if fits and not result["config"]["DATASET"].get("VAL_SPLIT") and weights.is_file():
+                found.append((weights, float(result["last"]["top1"]), int(result["epochs"])))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not a run of ours, or one that is being written
-    return max((file for file in found if file.path.is_file()), key=lambda file: file.top1 or 0, default=None)
+    return max(found, key=lambda run: (run[2] == epochs, run[2], run[1]), default=None)
 
 
 def _stated_accuracy(path: Path) -> float | None:
