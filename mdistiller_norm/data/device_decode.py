@@ -6,7 +6,7 @@ those of the decoder: on a GPU not libjpeg's to the bit. What torchvision cannot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mdistiller_norm.data.base import Warn
 from mdistiller_norm.data.decode import View, train_image
-from mdistiller_norm.data.image_loader import Task, Tensors, TrainReader, to_device
+from mdistiller_norm.data.image_loader import Made, Task, TrainReader
 from mdistiller_norm.errors import ConfigError
 
 try:
@@ -67,28 +67,25 @@ class EncodedReader(TrainReader):
 
 
 class DeviceDecoder:
-    """Makes images, targets and indices on the device of what :class:`EncodedReader` gives.
+    """Makes of what :class:`EncodedReader` gives what :class:`TrainReader` would, with the images on the device.
 
     Args:
         reader: makes the views of what cannot be decoded on the device.
         device: where the batches are needed.
-        count: is told the names of unreadable files, after every batch.
         warn: is told once that there are files which the device cannot decode.
 
     Raises:
         ConfigError: this torchvision has no decoder.
     """
 
-    def __init__(
-        self, reader: TrainReader, device: torch.device, count: Callable[[list[str]], None], warn: Warn
-    ) -> None:
+    def __init__(self, reader: TrainReader, device: torch.device, warn: Warn) -> None:
         if decode_jpeg is None:
             raise ConfigError("this torchvision decodes no images: set DATASET.DECODE to cpu, or take an older one")
-        self.reader, self.device, self.count, self.warn = reader, device, count, warn
+        self.reader, self.device, self.warn = reader, device, warn
         self._warned = False
 
-    def __call__(self, encoded: Encoded) -> Tensors:
-        """Images ``[B, size, size, 3]`` uint8, targets ``[B]`` and indices ``[B]``."""
+    def __call__(self, encoded: Encoded) -> Made:
+        """Decode, crop, resize and mirror a batch."""
         size, broken, indices = self.reader.options.size, encoded.broken, encoded.indices
         parts = torch.split(encoded.content, encoded.sizes.tolist())
         views = [View(top, left, h, w, bool(flip)) for top, left, h, w, flip in encoded.views.tolist()]
@@ -102,12 +99,11 @@ class DeviceDecoder:
                 images[row] = train_image(image, view, size).permute(1, 2, 0)
             elif view.height:
                 self._say(wanted[row])
-                indices[row], view_of_it = self.reader.view(key, wanted[row], broken)
-                images[row] = view_of_it
+                indices[row], image = self.reader.view(key, wanted[row], broken)
+                images[row] = image
             else:
                 images[row] = part.view(size, size, 3)
-        self.count(broken)
-        return images, *to_device((self.reader.split.targets[indices], indices), self.device)
+        return Made(images, self.reader.split.targets[indices], indices, broken)
 
     def _decode(self, jpegs: list[Tensor]) -> Sequence[Tensor | None]:
         """RGB pixels ``[3, H, W]`` uint8 on the device, None for what cannot be decoded there."""

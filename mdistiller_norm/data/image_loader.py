@@ -83,10 +83,10 @@ Tensors = tuple[Tensor, ...]
 
 
 class Made(NamedTuple):
-    """What a worker gives.
+    """A batch without its key.
 
     Attributes:
-        images: ``[B, size, size, 3]`` uint8, in shared memory.
+        images: ``[B, size, size, 3]`` uint8.
         targets: ``[B]`` int64.
         indices: numbers of the samples, ``[B]`` int64.
         broken: names of unreadable files, with the reason.
@@ -281,12 +281,12 @@ class ImageTrainLoader(TrainLoader):
         self.device, self.warn, self.max_broken = device, warn, options.max_broken
         self._tasks = _Tasks()
         self._reader = TrainReader(dataset.train, options)
-        self._place: Callable[[Any], Tensors] = self._copy
+        self._decoder: Callable[[Any], Made] | None = None
         if options.decode != "cpu":
             from mdistiller_norm.data.device_decode import DeviceDecoder, EncodedReader
 
             self._reader = EncodedReader(dataset.train, options)
-            self._place = DeviceDecoder(self._reader, device, self._count, warn)
+            self._decoder = DeviceDecoder(self._reader, device, warn)
         self._loader = _loader(self._reader, self._tasks, device.type == "cuda")
         self._mean, self._std = torch.tensor(dataset.mean, device=device), torch.tensor(dataset.std, device=device)
         self._broken: set[str] = set()
@@ -307,7 +307,8 @@ class ImageTrainLoader(TrainLoader):
 
         return ahead(self._loader, self.device, place)
 
-    def _copy(self, made: Made) -> Tensors:
+    def _place(self, given: Any) -> Tensors:
+        made: Made = self._decoder(given) if self._decoder else given
         self._count(made.broken)
         return to_device(made[:3], self.device)
 
