@@ -260,6 +260,15 @@ def test_differences_have_signs() -> None:
     ]
 
 
+def test_several_processes_and_several_environments_are_told_apart(tmp_path: Path) -> None:
+    for seed, processes in enumerate((1, 2, 2)):
+        record = made_up(TABLES["2"].cells["kd", PAIR], seed, 73.0, 73.2) | {"processes": processes}
+        add(record | {"sha256": digest(record)}, tmp_path)
+    text = to_markdown(collect(tmp_path))
+    assert "- 2 runs: 2 processes on Test GPU <1>, fp32" in text
+    assert "- 1 run: Test GPU <1>, fp32" in text
+
+
 def test_the_tool_writes_everything(ledger: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
     options = [

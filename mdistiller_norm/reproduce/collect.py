@@ -61,7 +61,9 @@ def _environments(runs: list[Entry]) -> list[tuple[Record, int]]:
     counts: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for entry in runs:
         seen = {key: entry.record["environment"].get(key) for key in keys}
-        seen["precision"] = entry.record["config"]["SOLVER"]["PRECISION"]
+        seen |= {
+            "precision": entry.record["config"]["SOLVER"]["PRECISION"], "processes": entry.record.get("processes", 1),
+        }  # fmt: skip
         counts[tuple(seen.items())] += 1
     return [(dict(items), count) for items, count in counts.most_common()]
 

@@ -17,6 +17,7 @@ from mdistiller_norm.reproduce.ledger import Ledger, add, finished_record, read_
 from mdistiller_norm.reproduce.runner import Runner, Summary, pending_jobs
 from mdistiller_norm.reproduce.stats import plus_minus, spread
 from mdistiller_norm.reproduce.tables import Cell, Row, get_table, load_tables
+from mdistiller_norm.reproduce.words import counted
 
 
 def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[str], queue: bool) -> list[Cell]:
@@ -142,7 +143,7 @@ def _print_plan(plan: Plan, todo: Sequence[Job], ledger: Ledger, estimator: Esti
             print(f"  {job.name}: {state}{first}")
     total = estimator.total(todo)
     estimated = f", about {clock(total.seconds)} one after another ({total.source})" if todo else ""
-    print(f"{len(plan.jobs)} runs: {len(plan.jobs) - len(todo)} done, {len(todo)} to run{estimated}")
+    print(f"{counted(len(plan.jobs), 'run')}: {len(plan.jobs) - len(todo)} done, {len(todo)} to run{estimated}")
 
 
 def _print_summary(summary: Summary, estimator: Estimator, queued: bool) -> None:
@@ -150,10 +151,10 @@ def _print_summary(summary: Summary, estimator: Estimator, queued: bool) -> None
     for job, error in summary.failed:
         print(f"  failed: {job.name}: {error}")
     if summary.left and queued:
-        print(f"{len(summary.left)} runs are in the queue of Slurm; the same command says later what is done")
+        print(f"{counted(len(summary.left), 'run')} in the queue of Slurm; the same command says later what is done")
     elif summary.left:
         total = clock(estimator.total(summary.left).seconds)
-        print(f"{len(summary.left)} runs are left, about {total}; the same command goes on:")
+        print(f"{counted(len(summary.left), 'run')} left, about {total}; the same command goes on:")
         for job in summary.left:
             behind = f" ({job.epochs_done} of {job.epochs} epochs are done)" if job.epochs_done else ""
             print(f"  {job.name}{behind}")

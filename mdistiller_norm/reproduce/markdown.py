@@ -7,6 +7,7 @@ from mdistiller_norm.reproduce.views import CellView, Report, TableView
 from mdistiller_norm.reproduce.words import (
     NOTHING,
     comparison_text,
+    counted,
     delta_rows,
     environment_text,
     measured_on,
@@ -44,7 +45,7 @@ def _opening(report: Report) -> list[str]:
     latest = f", the latest of {report.latest[:10]}" if report.latest else ""
     return [
         *out,
-        f"{len(report.runs)} runs in the ledger{latest}. Made by `python tools/report.py`; "
+        f"{counted(len(report.runs), 'run')} in the ledger{latest}. Made by `python tools/report.py`; "
         "the same with learning curves: `report.html`.", "",
         "Top-1 in percent on the test set, mean ± sample standard deviation over n seeds. *Best* is the best epoch on "
         "the test set, which is what the paper's code reports; *last* is the last epoch, selected by nothing. The "
@@ -67,7 +68,7 @@ def _measured_table(view: TableView) -> list[str]:
 
 
 def _pending_tables(views: list[TableView]) -> list[str]:
-    names = [f"- {view.table.name}: {view.table.title} ({view.total} cells)" for view in views]
+    names = [f"- {view.table.name}: {view.table.title} ({counted(view.total, 'cell')})" for view in views]
     return ["No run yet; the paper's numbers of these tables are in `report.html`.", "", *names] if names else []
 
 
@@ -113,7 +114,9 @@ def to_markdown(report: Report) -> str:
     out += _section("Pending", _pending_tables([view for view in report.tables if not view.measured]))
     out += _section("Claims", _claims(report))
     out += _section("Teachers", _teachers(report))
-    environments = [f"- {count} runs: {environment_text(environment)}" for environment, count in report.environments]
+    environments = [
+        f"- {counted(count, 'run')}: {environment_text(environment)}" for environment, count in report.environments
+    ]
     out += _section("Environment", environments)
     out += _section("Failed runs", [f"- {run_name(entry)}: {entry.record['error']}" for entry in ledger.failures])
     out += _section("Files left out", [f"- `{path.name}`: {reason}" for path, reason in ledger.left_out])

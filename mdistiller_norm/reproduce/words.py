@@ -18,6 +18,11 @@ def signed(value: float) -> str:
     return "±0.00" if text in ("+0.00", "-0.00") else text.replace("-", MINUS)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def comparison_text(comparison: Paired | None) -> str:
     """A paired difference in words."""
     if comparison is None:
@@ -49,8 +54,9 @@ def measured_on(entry: Entry) -> str:
 def environment_text(environment: Record) -> str:
     """An environment in one line."""
     commit = (environment["commit"] or "unknown")[:10] + (" with local changes" if environment["modified"] else "")
+    together = f"{environment['processes']} processes on " if environment["processes"] > 1 else ""
     return (
-        f"{environment['device']}, {environment['precision']}, torch {environment['torch']}, "
+        f"{together}{environment['device']}, {environment['precision']}, torch {environment['torch']}, "
         f"Python {environment['python']}, {environment['platform']}, commit {commit}"
     )
 
