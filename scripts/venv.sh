@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv with this project in it, and puts it on the PATH.
 # $1: what to install besides the core, as a pip extra ("" or "test").
 # $PYTHON: the interpreter that makes the environment; python3 by default, needs 3.10 or newer.
