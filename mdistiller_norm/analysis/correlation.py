@@ -56,7 +56,7 @@ def compute(teacher: Collected, students: Sequence[Collected]) -> dict[str, Any]
 def draw(data: dict[str, Any]) -> Figure:
     """A column for each student; raw above, normalised below; one colour scale for all."""
     students = data["students"]
-    figure, axes = new_figure(2, len(students), 3.3, 3.4)
+    figure, axes = new_figure(2, len(students), 3.3 + 1.2 / len(students), 3.4)  # the colour scale needs an inch
     panels = [(kind, student) for kind in ("raw", "normalised") for student in students]
     largest = max(abs(value) for kind, student in panels for row in student[kind]["difference"] for value in row)
     image = None

@@ -110,6 +110,7 @@ def draw(data: dict[str, Any]) -> Figure:
         axis.spines[:].set_visible(False)
     if len(classes) <= 20:
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=10, markerscale=2, columnspacing=0.8,
-                      handletextpad=0.1)  # fmt: skip
+        room = 44 * len(networks) // (max(len(label) for label in labels) + 4)  # characters of the style's size
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(max(room, 2), 10), markerscale=2,
+                      columnspacing=0.8, handletextpad=0.1)  # fmt: skip
     return figure
