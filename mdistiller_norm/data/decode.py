@@ -11,13 +11,13 @@ from __future__ import annotations
 import io
 import math
 import struct
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 try:
     import simplejpeg
@@ -31,6 +31,14 @@ _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame head
 _SEQUENTIAL = (0xC0, 0xC1)  # those of files whose rows are stored from the top down
 _SCAN = 0xDA
 _ROWS_BELOW = 16  # that are decoded too: smoothing the colours of a row looks at the next one, at most 4 rows away
+
+
+@cache
+def transforms() -> Any:
+    """torchvision's functions on tensors: a second to import, which data sets without files need not spend."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
 
 
 class View(NamedTuple):
@@ -145,11 +153,12 @@ def train_image(image: Tensor, view: View, size: int) -> Tensor:
 
 def resize_box(box: Tensor, flip: bool, size: int) -> Tensor:
     """A box ``[3, h, w]``, mirrored if so wanted, as ``[3, size, size]``. Fastest on contiguous pixels."""
-    resized: Tensor = F.resize(box, [size, size], antialias=True)
+    resized: Tensor = transforms().resize(box, [size, size], antialias=True)
     return resized.flip(2) if flip else resized
 
 
 def eval_image(image: Tensor, resize: int, size: int) -> Tensor:
     """The middle ``[3, size, size]`` of an image whose shorter side was resized to ``resize``."""
-    resized: Tensor = F.center_crop(F.resize(image, [resize], antialias=True), [size, size])
-    return resized
+    resized = transforms().resize(image, [resize], antialias=True)
+    middle: Tensor = transforms().center_crop(resized, [size, size])
+    return middle

@@ -32,6 +32,7 @@ from mdistiller_norm.data.decode import (
     jpeg_header,
     resize_box,
     train_image,
+    transforms,
 )
 from mdistiller_norm.data.plan import ALONE, Share, epoch_plan, eval_share
 from mdistiller_norm.errors import ConfigError, DataError
@@ -234,6 +235,7 @@ def _start_worker(number: int) -> None:
 
 
 def _loader(reader: TrainReader, tasks: _Tasks, pin: bool) -> DataLoader[Any]:
+    transforms()  # here, not in every worker
     workers = reader.options.workers
     return DataLoader(
         reader,
