@@ -21,8 +21,10 @@ from conftest import ROOT, assert_user_error, tool
 
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.checkpoint import find_teacher, load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import ConfigError, DataError, UserError
+from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.cli import parse_duration, report_main, reproduce_main
 from mdistiller_norm.reproduce.commands import select_cells
 from mdistiller_norm.reproduce.estimate import Estimator
@@ -598,6 +600,51 @@ def test_run_folders_made_by_hand_can_be_added(trained: Path, tmp_path: Path) ->
     assert reproduce_main(["--add", str(run_folder(trained, "kd", 0)), "--smoke", "--results", str(tmp_path)]) == 0
     (entry,) = read_ledger(tmp_path / "runs", smoke=True).all_runs()
     assert entry.record["method"] == ["KD"]
+
+
+def test_published_weights_teach_where_they_may(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder as 240 epochs would leave it: its numbers are made up, its weights are a network's."""
+    network = build_model("resnet8x4", 100)
+
+    def run(method: str) -> Path:
+        config = cell_config(TABLES["2"].cells[method, "res32x4_res8x4"])
+        assert config is not None
+        kd = json.loads((run_folder(trained, "kd", 0) / "result.json").read_text())
+        last = {"epoch": 240, "top1": 72.5, "top5": 92.0, "loss": 1.0}
+        methods = [] if method == "student" else ["KD"]
+        result = kd | {"config": yaml.safe_load(dump(config.node)), "epochs": 240, "last": last, "best": last,
+                       "method": methods, "student": "resnet8x4", "dataset": "cifar100"}  # fmt: skip
+        folder = tmp_path / method
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(result))
+        lines = [json.dumps({"epoch": i, "test_top1": 72.5, "images_per_second": 1.0}) for i in range(1, 241)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+        torch.save({"model": network.state_dict(), "about": {"name": "resnet8x4"}}, folder / "student_last.pt")
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    runs = run("kd"), run("student")
+    assert reproduce_main(["--publish", *map(str, runs)]) == 0
+    assert "published checkpoints/resnet8x4_cifar100_seed0.pt" in capsys.readouterr().out
+    teacher = find_teacher("resnet8x4", "cifar100", "", tmp_path, "")
+    assert teacher.path == Path("checkpoints/resnet8x4_cifar100_seed0.pt"), "a distilled one is no teacher"
+    assert teacher.top1 == 72.5
+    weights = load_weights(teacher.path)
+    assert weights.about["name"] == "resnet8x4"
+    assert teacher.path.stat().st_size < 0.6 * (runs[1] / "student_last.pt").stat().st_size
+    again = build_model("resnet8x4", 100)
+    load_into(again, weights, "resnet8x4")
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(again.eval()(images), network.eval()(images), rtol=0.02, atol=0.02)
+
+    with pytest.raises(ConfigError, match="is there already"):
+        reproduce_main(["--publish", str(runs[0])])
+    with pytest.raises(ConfigError, match="fills no cell of the paper's tables"):
+        reproduce_main(["--publish", str(run_folder(trained, "kd", 0))])
+    with pytest.raises(DataError, match="is not a finished run"):
+        reproduce_main(["--publish", str(tmp_path)])
 
 
 def test_commands_of_cells_are_runnable() -> None:

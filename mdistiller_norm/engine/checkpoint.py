@@ -160,6 +160,8 @@ class TeacherFile:
 def read_manifest(path: Path) -> list[dict[str, Any]]:
     """The entries of a ``manifest.yaml``: ``file``, ``sha256``, ``model``, ``dataset``, ``top1``, ``command``.
 
+    Those with a ``method`` are distilled students, and never looked up as teachers.
+
     Raises:
         CheckpointError: not a list of such entries.
     """
@@ -200,7 +202,7 @@ def find_teacher(
     for root in dict.fromkeys((Path(), PROJECT)):
         if (root / MANIFEST).is_file():
             for entry in read_manifest(root / MANIFEST):
-                if entry["model"] == model and entry["dataset"] == dataset:
+                if entry["model"] == model and entry["dataset"] == dataset and not entry.get("method"):
                     path = root / MANIFEST.parent / entry["file"]
                     if not path.is_file():
                         raise CheckpointError(f"{root / MANIFEST} names {path}, which is not there")

@@ -40,8 +40,7 @@ def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def reproduce_main(arguments: Sequence[str]) -> int:
-    """``tools/reproduce.py``."""
+def _reproduce_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/reproduce.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run what fills the paper's tables. Finished runs are skipped, interrupted ones go on, a failing "
@@ -70,10 +69,22 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--add", nargs="+", default=[], metavar="FOLDER", help="take finished run folders into the ledger"
     )
+    parser.add_argument(
+        "--publish",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="put finished runs' weights into checkpoints/, in fp16",
+    )
     parser.add_argument("--output", default="output", metavar="DIR", help="folder of the run folders (default: output)")
     parser.add_argument("--results", default="", metavar="DIR", help=f"folder of the ledger (default: {_LEDGER})")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys of how runs are executed")
-    options = parser.parse_intermixed_args(arguments)
+    return parser
+
+
+def reproduce_main(arguments: Sequence[str]) -> int:
+    """``tools/reproduce.py``."""
+    options = _reproduce_parser().parse_intermixed_args(arguments)
     output = Path(options.output, _SMOKE) if options.smoke else Path(options.output)
     results = Path(options.results) if options.results else output / "results" if options.smoke else Path(_LEDGER)
     seeds = options.seeds if options.seeds is not None else list(range(options.trials))
@@ -87,6 +98,8 @@ def reproduce_main(arguments: Sequence[str]) -> int:
 
     if options.add:
         return commands.add_folders([Path(folder) for folder in options.add], results / "runs", options.smoke)
+    if options.publish:
+        return commands.publish_folders([Path(folder) for folder in options.publish])
     cells = commands.select_cells(options.table, options.methods, options.pairs, options.queue)
     if options.sweep:
         cells = commands.sweep(cells, options.sweep, options.val_split)

@@ -9,11 +9,13 @@ from typing import Any
 
 from mdistiller_norm.builders import build_device
 from mdistiller_norm.config import load_config
+from mdistiller_norm.engine.checkpoint import MANIFEST
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.estimate import Estimator, clock
 from mdistiller_norm.reproduce.execution import settle
 from mdistiller_norm.reproduce.jobs import Job, Plan, cell_identity, make_plan
 from mdistiller_norm.reproduce.ledger import Ledger, add, finished_record, read_ledger
+from mdistiller_norm.reproduce.publish import publish
 from mdistiller_norm.reproduce.runner import Runner, Summary, pending_jobs
 from mdistiller_norm.reproduce.stats import plus_minus, spread
 from mdistiller_norm.reproduce.tables import Cell, Row, get_table, load_tables
@@ -88,6 +90,17 @@ def add_folders(runs: Sequence[Path], folder: Path, smoke: bool) -> int:
     """
     for record in [finished_record(run, smoke=smoke) for run in runs]:
         print(f"added {add(record, folder)}")
+    return 0
+
+
+def publish_folders(runs: Sequence[Path]) -> int:
+    """Put the weights of finished runs into ``checkpoints/``.
+
+    Raises:
+        UserError: one of them cannot be published; those before it are.
+    """
+    for run in runs:
+        print(f"published {publish(run, MANIFEST.parent)}")
     return 0
 
 
