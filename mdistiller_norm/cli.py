@@ -48,7 +48,7 @@ def train_main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     options = parser.parse_intermixed_args(arguments)
 
-    from mdistiller_norm import builders, config
+    from mdistiller_norm import builders, config, runs
 
     resolved = config.load_config(options.cfg, options.overrides)
     if options.show:
@@ -56,12 +56,13 @@ def train_main(arguments: Sequence[str]) -> int:
         return 0
     if options.check_data:
         return _check_data(builders.build_dataset(resolved.node))
+    command = ["python", "tools/train.py", *arguments]
     if resolved.node.SOLVER.TRIALS > 1:
         from mdistiller_norm.trials import train_trials
 
-        train_trials(options.cfg, options.overrides, options.resume)
+        train_trials(options.cfg, options.overrides, options.resume, command)
         return 0
-    builders.train(resolved, options.resume, ["python", "tools/train.py", *arguments])
+    runs.train(resolved, options.resume, command)
     return 0
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mdistiller_norm.builders import build_run
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import ImageOptions, TensorDataset, digits, image_folder
 from mdistiller_norm.engine.logger import environment
 from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
+from mdistiller_norm.runs import build_run
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,48 @@
-"""Several trials of one config at once: a process each, their own seeds and run folders, the teacher cache shared.
+"""Several trials of one config at once, each with a run folder of its own. ``SOLVER.TRIALS_MODE`` says how:
 
-A trial is exactly the run that ``SEED`` alone would have given with the same number of threads: nothing is shared but
-the files of the teacher cache, whose rows never change. On the CPU each trial gets its share of the cores: networks of
-CIFAR's size use one core better than two, so trials side by side finish earlier than one after the other.
+- ``processes``: the seeds SEED, SEED + 1, ... in a process each. A trial is exactly the run that its ``SEED`` alone
+  would have given with the same number of threads: nothing is shared but the files of the teacher cache, whose rows
+  never change. On the CPU each trial gets its share of the cores: networks of CIFAR's size use one core better than
+  two.
+- ``lockstep``: one process, in which the teacher sees every batch once for all. The trials share the order and the
+  augmentation of the data, those of SEED, and differ in the seed of their initial weights: SEED, SEED + 1, ... A trial
+  is exactly the run that ``SOLVER.INIT_SEED`` alone would have given.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mdistiller_norm.builders import build_device, run_folder
+from mdistiller_norm.builders import build_device, fastest, initial_seed
 from mdistiller_norm.config import Config, load_config
+from mdistiller_norm.engine import distributed
+from mdistiller_norm.engine.lockstep import Lockstep, fit_together
+from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.trainer import Interrupted
-from mdistiller_norm.errors import UserError
+from mdistiller_norm.errors import ConfigError, UserError
+from mdistiller_norm.runs import begin, build_runs, finish, run_folder
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "train.py"
 
 
 def trial_overrides(config: Config, trial: int) -> list[str]:
     """What makes the given config (of several trials) that of one of them, counted from 0."""
-    cfg = config.node
+    cfg, name = config.node, run_folder(config).name
+    if cfg.SOLVER.TRIALS_MODE == "lockstep":
+        seed = initial_seed(cfg) + trial
+        return ["SOLVER.TRIALS=1", f"SOLVER.INIT_SEED={seed}", f"EXPERIMENT.NAME={name},init{seed}"]
     seed = cfg.SEED + trial
-    name = run_folder(config).name
     return ["SOLVER.TRIALS=1", f"SEED={seed}", f"EXPERIMENT.NAME={name},seed{seed}"]
 
 
@@ -46,25 +57,66 @@ def _summary(folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def train_trials(cfg_file: str, overrides: Sequence[str], resume: bool) -> None:
-    """Run ``SOLVER.TRIALS`` trials with the seeds SEED, SEED + 1, ... and print the mean and the standard deviation.
+def train_trials(cfg_file: str, overrides: Sequence[str], resume: bool, command: Sequence[str] = ()) -> None:
+    """Run ``SOLVER.TRIALS`` trials of a config and print the mean and the standard deviation.
 
     Args:
         cfg_file: the config.
         overrides: of the command line.
         resume: each goes on where it stopped.
+        command: the words of the command line, for the records of trials in lockstep.
 
     Raises:
         UserError: a trial failed; the others were finished.
         Interrupted: on SIGINT or SIGTERM, after every trial saved its state.
     """
     config = load_config(cfg_file, overrides)
+    names = [trial_overrides(config, trial) for trial in range(config.node.SOLVER.TRIALS)]
+    configs = [load_config(cfg_file, [*overrides, *own]) for own in names]
+    if config.node.SOLVER.TRIALS_MODE == "lockstep":
+        failed = _in_lockstep(configs, resume, shlex.join(command))
+    else:
+        failed = _in_processes(config, cfg_file, overrides, names, resume)
+    if failed:
+        folders = ", ".join(str(run_folder(configs[trial])) for trial in sorted(failed))
+        raise UserError(f"the trials in {folders} failed (see above), the others are finished: --resume goes on")
+    print(_summary([run_folder(own) for own in configs]))
+
+
+def _in_lockstep(configs: Sequence[Config], resume: bool, command: str) -> list[int]:
+    """Train the trials in this process; returns the numbers of those that failed."""
+    if distributed.wanted().world > 1:
+        raise ConfigError("SOLVER.TRIALS_MODE lockstep trains on one process: start it without torchrun")
+    cfg = configs[0].node
+    runs = build_runs(configs, resume, command)
+
+    def together(steps: Sequence[TrainStep]) -> Callable[..., None]:
+        return fastest(cfg, Lockstep(steps), steps[0], runs[0].trainer.log.line)
+
+    try:
+        for run in runs:
+            begin(run)
+        errors = fit_together([run.trainer for run in runs], together)
+        for run in runs:
+            if run.trainer in errors:
+                print(f"error: {run.folder}: {errors[run.trainer]}", file=sys.stderr)
+            else:
+                finish(run)
+    finally:
+        for run in runs:
+            run.trainer.log.close()
+    return [number for number, run in enumerate(runs) if run.trainer in errors]
+
+
+def _in_processes(
+    config: Config, cfg_file: str, overrides: Sequence[str], names: Sequence[list[str]], resume: bool
+) -> list[int]:
+    """Train each trial in a process of its own; returns the numbers of those that failed."""
     trials, cores = config.node.SOLVER.TRIALS, os.cpu_count() or 1
     on_cpu = build_device(config.node).type == "cpu"
     at_once = min(trials, cores) if on_cpu else trials
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // at_once))
-    waiting = [(trial, trial_overrides(config, trial)) for trial in range(trials)]
-    folders = [run_folder(load_config(cfg_file, [*overrides, *own])) for _, own in waiting]
+    waiting = list(enumerate(names))
     running: dict[int, subprocess.Popen[bytes]] = {}
     failed: list[int] = []
     stopped = 0
@@ -96,7 +148,4 @@ def train_trials(cfg_file: str, overrides: Sequence[str], resume: bool) -> None:
             signal.signal(number, handler)
     if stopped:
         raise Interrupted(stopped)
-    if failed:
-        names = ", ".join(str(config.node.SEED + trial) for trial in failed)
-        raise UserError(f"the trials with SEED {names} failed (see above), the others are finished: --resume goes on")
-    print(_summary(folders))
+    return failed

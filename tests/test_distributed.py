@@ -19,7 +19,6 @@ import torch
 from conftest import ROOT, assert_user_error, tool
 from torch import nn
 
-from mdistiller_norm.builders import build_run
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Share, digits
 from mdistiller_norm.engine import distributed
@@ -31,6 +30,7 @@ from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
+from mdistiller_norm.runs import build_run
 from mdistiller_norm.types import Batch
 
 # 1437 training samples: the last of 180 batches of 8 has 5, which two processes cannot share evenly.

@@ -18,7 +18,7 @@ from conftest import ROOT, assert_user_error, tool, unpacked
 from PIL import Image
 from torchvision import transforms as T
 
-from mdistiller_norm.builders import build_dataset, build_distillers, train
+from mdistiller_norm.builders import build_dataset, build_distillers
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Share
 from mdistiller_norm.data.decode import View, decode, draw_view, eval_image, train_image
@@ -29,6 +29,7 @@ from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, DataError
 from mdistiller_norm.models import build_model
+from mdistiller_norm.runs import train
 
 CPU = torch.device("cpu")
 SMALL = ImageOptions(size=48, resize=56, mean=MEAN, std=STD, workers=0)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from test_train import PAIR, SMALLER, config, teacher
 
-from mdistiller_norm.builders import build_precision, build_run, train
+from mdistiller_norm.builders import build_precision
 from mdistiller_norm.config import load_config
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.runs import build_run, train
 
 __all__ = ["teacher"]  # a fixture
 

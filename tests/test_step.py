@@ -11,10 +11,10 @@ from conftest import ROOT, assert_user_error, tool
 from test_train import SMALLER, assert_same_state, config, teacher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mdistiller_norm.builders import build_run
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.graph import CapturedStep
 from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.runs import build_run
 
 __all__ = ["teacher"]  # a fixture
 
@@ -58,7 +58,7 @@ def test_everything_a_step_changes_can_be_put_back(tmp_path: Path, teacher: str,
     steps = [build_step(tmp_path, name, *extra) for name in ("straight", "restored")]
     raws = list(steps[0].loader.batches(1))[:3]
     captured = CapturedStep(steps[1])
-    state = captured._state()
+    state = captured.step.held()
     addresses = [tensor.data_ptr() for tensor in state]
     before = [tensor.detach().clone() for tensor in state]
     for raw in raws[1:]:
@@ -73,7 +73,7 @@ def test_everything_a_step_changes_can_be_put_back(tmp_path: Path, teacher: str,
         for buffer, tensor in zip(static, raw, strict=True):
             buffer.copy_(tensor)
         steps[1](*static)
-    assert addresses == [tensor.data_ptr() for tensor in captured._state()]
+    assert addresses == [tensor.data_ptr() for tensor in captured.step.held()]
     assert_same_state(steps[0].trainable.state_dict(), steps[1].trainable.state_dict())
     assert_same_state(steps[0].optimizer.state_dict(), steps[1].optimizer.state_dict())
     assert_same_state(dict(steps[0].meters.state_dict()), dict(steps[1].meters.state_dict()))

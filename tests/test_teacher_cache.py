@@ -14,13 +14,13 @@ import pytest
 import torch
 from test_train import assert_same_state, config, state_of, teacher
 
-from mdistiller_norm.builders import build_run, train
 from mdistiller_norm.distillers import Need
 from mdistiller_norm.engine.compile import choose, compile_teacher, compiler_missing
 from mdistiller_norm.engine.teacher import LiveTeacher, folded
 from mdistiller_norm.engine.teacher_cache import CachedTeacher, Table
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.models import CIFAR_MODELS, build_model
+from mdistiller_norm.runs import build_run, train
 
 __all__ = ["teacher"]  # a fixture
 NORMKD = "DISTILLER.TYPE=NormKD"

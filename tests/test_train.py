@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, tool
 
-from mdistiller_norm.builders import build_run, train
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
@@ -25,6 +24,7 @@ from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.trainer import Interrupted
 from mdistiller_norm.errors import CheckpointError, ConfigError, NonFiniteLossError
+from mdistiller_norm.runs import build_run, train
 
 # A batch of 240 makes an epoch of 6 steps, the last one short.
 SHORT = ["DATASET.TYPE=digits", "SOLVER.BATCH_SIZE=240", "SOLVER.NESTEROV=true", "SOLVER.WEIGHT_DECAY=5e-4"]

@@ -19,9 +19,10 @@ from mdistiller_norm.analysis.correlation import correlation_matrix
 from mdistiller_norm.analysis.softening import compute as soften
 from mdistiller_norm.analysis.softening import entropy
 from mdistiller_norm.analysis.tsne import choose_samples, embed
-from mdistiller_norm.builders import open_checkpoint, train
+from mdistiller_norm.builders import open_checkpoint
 from mdistiller_norm.config import load_config
 from mdistiller_norm.errors import ConfigError, DataError, UserError
+from mdistiller_norm.runs import train
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.benchmark.timing import Record, clock
-from mdistiller_norm.builders import Run, build_dataset, build_device, build_run, train_command
+from mdistiller_norm.builders import build_dataset, build_device, train_command
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import MemoryTrainLoader, Split, TensorDataset
 from mdistiller_norm.data.base import Warn
@@ -27,6 +27,7 @@ from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import build_model
+from mdistiller_norm.runs import Run, build_run
 from mdistiller_norm.types import Batch, Outputs
 
 # Folders of configs/cifar100 that are not called as the method in lower case.

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Raw
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of dictionaries, lists and tuples, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+class Step(Protocol):
+    """What can be captured: a function of tensors that writes to tensors which stay where they are."""
+
+    def __call__(self, *raw: Tensor) -> None:
+        """Train on the batch that ``raw`` names."""
+
+    def held(self) -> list[Tensor]:
+        """Every tensor that it writes to."""
 
 
 class CapturedStep:
-    """A :class:`TrainStep` whose work is replayed from CUDA graphs.
+    """A training step whose work is replayed from CUDA graphs.
 
     The inputs of a step are copied into static buffers; everything else it touches (weights, momenta, metrics, the
     learning rate, the factors) stays at one address and is written in place. Before the recording the step is run a few
@@ -37,7 +33,7 @@ class CapturedStep:
 
     WARMUP = 3
 
-    def __init__(self, step: TrainStep) -> None:
+    def __init__(self, step: Step) -> None:
         self.step = step
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self._pool: Any = None
@@ -52,15 +48,9 @@ class CapturedStep:
             static.copy_(tensor, non_blocking=True)
         graph.replay()
 
-    def _state(self) -> list[Tensor]:
-        optimizer = self.step.optimizer.state_dict()
-        modules: list[nn.Module] = [self.step.trainable, self.step.meters]
-        held = [module.state_dict(keep_vars=True) for module in modules]
-        return [*(tensor.data for part in held for tensor in _tensors(part)), *_tensors(optimizer)]
-
     def _record(self, raw: Raw) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         inputs = [tensor.clone() for tensor in raw]
-        state = self._state()
+        state = self.step.held()
         before = [tensor.detach().clone() for tensor in state]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

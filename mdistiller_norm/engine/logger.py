@@ -69,10 +69,13 @@ class RunLog:
         first_epoch: metrics of this epoch and later ones, left by an interrupted run, are dropped.
         first_step: likewise for the scalars by step.
         quiet: print nothing (other processes than the first).
+        label: printed before every line, where several runs print.
     """
 
-    def __init__(self, folder: Path, first_epoch: int = 1, first_step: int = 0, quiet: bool = False) -> None:
-        self.folder, self.quiet = folder, quiet
+    def __init__(
+        self, folder: Path, first_epoch: int = 1, first_step: int = 0, quiet: bool = False, label: str = ""
+    ) -> None:
+        self.folder, self.quiet, self.label = folder, quiet, label
         self.metrics = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(self.metrics) if record["epoch"] < first_epoch]
         self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -80,10 +83,15 @@ class RunLog:
         # By step in a folder of its own: TensorBoard drops what an interrupted run left by the number of the step.
         self._by_step = SummaryWriter(folder / "tensorboard" / "steps", purge_step=first_step)
 
-    def line(self, text: str) -> None:
-        """Print a line, and keep it in ``worklog.txt``."""
-        if not self.quiet:
-            tqdm.write(text, file=sys.stdout)
+    def line(self, text: str, aside: bool = False) -> None:
+        """Print a line, and keep it in ``worklog.txt``.
+
+        Args:
+            text: without the label.
+            aside: only keep it: another run's log prints the same line.
+        """
+        if not (self.quiet or aside):
+            tqdm.write(f"{self.label}{text}", file=sys.stdout)
             sys.stdout.flush()
         append_line(self.folder / "worklog.txt", text)
 
@@ -112,7 +120,7 @@ class SilentLog(RunLog):
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, aside: bool = False) -> None:
         """Print a warning; drop anything else."""
         if text.startswith("warning:"):
             print(f"process {self.rank}: {text}", file=sys.stderr, flush=True)

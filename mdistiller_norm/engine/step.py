@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,27 @@ from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.teacher import Raw, Teacher
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.types import Batch, Losses
+from mdistiller_norm.types import Batch, Losses, Outputs
+
+
+class Lesson(NamedTuple):
+    """What a student sees at once: a batch, or one of the parts of it whose gradients are added up.
+
+    Attributes:
+        batch: augmented.
+        taught: what the teacher says of it; None for plain training.
+        share: its weight in the mean over the whole batch.
+        first: of its batch.
+        last: of its batch.
+        counted: its samples are this process's own.
+    """
+
+    batch: Batch
+    taught: Outputs | None
+    share: float
+    first: bool
+    last: bool
+    counted: bool
 
 
 class TrainStep:
@@ -69,34 +90,59 @@ class TrainStep:
 
     def __call__(self, *raw: Tensor) -> None:
         """Train on the batch that ``raw`` names (an item of :meth:`feed`)."""
+        for lesson in self.lessons(*raw):
+            self.learn(lesson)
+        self.update()
+
+    def lessons(self, *raw: Tensor) -> Iterator[Lesson]:
+        """The batch that ``raw`` names, augmented and with what the teacher says of it: whole, or part after part."""
         split = len(raw) - (self.teacher.extra if self.teacher else 0)
-        batch = self.loader.prepare(*raw[:split])
+        batch, extra = self.loader.prepare(*raw[:split]), raw[split:]
+        rows, weight = len(batch.targets), self.part.weight if self.part else 1.0
+        count = min(self.accumulate, self.part.smallest if self.part else rows)
+        pieces = _split(batch, extra, count) if count > 1 else [(batch, extra)]
+        for number, (piece, own) in enumerate(pieces, 1):
+            taught = self.teacher(piece, *own) if self.teacher else None
+            share = weight * len(piece.targets) / rows
+            yield Lesson(piece, taught, share, first=number == 1, last=number == count, counted=weight > 0)
+
+    def learn(self, lesson: Lesson) -> None:
+        """Losses, gradients and metrics of a lesson; DOT's update too."""
+        batch = lesson.batch
         if isinstance(self.optimizer, DOT):
-            losses = self._losses(batch, raw[split:])
+            losses = self._losses(lesson)
             self.optimizer.step(losses.parts)
             self.meters.update(losses, batch.targets)
             return
-        self.optimizer.zero_grad(set_to_none=True)
-        rows, weight = len(batch.targets), self.part.weight if self.part else 1.0
-        count = min(self.accumulate, self.part.smallest if self.part else rows)
-        pieces = _split(batch, raw[split:], count) if count > 1 else [(batch, raw[split:])]
-        for number, (piece, extra) in enumerate(pieces, 1):
-            with self._gradients_stay_here(number < count):
-                losses = self._losses(piece, extra)
-                share = weight * len(piece.targets) / rows
-                loss = losses.total if share == 1 else losses.total * share
-                loss = self.scaler.scale(loss) if self.scaler else loss
-                loss.backward()  # type: ignore[no-untyped-call]
-            self.meters.update(losses, piece.targets, new_step=number == 1, counted=weight > 0)
+        if lesson.first:
+            self.optimizer.zero_grad(set_to_none=True)
+        with self._gradients_stay_here(not lesson.last):
+            losses = self._losses(lesson)
+            loss = losses.total if lesson.share == 1 else losses.total * lesson.share
+            loss = self.scaler.scale(loss) if self.scaler else loss
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.meters.update(losses, batch.targets, new_step=lesson.first, counted=lesson.counted)
+
+    def update(self) -> None:
+        """Change the weights by the gradients of the lessons."""
+        if isinstance(self.optimizer, DOT):
+            return
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
 
-    def _losses(self, batch: Batch, extra: Raw) -> Losses:
-        taught = self.teacher(batch, *extra) if self.teacher else None
-        losses: Losses = self.forward(batch, taught, self.factors)
+    def held(self) -> list[Tensor]:
+        """Every tensor that a step writes to: weights, statistics, momenta, metrics."""
+        modules: list[nn.Module] = [self.trainable, self.meters]
+        states = [module.state_dict(keep_vars=True) for module in modules]
+        return [
+            *(tensor.data for state in states for tensor in _tensors(state)), *_tensors(self.optimizer.state_dict())
+        ]  # fmt: skip
+
+    def _losses(self, lesson: Lesson) -> Losses:
+        losses: Losses = self.forward(lesson.batch, lesson.taught, self.factors)
         return losses
 
     def _gradients_stay_here(self, more_to_come: bool) -> AbstractContextManager[None]:
@@ -112,3 +158,15 @@ def _split(batch: Batch, extra: Raw, count: int) -> list[tuple[Batch, Raw]]:
     whole = (*(getattr(batch, name) for name in own), *extra)
     parts = zip(*(tensor.tensor_split(count) for tensor in whole), strict=True)
     return [(batch._replace(**dict(zip(own, part, strict=False))), part[len(own) :]) for part in parts]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of dictionaries, lists and tuples, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

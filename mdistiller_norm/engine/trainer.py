@@ -21,6 +21,7 @@ from mdistiller_norm.engine.evaluate import Evaluation, evaluate
 from mdistiller_norm.engine.logger import Record, RunLog
 from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
 from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.engine.teacher import Raw
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it, and everything is saved
@@ -49,6 +50,7 @@ class Trainer:
         checkpoint_steps: steps between two states of ``latest.pt`` within an epoch; 0 for none.
         ahead: work to be done before the first step, bit by bit (filling the teacher cache).
         run_step: ``step``, or a faster form of the same (a captured one).
+        show_progress: on a bar.
     """
 
     def __init__(
@@ -68,16 +70,19 @@ class Trainer:
         checkpoint_steps: int = 0,
         ahead: Iterable[int] = (),
         run_step: Callable[..., None] | None = None,
+        show_progress: bool = True,
     ) -> None:
         self.step, self.schedule, self.test, self.epochs, self.seed = step, schedule, test, epochs, seed
         self.folder, self.log, self.about, self.identity = folder, log, about, identity
         self.save_every, self.log_every, self.checkpoint_steps = save_every, log_every, checkpoint_steps
-        self.ahead, self.run_step = ahead, run_step or step
+        self.ahead, self.run_step, self.show_progress = ahead, run_step or step, show_progress
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0  # where training goes on
         self.best: Record = {}
         self.last: Record = {}
-        self._stop = 0
+        self._asked = self._stop = 0  # the signal that came; and the one that all processes know of
         self._since = time.perf_counter()  # what of the epoch's time is not yet in seconds
+        self._waited = 0.0  # for the data of the epoch
+        self._batches: Iterator[Raw] | None = None  # of the epoch, from the first step that is run now
 
     def fit(self) -> Record:
         """Train to the end.
@@ -89,54 +94,78 @@ class Trainer:
             Interrupted: on SIGINT, SIGTERM or SIGUSR1 (to any of the processes), with the state saved.
             NonFiniteLossError: a loss became NaN or infinite.
         """
-        with self._signals():
+        with stop_signals(self.stop):
             for _ in self.ahead:
-                if self._stop:
-                    raise Interrupted(self._stop)
-            while self.epoch <= self.epochs:
-                start = self._since = time.perf_counter()
-                lr = self.schedule(self.epoch)
-                set_learning_rate(self.step.optimizer.param_groups, lr)
-                self.step.begin_epoch(self.epoch, self.seed)
-                fresh = 1 - self.steps_done / self.step.loader.steps  # the part of the epoch that is run now
-                waited = self._train_epoch()
-                if self._stop and self.steps_done < self.step.loader.steps:
-                    self._save_latest()
-                    raise Interrupted(self._stop)
-                averages = self.step.meters.read(self.epoch, together=True)
-                trained = time.perf_counter() - start
-                distributed.average_batch_norms(self.step.trainable)
-                test = evaluate(self.step.trainable.student, self.test, self.step.trainable.autocast)
-                self.seconds += time.perf_counter() - self._since
-                record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
-                    "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
-                    "test_top5": test.top5, "test_loss": test.loss, "data_wait": waited / trained,
-                    "images_per_second": averages.samples * fresh / trained,
-                    "seconds": self.seconds,
-                }  # fmt: skip
-                self._end_epoch(record, test)
-                self._stop = distributed.agree(self._stop)
-                if self._stop and self.epoch <= self.epochs:
-                    raise Interrupted(self._stop)
+                if self._asked:
+                    raise Interrupted(self._asked)
+            for _ in self.turns():
+                self.run_step(*self.next_batch())
+        return self.summary()
+
+    def stop(self, signal_number: int) -> None:
+        """Ask for an end after the coming step, with the state saved."""
+        self._asked = signal_number
+
+    def summary(self) -> Record:
+        """``last`` and ``best`` accuracies and the seconds it took."""
         return {"last": self.last, "best": self.best, "seconds": self.seconds}
 
-    def _train_epoch(self) -> float:
-        """Run the rest of the epoch's steps; returns the seconds spent waiting for data."""
-        loader, meters, waited = self.step.loader, self.step.meters, 0.0
+    def turns(self) -> Iterator[None]:
+        """Everything from here to the end of the training but its steps: for each of them it yields once.
+
+        Raises:
+            Interrupted: see :meth:`fit`.
+            NonFiniteLossError: see :meth:`fit`.
+        """
+        while self.epoch <= self.epochs:
+            start = self._since = time.perf_counter()
+            lr = self.schedule(self.epoch)
+            set_learning_rate(self.step.optimizer.param_groups, lr)
+            self.step.begin_epoch(self.epoch, self.seed)
+            fresh = 1 - self.steps_done / self.step.loader.steps  # the part of the epoch that is run now
+            self._waited, self._batches = 0.0, None
+            yield from self._epoch_turns()
+            if self._stop and self.steps_done < self.step.loader.steps:
+                self._save_latest()
+                raise Interrupted(self._stop)
+            averages = self.step.meters.read(self.epoch, together=True)
+            trained = time.perf_counter() - start
+            distributed.average_batch_norms(self.step.trainable)
+            test = evaluate(self.step.trainable.student, self.test, self.step.trainable.autocast)
+            self.seconds += time.perf_counter() - self._since
+            record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
+                "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
+                "test_top5": test.top5, "test_loss": test.loss, "data_wait": self._waited / trained,
+                "images_per_second": averages.samples * fresh / trained,
+                "seconds": self.seconds,
+            }  # fmt: skip
+            self._end_epoch(record, test)
+            self._stop = distributed.agree(self._asked)
+            if self._stop and self.epoch <= self.epochs:
+                raise Interrupted(self._stop)
+
+    def next_batch(self) -> Raw:
+        """The inputs of the coming step."""
+        before = time.perf_counter()
+        if self._batches is None:
+            self._batches = self.step.feed(self.step.loader.batches(self.epoch, self.steps_done))
+        raw = next(self._batches)
+        self.step.part = self.step.loader.part(self.steps_done)
+        self._waited += time.perf_counter() - before
+        return raw
+
+    def _epoch_turns(self) -> Iterator[None]:
+        """A turn for each of the rest of the epoch's steps."""
+        loader, meters = self.step.loader, self.step.meters
         self.step.trainable.train()
         bar = tqdm(
             total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}", leave=False,
             mininterval=0.5, dynamic_ncols=True,
-            disable=None if distributed.is_first() else True,
+            disable=None if self.show_progress and distributed.is_first() else True,
         )  # fmt: skip
         looked = time.perf_counter()
-        batches = self.step.feed(loader.batches(self.epoch, self.steps_done))
-        for _ in range(self.steps_done, loader.steps):
-            before = time.perf_counter()
-            raw = next(batches)
-            waited += time.perf_counter() - before
-            self.step.part = loader.part(self.steps_done)
-            self.run_step(*raw)
+        while self.steps_done < loader.steps and not self._stop:
+            yield
             self.steps_done += 1
             bar.update()
             done = (self.epoch - 1) * loader.steps + self.steps_done
@@ -147,17 +176,11 @@ class Trainer:
                 if due:
                     self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, done)
                 looked = time.perf_counter()
-            self._stop = distributed.agree(self._stop)  # all stop after the same step
-            if self._stop:
-                break
-            if (
-                self.checkpoint_steps
-                and self.steps_done < loader.steps
-                and self.steps_done % self.checkpoint_steps == 0
-            ):
+            self._stop = distributed.agree(self._asked)  # all stop after the same step
+            within = self.steps_done < loader.steps and not self._stop
+            if self.checkpoint_steps and within and self.steps_done % self.checkpoint_steps == 0:
                 self._save_latest()
         bar.close()
-        return waited
 
     def _end_epoch(self, record: Record, test: Evaluation) -> None:
         summary = {"epoch": self.epoch, "top1": test.top1, "top5": test.top5, "loss": test.loss}
@@ -232,25 +255,30 @@ class Trainer:
         self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
         self.best, self.last = state["best"], state["last"]
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request to stop after the step; a second acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
-        def request(number: int, frame: FrameType | None) -> None:
-            self._stop = number
-            signal.signal(number, before[number])
+@contextmanager
+def stop_signals(request: Callable[[int], None]) -> Iterator[None]:
+    """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request; a second acts as it would without this.
 
-        for number in before:
-            signal.signal(number, request)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    Args:
+        request: is called with the signal's number.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _clock(seconds: float) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
-from mdistiller_norm.builders import NEUTRAL, method_names, run_folder, train_command
+from mdistiller_norm.builders import method_names, train_command
 from mdistiller_norm.config import Config, default_config, load_config
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.checkpoint import PROJECT, find_teacher
@@ -24,6 +24,7 @@ from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.tables import Cell, get_table, load_datasets
+from mdistiller_norm.runs import NEUTRAL, run_folder
 
 # A short schedule to see that everything runs; its runs have other identities than those of the tables.
 SMOKE = ("SOLVER.EPOCHS=2", "SOLVER.LR_DECAY_STAGES=[1]")

@@ -1,0 +1,382 @@
+"""Runs: their folders, going on where they stopped, and everything that a run needs put together from its config."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from mdistiller_norm.builders import (
+    Say,
+    build_dataset,
+    build_device,
+    build_distillers,
+    build_precision,
+    build_step,
+    build_student,
+    build_teacher,
+    build_teacher_runner,
+    build_train_loader,
+    fastest,
+    initial_seed,
+    method_names,
+    placed,
+)
+from mdistiller_norm.config import Config, differences, dump, load_config
+from mdistiller_norm.data import Dataset, EvalLoader, Share, TrainLoader
+from mdistiller_norm.distillers import DISTILLERS, Distiller
+from mdistiller_norm.engine import distributed
+from mdistiller_norm.engine.checkpoint import TeacherFile, load
+from mdistiller_norm.engine.compile import choose
+from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.logger import Record, RunLog, SilentLog, environment
+from mdistiller_norm.engine.optim import StepSchedule
+from mdistiller_norm.engine.teacher import Teacher
+from mdistiller_norm.engine.teacher_cache import CachedTeacher
+from mdistiller_norm.engine.trainer import Trainer, write_json
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.models.base import Network
+
+# Keys that do not change what is computed, only where it is kept, shown or run.
+NEUTRAL = (
+    "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
+    "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "SOLVER.TRIALS",
+    "ENGINE.", "DISTILLER.TEACHER_CACHE", "DISTILLER.TEACHER_WEIGHTS",  # the teacher's hash is compared instead
+)  # fmt: skip
+LATEST = "latest.pt"
+
+
+class Run(NamedTuple):
+    """A run, ready to start.
+
+    Attributes:
+        trainer: call ``fit`` on it.
+        folder: where it writes.
+        result: what ``result.json`` will say besides the accuracies.
+        finished: nothing is left to train.
+    """
+
+    trainer: Trainer
+    folder: Path
+    result: Record
+    finished: bool
+
+
+def run_folder(config: Config) -> Path:
+    """``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``, with what the command line changed about the computation."""
+    cfg = config.node
+    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
+    if not cfg.EXPERIMENT.NAME:
+        for key, source in config.sources.items():
+            if source == "command line" and not key.startswith(NEUTRAL):
+                value = cfg
+                for part in key.split("."):
+                    value = value[part]
+                name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
+    return Path(str(cfg.LOG.PREFIX), str(cfg.EXPERIMENT.PROJECT), name)
+
+
+def _matters(key: str, cfg: Any) -> bool:
+    """Whether another value of that key makes another computation; the nodes of unused methods do not."""
+    section = key.split(".")[0]
+    return not key.startswith(NEUTRAL) and (section not in DISTILLERS or section in method_names(cfg))
+
+
+def _refuse_to_overwrite(config: Config, resume: bool) -> None:
+    """Raise ConfigError where there is a run already and it is not to be resumed."""
+    folder = run_folder(config)
+    if not resume and not distributed.restarted() and (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"{folder} holds a run already: --resume goes on with it, EXPERIMENT.NAME or EXPERIMENT.TAG starts another"
+        )
+
+
+def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | None, str]:
+    """Make the run folder, or find the state to go on from.
+
+    Returns:
+        The folder, the state of ``latest.pt`` or None, and a line for the log.
+
+    Raises:
+        ConfigError: it holds a run already and ``resume`` is off, or a run of another config.
+    """
+    folder = run_folder(config)
+    latest, saved = folder / LATEST, folder / "config.yaml"
+    _refuse_to_overwrite(config, resume)
+    if latest.exists():
+        changed = [key for key in differences(load_config(saved).node, config.node) if _matters(key, config.node)]
+        if changed:
+            raise ConfigError(f"{folder} was run with other values of {', '.join(changed)}: it cannot be resumed so")
+        state = load(latest)
+        return folder, state, f"resuming {folder} at epoch {state['epoch']}, step {state['steps_done'] + 1}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved.write_text(dump(config.node))
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written ({error}): set LOG.PREFIX") from error
+    return folder, None, f"nothing to resume in {folder}: starting" if resume else f"run folder {folder}"
+
+
+def start_wandb(cfg: Any, folder: Path) -> str:
+    """Mirror what TensorBoard gets to Weights & Biases; returns a warning where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        return "LOG.WANDB is true and wandb is not installed (pip install 'mdistiller_norm[wandb]'): going on without"
+    wandb.init(
+        project=cfg.EXPERIMENT.PROJECT, name=folder.name, dir=str(folder), config=yaml.safe_load(dump(cfg)),
+        tags=cfg.EXPERIMENT.TAG.split(","), sync_tensorboard=True,
+    )  # fmt: skip
+    return ""
+
+
+def _open_run(config: Config, resume: bool, share: Share, label: str) -> tuple[Path, dict[str, Any] | None, RunLog]:
+    """The run folder, the state to go on from, and the log. The folder is made by the first process of several."""
+    opened = open_folder(config, resume or distributed.restarted()) if distributed.is_first() else None
+    resumed = distributed.agree(int(opened is not None and opened[1] is not None))
+    if opened is None:
+        folder = run_folder(config)
+        return folder, load(folder / LATEST) if resumed else None, SilentLog(share.rank)
+    folder, state, opening = opened
+    first = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
+    warning = start_wandb(config.node, folder) if config.node.LOG.WANDB else ""
+    log = RunLog(folder, first_epoch=first[0], first_step=first[1], label=label)
+    log.line(opening)
+    if warning:
+        log.line(f"warning: {warning}")
+    return folder, state, log
+
+
+def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoader, say: Say) -> Record:
+    """Evaluate the teacher once, so that a wrong one is seen before the training."""
+    measured = evaluate(network, test)
+    say(f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
+    seen = f"warning: the teacher reaches {measured.top1:.2f} top-1"
+    if file.top1 is not None and measured.top1 < file.top1 - 1:
+        say(f"{seen}, far below the {file.top1:.2f} of its manifest entry")
+    elif measured.top1 < 200 / network.num_classes:
+        say(f"{seen}, about chance: its weights or the data are wrong")
+    return {"name": name, "file": str(file.path), "top1": measured.top1, "top5": measured.top5}
+
+
+def _about(cfg: Any, dataset: Dataset) -> Record:
+    """What a student's file says of it besides the weights."""
+    return {
+        "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
+        "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
+        "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
+        "seed": initial_seed(cfg),
+    }  # fmt: skip
+
+
+class _Shared(NamedTuple):
+    """What runs that are built together have in common.
+
+    Attributes:
+        dataset: trained on.
+        loader: of its training batches.
+        test: of what is evaluated.
+        teacher: None for plain training.
+        taught: what the records say of the teacher.
+        autocast: the networks' dtype, None for float32.
+        compile_students: with ENGINE.COMPILE all.
+    """
+
+    dataset: Dataset
+    loader: TrainLoader
+    test: EvalLoader
+    teacher: Teacher | None
+    taught: Record
+    autocast: torch.dtype | None
+    compile_students: bool
+
+
+class _Learner(NamedTuple):
+    """What is one run's own: a student with its methods, and its folder."""
+
+    config: Config
+    student: Network
+    distillers: dict[str, Distiller]
+    folder: Path
+    state: Record | None
+    log: RunLog
+
+
+def build_run(config: Config, resume: bool = False, command: str = "", dataset: Dataset | None = None) -> Run:
+    """Everything a training run needs, checked before the first step.
+
+    Args:
+        config: resolved.
+        resume: go on from the run folder's ``latest.pt``, if there is one.
+        command: the command line, for the record.
+        dataset: in place of the one that ``DATASET.TYPE`` names.
+
+    Raises:
+        UserError: anything about config, data, weights, device or run folder that cannot work.
+    """
+    (run,) = build_runs([config], resume, command, dataset)
+    return run
+
+
+def build_runs(
+    configs: Sequence[Config], resume: bool = False, command: str = "", dataset: Dataset | None = None
+) -> list[Run]:
+    """Runs with one data set, one loader and one teacher between them.
+
+    Args:
+        configs: differ in ``SOLVER.INIT_SEED`` and in where they write, in nothing else.
+        resume: see :func:`build_run`, as the next two.
+        command: for the records.
+        dataset: in place of the configs' own.
+
+    Raises:
+        UserError: see :func:`build_run`.
+    """
+    cfg = configs[0].node
+    device = build_device(cfg)
+    share = distributed.start(device, cfg.SOLVER.TIMEOUT)
+    autocast, warning = build_precision(cfg, device)
+    dataset = dataset or build_dataset(cfg)
+    taught_by = build_teacher(cfg, dataset) if method_names(cfg) else None
+    networks = [_networks(config.node, dataset, taught_by) for config in configs]
+    if distributed.is_first():  # before the first of the folders is made
+        for config in configs:
+            _refuse_to_overwrite(config, resume)
+    learners = []
+    for config, (student, distillers) in zip(configs, networks, strict=True):
+        label = f"[seed {initial_seed(config.node)}] " if len(configs) > 1 else ""
+        learners.append(_Learner(config, student, distillers, *_open_run(config, resume, share, label)))
+
+    def say(text: str) -> None:
+        for number, learner in enumerate(learners):
+            learner.log.line(text, aside=number > 0)
+
+    if warning:
+        say(f"warning: {warning}")
+    test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
+    loader = build_train_loader(cfg, dataset, device, share, say)
+    left = max(_steps_left(learner, loader) for learner in learners)
+    to_compile, reason = choose(cfg.ENGINE.COMPILE, device, left)
+    teacher, taught = None, {}
+    if taught_by:
+        network, file = placed(taught_by[0], device), taught_by[1]
+        taught = _check_teacher(network, file, cfg.DISTILLER.TEACHER, test, say)
+        if reason:
+            say(reason)
+        teacher = build_teacher_runner(
+            cfg, network, learners[0].distillers, loader, file.path, dataset.image_size, autocast,
+            to_compile in ("teacher", "all"), say,
+        )  # fmt: skip
+        taught["hash"] = teacher.hash
+        if isinstance(teacher, CachedTeacher):
+            say(teacher.check_space(left))
+    shared = _Shared(dataset, loader, test, teacher, taught, autocast, to_compile == "all")
+    runs = [_build(learner, shared, command, leads=number == 0) for number, learner in enumerate(learners)]
+    if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
+        epochs = range(min(run.trainer.epoch for run in runs), cfg.SOLVER.EPOCHS + 1)
+        runs[0].trainer.ahead = teacher.fill(chain.from_iterable(loader.batches(epoch) for epoch in epochs), left)
+    return runs
+
+
+def _networks(
+    cfg: Any, dataset: Dataset, taught_by: tuple[Network, TeacherFile] | None
+) -> tuple[Network, dict[str, Distiller]]:
+    """A student and its methods, as the seed of the initial weights has them."""
+    student = build_student(cfg, dataset)
+    return student, build_distillers(cfg, student, taught_by[0], dataset) if taught_by else {}
+
+
+def _steps_left(learner: _Learner, loader: TrainLoader) -> int:
+    done: int = learner.state["total_steps"] if learner.state else 0
+    left: int = learner.config.node.SOLVER.EPOCHS * loader.steps - done
+    return left
+
+
+def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run:
+    """One of the runs; the one that leads shows its progress."""
+    cfg, log, dataset, taught = learner.config.node, learner.log, shared.dataset, shared.taught
+    step = build_step(
+        cfg, learner.student, learner.distillers, shared.loader, shared.teacher, shared.autocast,
+        shared.compile_students,
+    )  # fmt: skip
+    trainer = Trainer(
+        step=step,
+        schedule=StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE),
+        test=shared.test, epochs=cfg.SOLVER.EPOCHS, seed=cfg.SEED, folder=learner.folder, log=log,
+        about=_about(cfg, dataset), identity={"teacher": taught.get("hash", "")},
+        save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ, log_every=cfg.LOG.TENSORBOARD_FREQ,
+        checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS, run_step=fastest(cfg, step, step, log.line), show_progress=leads,
+    )  # fmt: skip
+    if learner.state:
+        if learner.state["identity"] != trainer.identity:
+            raise ConfigError(
+                f"{learner.folder} was run with another teacher: it cannot be resumed with {taught['file']}"
+            )
+        trainer.load_state(learner.state)
+    names = method_names(cfg)
+    extra = sum(method.extra_parameters() for method in learner.distillers.values())
+    parameters = sum(p.numel() for p in learner.student.parameters())
+    log.line(
+        f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.targets)} "
+        f"images, {shared.loader.steps} steps an epoch, {parameters:,} parameters and {extra:,} extra"
+    )
+    result = {
+        "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
+        "seed": initial_seed(cfg), "epochs": cfg.SOLVER.EPOCHS, "extra_parameters": extra, "command": command,
+        "processes": distributed.wanted().world, "config": yaml.safe_load(dump(cfg)),
+        "environment": environment(build_device(cfg)),
+    }  # fmt: skip
+    return Run(trainer, learner.folder, result, trainer.epoch > cfg.SOLVER.EPOCHS)
+
+
+def train(config: Config, resume: bool = False, command: list[str] | None = None) -> Record:
+    """Run a config from its start, or from where it stopped, to its end.
+
+    Args:
+        config: resolved.
+        resume: go on from the run folder's ``latest.pt``, if there is one.
+        command: the words of the command line, for the record.
+
+    Returns:
+        What ``result.json`` in the run folder holds: ``last`` and ``best`` (epoch, top1, top5, loss), and what was run.
+
+    Raises:
+        UserError: see :func:`build_run`; NonFiniteLossError in training; LostProcessError with several processes.
+        Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the state was saved.
+    """
+    with distributed.watched():
+        run = build_run(config, resume, shlex.join(command or []))
+        try:
+            begin(run)
+            run.trainer.fit()
+            result = finish(run)
+        finally:
+            run.trainer.log.close()
+    distributed.stop()
+    return result
+
+
+def begin(run: Run) -> None:
+    """Write down where it runs, and say so where nothing is left to do."""
+    if distributed.is_first():
+        write_json(run.result["environment"], run.folder / "environment.json")
+    if run.finished:
+        run.trainer.log.line(f"{run.folder} is finished already: nothing left to train")
+
+
+def finish(run: Run) -> Record:
+    """Write ``result.json`` of a run that reached its end; returns what it holds."""
+    result = run.result | run.trainer.summary()
+    if distributed.is_first():
+        write_json(result, run.folder / "result.json")
+    last, best = result["last"], result["best"]
+    run.trainer.log.line(
+        f"done: last top-1 {last['top1']:.2f}, best top-1 {best['top1']:.2f} (epoch {best['epoch']}); "
+        f"weights, metrics.jsonl, result.json and tensorboard/ are in {run.folder}"
+    )
+    return result
