@@ -15,7 +15,7 @@ from PIL import Image
 
 from mdistiller_norm.data.decode import View, decode, decode_box, draw_view, jpeg_header, train_image
 from mdistiller_norm.data.image_folder import MEAN, STD, image_folder
-from mdistiller_norm.data.image_loader import ImageOptions
+from mdistiller_norm.data.image_loader import ImageOptions, TrainReader
 
 CPU = torch.device("cpu")
 OPTIONS = ImageOptions(size=64, mean=MEAN, std=STD, workers=0)
@@ -50,6 +50,7 @@ def tree(jpegs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = noise(90, 120)
     (odd / "odd_cmyk.jpg").write_bytes(noise(90, 120, "CMYK"))
     (odd / "odd_cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (odd / "odd_large.jpg").write_bytes(noise(900, 1300))
     (odd / "odd_grey.jpg").write_bytes(noise(90, 120, "L"))
     (odd / "odd_progressive.jpg").write_bytes(noise(90, 120, progressive=True))
     (odd / "odd_tables.jpg").write_bytes(whole.replace(QUANTISATION, COMMENT))  # its header and end are sound
@@ -86,8 +87,8 @@ def test_boxes_of_real_images_are_resized_as_before(jpegs: list[Path]) -> None:
 def test_only_sound_grey_and_colour_jpegs_have_a_header(tree: Path) -> None:
     known = {path.stem: jpeg_header(path.read_bytes()) is not None for path in tree.rglob("odd_*")}
     assert known == {
-        "odd_cmyk": False, "odd_cut": False, "odd_grey": True, "odd_progressive": True, "odd_tables": True,
-        "odd_picture": False,
+        "odd_cmyk": False, "odd_cut": False, "odd_grey": True, "odd_large": True, "odd_progressive": True,
+        "odd_tables": True, "odd_picture": False,
     }  # fmt: skip
     for content in (b"", b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xc0\x00\xff\xd9", b"\xff\xd8\xff\xe0\x00\x00" * 9):
         assert jpeg_header(content) is None
@@ -111,6 +112,19 @@ def pairs(a: list[list[torch.Tensor]], b: list[list[torch.Tensor]]) -> Iterator[
     for (images, *rest), (others, *rests) in zip(a, b, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(rest, rests, strict=True))
         yield images.int() - others.int()
+
+
+def test_a_reader_gives_the_views_of_whole_images(tree: Path) -> None:
+    reader = TrainReader(image_folder(tree, OPTIONS).train, OPTIONS)
+    for first in (0, 70):  # in a batch of several groups, too
+        wanted = list(range(len(reader.split.source))) * (1 + first // 10)
+        made, broken = reader[(7, wanted)], list[str]()
+        for row in range(first, first + len(reader.split.source)):
+            index, image = reader.view(7, wanted[row], broken)
+            assert index == made.indices[row]
+            assert torch.equal(image, made.images[row])
+        assert set(broken) == set(made.broken)
+        assert len(set(broken)) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mdistiller_norm.data.image_folder import ImageDataset
 
 GROUP = 64  # images that a worker opens, then decodes, then resizes: a tenth faster than one image after the other
+LARGE = 2**19  # pixels of a box that is resized as soon as it is decoded
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class TrainReader(TorchDataset[Any]):
         images = _shared(len(indices), self.options.size)
         for first in range(0, len(wanted), GROUP):
             opened = [self.open(key, index) for index in wanted[first : first + GROUP]]
-            boxes = [_box(one) for one in opened]
+            boxes = [_box(one, self.options.size) for one in opened]
             for row, (one, box) in enumerate(zip(opened, boxes, strict=True), first):
                 if one is None or box is None:
                     indices[row], images[row] = self.view(key, wanted[row], broken)
@@ -188,13 +189,15 @@ def _random(key: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([key, index], dtype=np.uint64)))
 
 
-def _box(opened: Opened | None) -> Tensor | None:
+def _box(opened: Opened | None, size: int) -> Tensor | None:
+    """The box of a sample; a large one in its final size, so that a group of photographs fits into memory."""
     if opened is None:
         return None
     try:
-        return decode_box(*opened)
+        box = decode_box(*opened)
     except UNREADABLE:
         return None
+    return resize_box(box, False, size) if box.shape[1] * box.shape[2] > LARGE else box
 
 
 def _try_decode(split: ImageSplit, index: int, broken: list[str]) -> Tensor | None:
