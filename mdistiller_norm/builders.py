@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from mdistiller_norm.data import (
     DATASETS,
     Dataset,
+    EvalLoader,
     ImageOptions,
+    MemoryEvalLoader,
     MemoryTrainLoader,
     Share,
     TensorDataset,
@@ -24,7 +26,7 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import TeacherFile, find_teacher, load_into, load_weights
 from mdistiller_norm.engine.compile import compile_teacher
 from mdistiller_norm.engine.dot import DOT
-from mdistiller_norm.engine.graph import CapturedStep, Step
+from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep, Step
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.step import TrainStep
@@ -204,7 +206,16 @@ def fastest(cfg: Any, step: Step, like: TrainStep, say: Say) -> Callable[..., No
         if why not in ("", "off"):
             say(f"no CUDA graph: {why}")
         return step
-    return CapturedStep(step)
+    return CapturedStep(step, say)
+
+
+def fastest_test(cfg: Any, network: Network, test: EvalLoader, say: Say) -> Callable[[Tensor], Tensor]:
+    """The network as an evaluation runs it: from CUDA graphs where the images lie on a CUDA device."""
+    device = next(network.parameters()).device
+    held = isinstance(test, MemoryEvalLoader)
+    return (
+        CapturedNetwork(network, say) if cfg.ENGINE.CUDA_GRAPH != "off" and device.type == "cuda" and held else network
+    )
 
 
 def build_optimizer(

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mdistiller_norm.config import load_config
+from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import ImageOptions, TensorDataset, digits, image_folder
+from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep
+from mdistiller_norm.engine.lockstep import Lockstep, fit_together
 from mdistiller_norm.engine.logger import environment
 from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
-from mdistiller_norm.runs import build_run
+from mdistiller_norm.runs import build_run, build_runs
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,17 @@ class Check:
     detail: str
 
 
-def _trainer(folder: Path, name: str, dataset: TensorDataset, *overrides: str) -> Trainer:
+def _config(folder: Path, name: str, *overrides: str) -> Config:
     common = [
         "DATASET.TYPE=digits", "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8", f"LOG.PREFIX={folder}",
         f"DISTILLER.TEACHER_WEIGHTS={folder / 'teacher.pth'}", "SOLVER.NESTEROV=true", "DEVICE=cuda",
         "ENGINE.COMPILE=none", f"EXPERIMENT.NAME={name}",
     ]  # fmt: skip
-    return build_run(load_config(None, [*common, *overrides]), dataset=dataset).trainer
+    return load_config(None, [*common, *overrides])
+
+
+def _trainer(folder: Path, name: str, dataset: TensorDataset, *overrides: str) -> Trainer:
+    return build_run(_config(folder, name, *overrides), dataset=dataset).trainer
 
 
 def _run(trainer: Trainer, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -76,7 +83,46 @@ def _compare(folder: Path, dataset: TensorDataset, steps: int, method: str, *ove
     different = [key for key in eager if not torch.equal(eager[key], captured[key])]
     gap = max(abs(a - b) for a, b in zip(eager_losses, captured_losses, strict=True))
     detail = f"{steps} steps, {len(different)} of {len(eager)} tensors differ, largest difference of a loss {gap:.3g}"
-    return Check(f"captured equals eager: {method} {' '.join(overrides)}".strip(), not different, detail)
+    refused = [line for line in (trainer.folder / "worklog.txt").read_text().splitlines() if "no CUDA graph" in line]
+    detail += "".join(f"; {line}" for line in refused)
+    return Check(
+        f"captured equals eager: {method} {' '.join(overrides)}".strip(), not different and not refused, detail
+    )
+
+
+def _evaluation(folder: Path, dataset: TensorDataset) -> Check:
+    """The captured evaluation against the eager one, before and after the weights changed."""
+    trainer = _trainer(folder, "evaluation", dataset, "DISTILLER.TYPE=NONE", "ENGINE.CUDA_GRAPH=on")
+    student, seen = trainer.step.trainable.student, []
+    for _ in range(2):
+        seen.append([evaluate(student, trainer.test, None, run)[:3] for run in (None, trainer.run_test)])
+        _run(trainer, 20)
+    captured = isinstance(trainer.run_test, CapturedNetwork)
+    equal = captured and all(eager == graph for eager, graph in seen)
+    return Check("captured evaluation equals eager", equal, f"top-1, top-5, loss by eager and captured: {seen}")
+
+
+def _lockstep(folder: Path, dataset: TensorDataset) -> Check:
+    """Two trials in one captured step, on a stream each, against each of them alone."""
+    common = ("DISTILLER.TYPE=NormKD", "ENGINE.CUDA_GRAPH=on", "SOLVER.EPOCHS=2", "SOLVER.LR_DECAY_STAGES=[1]")
+    seeds = [f"SOLVER.INIT_SEED={seed}" for seed in (0, 7)]
+    alone = [_trainer(folder, f"alone{number}", dataset, *common, seed) for number, seed in enumerate(seeds)]
+    for trainer in alone:
+        trainer.fit()
+    runs = build_runs(
+        [_config(folder, f"together{number}", *common, seed) for number, seed in enumerate(seeds)], dataset=dataset
+    )
+    together = [run.trainer for run in runs]
+    refused: list[str] = []
+    failed = fit_together(together, lambda steps: CapturedStep(Lockstep(steps), refused.append))
+    different = 0
+    for one, other in zip(alone, together, strict=True):
+        states = [trainer.step.trainable.state_dict() for trainer in (one, other)]
+        different += sum(not torch.equal(states[0][key], states[1][key]) for key in states[0])
+        one.log.close()
+        other.log.close()
+    detail = "; ".join([f"2 trials, 2 epochs, {different} tensors differ, {len(failed)} trials failed", *refused])
+    return Check("trials in lockstep equal trials alone", not (different or failed or refused), detail)
 
 
 def _step_time(folder: Path, dataset: TensorDataset, graph: str) -> float:
@@ -147,6 +193,8 @@ def check_gpu(steps: int = 200) -> list[Check]:
         eager, captured = (_step_time(folder, dataset, graph) for graph in ("off", "on"))
         line = f"median ms a step, resnet14 -> resnet8, batch 64: eager {eager:.2f}, captured {captured:.2f}"
         checks.append(Check("a captured step is faster", captured < eager, line))
+        checks.append(_evaluation(folder, dataset))
+        checks.append(_lockstep(folder, dataset))
         checks.append(_decoded(folder, dataset, torch.device("cuda")))
     return checks
 

@@ -23,6 +23,7 @@ from mdistiller_norm.builders import (
     build_teacher_runner,
     build_train_loader,
     fastest,
+    fastest_test,
     initial_seed,
     method_names,
     placed,
@@ -310,7 +311,8 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
         test=shared.test, epochs=cfg.SOLVER.EPOCHS, seed=cfg.SEED, folder=learner.folder, log=log,
         about=_about(cfg, dataset), identity={"teacher": taught.get("hash", "")},
         save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ, log_every=cfg.LOG.TENSORBOARD_FREQ,
-        checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS, run_step=fastest(cfg, step, step, log.line), show_progress=leads,
+        checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS, run_step=fastest(cfg, step, step, log.line),
+        run_test=fastest_test(cfg, learner.student, shared.test, log.line), show_progress=leads,
     )  # fmt: skip
     if learner.state:
         if learner.state["identity"] != trainer.identity:

@@ -28,6 +28,7 @@ from yacs.config import CfgNode
 
 from mdistiller_norm.benchmark.timing import clock
 from mdistiller_norm.data import Split, TensorDataset
+from mdistiller_norm.engine.host import freed_memory_as_usual
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model, probe
 
@@ -181,8 +182,12 @@ class Reference:
 
     @contextlib.contextmanager
     def _patched(self, data: Path | None = None) -> Iterator[None]:
-        """What its code needs while it runs: no CUDA where there is none, our data, and no progress bar on screen."""
+        """What its code needs while it runs: no CUDA where there is none, our data, and no progress bar on screen.
+
+        And what is its own: the C library's way with freed memory, which our tools change for their process.
+        """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(freed_memory_as_usual())
             stack.enter_context(contextlib.redirect_stderr(self._null))
             stack.enter_context(contextlib.redirect_stdout(self._null))
             stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,10 +37,21 @@ class Evaluation(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(network: Network, loader: EvalLoader, autocast: torch.dtype | None = None) -> Evaluation:
+def evaluate(
+    network: Network,
+    loader: EvalLoader,
+    autocast: torch.dtype | None = None,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
     """Run a network over a split in eval mode (its mode is put back); waits for the device once, at the end.
 
     With several processes each runs over its share of the split, and all get the figures of the whole.
+
+    Args:
+        network: to evaluate.
+        loader: batches of the split.
+        autocast: the dtype of its passes, None for float32.
+        forward: a faster form of ``network`` (a captured one).
     """
     was_training = network.training
     network.eval()
@@ -48,10 +60,11 @@ def evaluate(network: Network, loader: EvalLoader, autocast: torch.dtype | None 
     correct, seen = (torch.zeros(classes, dtype=torch.int64, device=device) for _ in range(2))
     in_top5 = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    run = forward or network
     start = time.perf_counter()
     for images, targets in loader:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits = network(images)
+            logits = run(images)
         logits = at_least_float32(logits)
         ranked = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
         correct.index_add_(0, targets, ranked[:, 0].long())

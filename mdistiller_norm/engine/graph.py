@@ -1,12 +1,14 @@
-"""A whole training step as one CUDA graph: recorded once for each batch size, then replayed without Python."""
+"""Whole training steps, and passes of evaluation, as CUDA graphs: recorded once for each batch size, then replayed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mdistiller_norm.data.base import Warn
 from mdistiller_norm.engine.teacher import Raw
 
 
@@ -20,49 +22,93 @@ class Step(Protocol):
         """Every tensor that it writes to."""
 
 
-class CapturedStep:
-    """A training step whose work is replayed from CUDA graphs.
-
-    The inputs of a step are copied into static buffers; everything else it touches (weights, momenta, metrics, the
-    learning rate, the factors) stays at one address and is written in place. Before the recording the step is run a few
-    times on a side stream, as capturing requires, and what that changed is put back.
+class _Recorder:
+    """Graphs of a function by the shapes of its inputs; all of them share their working memory.
 
     Args:
-        step: the eager step.
+        function: of tensors. What it reads besides its inputs must stay at one address.
+        held: every tensor that it writes to and that outlives it.
+        warn: is told, in a line, why it cannot be recorded. From then on it runs as it is.
     """
 
     WARMUP = 3
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+    def __init__(self, function: Callable[..., Any], held: Callable[[], list[Tensor]], warn: Warn) -> None:
+        self.function, self.held, self.warn = function, held, warn
+        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
+        self._refused = False
 
-    def __call__(self, *raw: Tensor) -> None:
-        """Train on the batch that ``raw`` names."""
-        shapes = tuple(tensor.shape for tensor in raw)
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the function gives; a recorded one writes it into the same tensors at every call."""
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes not in self._graphs and not self._refused:
+            try:
+                self._graphs[shapes] = self._record(inputs)
+            except RuntimeError as error:
+                self._refused = True
+                self.warn(f"warning: no CUDA graph, recording one failed ({str(error).splitlines()[0]})")
         if shapes not in self._graphs:
-            self._graphs[shapes] = self._record(raw)
-        graph, inputs = self._graphs[shapes]
-        for static, tensor in zip(inputs, raw, strict=True):
-            static.copy_(tensor, non_blocking=True)
+            return self.function(*inputs)
+        graph, static, outputs = self._graphs[shapes]
+        for buffer, tensor in zip(static, inputs, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
         graph.replay()
+        return outputs
 
-    def _record(self, raw: Raw) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-        inputs = [tensor.clone() for tensor in raw]
-        state = self.step.held()
+    def _record(self, inputs: Raw) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+        """Run it a few times on a side stream, as capturing requires, put back what that changed, and record it."""
+        static = [tensor.clone() for tensor in inputs]
+        state = self.held()
         before = [tensor.detach().clone() for tensor in state]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.WARMUP):
-                self.step(*inputs)
+                self.function(*static)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.no_grad():
             for tensor, saved in zip(state, before, strict=True):
                 tensor.copy_(saved)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self.step(*inputs)
+            outputs = self.function(*static)
         self._pool = graph.pool()
-        return graph, inputs
+        return graph, static, outputs
+
+
+class CapturedStep:
+    """A training step whose work is replayed from CUDA graphs.
+
+    The inputs of a step are copied into static buffers; everything else it touches (weights, momenta, metrics, the
+    learning rate, the factors) stays at one address and is written in place.
+
+    Args:
+        step: the eager step.
+        warn: is told, in a line, if it cannot be recorded.
+    """
+
+    def __init__(self, step: Step, warn: Warn = print) -> None:
+        self.step = step
+        self._run = _Recorder(step, step.held, warn)
+
+    def __call__(self, *raw: Tensor) -> None:
+        """Train on the batch that ``raw`` names."""
+        self._run(*raw)
+
+
+class CapturedNetwork:
+    """A network's logits for evaluation, replayed from CUDA graphs; the weights may change in place between calls.
+
+    Args:
+        network: in eval mode whenever this is called.
+        warn: is told, in a line, if it cannot be recorded.
+    """
+
+    def __init__(self, network: nn.Module, warn: Warn = print) -> None:
+        self._run = _Recorder(network, lambda: [], warn)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of images, in a tensor that the next call overwrites."""
+        logits: Tensor = self._run(images)
+        return logits

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from mdistiller_norm.data import EvalLoader
@@ -50,6 +51,7 @@ class Trainer:
         checkpoint_steps: steps between two states of ``latest.pt`` within an epoch; 0 for none.
         ahead: work to be done before the first step, bit by bit (filling the teacher cache).
         run_step: ``step``, or a faster form of the same (a captured one).
+        run_test: the student, or a faster form of it, for evaluation.
         show_progress: on a bar.
     """
 
@@ -70,12 +72,14 @@ class Trainer:
         checkpoint_steps: int = 0,
         ahead: Iterable[int] = (),
         run_step: Callable[..., None] | None = None,
+        run_test: Callable[[Tensor], Tensor] | None = None,
         show_progress: bool = True,
     ) -> None:
         self.step, self.schedule, self.test, self.epochs, self.seed = step, schedule, test, epochs, seed
         self.folder, self.log, self.about, self.identity = folder, log, about, identity
         self.save_every, self.log_every, self.checkpoint_steps = save_every, log_every, checkpoint_steps
-        self.ahead, self.run_step, self.show_progress = ahead, run_step or step, show_progress
+        self.ahead, self.run_step, self.run_test = ahead, run_step or step, run_test
+        self.show_progress = show_progress
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0  # where training goes on
         self.best: Record = {}
         self.last: Record = {}
@@ -131,7 +135,7 @@ class Trainer:
             averages = self.step.meters.read(self.epoch, together=True)
             trained = time.perf_counter() - start
             distributed.average_batch_norms(self.step.trainable)
-            test = evaluate(self.step.trainable.student, self.test, self.step.trainable.autocast)
+            test = evaluate(self.step.trainable.student, self.test, self.step.trainable.autocast, self.run_test)
             self.seconds += time.perf_counter() - self._since
             record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
                 "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
