@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def train_main(arguments: Sequence[str]) -> int:
         return 0
     if options.check_data:
         return _check_data(builders.build_dataset(resolved.node))
-    command = ["python", "tools/train.py", *arguments]
+    command = [*_starter(), "tools/train.py", *arguments]
     if resolved.node.SOLVER.TRIALS > 1:
         from mdistiller_norm.trials import train_trials
 
@@ -64,6 +65,14 @@ def train_main(arguments: Sequence[str]) -> int:
         return 0
     runs.train(resolved, options.resume, command)
     return 0
+
+
+def _starter() -> list[str]:
+    """What started this process, for the record of the run: torchrun leaves traces in the environment."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["python"]
+    nodes, processes = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    return ["torchrun", *(["--nnodes", nodes] if nodes != "1" else ["--standalone"]), "--nproc-per-node", processes]
 
 
 def _check_data(dataset: Dataset) -> int:

@@ -406,6 +406,7 @@ def test_a_run_of_two_processes_stops_resumes_and_fails_like_any_other(tmp_path:
     assert reproduce_main(options) == 0
     (entry,) = read_ledger(tmp_path / "results" / "runs").all_runs()
     assert entry.record["processes"] == 2
+    assert entry.record["command"].startswith("torchrun --standalone --nproc-per-node 2 tools/train.py --cfg ")
     lines = (run / "worklog.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("epoch ")] == [
         f"epoch {i}/12" for i in range(1, 13)

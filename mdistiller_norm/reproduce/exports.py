@@ -20,7 +20,7 @@ def write_csv(report: Report, path: Path) -> None:
     names = [
         "file", "cells", "method", "student", "teacher", "dataset", "seed", "epochs", "best_top1", "best_epoch",
         "last_top1", "last_top5", "teacher_top1", "teacher_hash", "extra_parameters", "seconds", "ms_per_batch",
-        "device", "precision", "torch", "commit", "finished_at",
+        "device", "processes", "precision", "torch", "commit", "finished_at",
     ]  # fmt: skip
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -32,7 +32,8 @@ def write_csv(report: Report, path: Path) -> None:
                 record["student"], teacher.get("name", ""), record["dataset"], entry.seed, record["epochs"],
                 record["best"]["top1"], record["best"]["epoch"], record["last"]["top1"], record["last"]["top5"],
                 teacher.get("top1", ""), teacher.get("hash", ""), record["extra_parameters"], record["seconds"],
-                entry.milliseconds, record["environment"].get("device", ""), record["config"]["SOLVER"]["PRECISION"],
+                entry.milliseconds, record["environment"].get("device", ""), record.get("processes", 1),
+                record["config"]["SOLVER"]["PRECISION"],
                 record["environment"].get("torch", ""), record["environment"].get("commit", ""), record["at"],
             ])  # fmt: skip
 
