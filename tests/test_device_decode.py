@@ -15,7 +15,7 @@ from PIL import Image
 
 from mdistiller_norm.data.decode import View, decode, decode_box, draw_view, jpeg_header, train_image
 from mdistiller_norm.data.image_folder import MEAN, STD, image_folder
-from mdistiller_norm.data.image_loader import ImageOptions, TrainReader
+from mdistiller_norm.data.image_loader import LARGE, ImageOptions, TrainReader
 
 CPU = torch.device("cpu")
 OPTIONS = ImageOptions(size=64, mean=MEAN, std=STD, workers=0)
@@ -115,14 +115,17 @@ def pairs(a: list[list[torch.Tensor]], b: list[list[torch.Tensor]]) -> Iterator[
 
 
 def test_a_reader_gives_the_views_of_whole_images(tree: Path) -> None:
-    reader = TrainReader(image_folder(tree, OPTIONS).train, OPTIONS)
+    reader, key = TrainReader(image_folder(tree, OPTIONS).train, OPTIONS), 8
     for first in (0, 70):  # in a batch of several groups, too
         wanted = list(range(len(reader.split.source))) * (1 + first // 10)
-        made, broken = reader[(7, wanted)], list[str]()
+        made, broken = reader[(key, wanted)], list[str]()
         for row in range(first, first + len(reader.split.source)):
-            index, image = reader.view(7, wanted[row], broken)
+            index, image = reader.view(key, wanted[row], broken)
             assert index == made.indices[row]
             assert torch.equal(image, made.images[row])
+            large = reader.split.source.name(wanted[row]).endswith("odd_large.jpg")
+            opened = reader.open(key, wanted[row])
+            assert large == (opened is not None and opened.view.height * opened.view.width > LARGE)
         assert set(broken) == set(made.broken)
         assert len(set(broken)) == 2
 

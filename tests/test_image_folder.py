@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -238,6 +239,16 @@ def test_check_data_lists_every_unreadable_file(copy: Path) -> None:
     assert "tiny: 3 classes, 36 + 12 images" in done.stdout
     assert all(str(file) in done.stdout for file in files)
     assert "2 of its images cannot be read" in done.stdout
+
+
+def test_the_loader_is_measured_against_the_usual_one(tree: Path) -> None:
+    done = tool(
+        "benchmark", "--loader", tree / "train", "--blocks", 1, "DATASET.IMAGE_SIZE", 32, "DATASET.NUM_WORKERS", 1,
+        "SOLVER.BATCH_SIZE", 8,
+    )  # fmt: skip
+    assert re.search(
+        r"36 images of .*, 1 workers, best of 1 passes: \d+ images/s, torchvision \d+, ratio \d", done.stdout
+    )
 
 
 # Shards
