@@ -189,7 +189,7 @@ def test_of_the_teachers_trained_here_the_one_of_the_students_schedule_is_taken(
     smoke = add_run(project, "smoke", 2, 99.0)
     assert found(2) == checkpoint.TeacherFile(smoke, 99.0)
     assert found(240).path == smoke
-    assert found(240).doubt.startswith(f"the teacher {smoke} trained for 2 epochs and its student is to train for 240:")
+    assert found(240).doubt.startswith(f"the teacher {smoke} trained for 2 of the 240 epochs")
     assert "python tools/train.py --cfg x.yaml" in found(240).doubt
     add_run(project, "worse", 240, 90.0)
     full = add_run(project, "full", 240, 95.0)

@@ -216,8 +216,8 @@ def find_teacher(
     if trained := _trained_here(model, dataset, runs, epochs):
         path, top1, length = trained
         doubt = (
-            f"the teacher {path} trained for {length} epochs and its student is to train for {epochs}: if another is "
-            f"meant, set DISTILLER.TEACHER_WEIGHTS or train it with `{train_command}`"
+            f"the teacher {path} trained for {length} of the {epochs} epochs that its student is to train: if another "
+            f"is meant, set DISTILLER.TEACHER_WEIGHTS or train it with `{train_command}`"
         )
         return TeacherFile(path, top1, doubt if length < epochs else "")
     raise CheckpointError(
