@@ -314,7 +314,11 @@ def make_plan(
                     cell.config, overrides, seed, smoke, cell.overrides, cells=(cell.name,), teacher=teacher, queue=rank
                 )
             )
+    return Plan(_in_order(jobs, by_value), tuple(without_config), tuple(published))
 
+
+def _in_order(jobs: Mapping[tuple[str, int], Job], by_value: bool) -> tuple[Job, ...]:
+    """Teachers first, then seed by seed; within a seed as they were made, or the most wanted first."""
     order = list(jobs)
     needed = {job.teacher.key for job in jobs.values() if job.teacher}
 
@@ -322,4 +326,4 @@ def make_plan(
         job = jobs[key]
         return job.queue if by_value else 0, key not in needed, job.seed, order.index(key)
 
-    return Plan(tuple(jobs[key] for key in sorted(order, key=place)), tuple(without_config), tuple(published))
+    return tuple(jobs[key] for key in sorted(order, key=place))

@@ -1,0 +1,428 @@
+"""Real runs of a small table, and their ledger. A smoke run has two epochs and takes some seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, tool
+
+from mdistiller_norm.config import dump, load_config
+from mdistiller_norm.engine.checkpoint import find_teacher, load_into, load_weights
+from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.models import build_model
+from mdistiller_norm.reproduce.cli import report_main, reproduce_main
+from mdistiller_norm.reproduce.estimate import Estimator
+from mdistiller_norm.reproduce.jobs import (
+    Job,
+    cell_config,
+    cell_identity,
+    cost,
+    make_plan,
+)  # fmt: skip
+from mdistiller_norm.reproduce.ledger import Entry, add, digest, finished_record, read_ledger
+from mdistiller_norm.reproduce.runner import pending_jobs
+from mdistiller_norm.reproduce.tables import load_tables
+
+TABLES = load_tables()
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return ["--table", "digits", "--smoke", "--output", str(folder), *more]
+
+
+class Done(NamedTuple):
+    """What a call of the tool's main function left."""
+
+    returncode: int
+    stdout: str
+
+
+def smoke(folder: Path, *more: str) -> Done:
+    """Run a smoke table in this process; its trainings are processes of their own all the same."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = reproduce_main(arguments(folder, *more))
+    return Done(code, said.getvalue())
+
+
+def records(folder: Path) -> list[Path]:
+    return sorted((folder / "smoke" / "results" / "runs").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with a finished teacher and one student of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    smoke(folder, "--methods", "kd", "--trials", "1")
+    return folder
+
+
+@pytest.fixture
+def output(trained: Path, tmp_path: Path) -> Path:
+    """A copy of ``trained`` that a test may change, at a place of its own."""
+    shutil.copytree(trained, tmp_path / "output")
+    return tmp_path / "output"
+
+
+def run_folder(output: Path, method: str, seed: int) -> Path:
+    (job,) = (
+        job
+        for job in make_plan(TABLES["digits"].select([method]), [seed], output=output / "smoke", smoke=True).jobs
+        if job.cells
+    )
+    return job.folder
+
+
+@pytest.mark.slow
+def test_a_table_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
+    rows = ["--methods", "student", "kd", "normkd", "--seeds", "0", "1"]
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments(tmp_path, *rows)]
+
+    stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(records(tmp_path)) >= 1)
+    stopped.send_signal(signal.SIGTERM)  # the polite way
+    said, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert re.search(r"[1-7] runs? left, about", said)
+
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    before = len(records(tmp_path))
+    wait_for(lambda: len(records(tmp_path)) > before)
+    time.sleep(1)
+    killed.send_signal(signal.SIGKILL)  # its training process lives on
+    killed.wait()
+
+    assert "0 failed" in smoke(tmp_path, *rows, "--jobs", "2").stdout
+    assert "7 runs: 7 done, 0 to run" in smoke(tmp_path, *rows).stdout
+    assert len(records(tmp_path)) == 7  # a teacher and 3 x 2 students
+    for log in (tmp_path / "smoke").glob("digits/*/worklog.txt"):
+        epochs = [line.split(":")[0] for line in log.read_text().splitlines() if line.startswith("epoch ")]
+        assert epochs == ["epoch 1/2", "epoch 2/2"], log
+    ledger = read_ledger(tmp_path / "smoke" / "results" / "runs", smoke=True)
+    hashes = {entry.record["teacher"]["hash"] for entry in ledger.all_runs() if entry.record["teacher"]}
+    assert len(hashes) == 1
+
+    tool("report", "--smoke", "--output", tmp_path)
+    text = (tmp_path / "smoke" / "results" / "TABLES.md").read_text()
+    assert "Smoke runs" in text
+    assert "4 of 6 cells measured" in text
+    assert text.count("n = 2: fewer than 3 trials") == 3  # Δ1, and the claim by last and by best epochs
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_failing_cell_is_recorded_and_the_rest_goes_on(output: Path) -> None:
+    broken = run_folder(output, "normkd", 0)
+    broken.mkdir()
+    (broken / "config.yaml").write_text(dump(load_config(run_folder(output, "kd", 0) / "config.yaml").node))
+    (broken / "latest.pt").write_bytes(b"not a checkpoint")
+    done = smoke(output, "--methods", "normkd", "student", "--seeds", "0")
+    assert done.returncode == 1
+    assert "FAILED: digits/normkd,resnet20,resnet8, seed 0: error: " in done.stdout
+    assert "1 done, 1 failed" in done.stdout
+    ledger = read_ledger(output / "smoke" / "results" / "runs", smoke=True)
+    (failure,) = ledger.failures
+    assert failure.record["error"].startswith("error: ")
+    assert failure.record["error"].endswith("(exit code 2)")
+    assert report_main(["--smoke", "--output", str(output)]) == 0
+    text = (output / "smoke" / "results" / "TABLES.md").read_text()
+    assert "| NormKD | failed |" in text
+    assert "## Failed runs" in text
+
+    shutil.rmtree(broken)
+    assert smoke(output, "--methods", "normkd", "--seeds", "0").returncode == 0
+    assert not read_ledger(output / "smoke" / "results" / "runs", smoke=True).failures
+
+
+@pytest.mark.slow
+def test_students_of_a_failing_teacher_are_not_run(tmp_path: Path) -> None:
+    teacher = run_folder(tmp_path, "teacher", 0)
+    teacher.mkdir(parents=True)
+    (teacher / "config.yaml").write_text("SOLVER: nonsense\n")
+    (teacher / "latest.pt").write_bytes(b"")
+    done = smoke(tmp_path, "--methods", "kd", "--trials", "2")
+    assert done.returncode == 1
+    assert done.stdout.count("not run, its teacher failed") == 2
+    assert "0 done, 1 failed, 2 without their teacher" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_budget_stops_in_time_and_says_what_is_left(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = smoke(tmp_path, "--methods", "kd", "--trials", "1", "--budget", "12s")
+    assert done.returncode == 3, done.stdout
+    assert time.monotonic() - started < 60
+    assert re.search(r"(2 runs|1 run) left, about", done.stdout)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_stops_resumes_and_fails_like_any_other(tmp_path: Path) -> None:
+    """By torchrun, on the whole schedule of a resnet8: there is time to stop it."""
+    options = ["--table", "digits", "--methods", "student", "--seeds", "0", "--processes", "2",
+               "--output", str(tmp_path / "output"), "--results", str(tmp_path / "results")]  # fmt: skip
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *options]
+    run = tmp_path / "output" / "digits" / "vanilla,resnet8,SEED=0"
+
+    stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) > 0)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=90)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "stopped and saved: digits/vanilla,resnet8, seed 0" in said
+    assert "1 run left, about" in said
+
+    whole = (run / "latest.pt").read_bytes()
+    (run / "latest.pt").write_bytes(b"not a checkpoint")
+    assert reproduce_main(options) == 1
+    (failure,) = read_ledger(tmp_path / "results" / "runs").failures
+    assert failure.record["error"].startswith(f"error: {run}/latest.pt")
+    assert failure.record["command"].startswith("torchrun --standalone --nproc-per-node 2 tools/train.py --cfg ")
+
+    (run / "latest.pt").write_bytes(whole)
+    assert reproduce_main(options) == 0
+    (entry,) = read_ledger(tmp_path / "results" / "runs").all_runs()
+    assert entry.record["processes"] == 2
+    assert entry.record["command"].startswith("torchrun --standalone --nproc-per-node 2 tools/train.py --cfg ")
+    lines = (run / "worklog.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("epoch ")] == [
+        f"epoch {i}/12" for i in range(1, 13)
+    ]
+    assert sum(line.startswith("resuming") for line in lines) == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_is_measured_on_held_out_images_and_fills_no_cell(output: Path) -> None:
+    options = ["--methods", "normkd", "teacher", "--sweep", "NormKD.TEMPERATURE_NORM=1,2", "--trials", "1"]
+    said = smoke(output, *options).stdout
+    assert said.count("on held-out images") == 2
+    swept = [e for e in read_ledger(output / "smoke" / "results" / "runs", smoke=True).all_runs()
+             if e.record["config"]["DATASET"]["VAL_SPLIT"] == 0.1]  # fmt: skip
+    assert {entry.record["config"]["NormKD"]["TEMPERATURE_NORM"] for entry in swept} == {1.0, 2.0}
+    cell = TABLES["digits"].cells["normkd", "res20_res8"]
+    assert cell_identity(cell, smoke=True) not in {entry.identity for entry in swept}
+    report_main(["--smoke", "--output", str(output)])
+    text = (output / "smoke" / "results" / "TABLES.md").read_text()
+    assert "| NormKD | pending |" in text
+    assert text.count("on 10% of the training set, held out") == 2
+
+
+@pytest.mark.slow
+def test_submitit_runs_jobs_and_waits_for_the_teacher(tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
+    done = smoke(
+        tmp_path, "--methods", "kd", "--trials", "1", "--launcher", "submitit-local", "--slurm", "timeout_min=5"
+    )
+    assert done.stdout.count("submitted as") == 2
+    assert "2 done, 0 failed" in done.stdout
+    assert len(records(tmp_path)) == 2
+
+
+def test_slurm_without_slurm_is_one_line(output: Path) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
+    if shutil.which("sbatch"):
+        pytest.skip("this machine has Slurm")
+    with pytest.raises(ConfigError, match="submitit cannot use slurm"):
+        smoke(output, "--methods", "normkd", "--trials", "1", "--launcher", "slurm")
+
+
+def test_what_is_finished_is_not_run_again(output: Path) -> None:
+    assert "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "--trials", "1").stdout
+    for path in records(output):
+        path.unlink()
+    # The run folders are still there: they are taken into the ledger, not run again.
+    again = smoke(output, "--methods", "kd", "teacher", "--trials", "1")
+    assert "2 runs: 2 done, 0 to run" in again.stdout
+    assert len(records(output)) == 2
+
+
+def test_estimates_prefer_what_was_measured(output: Path) -> None:
+    entries = read_ledger(output / "smoke" / "results" / "runs", smoke=True).all_runs()
+    kd = next(entry for entry in entries if entry.record["method"] == ["KD"]).record
+    cpu = torch.device("cpu")
+
+    def job(method: str, seed: int, *extra: str) -> Job:
+        plan = make_plan(
+            TABLES["digits"].select([method]), [seed], output=output / "smoke", smoke=True, extra=list(extra)
+        )
+        return plan.jobs[-1]
+
+    estimator = Estimator(entries, cpu)
+    start = estimator.of(job("kd", 1)).seconds - kd["seconds"]
+    assert 0 < start < 10
+    assert estimator.of(job("kd", 1)).source == "finished runs of other seeds"
+    assert estimator.of(job("dkd", 0)) == (start + kd["seconds"], "finished runs of the same networks")
+    begun = job("kd", 1)
+    begun.folder.mkdir()
+    (begun.folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 100.0}\n')
+    assert estimator.of(begun) == (start + 100, "its own pace so far")
+
+    # Other runs do not say how fast these are: of another device, of more processes, in another precision.
+    elsewhere = kd | {"environment": kd["environment"] | {"device": "another"}}
+    shared = kd | {"processes": 2}
+    for record, wanted in (
+        (elsewhere, job("dkd", 0)),
+        (shared, job("dkd", 0)),
+        (kd, job("dkd", 0, "SOLVER.PRECISION=bf16")),
+    ):
+        source = Estimator([Entry(Path("x"), record, "")], cpu).of(wanted).source
+        assert source == f"operations counted, at the {wanted.pace.precision} pace of a short trial"
+
+    # Half a teraflop a second in a run of CIFAR's length is this device's pace; a small run's is not looked at.
+    large = yaml.safe_load(dump(load_config(ROOT / "configs/cifar100/vanilla/resnet56.yaml").node))
+    record = kd | {"config": large, "seconds": cost(large) / 5e11, "epochs": 240}
+    estimate = Estimator([*entries, Entry(Path("x"), record, "")], cpu).of(job("student", 1))
+    assert estimate.source == "operations counted, at the fp32 pace of finished runs"
+    assert estimate.seconds == pytest.approx(start + job("student", 1).cost / 5e11)
+    total = estimator.total([begun, job("dkd", 0), job("dkd", 1)])
+    assert total.source == "2 from finished runs of the same networks; 1 from its own pace so far"
+    assert total.seconds == pytest.approx(3 * start + 100 + 2 * kd["seconds"])
+
+
+def test_a_merged_ledger_needs_no_teacher_until_a_student_is_missing(output: Path) -> None:
+    ledger = read_ledger(output / "smoke" / "results" / "runs", smoke=True)
+    elsewhere = output.parent / "other_machine"  # has the records, not the weights
+    cells = list(TABLES["digits"].select(["kd", "normkd"]))
+    plan = make_plan(cells[:1], [0], output=elsewhere, smoke=True)
+    assert pending_jobs(plan.jobs, ledger) == []
+    plan = make_plan(cells, [0], output=elsewhere, smoke=True)
+    assert [job.config_file for job in pending_jobs(plan.jobs, ledger)] == [
+        "configs/digits/vanilla_resnet20.yaml", "configs/digits/normkd.yaml",
+    ]  # fmt: skip
+
+
+def test_records_say_what_was_run(trained: Path) -> None:
+    ledger = read_ledger(trained / "smoke" / "results" / "runs", smoke=True)
+    (entry,) = ledger.of(cell_identity(TABLES["digits"].cells["kd", "res20_res8"], smoke=True)).values()
+    record, folder = entry.record, run_folder(trained, "kd", 0)
+    result = json.loads((folder / "result.json").read_text())
+    for key in ("last", "best", "seconds", "teacher", "extra_parameters", "command", "environment"):
+        assert record[key] == result[key]
+    assert record["smoke"] is True
+    assert record["config_file"] == "configs/digits/kd.yaml"
+    assert len(record["teacher"]["hash"]) == 64
+    assert {"commit", "torch", "device", "python"} <= record["environment"].keys()
+    assert record["metrics"]["epoch"] == [1, 2]
+    assert entry.milliseconds == pytest.approx(64e3 / sorted(record["metrics"]["images_per_second"])[1])
+    # Smoke runs fill no cell of the real table.
+    assert not read_ledger(entry.path.parent).all_runs()
+    assert entry.identity != cell_identity(TABLES["digits"].cells["kd", "res20_res8"])
+
+
+def test_broken_and_edited_files_are_named_and_left_out(output: Path) -> None:
+    folder = output / "smoke" / "results" / "runs"
+    good = next(path for path in records(output) if "kd" in path.name)
+    record = json.loads(good.read_text())
+    cases: dict[str, tuple[str, str]] = {}
+
+    def case(name: str, content: str, reason: str) -> None:
+        (folder / f"{name}.json").write_text(content)
+        cases[f"{name}.json"] = (content, reason)
+
+    def changed(resign: bool = True, **values: Any) -> str:
+        new = record | values
+        return json.dumps(new | {"sha256": digest(new)} if resign else new)
+
+    case("cut", good.read_text()[:500], "not JSON")
+    case("edited", good.read_text().replace('"seed": 0', '"seed": 5'), "sha256 differs")
+    case("list", "[]", "not a record")
+    case("missing", json.dumps({key: value for key, value in record.items() if key != "metrics"}), "metrics is missing")
+    case("type", changed(seed="0"), "seed is '0', of the wrong type")
+    case("future", changed(format=2), "format 2")
+    case("flattered", changed(best=record["best"] | {"top1": 99.9}), "best top1 99.9 differs")
+    case("short", changed(metrics=record["metrics"] | {"epoch": [1]}), "not of the epochs 1 to 2")
+    case("schedule", changed(epochs=3), "differs from SOLVER.EPOCHS")
+    ledger = read_ledger(folder, smoke=True)
+    assert {path.name: reason for path, reason in ledger.left_out}.keys() == cases.keys()
+    for path, reason in ledger.left_out:
+        assert cases[path.name][1] in reason
+    assert len(ledger.all_runs()) == 2
+    said = smoke(output, "--methods", "kd", "--trials", "1").stdout
+    assert "edited.json is left out" in said
+    assert "2 runs: 2 done" in said
+
+
+def test_ledgers_merge_by_copying_and_seeds_count_once(output: Path, tmp_path: Path) -> None:
+    record = finished_record(run_folder(output, "kd", 0), "configs/digits/kd.yaml", smoke=True)
+    folder = tmp_path / "merged"
+    first = add(record, folder)
+    assert add(record, folder) == first  # the same record is one file
+    later = record | {"at": "2099-01-01T00:00:00Z"}
+    add(later | {"sha256": digest(later)}, folder)
+    other = record | {"seed": 1}
+    add(other | {"sha256": digest(other)}, folder)
+    ledger = read_ledger(folder, smoke=True)
+    assert sorted(ledger.of(next(iter(ledger.runs)))) == [0, 1]
+    assert [entry.record["at"] for entry in ledger.duplicates] == ["2099-01-01T00:00:00Z"]
+    with pytest.raises(DataError, match="sha256 differs"):
+        add(record | {"seed": 3}, folder)
+
+
+def test_run_folders_made_by_hand_can_be_added(trained: Path, tmp_path: Path) -> None:
+    assert reproduce_main(["--add", str(run_folder(trained, "kd", 0)), "--smoke", "--results", str(tmp_path)]) == 0
+    (entry,) = read_ledger(tmp_path / "runs", smoke=True).all_runs()
+    assert entry.record["method"] == ["KD"]
+
+
+def test_published_weights_teach_where_they_may(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder as 240 epochs would leave it: its numbers are made up, its weights are a network's."""
+    network = build_model("resnet8x4", 100)
+
+    def run(method: str) -> Path:
+        config = cell_config(TABLES["2"].cells[method, "res32x4_res8x4"])
+        assert config is not None
+        kd = json.loads((run_folder(trained, "kd", 0) / "result.json").read_text())
+        last = {"epoch": 240, "top1": 72.5, "top5": 92.0, "loss": 1.0}
+        methods = [] if method == "student" else ["KD"]
+        result = kd | {"config": yaml.safe_load(dump(config.node)), "epochs": 240, "last": last, "best": last,
+                       "method": methods, "student": "resnet8x4", "dataset": "cifar100"}  # fmt: skip
+        folder = tmp_path / method
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(result))
+        lines = [json.dumps({"epoch": i, "test_top1": 72.5, "images_per_second": 1.0}) for i in range(1, 241)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+        torch.save({"model": network.state_dict(), "about": {"name": "resnet8x4"}}, folder / "student_last.pt")
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    runs = run("kd"), run("student")
+    assert reproduce_main(["--publish", *map(str, runs)]) == 0
+    assert "published checkpoints/resnet8x4_cifar100_seed0.pt" in capsys.readouterr().out
+    teacher = find_teacher("resnet8x4", "cifar100", "", tmp_path, "")
+    assert teacher.path == Path("checkpoints/resnet8x4_cifar100_seed0.pt"), "a distilled one is no teacher"
+    assert teacher.top1 == 72.5
+    weights = load_weights(teacher.path)
+    assert weights.about["name"] == "resnet8x4"
+    assert teacher.path.stat().st_size < 0.6 * (runs[1] / "student_last.pt").stat().st_size
+    again = build_model("resnet8x4", 100)
+    load_into(again, weights, "resnet8x4")
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(again.eval()(images), network.eval()(images), rtol=0.02, atol=0.02)
+
+    with pytest.raises(ConfigError, match="is there already"):
+        reproduce_main(["--publish", str(runs[0])])
+    with pytest.raises(ConfigError, match="fills no cell of the paper's tables"):
+        reproduce_main(["--publish", str(run_folder(trained, "kd", 0))])
+    with pytest.raises(DataError, match="is not a finished run"):
+        reproduce_main(["--publish", str(tmp_path)])
