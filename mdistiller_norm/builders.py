@@ -179,7 +179,10 @@ def build_teacher_runner(
         return live
     pooled = probe(network, image_size).pooled.shape[1]
     precision = cfg.DISTILLER.TEACHER_CACHE_PRECISION
-    return CachedTeacher(live, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, precision)
+    cached = CachedTeacher(live, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, precision)
+    if line := cached.hold_on_device():
+        say(line)
+    return cached
 
 
 def fastest(cfg: Any, step: Step, like: TrainStep, say: Say) -> Callable[..., None]:

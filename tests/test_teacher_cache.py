@@ -15,9 +15,10 @@ import torch
 from test_train import assert_same_state, config, state_of, teacher
 
 from mdistiller_norm.distillers import Need
+from mdistiller_norm.engine.cache_table import DeviceRows, Table
 from mdistiller_norm.engine.compile import choose, compile_teacher, compiler_missing
 from mdistiller_norm.engine.teacher import LiveTeacher, folded
-from mdistiller_norm.engine.teacher_cache import CachedTeacher, Table
+from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.models import CIFAR_MODELS, build_model
 from mdistiller_norm.runs import build_run, train
@@ -98,6 +99,33 @@ def test_a_run_that_fills_and_one_that_reads_are_equal_to_the_bit(tmp_path: Path
     assert_same_state(state_of(tmp_path, "fills"), state_of(tmp_path, "reads"))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rows_held_on_a_device_are_those_of_the_table(tmp_path: Path, own_teacher: str, precision: str) -> None:
+    """The copy that a GPU would hold, in the memory that is here: a run that reads it is the same to the bit."""
+    more = [own_teacher, f"DISTILLER.TEACHER_CACHE_PRECISION={precision}"]
+    cached(tmp_path, "first", *more)  # half of what the next runs need
+    for name in ("table", "held"):
+        lazily = [*more, "DISTILLER.TEACHER_CACHE=lazy"]
+        run = build_run(config(tmp_path, name, NORMKD, *lazily, epochs=2))
+        teacher = run.trainer.step.teacher
+        assert isinstance(teacher, CachedTeacher)
+        if name == "held":
+            teacher.device_rows = DeviceRows(teacher.table, torch.device("cpu"))
+        run.trainer.fit()
+        run.trainer.log.close()
+    assert_same_state(state_of(tmp_path, "table"), state_of(tmp_path, "held"))
+
+
+def test_rows_are_brought_to_a_device_as_they_come(tmp_path: Path) -> None:
+    table = make_table(tmp_path)
+    table.write(np.array([1, 999]), np.array([[1, 2, 3], [4, 5, 6]]))
+    held = DeviceRows(table, torch.device("cpu"))
+    assert held.read(torch.tensor([999, 1, 1])).tolist() == [[4, 5, 6], [1, 2, 3], [1, 2, 3]]
+    table.write(np.array([7]), np.array([[7, 8, 9]]))
+    held.bring(np.array([1, 7]))
+    assert held.read(torch.tensor([7])).tolist() == [[7, 8, 9]]
+
+
 def test_the_cached_run_is_the_live_one_up_to_rounding(tmp_path: Path, own_teacher: str) -> None:
     common = (NORMKD, own_teacher, "SOLVER.LR=1e-3")
     live = train(config(tmp_path, "live", *common, epochs=1))
@@ -118,7 +146,7 @@ def test_cached_rows_are_what_the_live_teacher_says(tmp_path: Path, own_teacher:
 
 def test_full_fills_what_the_schedule_visits_before_the_first_step(tmp_path: Path, own_teacher: str) -> None:
     found = cached(tmp_path, "run", own_teacher, mode="full", epochs=2)
-    rows = {int(row) for epoch in (1, 2) for raw in found.loader.batches(epoch) for row in found.rows_of(raw)}
+    rows = {int(row) for epoch in (1, 2) for raw in found.loader.batches(epoch) for row in found.rows_of([raw])[0]}
     assert len(found.table) == len(rows)
     assert found.use.asked == 2 * 1437
 

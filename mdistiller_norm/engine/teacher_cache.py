@@ -11,33 +11,26 @@ computed together in full batches before those steps, outside of the step itself
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import mmap
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mdistiller_norm.data.base import TrainLoader
 from mdistiller_norm.distillers.base import Need
+from mdistiller_norm.engine.cache_table import DTYPES, Array, DeviceRows, Table
 from mdistiller_norm.engine.teacher import LiveTeacher, Raw
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.types import Batch, Outputs
 
-Array = npt.NDArray[Any]
-DType = np.dtype[Any]
-DTYPES: dict[str, DType] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 # Steps whose rows are looked up together: enough to gather misses into full batches, few enough to stop in between.
 AHEAD = 16
 
@@ -52,101 +45,6 @@ class Use(NamedTuple):
 
     asked: int
     computed: int
-
-
-class Table:
-    """Rows of numbers in a sparse file, each written once; safe with several processes on one machine.
-
-    Args:
-        folder: made when it is not there; without permission to write, rows are only read.
-        about: what the rows are a function of; a folder made for something else is refused.
-        rows: how many there can be.
-        width: numbers in a row.
-        dtype: of the stored numbers.
-
-    Raises:
-        CheckpointError: the folder is of something else, or cannot be used.
-    """
-
-    def __init__(self, folder: Path, about: dict[str, object], rows: int, width: int, dtype: DType) -> None:
-        self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
-        self._row_bytes = width * dtype.itemsize
-        description = about | {"rows": rows, "width": width, "dtype": dtype.name}
-        self.writable = self._create(description)
-        try:
-            found = json.loads((folder / "about.json").read_text())
-            mode = "r+b" if self.writable else "rb"
-            self._data, self._valid = ((folder / name).open(mode, buffering=0) for name in ("rows.bin", "valid.bin"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"the teacher cache {folder} cannot be read ({error}): remove it") from error
-        if found != description:
-            raise CheckpointError(f"the teacher cache {folder} was made for something else: remove it")
-        access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
-        self._flags = np.frombuffer(mmap.mmap(self._valid.fileno(), rows, access=access), np.uint8)
-        view = mmap.mmap(self._data.fileno(), rows * self._row_bytes, access=mmap.ACCESS_READ)
-        self._rows = np.frombuffer(view, dtype).reshape(rows, width)
-
-    def _create(self, description: dict[str, object]) -> bool:
-        """Make the files if need be; whether they can be written."""
-        about = self.folder / "about.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked():
-                if not about.exists():
-                    for name, size in (("rows.bin", self.rows * self._row_bytes), ("valid.bin", self.rows)):
-                        with (self.folder / name).open("wb") as file:
-                            file.truncate(size)
-                    with (self.folder / "valid.bin").open("r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, self.rows)  # a full disk must not kill a later write
-                    temporary = self.folder / ".about.json"
-                    temporary.write_text(json.dumps(description, indent=2))
-                    temporary.replace(about)
-            return True
-        except PermissionError:
-            return False
-        except OSError as error:
-            raise CheckpointError(f"the teacher cache {self.folder} cannot be made ({error})") from error
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self.folder / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def missing(self, rows: Array) -> Array:
-        """Those of the rows that are not there, each once, in ascending order."""
-        wanted = np.unique(rows)
-        absent: Array = wanted[self._flags[wanted] == 0]
-        return absent
-
-    def write(self, rows: Array, values: Array) -> None:
-        """Add rows ``[n]`` with values ``[n, width]``; those that another process added meanwhile stay as they are.
-
-        Raises:
-            CheckpointError: the disk is full, or fails.
-        """
-        values = np.ascontiguousarray(values, self.dtype)
-        try:
-            with self._locked():
-                new = self._flags[rows] == 0
-                for row, value in zip(rows[new].tolist(), values[new], strict=True):
-                    os.pwrite(self._data.fileno(), value.tobytes(), row * self._row_bytes)
-                os.fdatasync(self._data.fileno())  # a row is declared valid only when it is on the disk
-                self._flags[rows[new]] = 1
-        except OSError as error:
-            raise CheckpointError(
-                f"the teacher cache {self.folder} cannot be written ({error.strerror}): free space or set "
-                "DISTILLER.TEACHER_CACHE off; the rows that are there are good"
-            ) from error
-
-    def read(self, rows: Array) -> Array:
-        """The values ``[n, width]`` of rows that are there."""
-        values: Array = self._rows[rows]
-        return values
-
-    def __len__(self) -> int:
-        """How many rows are there."""
-        return int(np.count_nonzero(self._flags))
 
 
 class CachedTeacher:
@@ -184,6 +82,7 @@ class CachedTeacher:
         folder = checkpoint.parent / f"{checkpoint.name}.cache" / key
         self.table = Table(folder, about, loader.samples * loader.views, width, DTYPES[dtype])
         self._asked = self._computed = 0
+        self.device_rows: DeviceRows | None = None
 
     @property
     def use(self) -> Use:
@@ -214,18 +113,37 @@ class CachedTeacher:
             f"are there, at most {needed / 1e9:.2f} GB more on disk"
         )
 
-    def rows_of(self, raw: Raw) -> Array:
-        """The table's rows for a batch."""
-        indices, views = raw[0], raw[1]
-        rows: Array = (indices * self._views + views).cpu().numpy()
-        return rows
+    def hold_on_device(self) -> str:
+        """Copy the table to the device of the teacher, where that is another one than the host's and has the room.
+
+        Returns:
+            A line about it; empty where there is nothing to copy.
+        """
+        device = next(self.network.parameters()).device
+        if device.type != "cuda":
+            return ""
+        size, free = self.table.rows * self.table.width * self.table.dtype.itemsize, torch.cuda.mem_get_info(device)[0]
+        if free < 2 * size:  # half of what is free is left to the training
+            return f"the teacher cache stays on the host: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free on the device"
+        self.device_rows = DeviceRows(self.table, device)
+        return f"the teacher cache is held on the device: {size / 1e9:.2f} GB"
+
+    def rows_of(self, raws: Iterable[Raw]) -> list[Array]:
+        """The table's rows for each batch; asks the device once for all."""
+        named = [raw[0] * self._views + raw[1] for raw in raws]
+        if not named:
+            return []
+        rows = torch.cat(named).cpu().numpy()
+        return np.split(rows, np.cumsum([len(part) for part in named])[:-1])
 
     def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         """See :class:`Teacher`: adds the batch's rows, ``[B, width]`` float32."""
-        while ahead := list(islice(batches, AHEAD)):
-            rows = [self.rows_of(raw) for raw in ahead]
-            values = self._values(np.concatenate(rows)).split_with_sizes([len(part) for part in rows])
-            yield from ((*raw, value) for raw, value in zip(ahead, values, strict=True))
+        raws = list(batches)  # a batch's name is small: the rows of an epoch are known in one go
+        rows = self.rows_of(raws)
+        for first in range(0, len(raws), AHEAD):
+            ahead = rows[first : first + AHEAD]
+            values = self._values(np.concatenate(ahead)).split_with_sizes([len(part) for part in ahead])
+            yield from ((*raw, value) for raw, value in zip(raws[first : first + AHEAD], values, strict=True))
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
         """See :class:`Teacher`."""
@@ -242,7 +160,7 @@ class CachedTeacher:
         with tqdm(total=steps, desc="teacher cache", leave=False, mininterval=0.5, disable=None) as bar:
             stream = iter(batches)
             while ahead := list(islice(stream, AHEAD)):
-                self._add(self.table.missing(np.concatenate([self.rows_of(raw) for raw in ahead])))
+                self._add(self.table.missing(np.concatenate(self.rows_of(ahead))))
                 bar.update(len(ahead))
                 yield len(ahead)
 
@@ -250,11 +168,14 @@ class CachedTeacher:
         self._asked += len(rows)
         missing = self.table.missing(rows)
         computed = self._add(missing)
+        device = next(self.network.parameters()).device
+        if self.device_rows and (self.table.writable or not len(missing)):
+            self.device_rows.bring(np.unique(rows))
+            return self.device_rows.read(torch.from_numpy(rows).to(device))
         values = self.table.read(rows)
         if not self.table.writable and len(missing):
             there = np.searchsorted(missing, rows).clip(max=len(missing) - 1)
             values = np.where((missing[there] == rows)[:, None], computed[there], values)
-        device = next(self.network.parameters()).device
         result = torch.from_numpy(np.ascontiguousarray(values, np.float32))
         return result.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else result
 
