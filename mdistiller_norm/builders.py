@@ -131,7 +131,7 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
     name = cfg.DISTILLER.TEACHER
     network = build_model(name, len(dataset.classes), variant=dataset.variant)
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg, name)
-    file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command)
+    file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS)
     weights = load_weights(file.path)
     trained_on = weights.about.get("dataset", dataset.name)
     if trained_on != dataset.name:

@@ -157,6 +157,8 @@ def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoa
     """Evaluate the teacher once, so that a wrong one is seen before the training."""
     measured = evaluate(network, test)
     say(f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
+    if file.doubt:
+        say(f"warning: {file.doubt}")
     seen = f"warning: the teacher reaches {measured.top1:.2f} top-1"
     if file.top1 is not None and measured.top1 < file.top1 - 1:
         say(f"{seen}, far below the {file.top1:.2f} of its manifest entry")

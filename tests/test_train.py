@@ -252,6 +252,10 @@ def test_a_teacher_trained_here_is_found(tmp_path: Path) -> None:
     train(config(tmp_path, "teacher", "DISTILLER.STUDENT=resnet14", epochs=1))
     result = train(config(tmp_path, "student", "DISTILLER.TYPE=KD", epochs=1))
     assert result["teacher"]["file"] == str(tmp_path / "distill" / "teacher" / "student_last.pt")
+    assert "of the" not in (tmp_path / "distill" / "student" / "worklog.txt").read_text()
+    train(config(tmp_path, "longer", "DISTILLER.TYPE=KD", epochs=2))
+    log = (tmp_path / "distill" / "longer" / "worklog.txt").read_text()
+    assert f"warning: the teacher {result['teacher']['file']} trained for 1 of the 2 epochs that its student" in log
 
 
 def test_a_teacher_near_chance_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

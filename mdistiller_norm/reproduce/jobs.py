@@ -33,7 +33,7 @@ _FEATURE_METHODS = {"fitnet", "at", "rkd", "crd", "ofd", "reviewkd"}
 # Keys of the config that reproduce sets itself.
 _OURS = ("EXPERIMENT.", "LOG.PREFIX", "SEED", "DISTILLER.TEACHER_WEIGHTS")
 # Keys that do not make it another computation: those that resuming ignores, but for the epochs, and these.
-_SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.PRECISION")
+_SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.INIT_SEED", "SOLVER.PRECISION")
 
 
 class Pace(NamedTuple):
