@@ -212,8 +212,8 @@ def fastest(cfg: Any, step: Step, like: TrainStep, say: Say) -> Callable[..., No
     return CapturedStep(step, say)
 
 
-def fastest_test(cfg: Any, network: Network, test: EvalLoader, say: Say) -> Callable[[Tensor], Tensor]:
-    """The network as an evaluation runs it: from CUDA graphs where the images lie on a CUDA device."""
+def fastest_test(cfg: Any, network: Network, test: EvalLoader, say: Say) -> Callable[[Tensor], Tensor] | None:
+    """The network as CUDA graphs for evaluation, where the images lie on a CUDA device; else None."""
     device = next(network.parameters()).device
     held = isinstance(test, MemoryEvalLoader)
     return (

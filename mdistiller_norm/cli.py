@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a tool: exit code 0, 2 for a mistake in its input, 128 + the signal's number when stopped."""
-    from mdistiller_norm.engine.host import keep_freed_memory
     from mdistiller_norm.engine.trainer import Interrupted
 
-    keep_freed_memory()
     try:
         code = main(sys.argv[1:])
     except UserError as error:

@@ -11,10 +11,14 @@ from conftest import ROOT, assert_user_error, tool
 from test_train import SMALLER, assert_same_state, config, teacher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mdistiller_norm.data import digits
 from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.graph import CapturedStep
 from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run
+from mdistiller_norm.types import Outputs
 
 __all__ = ["teacher"]  # a fixture
 
@@ -92,3 +96,25 @@ def test_captured_steps_are_eager_steps() -> None:
     done = subprocess.run(["bash", "scripts/gpu_check.sh", "--steps", "50"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout
+
+
+class _Untraceable(type(build_model("resnet8", 2))):
+    """A network of a user's own, which looks at its images."""
+
+    def outputs(self, images: torch.Tensor) -> Outputs:
+        return super().outputs(images if images.mean() > -1e9 else -images)
+
+
+def test_evaluation_folds_what_can_be_traced_and_runs_the_rest_as_it_is() -> None:
+    torch.manual_seed(0)
+    network = build_model("resnet8", 10).train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(32, 3, 32, 32))
+    loader = digits().eval_loader(64, torch.device("cpu"))
+    folded, plain = evaluate(network, loader), evaluate(network, loader, forward=network)
+    assert (folded.top1, folded.top5) == (plain.top1, plain.top5)
+    assert folded.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert network.training
+    network.__class__ = _Untraceable
+    assert evaluate(network, loader).loss == plain.loss

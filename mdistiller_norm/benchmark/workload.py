@@ -148,7 +148,9 @@ class Ours:
     """
 
     def __init__(self, config: Config, dataset: TensorDataset, replay: bool = False) -> None:
-        self.config, self.dataset, self.replay = config, dataset, replay
+        self.config, self.replay = config, replay
+        # Not the data set itself: a training run lets go of it, too, once its loaders are made.
+        self.classes, self.variant = len(dataset.classes), dataset.variant
         few = Split(dataset.test.images[:64], dataset.test.targets[:64])
         with contextlib.redirect_stdout(StringIO()):  # what it prints is in its log
             self.run: Run = build_run(config, dataset=replace(dataset, test=few))
@@ -222,9 +224,9 @@ class Ours:
 
     def gflop(self) -> float:
         """Billions of floating-point operations a step with a live teacher, counted while running one."""
-        node, ours, classes = self.config.node.DISTILLER, self.step.trainable, len(self.dataset.classes)
+        node, ours = self.config.node.DISTILLER, self.step.trainable
         student, teacher = (
-            build_model(name, classes, variant=self.dataset.variant).to(self.device)
+            build_model(name, self.classes, variant=self.variant).to(self.device)
             for name in (node.STUDENT, node.TEACHER)
         )
         trainable = Trainable(
@@ -258,6 +260,8 @@ def memory(config: Config, synthetic: int, steps: int) -> Record:
     dataset, _ = load_images(config, synthetic)
     before = _resident("VmRSS")
     ours = Ours(config, dataset)
+    dataset.loaders.clear()
+    del dataset
     with contextlib.suppress(OSError):  # the peak so far may have been reading the data: count again from now
         Path("/proc/self/clear_refs").write_text("5")
     ours.block(steps)

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller_norm.data import EvalLoader
-from mdistiller_norm.distillers.base import at_least_float32
+from mdistiller_norm.distillers.base import Need, at_least_float32
 from mdistiller_norm.engine import distributed
+from mdistiller_norm.engine.host import keep_freed_memory
+from mdistiller_norm.engine.teacher import folded
 from mdistiller_norm.models.base import Network
 
 
@@ -51,7 +53,8 @@ def evaluate(
         network: to evaluate.
         loader: batches of the split.
         autocast: the dtype of its passes, None for float32.
-        forward: a faster form of ``network`` (a captured one).
+        forward: a faster form of ``network`` (a captured one). When not given, its batch norms are folded into its
+            convolutions in float32, where it can be traced: equal up to rounding.
     """
     was_training = network.training
     network.eval()
@@ -60,7 +63,8 @@ def evaluate(
     correct, seen = (torch.zeros(classes, dtype=torch.int64, device=device) for _ in range(2))
     in_top5 = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    run = forward or network
+    run = forward or (_folded(network) if autocast is None else network)
+    keep_freed_memory()
     start = time.perf_counter()
     for images, targets in loader:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -78,3 +82,11 @@ def evaluate(
     network.train(was_training)
     per_class = (100 * correct.double() / seen.double()).cpu()
     return Evaluation(top1, top5, float(loss) / samples, samples, rate, per_class)
+
+
+def _folded(network: Network) -> Callable[[Tensor], Tensor]:
+    try:
+        module = folded(network, Need.LOGITS)
+    except Exception:  # a network of a user's own may do what cannot be traced, and is right as it is
+        return network
+    return lambda images: module(images).logits

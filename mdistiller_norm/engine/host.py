@@ -19,7 +19,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed, for the next step to use again.
 
     By default it maps every large activation anew and gives it back when it is freed: hundreds of thousands of page
-    faults in one pass of a large network. Does nothing where the C library is another one.
+    faults in one pass of a large network. For the loops of training and evaluation, once what is needed only to set
+    them up has been given back. Does nothing where the C library is another one.
     """
     _set_thresholds(2**31 - 1, 2**31 - 1)
 

@@ -19,6 +19,7 @@ from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import save_atomically
 from mdistiller_norm.engine.evaluate import Evaluation, evaluate
+from mdistiller_norm.engine.host import keep_freed_memory
 from mdistiller_norm.engine.logger import Record, RunLog
 from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
 from mdistiller_norm.engine.step import TrainStep
@@ -121,6 +122,7 @@ class Trainer:
             Interrupted: see :meth:`fit`.
             NonFiniteLossError: see :meth:`fit`.
         """
+        keep_freed_memory()
         while self.epoch <= self.epochs:
             start = self._since = time.perf_counter()
             lr = self.schedule(self.epoch)
