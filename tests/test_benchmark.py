@@ -13,6 +13,7 @@ from conftest import ROOT, assert_user_error, tool
 from torchvision.io import write_jpeg
 
 from mdistiller_norm.benchmark import Settings, run, show
+from mdistiller_norm.benchmark.exactness import FORMS
 from mdistiller_norm.benchmark.timing import ratios, spread, take_turns
 from mdistiller_norm.benchmark.workload import Ours, load_images, teacher_weights
 from mdistiller_norm.config import load_config
@@ -221,6 +222,20 @@ def test_evaluation_with_and_without_a_reference(tmp_path: Path, reference: Path
     assert "images/s" in show(alone)
 
 
+def test_what_the_fast_forms_of_a_teacher_change(tmp_path: Path) -> None:
+    more = ["--cfg", "configs/digits/normkd.yaml", "--teacher", "random", "--steps", 3, "SOLVER.BATCH_SIZE", 64]
+    record, printed = measured(tmp_path, "--exactness", "--methods", "NormKD", *more)
+    found = record["exactness"]
+    assert {"live", "cached fp32", "cached fp16"} <= found.keys() <= set(FORMS)
+    live, half = found["live"], found["cached fp16"]
+    assert live["loss"] == 0
+    assert 0 < live["logits"] < 1e-4 * live["logits_std"]
+    assert found["cached fp32"]["loss"] < 1e-5
+    assert live["logits"] < half["logits"] < 1e-2 * half["logits_std"]
+    assert 0 < half["loss"] < 1e-2
+    assert "cached fp16" in printed
+
+
 def test_replayed_blocks_are_all_hits_of_a_lazy_teacher_cache(tmp_path: Path) -> None:
     overrides = ["DISTILLER.TEACHER_CACHE=lazy", "DISTILLER.TEACHER=resnet14", "SOLVER.BATCH_SIZE=64"]
     asked = load_config(ROOT / "configs/digits/normkd.yaml", overrides)
@@ -256,7 +271,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert_user_error(tool("benchmark", "--against", nowhere, check=False), str(nowhere), "mdistiller's layout")
     for settings, words in (
-        ({}, "--table9, --evaluate, --against PATH or --loader"),
+        ({}, "--table9, --evaluate, --exactness, --against PATH or --loader"),
         ({"loader": "nowhere"}, "--loader: there is no folder nowhere"),
         ({"table9": True, "blocks": 0}, "--blocks must be at least 1, not 0"),
         ({"table9": True, "synthetic": 5}, "--synthetic needs at least 100"),

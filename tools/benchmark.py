@@ -1,4 +1,4 @@
-"""Time training and evaluation: ``python tools/benchmark.py --table9 | --evaluate | --against PATH``."""
+"""Time training and evaluation: ``python tools/benchmark.py --table9 | --evaluate | --exactness | --against PATH``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--table9", action="store_true", help="time, memory and extra parameters of the methods")
     parser.add_argument("--evaluate", action="store_true", help="images/s of evaluating the student on the test split")
+    parser.add_argument(
+        "--exactness", action="store_true", help="what compiling and caching the teacher change in --steps steps"
+    )
     parser.add_argument("--against", type=Path, metavar="PATH", help="compare with the checkout of a reference")
     parser.add_argument(
         "--loader", default="", metavar="FOLDER", help="images/s of reading class folders, or: imagenet"
@@ -43,9 +46,9 @@ def main(arguments: Sequence[str]) -> int:
 
     batch = [] if options.batch_size is None else [f"SOLVER.BATCH_SIZE={options.batch_size}"]
     settings = benchmark.Settings(
-        table9=options.table9, evaluation=options.evaluate, against=options.against, loader=options.loader,
-        methods=[name for name in options.methods.split(",") if name], pair=options.pair, cfg=options.cfg,
-        blocks=options.blocks, steps=options.steps, warmup=options.warmup, teacher=options.teacher,
+        table9=options.table9, evaluation=options.evaluate, exactness=options.exactness, against=options.against,
+        loader=options.loader, methods=[name for name in options.methods.split(",") if name], pair=options.pair,
+        cfg=options.cfg, blocks=options.blocks, steps=options.steps, warmup=options.warmup, teacher=options.teacher,
         synthetic=options.synthetic, replay=options.replay, overrides=[*options.overrides, *batch],
         command=shlex.join(["python", "tools/benchmark.py", *arguments]),
     )  # fmt: skip

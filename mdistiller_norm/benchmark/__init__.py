@@ -29,6 +29,9 @@ and hardly the ratios. A time is that of a whole block with the device waited fo
       }},
       "against": {METHOD: {"ours_ms", "reference_ms": SPREAD, "ratio": SPREAD of reference / ours, "log"}},
       "evaluate": {"images", "ours", "reference": SPREAD of images/s, "ratio": SPREAD of ours / reference},
+      "exactness": {FORM of the teacher: {"logits": largest absolute difference of a logit from the network's as it was
+        loaded, "logits_std": of a sample's logits, "loss": largest relative difference of a step's loss from the live
+        teacher's}},
       "loader": {"folder", "images", "workers", "ours", "usual": images/s of the best of ``blocks`` passes, "ratio"}
     }
 

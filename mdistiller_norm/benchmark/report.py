@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mdistiller_norm.benchmark.exactness import exactness
 from mdistiller_norm.benchmark.loader import loader_throughput
 from mdistiller_norm.benchmark.reference import Reference, load_package, write_cifar
 from mdistiller_norm.benchmark.timing import Record, matmul_gflops, ratios, spread, take_turns
@@ -39,6 +40,7 @@ class Settings:
     Attributes:
         table9: time, memory and parameters of the methods.
         evaluation: images/s of evaluating the pair's student.
+        exactness: what compiling and caching the teacher change in its logits and in the losses of ``steps`` steps.
         against: checkout of a reference to compare with; None for none.
         loader: folder of class folders with images, or ``imagenet`` for the one under ``DATASET.ROOT``: images/s of
             reading it.
@@ -57,6 +59,7 @@ class Settings:
 
     table9: bool = False
     evaluation: bool = False
+    exactness: bool = False
     against: Path | None = None
     loader: str = ""
     methods: Sequence[str] = ()
@@ -77,8 +80,10 @@ class Settings:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.synthetic and self.synthetic < 100:
             raise ConfigError(f"--synthetic needs at least 100 images, one a class, not {self.synthetic}")
-        if not (self.table9 or self.evaluation or self.against or self.loader):
-            raise ConfigError("nothing to measure: add --table9, --evaluate, --against PATH or --loader FOLDER")
+        if not (self.table9 or self.evaluation or self.exactness or self.against or self.loader):
+            raise ConfigError(
+                "nothing to measure: add --table9, --evaluate, --exactness, --against PATH or --loader FOLDER"
+            )
 
 
 class _Bench:
@@ -104,11 +109,11 @@ class _Bench:
         overrides = [*self.settings.overrides, *more]
         return method_config(self.settings.pair, self.settings.cfg, method, overrides)
 
-    def config(self, method: str, run: str = "timed") -> Config:
+    def config(self, method: str, run: str = "timed", more: Sequence[str] = ()) -> Config:
         """The config of a run of that method, which writes to a subfolder called ``run``."""
         return self._asked(
             method, f"DISTILLER.TEACHER_WEIGHTS={self.weights}", f"LOG.PREFIX={self.folder / run}",
-            f"EXPERIMENT.NAME={method}", "LOG.WANDB=false",
+            f"EXPERIMENT.NAME={method}", "LOG.WANDB=false", *more,
         )  # fmt: skip
 
     def ours(self, method: str, run: str = "timed") -> Ours:
@@ -166,7 +171,7 @@ def run(settings: Settings) -> Record:
     }  # fmt: skip
     if settings.loader:
         record["loader"] = _loader(settings, plain)
-    if settings.table9 or settings.evaluation or settings.against:
+    if settings.table9 or settings.evaluation or settings.exactness or settings.against:
         with tempfile.TemporaryDirectory(prefix="mdistiller_norm_benchmark_") as folder:
             _measure_training(_Bench(settings, Path(folder)), record)
     return record
@@ -181,6 +186,11 @@ def _measure_training(bench: _Bench, record: Record) -> None:
     }  # fmt: skip
     if settings.table9:
         record["table9"] = _table9(bench, record["machine"]["matmul_gflops"])
+    if settings.exactness:
+        method = bench.methods[0]
+        record["exactness"] = exactness(
+            lambda run, more: Ours(bench.config(method, run, more), bench.dataset), bench.device, settings.steps
+        )
     if settings.evaluation:
         record["evaluate"] = _evaluation(bench)
     elif settings.against:
@@ -318,6 +328,11 @@ def show(record: Record) -> str:
         lines += ["", f"evaluation of {found['images']} images, images/s: ours {_range(found['ours'], 0)}"]
         if "ratio" in found:
             lines[-1] += f", reference {_range(found['reference'], 0)}, ours / reference {_range(found['ratio'], 2)}"
+    if "exactness" in record:
+        lines += ["", f"{'teacher':14}{'largest difference of a logit':>31}{'of its std':>12}{'of a loss':>12}"]
+        for name, row in record["exactness"].items():
+            part = row["logits"] / row["logits_std"]
+            lines.append(f"{name:14}{row['logits']:>31.2e}{part:>12.1e}{row['loss']:>12.1e}")
     if "loader" in record:
         found = record["loader"]
         lines += [

@@ -169,7 +169,7 @@ class Ours:
         self.step.begin_epoch(epoch, self.config.node.SEED)
         self._batches = self.step.feed(self.step.loader.batches(epoch))
 
-    def _next(self) -> tuple[Tensor, ...]:
+    def next_batch(self) -> tuple[Tensor, ...]:
         """What names the next full batch."""
         while True:
             for raw in self._batches:
@@ -183,7 +183,7 @@ class Ours:
             self._begin(1)
         start = clock(self.device)
         for _ in range(steps):
-            self.run.trainer.run_step(*self._next())
+            self.run.trainer.run_step(*self.next_batch())
         return (clock(self.device) - start) / steps
 
     def parts(self) -> dict[str, float] | None:
@@ -196,7 +196,7 @@ class Ours:
         def lap() -> None:
             times.append(clock(self.device))
 
-        raw = self._next()
+        raw = self.next_batch()
         extra = step.teacher.extra if step.teacher else 0
         batch = step.loader.prepare(*raw[: len(raw) - extra])
         lap()
