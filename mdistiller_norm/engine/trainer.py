@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -262,17 +262,21 @@ class Trainer:
         self.best, self.last = state["best"], state["last"]
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 @contextmanager
-def stop_signals(request: Callable[[int], None]) -> Iterator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGUSR1 into a request; a second acts as it would without this.
+def stop_signals(request: Callable[[int], None], signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    """Turn the first of some signals into a request; a second acts as it would without this.
 
     Args:
         request: is called with the signal's number.
+        signals: that are caught, in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {int(number): signal.getsignal(number) for number in signals}
 
     def handle(number: int, frame: FrameType | None) -> None:
         request(number)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from mdistiller_norm.config import load_config
+from mdistiller_norm.engine.trainer import stop_signals
 from mdistiller_norm.reproduce.estimate import clock
 from mdistiller_norm.reproduce.execution import Execution, trained_record
 from mdistiller_norm.reproduce.jobs import Job, config_path
@@ -83,7 +82,7 @@ class Runner:
 
     def run(self) -> Summary:
         """Run them; returns how they ended."""
-        with _signals(self.summary):
+        with stop_signals(self._note, (signal.SIGINT, signal.SIGTERM)):
             while self._running or (self._waiting and not self._stopping):
                 if self._stopping:
                     for execution in self._running.values():
@@ -95,6 +94,9 @@ class Runner:
                 time.sleep(0.1)
         self.summary.left += self._waiting
         return self.summary
+
+    def _note(self, signal_number: int) -> None:
+        self.summary.signal = signal_number
 
     @property
     def _stopping(self) -> bool:
@@ -170,21 +172,3 @@ def slot_environment(job: Job, slot: int, jobs: int, processes: int) -> dict[str
         mine = [gpus[(slot * processes + number) % count] for number in range(min(processes, count))]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     return environment
-
-
-@contextmanager
-def _signals(summary: Summary) -> Iterator[None]:
-    """Note the first SIGINT or SIGTERM in the summary instead of dying of it; a second one acts at once."""
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        summary.signal = number
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
