@@ -119,7 +119,7 @@ def test_a_table_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path: Path) -
     tool("report", "--smoke", "--output", tmp_path)
     text = (tmp_path / "smoke" / "results" / "TABLES.md").read_text()
     assert "Smoke runs" in text
-    assert "4 of 6 cells measured" in text
+    assert "4 of 12 cells measured" in text
     assert text.count("n = 2: fewer than 3 trials") == 3  # Δ1, and the claim by last and by best epochs
 
 
