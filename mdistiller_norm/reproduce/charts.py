@@ -18,7 +18,7 @@ class Line(NamedTuple):
 
     Attributes:
         label: said when pointed at.
-        colour: number of the style sheet's colour.
+        colour: number of the style sheet's colour; past the last one they begin again, dashed.
         x: positions.
         y: heights.
     """
@@ -27,6 +27,12 @@ class Line(NamedTuple):
     colour: int
     x: Sequence[float]
     y: Sequence[float]
+
+
+def look(colour: int) -> str:
+    """The attributes of a line, or of its mark in a legend, of that colour number."""
+    dashed = " dashed" if colour // COLOURS % 2 else ""
+    return f'class="line{dashed}" style="--colour: var(--c{colour % COLOURS})"'
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -81,11 +87,10 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str = "epoch") -> str
         stride = max(len(line.x) // _POINTS, 1)
         kept = sorted({*range(0, len(line.x), stride), len(line.x) - 1})
         points = [f"{across(line.x[i]):.1f},{down(line.y[i]):.1f}" for i in kept if math.isfinite(line.y[i])]
-        style = f'style="--colour: var(--c{line.colour % COLOURS})"'
         label = f"<title>{escape(line.label)}</title>"
         if len(points) == 1:
             cx, cy = points[0].split(",")
-            parts.append(f'<circle class="line" {style} cx="{cx}" cy="{cy}" r="2.5">{label}</circle>')
+            parts.append(f'<circle {look(line.colour)} cx="{cx}" cy="{cy}" r="2.5">{label}</circle>')
         else:
-            parts.append(f'<polyline class="line" {style} points="{" ".join(points)}">{label}</polyline>')
+            parts.append(f'<polyline {look(line.colour)} points="{" ".join(points)}">{label}</polyline>')
     return "".join([*parts, "</svg>"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdistiller_norm.engine.logger import Record
-from mdistiller_norm.reproduce.charts import COLOURS, Line, line_chart
+from mdistiller_norm.reproduce.charts import Line, line_chart, look
 from mdistiller_norm.reproduce.jobs import cell_command, config_path
 from mdistiller_norm.reproduce.ledger import Entry, Ledger
 from mdistiller_norm.reproduce.stats import (
@@ -112,16 +112,16 @@ class CellView:
                 losses.append(Line(f"{label}, seed {seed}", colour, epochs, metrics[name]))
         return [line_chart("Test top-1 (%)", accuracy), line_chart("Losses", losses)] if self.runs else []
 
-    def legends(self) -> list[list[tuple[int, str]]]:
-        """Colours and names for the two charts."""
+    def legends(self) -> list[list[tuple[str, str]]]:
+        """Looks and names of the lines of the two charts."""
         names = dict.fromkeys(
             "test" if key == "test_loss" else key.removeprefix("loss_")
             for entry in self.runs.values()
             for key in entry.record["metrics"]
             if key.startswith("loss_") or key == "test_loss"
         )
-        seeds = [(i % COLOURS, f"seed {seed}") for i, seed in enumerate(sorted(self.runs))]
-        return [seeds, [(i % COLOURS, name) for i, name in enumerate(names)]]
+        seeds = [(look(i), f"seed {seed}") for i, seed in enumerate(sorted(self.runs))]
+        return [seeds, [(look(i), name) for i, name in enumerate(names)]]
 
 
 @dataclass
@@ -168,7 +168,7 @@ class TableView:
         means = [self.cells[key, column].cell.paper.get("top1") for key in (delta.row, delta.minus)]
         return means[0] - means[1] if means[0] is not None and means[1] is not None else None
 
-    def overview(self, column: Column) -> tuple[str, list[tuple[int, str]]]:
+    def overview(self, column: Column) -> tuple[str, list[tuple[str, str]]]:
         """A chart of the rows' mean test top-1 by epoch, and its legend."""
         lines: list[Line] = []
         for row in self.table.rows:
@@ -182,7 +182,7 @@ class TableView:
         if len(lines) < 2:
             return "", []
         title = f"Test top-1 (%), mean of the runs: {column.name}"
-        return line_chart(title, lines), [(line.colour % COLOURS, line.label) for line in lines]
+        return line_chart(title, lines), [(look(line.colour), line.label) for line in lines]
 
     @property
     def printed(self) -> set[str]:
