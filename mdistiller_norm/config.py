@@ -282,7 +282,8 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
     settings: list[_Setting] = []
     seen: set[str] = set()
 
-    def visit(mapping: yaml.MappingNode, prefix: str) -> None:
+    def collect(mapping: yaml.MappingNode, prefix: str) -> None:
+        """Add what a mapping, whose keys begin with ``prefix``, sets."""
         for name_node, value_node in mapping.value:
             where = f"{path}:{name_node.start_mark.line + 1}"
             if not isinstance(name_node, yaml.ScalarNode):
@@ -304,7 +305,7 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
                     value = value_node.value  # YAML takes on and off for true and false; here they are words.
                 settings.append(_Setting(key, value, where))
             elif isinstance(value_node, yaml.MappingNode):
-                visit(value_node, f"{key}.")
+                collect(value_node, f"{key}.")
             else:
                 raise ConfigError(f"{where}: {_is_section(key, tree)}")
 
@@ -312,7 +313,7 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
-            visit(root, "")
+            collect(root, "")
         elif root is not None:
             raise ConfigError(f"{path}:1: a config must be a mapping of keys to values")
     except yaml.MarkedYAMLError as error:

@@ -87,6 +87,7 @@ def evaluate(
 def _folded(network: Network) -> Callable[[Tensor], Tensor]:
     try:
         module = folded(network, Need.LOGITS)
-    except Exception:  # a network of a user's own may do what cannot be traced, and is right as it is
+    # What tracing raises: a network of a user's own may do what cannot be traced, and is right as it is.
+    except (ValueError, TypeError, RuntimeError, AttributeError):
         return network
     return lambda images: module(images).logits

@@ -63,13 +63,15 @@ class _Recorder:
         before = [tensor.detach().clone() for tensor in state]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.WARMUP):
-                self.function(*static)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad():
-            for tensor, saved in zip(state, before, strict=True):
-                tensor.copy_(saved)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(self.WARMUP):
+                    self.function(*static)
+        finally:  # if one of these runs fails, too: nothing of them may stay
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.no_grad():
+                for tensor, saved in zip(state, before, strict=True):
+                    tensor.copy_(saved)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             outputs = self.function(*static)

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 
 # mallopt's parameters in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
 # The most that glibc's own adjustment of these thresholds comes to on 64-bit systems.
 _USUAL_MMAP_THRESHOLD, _USUAL_TRIM_THRESHOLD = 32 * 2**20, 64 * 2**20
 
