@@ -10,13 +10,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-pair=${1:?"which pair? r34_r18 or r50_mv1"}
-method=${2:?"which method? one of: $(cd configs/imagenet/"$pair" && echo *.yaml)"}
-config=configs/imagenet/$pair/$method.yaml
-if [[ ! -f $config ]]; then
-  echo "there is no $config" >&2
+refuse() {
+  echo "error: $1" >&2
   exit 2
-fi
+}
+
+[[ -n ${1:-} ]] || refuse "which pair? r34_r18 or r50_mv1"
+[[ -n ${2:-} ]] || refuse "which method? one of: $(cd "configs/imagenet/$1" 2>/dev/null && echo *.yaml)"
+config=configs/imagenet/$1/$2.yaml
+[[ -f $config ]] || refuse "there is no $config"
 shift 2
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then
   gpus=$1
