@@ -65,12 +65,12 @@ def test_augmentation_is_torchvisions_to_the_bit(cifar: TensorDataset) -> None:
         indices.append(i * 31)
         views.append(augment.name(y, x, flip))
         wanted.append(torchvision_view(cifar.train.images[i * 31], augment, y, x, flip, cifar))
-    padded = augment.pad(cifar.train.images[:200])
-    crops = augment(padded, torch.tensor(indices), torch.tensor(views))
+    images = cifar.train.images
+    crops = augment(images, torch.tensor(indices), torch.tensor(views))
     got = normalise(crops, torch.tensor(cifar.mean), torch.tensor(cifar.std))
     assert torch.equal(got, torch.stack(wanted))
     assert got.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(augment(padded, torch.tensor([5]), torch.tensor([augment.identity]))[0], cifar.train.images[5])
+    assert torch.equal(augment(images, torch.tensor([5]), torch.tensor([augment.identity]))[0], images[5])
 
 
 def test_every_view_has_its_own_name() -> None:

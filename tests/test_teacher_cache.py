@@ -194,7 +194,7 @@ def test_pooled_features_are_cached_and_maps_are_not(
 
 
 def make_table(folder: Path, width: int = 3) -> Table:
-    return Table(folder, {"teacher": "abc"}, rows=1000, width=width, dtype=np.dtype(np.float32))
+    return Table(folder, {"teacher": "abc"}, rows=1000, width=width, dtype=np.dtype(np.float32), shard_rows=300)
 
 
 def test_rows_are_written_once_and_shared(tmp_path: Path) -> None:
@@ -216,10 +216,35 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         make_table(tmp_path / "t")
 
 
-def test_a_row_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
+def test_a_table_lies_in_files_that_are_made_when_they_are_needed(tmp_path: Path) -> None:
+    table, reader = make_table(tmp_path / "t"), make_table(tmp_path / "t")
+    rows = np.array([999, 301, 300, 302, 5])  # neighbours in any order, and the last, shorter file
+    values = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    assert reader.read(rows).tolist() == np.zeros((5, 3)).tolist()
+    table.write(rows, values)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "t").glob("rows-*")}
+    assert sizes == {"rows-0000.bin": 3600, "rows-0001.bin": 3600, "rows-0003.bin": 1200}
+    for one in (table, reader, make_table(tmp_path / "t")):
+        assert np.array_equal(one.read(rows), values)
+        assert one.there(np.array([5, 6, 300, 600, 999])).tolist() == [True, False, True, False, True]
+
+
+def test_what_a_crash_left_half_written_is_not_there_and_is_written_again(tmp_path: Path) -> None:
     table = make_table(tmp_path / "t")
-    os.pwrite(table._data.fileno(), b"\x01" * 12, 12 * 4)  # what a crash between data and flag leaves
-    assert table.missing(np.array([4])).tolist() == [4]
+    table.write(np.array([4, 5, 6]), np.arange(1, 10).reshape(3, 3))
+    with (tmp_path / "t" / "rows-0000.bin").open("r+b") as file:  # the checksum reached the disk, the row did not
+        file.seek(5 * 12 + 4)
+        file.write(bytes(8))
+    again = make_table(tmp_path / "t")
+    assert again.missing(np.array([4, 5, 6, 7])).tolist() == [5, 7]
+    again.write(np.array([4, 5]), np.array([[0, 0, 0], [4, 5, 6]]))
+    assert again.read(np.array([4, 5])).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert not len(again.missing(np.array([4, 5, 6])))
+    os.truncate(tmp_path / "t" / "rows-0000.bin", 100)
+    with pytest.raises(CheckpointError, match=r"rows-0000.bin cannot be read .*: remove it"):
+        make_table(tmp_path / "t").read(np.array([4]))
+    (tmp_path / "t" / "rows-0000.bin").unlink()
+    assert make_table(tmp_path / "t").missing(np.array([4, 5])).tolist() == [4, 5]
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

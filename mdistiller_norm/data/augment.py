@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -43,31 +44,28 @@ class PadCropFlip:
         """The view with that crop offset and orientation."""
         return (y * self.offsets + x) * (2 if self.flip else 1) + flip
 
-    def pad(self, images: Tensor) -> Tensor:
-        """``[N, H, W, 3]`` to ``[N, H + 2p, W + 2p, 3]``, done once for a whole split."""
-        n, height, width, channels = images.shape
-        padded = images.new_zeros(n, height + 2 * self.padding, width + 2 * self.padding, channels)
-        padded[:, self.padding : self.padding + height, self.padding : self.padding + width] = images
-        return padded
+    def __call__(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        """The named views of the named images.
 
-    def __call__(self, padded: Tensor, indices: Tensor, views: Tensor) -> Tensor:
-        """The named views of the named images, in one gather.
+        Only the batch is padded, not the whole split: that would be half as large again in memory.
 
         Args:
-            padded: ``[N, H + 2p, W + 2p, 3]``, from :meth:`pad`.
+            images: ``[N, H, W, 3]``, a whole split.
             indices: ``[B]`` int64.
             views: ``[B]`` int64.
 
         Returns:
             ``[B, H, W, 3]``.
         """
-        height, width = padded.shape[1] - 2 * self.padding, padded.shape[2] - 2 * self.padding
+        height, width = images.shape[1], images.shape[2]
+        padded = functional.pad(images[indices], (0, 0, *[self.padding] * 4))
         flips = 2 if self.flip else 1
         offset, mirrored = views // flips, (views % flips)[:, None]
         rows = (offset // self.offsets)[:, None] + torch.arange(height, device=views.device)
         column = torch.arange(width, device=views.device)
         columns = (offset % self.offsets)[:, None] + torch.where(mirrored == 1, width - 1 - column, column)
-        return padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+        sample = torch.arange(len(padded), device=views.device)
+        return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -123,8 +123,7 @@ class MemoryTrainLoader(TrainLoader):
         super().__init__(len(dataset.train), batch_size, seed, share)
         self.augment = PadCropFlip(dataset.padding, dataset.flip)
         self.views = self.augment.views
-        self._padded = self.augment.pad(dataset.train.images)
-        self._targets = dataset.train.targets
+        self._images, self._targets = dataset.train.images, dataset.train.targets
         device = self._targets.device
         self._mean, self._std = torch.tensor(dataset.mean, device=device), torch.tensor(dataset.std, device=device)
 
@@ -141,13 +140,13 @@ class MemoryTrainLoader(TrainLoader):
     def fingerprint(self) -> str:
         """SHA-256 of everything that an augmented image is made from."""
         digest = hashlib.sha256(f"{self.augment} {self._mean.tolist()} {self._std.tolist()}".encode())
-        digest.update(self._padded.cpu().numpy().data)
+        digest.update(self._images.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def prepare(self, *raw: Tensor) -> Batch:
         """See :class:`TrainLoader`."""
         indices, views, key = raw
-        images = normalise(self.augment(self._padded, indices, views), self._mean, self._std)
+        images = normalise(self.augment(self._images, indices, views), self._mean, self._std)
         return Batch(images, self._targets[indices], indices, views, key)
 
 

@@ -1,4 +1,4 @@
-"""Rows of numbers in a sparse file, each written once, shared by processes; and a copy of them on a device."""
+"""Rows of numbers in sparse files, each written once, shared by processes; and a copy of them on a device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import json
 import mmap
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,22 @@ DType = np.dtype[Any]
 DTYPES: dict[str, DType] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
+# A table is a row of files of about this size: small enough to copy, to list and for any file system.
+SHARD_BYTES = 2**28
+
+
+def _checks(values: Array) -> Array:
+    """CRC-32 of each row, with the highest bit set: zero says that there is no row."""
+    sums = np.fromiter((zlib.crc32(row) for row in np.ascontiguousarray(values)), np.uint32, len(values))
+    checks: Array = sums | np.uint32(1 << 31)
+    return checks
+
+
 class Table:
-    """Rows of numbers in a sparse file, each written once; safe with several processes on one machine.
+    """Rows of numbers in sparse files, each row written once; safe with several processes on one machine.
+
+    Beside the files of rows lies one of checksums, and a row is there if its checksum says so: what a crash of the
+    machine left half written counts as missing, and nobody has to wait for the disk.
 
     Args:
         folder: made when it is not there; without permission to write, rows are only read.
@@ -32,28 +47,34 @@ class Table:
         rows: how many there can be.
         width: numbers in a row.
         dtype: of the stored numbers.
+        shard_rows: how many are in a file; what fills ``SHARD_BYTES`` unless told.
 
     Raises:
         CheckpointError: the folder is of something else, or cannot be used.
     """
 
-    def __init__(self, folder: Path, about: dict[str, object], rows: int, width: int, dtype: DType) -> None:
+    LAYOUT = "shards, crc32"
+
+    def __init__(
+        self, folder: Path, about: dict[str, object], rows: int, width: int, dtype: DType, shard_rows: int = 0
+    ) -> None:
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
-        self._row_bytes = width * dtype.itemsize
-        description = about | {"rows": rows, "width": width, "dtype": dtype.name}
+        self.row_bytes = width * dtype.itemsize
+        self._shard_rows = shard_rows or max(1, SHARD_BYTES // self.row_bytes)
+        self._shards: dict[int, Array] = {}
+        description = about | {
+            "rows": rows, "width": width, "dtype": dtype.name, "layout": self.LAYOUT, "shard_rows": self._shard_rows,
+        }  # fmt: skip
         self.writable = self._create(description)
         try:
             found = json.loads((folder / "about.json").read_text())
-            mode = "r+b" if self.writable else "rb"
-            self._data, self._valid = ((folder / name).open(mode, buffering=0) for name in ("rows.bin", "valid.bin"))
+            with (folder / "checks.bin").open("r+b" if self.writable else "rb") as file:
+                access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
+                self._there = np.frombuffer(mmap.mmap(file.fileno(), rows * 4, access=access), np.uint32)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the teacher cache {folder} cannot be read ({error}): remove it") from error
         if found != description:
             raise CheckpointError(f"the teacher cache {folder} was made for something else: remove it")
-        access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
-        self._flags = np.frombuffer(mmap.mmap(self._valid.fileno(), rows, access=access), np.uint8)
-        view = mmap.mmap(self._data.fileno(), rows * self._row_bytes, access=mmap.ACCESS_READ)
-        self._rows = np.frombuffer(view, dtype).reshape(rows, width)
 
     def _create(self, description: dict[str, object]) -> bool:
         """Make the files if need be; whether they can be written."""
@@ -62,11 +83,8 @@ class Table:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 if not about.exists():
-                    for name, size in (("rows.bin", self.rows * self._row_bytes), ("valid.bin", self.rows)):
-                        with (self.folder / name).open("wb") as file:
-                            file.truncate(size)
-                    with (self.folder / "valid.bin").open("r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, self.rows)  # a full disk must not kill a later write
+                    with (self.folder / "checks.bin").open("wb") as file:
+                        os.posix_fallocate(file.fileno(), 0, self.rows * 4)  # a full disk must not kill a later write
                     temporary = self.folder / ".about.json"
                     temporary.write_text(json.dumps(description, indent=2))
                     temporary.replace(about)
@@ -82,15 +100,37 @@ class Table:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def _path(self, number: int) -> Path:
+        return self.folder / f"rows-{number:04d}.bin"
+
+    def _shard_bytes(self, number: int) -> int:
+        return min(self._shard_rows, self.rows - number * self._shard_rows) * self.row_bytes
+
+    def _shard(self, number: int) -> Array | None:
+        """A file of rows, to read; None while nobody has begun it."""
+        if number not in self._shards:
+            path = self._path(number)
+            try:
+                with path.open("rb") as file:
+                    view = mmap.mmap(file.fileno(), self._shard_bytes(number), access=mmap.ACCESS_READ)
+            except FileNotFoundError:
+                return None
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"the teacher cache's {path} cannot be read ({error}): remove it") from error
+            self._shards[number] = np.frombuffer(view, self.dtype).reshape(-1, self.width)
+        return self._shards[number]
+
     def there(self, rows: Array) -> Array:
-        """Which of the rows are there: booleans of the same shape."""
-        found: Array = self._flags[rows] != 0
+        """Which of the rows ``[n]`` are there: ``[n]`` booleans."""
+        wanted: Array = self._there[rows]
+        found: Array = wanted != 0
+        found[found] = _checks(self.read(rows[found])) == wanted[found]
         return found
 
     def missing(self, rows: Array) -> Array:
         """Those of the rows that are not there, each once, in ascending order."""
         wanted = np.unique(rows)
-        absent: Array = wanted[self._flags[wanted] == 0]
+        absent: Array = wanted[~self.there(wanted)]
         return absent
 
     def write(self, rows: Array, values: Array) -> None:
@@ -102,25 +142,45 @@ class Table:
         values = np.ascontiguousarray(values, self.dtype)
         try:
             with self._locked():
-                new = self._flags[rows] == 0
-                for row, value in zip(rows[new].tolist(), values[new], strict=True):
-                    os.pwrite(self._data.fileno(), value.tobytes(), row * self._row_bytes)
-                os.fdatasync(self._data.fileno())  # a row is declared valid only when it is on the disk
-                self._flags[rows[new]] = 1
+                new = ~self.there(rows)
+                order = np.argsort(rows[new])
+                rows, values = rows[new][order], values[new][order]
+                for number in np.unique(rows // self._shard_rows).tolist():
+                    mine = rows // self._shard_rows == number
+                    self._write_shard(number, rows[mine] - number * self._shard_rows, values[mine])
+                self._there[rows] = _checks(values)
         except OSError as error:
             raise CheckpointError(
                 f"the teacher cache {self.folder} cannot be written ({error.strerror}): free space or set "
                 "DISTILLER.TEACHER_CACHE off; the rows that are there are good"
             ) from error
 
+    def _write_shard(self, number: int, rows: Array, values: Array) -> None:
+        """Neighbours in one go. Not through the mapping: there a full disk would kill the process."""
+        path = self._path(number)
+        if not path.exists():
+            temporary = path.with_suffix(".new")  # readers see it in its full size or not at all
+            with temporary.open("wb") as file:
+                file.truncate(self._shard_bytes(number))
+            temporary.replace(path)
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+        with path.open("r+b", buffering=0) as file:
+            for first, end in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+                os.pwrite(file.fileno(), values[first:end].data, int(rows[first]) * self.row_bytes)
+
     def read(self, rows: Array) -> Array:
-        """The values ``[n, width]`` of rows that are there."""
-        values: Array = self._rows[rows]
+        """The values ``[n, width]`` of rows that are there; zeros, or what was left of it, for one that is not."""
+        values = np.zeros((len(rows), self.width), self.dtype)
+        numbers = rows // self._shard_rows
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            if (shard := self._shard(number)) is not None:
+                values[mine] = shard[rows[mine] - number * self._shard_rows]
         return values
 
     def __len__(self) -> int:
-        """How many rows are there."""
-        return int(np.count_nonzero(self._flags))
+        """How many rows were written."""
+        return int(np.count_nonzero(self._there))
 
 
 class DeviceRows:
@@ -142,9 +202,14 @@ class DeviceRows:
             chunk = np.arange(first, min(first + self._CHUNK, table.rows))
             self.bring(chunk[table.there(chunk)])
 
+    def absent(self, rows: Array) -> Array:
+        """Those of the rows that were not brought yet."""
+        new: Array = rows[~self._here[rows]]
+        return new
+
     def bring(self, rows: Array) -> None:
         """Copy those of the rows, all of which are in the table, that are not here yet."""
-        new = rows[~self._here[rows]]
+        new = self.absent(rows)
         if len(new):
             values = torch.from_numpy(np.ascontiguousarray(self.table.read(new)))
             self._values[torch.from_numpy(new).to(self._values.device)] = values.to(self._values.device)

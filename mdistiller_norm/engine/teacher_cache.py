@@ -77,7 +77,7 @@ class CachedTeacher:
             "teacher": live.hash, "data": data_hash, "views": loader.views, "need": live.need.name,
             "precision": str(live.autocast or torch.float32),
         }  # fmt: skip
-        key = hashlib.sha256(json.dumps([about, dtype], sort_keys=True).encode()).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps([about, dtype, Table.LAYOUT], sort_keys=True).encode()).hexdigest()[:12]
         width = classes + (pooled if live.need is Need.POOLED else 0)
         folder = checkpoint.parent / f"{checkpoint.name}.cache" / key
         self.table = Table(folder, about, loader.samples * loader.views, width, DTYPES[dtype])
@@ -100,7 +100,7 @@ class CachedTeacher:
         """
         new = min(steps * self.loader.batch_size, self.table.rows - len(self.table))
         # Rows are scattered: each may be the first of its block on the disk.
-        row_bytes = self.table.width * self.table.dtype.itemsize
+        row_bytes = self.table.row_bytes
         needed = min(new * (row_bytes + 4096), self.table.rows * row_bytes)
         free = shutil.disk_usage(self.table.folder).free
         if free < needed:
@@ -122,7 +122,7 @@ class CachedTeacher:
         device = next(self.network.parameters()).device
         if device.type != "cuda":
             return ""
-        size, free = self.table.rows * self.table.width * self.table.dtype.itemsize, torch.cuda.mem_get_info(device)[0]
+        size, free = self.table.rows * self.table.row_bytes, torch.cuda.mem_get_info(device)[0]
         if free < 2 * size:  # half of what is free is left to the training
             return f"the teacher cache stays on the host: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free on the device"
         self.device_rows = DeviceRows(self.table, device)
@@ -165,35 +165,39 @@ class CachedTeacher:
                 yield len(ahead)
 
     def _values(self, rows: Array) -> Tensor:
+        """The table's ``[n, width]`` float32 on the teacher's device; what is not there yet is computed."""
         self._asked += len(rows)
-        missing = self.table.missing(rows)
+        wanted, device = np.unique(rows), next(self.network.parameters()).device
+        if self.device_rows:
+            wanted = self.device_rows.absent(wanted)
+        missing = self.table.missing(wanted)
         computed = self._add(missing)
-        device = next(self.network.parameters()).device
         if self.device_rows and (self.table.writable or not len(missing)):
-            self.device_rows.bring(np.unique(rows))
+            self.device_rows.bring(wanted)
             return self.device_rows.read(torch.from_numpy(rows).to(device))
         values = self.table.read(rows)
         if not self.table.writable and len(missing):
             there = np.searchsorted(missing, rows).clip(max=len(missing) - 1)
             values = np.where((missing[there] == rows)[:, None], computed[there], values)
-        result = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        result = torch.from_numpy(values.astype(np.float32, copy=False))
         return result.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else result
 
     def _add(self, rows: Array) -> Array:
         """Run the teacher for these rows, in batches of one size, and keep what it says."""
+        if not len(rows):
+            return np.empty((0, self.table.width), self.table.dtype)
         self._computed += len(rows)
         size, results = self.loader.batch_size, []
         device = next(self.network.parameters()).device
+        key = torch.zeros((), dtype=torch.int64, device=device)
         for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-            filled = torch.from_numpy(np.resize(part, size)).to(device)  # repeats: one shape, one compiled program
-            key = torch.zeros((), dtype=torch.int64, device=device)
-            batch = self.loader.prepare(filled // self._views, filled % self._views, key)
-            outputs = self.live.run(batch.images)
+            # Repeats fill the last batch up: one shape, one compiled program.
+            filled = torch.from_numpy(np.resize(rows[first : first + size], size)).to(device)
+            outputs = self.live.run(self.loader.prepare(filled // self._views, filled % self._views, key).images)
             wide = [outputs.logits, outputs.pooled] if self.table.width > self.classes else [outputs.logits]
-            values = torch.cat([part.float() for part in wide], 1)[: len(part)].cpu().numpy()
-            values = values.astype(self.table.dtype)
-            if self.table.writable:
-                self.table.write(part, values)
-            results.append(values)
-        return np.concatenate(results) if results else np.empty((0, self.table.width), self.table.dtype)
+            results.append(torch.cat([part.float() for part in wide], 1))
+        # Waits for the device, and takes the table's lock, once for all.
+        values: Array = torch.cat(results)[: len(rows)].cpu().numpy().astype(self.table.dtype)
+        if self.table.writable:
+            self.table.write(rows, values)
+        return values
