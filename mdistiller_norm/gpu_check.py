@@ -90,16 +90,19 @@ def _compare(folder: Path, dataset: TensorDataset, steps: int, method: str, *ove
     )
 
 
-def _evaluation(folder: Path, dataset: TensorDataset) -> Check:
+def _evaluation(folder: Path, dataset: TensorDataset, precision: str) -> Check:
     """The captured evaluation against the eager one, before and after the weights changed."""
-    trainer = _trainer(folder, "evaluation", dataset, "DISTILLER.TYPE=NONE", "ENGINE.CUDA_GRAPH=on")
-    student, seen = trainer.step.trainable.student, []
+    more = ("DISTILLER.TYPE=NONE", "ENGINE.CUDA_GRAPH=on", f"SOLVER.PRECISION={precision}")
+    trainer = _trainer(folder, f"evaluation_{precision}", dataset, *more)
+    trainable, seen = trainer.step.trainable, []
     for _ in range(2):
-        seen.append([evaluate(student, trainer.test, None, run)[:3] for run in (None, trainer.run_test)])
+        forms = (trainable.student, trainer.run_test)  # nothing folded: equal to the bit
+        seen.append([evaluate(trainable.student, trainer.test, trainable.autocast, form)[:3] for form in forms])
         _run(trainer, 20)
     captured = isinstance(trainer.run_test, CapturedNetwork)
     equal = captured and all(eager == graph for eager, graph in seen)
-    return Check("captured evaluation equals eager", equal, f"top-1, top-5, loss by eager and captured: {seen}")
+    name = f"captured evaluation equals eager: {precision}"
+    return Check(name, equal, f"top-1, top-5, loss by eager and captured: {seen}")
 
 
 def _lockstep(folder: Path, dataset: TensorDataset) -> Check:
@@ -193,7 +196,7 @@ def check_gpu(steps: int = 200) -> list[Check]:
         eager, captured = (_step_time(folder, dataset, graph) for graph in ("off", "on"))
         line = f"median ms a step, resnet14 -> resnet8, batch 64: eager {eager:.2f}, captured {captured:.2f}"
         checks.append(Check("a captured step is faster", captured < eager, line))
-        checks.append(_evaluation(folder, dataset))
+        checks += [_evaluation(folder, dataset, precision) for precision in ("fp32", "bf16")]
         checks.append(_lockstep(folder, dataset))
         checks.append(_decoded(folder, dataset, torch.device("cuda")))
     return checks

@@ -67,7 +67,8 @@ def evaluate(
     keep_freed_memory()
     start = time.perf_counter()
     for images, targets in loader:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        # No cache: a graph would be recorded with the copies of the weights that an earlier pass left there.
+        with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
             logits = run(images)
         logits = at_least_float32(logits)
         ranked = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
