@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.plugins import import_plugin
 from mdistiller_norm.registry import nearest
 
 # Key -> default and what it means. Every registered distiller adds a node under its own name: see default_config.
@@ -30,6 +31,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
     "EXPERIMENT.PROJECT": ("distill", "folder of the runs, under LOG.PREFIX"),
     "EXPERIMENT.NAME": ("", "name of the run; empty for its TAG"),
     "EXPERIMENT.TAG": ("default", "comma-separated words that describe the run"),
+    "EXPERIMENT.PLUGINS": ("", "Python file or files that register networks, data sets and methods of one's own"),
     "DATASET.TYPE": ("cifar100", "data set"),
     "DATASET.ROOT": ("data", "folder that holds the data sets"),
     "DATASET.NUM_WORKERS": (2, "processes that read images (data sets held in memory need none)"),
@@ -73,6 +75,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
     "SOLVER.DOT.DELTA": (0.075, "DOT: the momenta of both losses are MOMENTUM -/+ DELTA"),
     "ENGINE.COMPILE": ("auto", "what to compile: none, teacher, all, or auto (the teacher of a long run)"),
     "ENGINE.CUDA_GRAPH": ("auto", "record a training step as one CUDA graph: auto (on CUDA), on or off"),
+    "ENGINE.DETERMINISTIC": (False, "on CUDA, the same bits in every run, at a cost in speed (on the CPU always)"),
     "LOG.TENSORBOARD_FREQ": (500, "steps between two scalars of the training loss"),
     "LOG.CHECKPOINT_STEPS": (0, "steps between two states of latest.pt within an epoch; 0 for one an epoch"),
     "LOG.SAVE_CHECKPOINT_FREQ": (40, "epochs between two checkpoints that are kept"),
@@ -84,7 +87,7 @@ _KEYS: dict[str, tuple[Any, str]] = {
 HELP: dict[str, str] = {key: text for key, (_, text) in _KEYS.items()}
 
 # These take one value of their default's type, or a list of such values.
-_ONE_OR_SEVERAL = {"DISTILLER.TYPE", "KD.TEMPERATURE"}
+_ONE_OR_SEVERAL = {"DISTILLER.TYPE", "EXPERIMENT.PLUGINS", "KD.TEMPERATURE"}
 
 
 class _Rule(NamedTuple):
@@ -162,7 +165,11 @@ class _Setting(NamedTuple):
 
 
 def default_config() -> CfgNode:
-    """A fresh tree of all defaults: the common keys, and one node for each registered distiller that has any."""
+    """A fresh tree of all defaults: the common keys, and one node for each registered distiller that has any.
+
+    Raises:
+        ConfigError: a distiller's name or defaults cannot be those of a node.
+    """
     tree: dict[str, Any] = {}
     for key, (default, _) in _KEYS.items():
         *sections, name = key.split(".")
@@ -170,7 +177,15 @@ def default_config() -> CfgNode:
         for part in sections:
             section = section.setdefault(part, {})
         section[name] = default
-    return CfgNode(tree | {name: cls.defaults for name, cls in DISTILLERS.items() if cls.defaults})
+    for name, cls in DISTILLERS.items():
+        if name in tree or name == "NONE" or not name.isidentifier():
+            raise ConfigError(f"distiller {name!r} cannot be called so: use letters, digits and _, and no key's name")
+        if cls.defaults:
+            try:
+                tree[name] = CfgNode(cls.defaults)
+            except AssertionError as error:
+                raise ConfigError(f"distiller {name!r} has defaults that a config cannot hold: {error}") from error
+    return CfgNode(tree)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -183,13 +198,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: names the file and line, the key, what was expected, what was got and the nearest valid key.
     """
+    plugins = _import_plugins(path, overrides)
     node = default_config()
     tree = dict(_walk(node))
     sources = {key: "default" for key, default in tree.items() if not isinstance(default, CfgNode)}
-    blocks: dict[Path, tuple[str, list[_Setting]]] = {}
-    if path is not None:
-        _read_with_bases(Path(path), tree, (), blocks)
-    for source, settings in [*blocks.values(), ("command line", _parse_overrides(overrides, tree))]:
+    for source, settings in _read(path, overrides, tree):
         for setting in settings:
             *sections, name = setting.key.split(".")
             section = node
@@ -197,6 +210,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 section = section[part]
             section[name] = _check(setting, tree[setting.key])
             sources[setting.key] = source
+    node.EXPERIMENT.PLUGINS = plugins
     if node.SOLVER.NESTEROV and node.SOLVER.MOMENTUM == 0:
         raise ConfigError(
             f"SOLVER.NESTEROV ({sources['SOLVER.NESTEROV']}) needs a SOLVER.MOMENTUM above 0 "
@@ -252,8 +266,47 @@ def _render(node: Mapping[str, Any], comments: Mapping[str, str]) -> str:
     return "".join((f"{line:<{width}}  # {comment}" if comment else line) + "\n" for line, comment in lines)
 
 
+def _import_plugins(path: str | Path | None, overrides: Sequence[str]) -> str | list[str]:
+    """Import what ``EXPERIMENT.PLUGINS`` names, before the keys are checked that it brings; returns its value.
+
+    A file is looked for beside the config file that names it, then in the working directory.
+    """
+    read = _read(path, overrides, dict(_walk(default_config())), strict=False)
+    named = [(source, one) for source, settings in read for one in settings if one.key == "EXPERIMENT.PLUGINS"]
+    if not named:
+        return ""
+    source, setting = named[-1]
+    value = _check(setting, "")
+    beside = None if source == "command line" else Path(source).parent
+    try:
+        return [import_plugin(name, beside) for name in ([value] if isinstance(value, str) else value) if name] or ""
+    except ConfigError as error:
+        raise ConfigError(f"{setting.where}: EXPERIMENT.PLUGINS: {error}") from error
+
+
+def _read(
+    path: str | Path | None, overrides: Sequence[str], tree: Mapping[str, Any], strict: bool = True
+) -> list[tuple[str, list[_Setting]]]:
+    """What a file, its bases and the command line set, each with its source; the later ones win.
+
+    Args:
+        path: the file, or None.
+        overrides: of the command line.
+        tree: all keys and their defaults.
+        strict: refuse other keys; else pass over them.
+    """
+    blocks: dict[Path, tuple[str, list[_Setting]]] = {}
+    if path is not None:
+        _read_with_bases(Path(path), tree, strict, (), blocks)
+    return [*blocks.values(), ("command line", _parse_overrides(overrides, tree, strict))]
+
+
 def _read_with_bases(
-    path: Path, tree: Mapping[str, Any], chain: tuple[Path, ...], blocks: dict[Path, tuple[str, list[_Setting]]]
+    path: Path,
+    tree: Mapping[str, Any],
+    strict: bool,
+    chain: tuple[Path, ...],
+    blocks: dict[Path, tuple[str, list[_Setting]]],
 ) -> None:
     """Append the settings of a file to ``blocks``, after those of its bases. ``chain``: the files that led here."""
     identity = path.resolve()
@@ -270,13 +323,13 @@ def _read_with_bases(
         raise ConfigError(f"config file {path}{asked} does not exist{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path}{asked} cannot be read: {error}") from None
-    bases, settings = _parse_file(text, path, tree)
+    bases, settings = _parse_file(text, path, tree, strict)
     for base in bases:
-        _read_with_bases(Path(os.path.normpath(path.parent / base)), tree, (*chain, path), blocks)
+        _read_with_bases(Path(os.path.normpath(path.parent / base)), tree, strict, (*chain, path), blocks)
     blocks[identity] = (str(path), settings)
 
 
-def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[str], list[_Setting]]:
+def _parse_file(text: str, path: Path, tree: Mapping[str, Any], strict: bool) -> tuple[list[str], list[_Setting]]:
     """The bases a YAML text names, and its settings; the keys are known ones, the values unchecked."""
     bases: list[str] = []
     settings: list[_Setting] = []
@@ -298,7 +351,8 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
                 if not bases or not all(isinstance(base, str) for base in bases):
                     raise ConfigError(f"{where}: _BASE_ must be a path or a list of paths, not {value!r}")
             elif key not in tree:
-                raise ConfigError(f"{where}: {_unknown(key, tree)}")
+                if strict:
+                    raise ConfigError(f"{where}: {_unknown(key, tree)}")
             elif not isinstance(tree[key], CfgNode):
                 value = loader.construct_object(value_node, deep=True)
                 if isinstance(tree[key], str) and isinstance(value, bool):
@@ -324,20 +378,22 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any]) -> tuple[list[st
     return bases, settings
 
 
-def _parse_overrides(overrides: Sequence[str], tree: Mapping[str, Any]) -> list[_Setting]:
+def _parse_overrides(overrides: Sequence[str], tree: Mapping[str, Any], strict: bool) -> list[_Setting]:
     settings = []
     items = iter(overrides)
     for item in items:
         key, equals, text = item.partition("=")
-        if key not in tree:
+        if key not in tree and strict:
             raise ConfigError(f"command line: {_unknown(key, tree)}")
-        if isinstance(tree[key], CfgNode):
+        if isinstance(tree.get(key), CfgNode):
             raise ConfigError(f"command line: {_is_section(key, tree)}")
         if not equals:
             try:
                 text = next(items)
             except StopIteration:
                 raise ConfigError(f"command line: {key} has no value: overrides are KEY VALUE pairs") from None
+        if key not in tree:
+            continue
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):

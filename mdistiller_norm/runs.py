@@ -35,6 +35,7 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import TeacherFile, load
 from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.host import choose_cuda_kernels
 from mdistiller_norm.engine.logger import Record, RunLog, SilentLog, environment
 from mdistiller_norm.engine.optim import StepSchedule
 from mdistiller_norm.engine.teacher import Teacher
@@ -110,7 +111,9 @@ def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | No
     latest, saved = folder / LATEST, folder / "config.yaml"
     _refuse_to_overwrite(config, resume)
     if latest.exists():
-        changed = [key for key in differences(load_config(saved).node, config.node) if _matters(key, config.node)]
+        # With the plugins that are loaded already: they may have moved since.
+        before = load_config(saved, [f"EXPERIMENT.PLUGINS={config.node.EXPERIMENT.PLUGINS}"])
+        changed = [key for key in differences(before.node, config.node) if _matters(key, config.node)]
         if changed:
             raise ConfigError(f"{folder} was run with other values of {', '.join(changed)}: it cannot be resumed so")
         state = load(latest)
@@ -173,7 +176,7 @@ def _about(cfg: Any, dataset: Dataset) -> Record:
         "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
         "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
         "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
-        "seed": initial_seed(cfg),
+        "seed": initial_seed(cfg), "plugins": list(cfg.EXPERIMENT.PLUGINS),
     }  # fmt: skip
 
 
@@ -242,6 +245,8 @@ def build_runs(
     """
     cfg = configs[0].node
     device = build_device(cfg)
+    if device.type == "cuda":
+        choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     autocast, warning = build_precision(cfg, device)
     dataset = dataset or build_dataset(cfg)

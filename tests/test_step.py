@@ -15,6 +15,7 @@ from mdistiller_norm.data import digits
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.graph import CapturedStep
+from mdistiller_norm.engine.host import choose_cuda_kernels
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run
@@ -87,6 +88,17 @@ def test_the_gpu_check_says_when_there_is_no_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: the next test runs the check")
     assert_user_error(tool("gpu_check", check=False), "no CUDA device")
+
+
+def test_kernels_are_the_fastest_or_those_that_repeat_their_bits() -> None:
+    try:
+        choose_cuda_kernels(deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        choose_cuda_kernels(deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
 
 
 @pytest.mark.cuda

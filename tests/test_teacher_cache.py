@@ -146,7 +146,7 @@ def test_cached_rows_are_what_the_live_teacher_says(tmp_path: Path, own_teacher:
 
 def test_full_fills_what_the_schedule_visits_before_the_first_step(tmp_path: Path, own_teacher: str) -> None:
     found = cached(tmp_path, "run", own_teacher, mode="full", epochs=2)
-    rows = {int(row) for epoch in (1, 2) for raw in found.loader.batches(epoch) for row in found.rows_of([raw])[0]}
+    rows = {int(row) for epoch in (1, 2) for raw in found.loader.batches(epoch) for row in found.rows_of([raw])}
     assert len(found.table) == len(rows)
     assert found.use.asked == 2 * 1437
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +19,7 @@ from mdistiller_norm.benchmark.timing import Record, clock
 from mdistiller_norm.builders import build_dataset, build_device, train_command
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import MemoryTrainLoader, Split, TensorDataset
-from mdistiller_norm.data.base import Warn
 from mdistiller_norm.data.cifar import MEAN, STD
-from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.engine.checkpoint import PROJECT, find_teacher
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.trainable import Trainable
@@ -32,22 +30,6 @@ from mdistiller_norm.types import Batch, Outputs
 
 # Folders of configs/cifar100 that are not called as the method in lower case.
 _FOLDERS = {"NormKD_W_DKD": "dkd_normkd"}
-
-
-@dataclass(frozen=True)
-class SharedImages(TensorDataset):
-    """A data set whose training loader is made once: ten runs in one process need not hold ten padded copies."""
-
-    loaders: dict[tuple[int, int], MemoryTrainLoader] = field(default_factory=dict)
-
-    def train_loader(
-        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
-    ) -> MemoryTrainLoader:
-        """See :class:`~mdistiller_norm.data.Dataset`; for one process on one device."""
-        key = (batch_size, seed)
-        if key not in self.loaders:
-            self.loaders[key] = super().train_loader(batch_size, seed, device, share, warn)
-        return self.loaders[key]
 
 
 def method_folder(method: str) -> str:
@@ -67,7 +49,7 @@ def method_config(pair: str, cfg: str, method: str, overrides: list[str]) -> Con
     return load_config(file, overrides)
 
 
-def load_images(config: Config, synthetic: int) -> tuple[SharedImages, str]:
+def load_images(config: Config, synthetic: int) -> tuple[TensorDataset, str]:
     """The data set of the config, or noise of CIFAR-100's shapes where that is not on disk.
 
     Args:
@@ -86,8 +68,7 @@ def load_images(config: Config, synthetic: int) -> tuple[SharedImages, str]:
         dataset = build_dataset(config.node)
         if not isinstance(dataset, TensorDataset):
             raise ConfigError(f"DATASET.TYPE {node.TYPE} is not held in memory: this times cifar100 and digits")
-        shared = SharedImages(**{part.name: getattr(dataset, part.name) for part in fields(dataset)})
-        return shared, f"real {node.TYPE}, {len(dataset.train)} training images"
+        return dataset, f"real {node.TYPE}, {len(dataset.train)} training images"
     count = synthetic or 50_000
     generator = torch.Generator().manual_seed(0)
 
@@ -97,7 +78,7 @@ def load_images(config: Config, synthetic: int) -> tuple[SharedImages, str]:
         )
 
     classes = tuple(f"class {number}" for number in range(100))
-    dataset = SharedImages("cifar100", noise(count), noise(count // 5), classes, MEAN, STD)
+    dataset = TensorDataset("cifar100", noise(count), noise(count // 5), classes, MEAN, STD)
     return dataset, f"synthetic: {count} images of noise in the shapes of CIFAR-100"
 
 
@@ -149,7 +130,6 @@ class Ours:
 
     def __init__(self, config: Config, dataset: TensorDataset, replay: bool = False) -> None:
         self.config, self.replay = config, replay
-        # Not the data set itself: a training run lets go of it, too, once its loaders are made.
         self.classes, self.variant = len(dataset.classes), dataset.variant
         few = Split(dataset.test.images[:64], dataset.test.targets[:64])
         with contextlib.redirect_stdout(StringIO()):  # what it prints is in its log
@@ -260,7 +240,6 @@ def memory(config: Config, synthetic: int, steps: int) -> Record:
     dataset, _ = load_images(config, synthetic)
     before = _resident("VmRSS")
     ours = Ours(config, dataset)
-    dataset.loaders.clear()
     del dataset
     with contextlib.suppress(OSError):  # the peak so far may have been reading the data: count again from now
         Path("/proc/self/clear_refs").write_text("5")

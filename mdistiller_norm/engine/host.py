@@ -1,11 +1,14 @@
-"""Settings of the process that make CPU training faster and change no result."""
+"""Settings of the process: what it does with freed memory, and which kernels CUDA's libraries choose."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 # mallopt's parameters in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -21,6 +24,19 @@ def keep_freed_memory() -> None:
     them up has been given back. Does nothing where the C library is another one.
     """
     _set_thresholds(2**31 - 1, 2**31 - 1)
+
+
+def choose_cuda_kernels(deterministic: bool) -> None:
+    """Let cuDNN try its kernels and take the fastest, or only take those that give the same bits in every run.
+
+    Args:
+        deterministic: an operation without such a kernel is a warning. Asked for after the first matrix product of the
+            process, cuBLAS may not follow.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not deterministic  # shapes are static: each is tried once
 
 
 @contextmanager

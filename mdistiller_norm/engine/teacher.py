@@ -119,7 +119,11 @@ class LiveTeacher:
         if train_mode:
             self._runs = _Reads(copy.deepcopy(network), need).train()
         else:
-            module = folded(network, need)
+            try:
+                module = folded(network, need)
+            # What tracing raises: a network of a user's own may do what cannot be traced, and is right as it is.
+            except (ValueError, TypeError, RuntimeError, AttributeError):
+                module = _Reads(self.network, need).eval()
             self._runs = compiler(module) if compiler else module
 
     def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:

@@ -128,22 +128,23 @@ class CachedTeacher:
         self.device_rows = DeviceRows(self.table, device)
         return f"the teacher cache is held on the device: {size / 1e9:.2f} GB"
 
-    def rows_of(self, raws: Iterable[Raw]) -> list[Array]:
-        """The table's rows for each batch; asks the device once for all."""
+    def rows_of(self, raws: Iterable[Raw]) -> Tensor:
+        """The table's rows for the samples of all batches, on the device."""
         named = [raw[0] * self._views + raw[1] for raw in raws]
-        if not named:
-            return []
-        rows = torch.cat(named).cpu().numpy()
-        return np.split(rows, np.cumsum([len(part) for part in named])[:-1])
+        return torch.cat(named) if named else torch.empty(0, dtype=torch.int64)
 
     def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         """See :class:`Teacher`: adds the batch's rows, ``[B, width]`` float32."""
         raws = list(batches)  # a batch's name is small: the rows of an epoch are known in one go
         rows = self.rows_of(raws)
+        on_host, start = rows.cpu().numpy(), 0  # the one time that an epoch waits for the device here
         for first in range(0, len(raws), AHEAD):
-            ahead = rows[first : first + AHEAD]
-            values = self._values(np.concatenate(ahead)).split_with_sizes([len(part) for part in ahead])
-            yield from ((*raw, value) for raw, value in zip(raws[first : first + AHEAD], values, strict=True))
+            ahead = raws[first : first + AHEAD]
+            sizes = [len(raw[0]) for raw in ahead]
+            part = slice(start, start + sum(sizes))
+            start = part.stop
+            values = self._values(on_host[part], rows[part]).split_with_sizes(sizes)
+            yield from ((*raw, value) for raw, value in zip(ahead, values, strict=True))
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
         """See :class:`Teacher`."""
@@ -160,27 +161,27 @@ class CachedTeacher:
         with tqdm(total=steps, desc="teacher cache", leave=False, mininterval=0.5, disable=None) as bar:
             stream = iter(batches)
             while ahead := list(islice(stream, AHEAD)):
-                self._add(self.table.missing(np.concatenate(self.rows_of(ahead))))
+                self._add(self.table.missing(self.rows_of(ahead).cpu().numpy()))
                 bar.update(len(ahead))
                 yield len(ahead)
 
-    def _values(self, rows: Array) -> Tensor:
+    def _values(self, rows: Array, on_device: Tensor) -> Tensor:
         """The table's ``[n, width]`` float32 on the teacher's device; what is not there yet is computed."""
         self._asked += len(rows)
-        wanted, device = np.unique(rows), next(self.network.parameters()).device
+        wanted = np.unique(rows)
         if self.device_rows:
             wanted = self.device_rows.absent(wanted)
         missing = self.table.missing(wanted)
         computed = self._add(missing)
         if self.device_rows and (self.table.writable or not len(missing)):
             self.device_rows.bring(wanted)
-            return self.device_rows.read(torch.from_numpy(rows).to(device))
+            return self.device_rows.read(on_device)
         values = self.table.read(rows)
         if not self.table.writable and len(missing):
             there = np.searchsorted(missing, rows).clip(max=len(missing) - 1)
             values = np.where((missing[there] == rows)[:, None], computed[there], values)
         result = torch.from_numpy(values.astype(np.float32, copy=False))
-        return result.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else result
+        return result.pin_memory().to(on_device.device, non_blocking=True) if on_device.is_cuda else result
 
     def _add(self, rows: Array) -> Array:
         """Run the teacher for these rows, in batches of one size, and keep what it says."""
