@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mdistiller_norm.data import (
 from mdistiller_norm.data.image_folder import data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import TeacherFile, find_teacher, load_into, load_weights
+from mdistiller_norm.engine.checkpoint import PROJECT, TeacherFile, find_teacher, load_into, load_weights
 from mdistiller_norm.engine.compile import compile_teacher
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep, Step
@@ -34,7 +35,7 @@ from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError
-from mdistiller_norm.models import build_model, probe
+from mdistiller_norm.models import VARIANTS, build_model, probe
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Outputs
 
@@ -110,16 +111,24 @@ def initial_seed(cfg: Any) -> int:
 
 
 def build_student(cfg: Any, dataset: Dataset) -> Network:
-    """The student with its initial weights, a function of ``SOLVER.INIT_SEED``, or else of ``SEED``, alone."""
+    """The student with its initial weights, a function of ``SOLVER.INIT_SEED``, or else of ``SEED``, alone.
+
+    Raises:
+        ConfigError: there is no such network, or it cannot take the data set's images.
+    """
     torch.manual_seed(initial_seed(cfg))
-    return build_model(cfg.DISTILLER.STUDENT, len(dataset.classes), variant=dataset.variant)
+    student = build_model(cfg.DISTILLER.STUDENT, len(dataset.classes), variant=dataset.variant)
+    probe(student, dataset.image_size)
+    return student
 
 
 def train_command(cfg: Any, model: str) -> str:
     """The command that trains this network as a teacher."""
-    if cfg.DATASET.TYPE == "digits":
-        return f"python tools/train.py --cfg configs/digits/vanilla_{model}.yaml"
-    return f"python tools/train.py --cfg configs/{cfg.DATASET.TYPE}/vanilla/{model}.yaml"
+    kind = cfg.DATASET.TYPE
+    file = Path("configs", kind, f"vanilla_{model}.yaml" if kind == "digits" else f"vanilla/{model}.yaml")
+    if (PROJECT / file).is_file():
+        return f"python tools/train.py --cfg {file}"
+    return f"python tools/train.py --cfg FILE DISTILLER.TYPE NONE DISTILLER.STUDENT {model}"
 
 
 def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
@@ -141,9 +150,17 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
 
 
 def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> dict[str, Distiller]:
-    """The methods of ``DISTILLER.TYPE`` for this pair of networks, by name."""
+    """The methods of ``DISTILLER.TYPE`` for this pair of networks, by name.
+
+    Raises:
+        ConfigError: a method does not work for them.
+    """
     size = dataset.image_size
     pair = Pair(probe(student, size), probe(teacher, size), teacher, dataset.targets, len(dataset.classes))
+    for name in method_names(cfg):
+        for network, outputs in ((student, pair.student), (teacher, pair.teacher)):
+            if DISTILLERS[name].need is Need.MAPS and not outputs.features:
+                raise ConfigError(f"{name} reads maps, and {network.name} shows none: name its features, or choose KD")
     return {name: DISTILLERS[name].from_config(cfg[name], pair) for name in method_names(cfg)}
 
 
@@ -303,11 +320,14 @@ def open_checkpoint(
     name = model or about.get("name", "")
     if not name:
         raise ConfigError(f"{path} does not say what network it is: add -m, for example -m resnet20")
+    kind = kind or about.get("type", about.get("dataset", "cifar100"))
+    if about.get("plugins") and (kind not in DATASETS or name not in chain(*VARIANTS.values())):
+        wanted = " ".join(about["plugins"])
+        raise CheckpointError(f"{path} is of {name} on {kind}, which a plugin brings: add --plugin {wanted}")
     known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
     known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
     images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
-    opener = DATASETS[kind or about.get("type", about.get("dataset", "cifar100"))]
-    dataset = opener(data_root(root, about.get("dataset", "")), images)
+    dataset = DATASETS[kind](data_root(root, about.get("dataset", "")), images)
     network = build_model(name, len(dataset.classes), variant=dataset.variant)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     return network, dataset

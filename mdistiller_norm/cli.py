@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mdistiller_norm.errors import ConfigError, UserError
+from mdistiller_norm.plugins import import_plugin
 
 if TYPE_CHECKING:
     from mdistiller_norm.data import Dataset
@@ -118,6 +119,7 @@ def eval_main(arguments: Sequence[str]) -> int:
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--root", default="data", help="folder of the data set")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="the run's EXPERIMENT.PLUGINS")
     parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:

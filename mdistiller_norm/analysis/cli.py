@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.plugins import import_plugin
 
 
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,7 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-bs", "--batch-size", type=int, default=250)
     parser.add_argument("--root", default="data", help="folder of the data set")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="the runs' EXPERIMENT.PLUGINS")
 
 
 def visualize_main(arguments: Sequence[str]) -> int:

@@ -26,6 +26,7 @@ class Open(Protocol):
 _DEFAULT = ImageOptions()
 
 DATASETS: Registry[Open] = Registry("data set")
+register = DATASETS.register  # decorator that files a function like Open under its DATASET.TYPE
 DATASETS.register("cifar100")(lambda root, options=_DEFAULT: cifar100(root))
 DATASETS.register("digits")(lambda root, options=_DEFAULT: digits())
 DATASETS.register("imagenet")(lambda root, options=_DEFAULT: imagenet(root, options))
@@ -34,5 +35,5 @@ DATASETS.register("webdataset")(lambda root, options=_DEFAULT: webdataset(root, 
 
 __all__ = [
     "DATASETS", "Dataset", "EvalLoader", "ImageOptions", "MemoryEvalLoader", "MemoryTrainLoader", "Share", "Split",
-    "TensorDataset", "TrainLoader", "cifar100", "digits", "image_folder", "imagenet", "webdataset",
+    "TensorDataset", "TrainLoader", "cifar100", "digits", "image_folder", "imagenet", "register", "webdataset",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pkgutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Builder, Network
+from mdistiller_norm.models.wrapped import Wrapped
 from mdistiller_norm.registry import Registry
 from mdistiller_norm.types import Outputs
 
@@ -23,6 +25,25 @@ VARIANTS.register("cifar")(CIFAR_MODELS)
 VARIANTS.register("imagenet")(IMAGENET_MODELS)
 
 
+def register(name: str, variants: Sequence[str] = ("cifar", "imagenet")) -> Callable[[Builder], Builder]:
+    """Decorator that files a function from the number of classes to a network under a model name.
+
+    Args:
+        name: for ``DISTILLER.STUDENT`` and ``DISTILLER.TEACHER``.
+        variants: the families in which it is found; which one a data set asks for depends on the size of its images.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(builder: Builder) -> Builder:
+        for variant in variants:
+            VARIANTS[variant].register(name)(builder)
+        return builder
+
+    return add
+
+
 def build_model(name: str, num_classes: int, *, variant: str = "cifar") -> Network:
     """A new network, its weights drawn from PyTorch's global generator.
 
@@ -32,12 +53,14 @@ def build_model(name: str, num_classes: int, *, variant: str = "cifar") -> Netwo
         variant: "cifar" for small images, "imagenet" for 224 pixels; some names exist in both.
 
     Raises:
-        ConfigError: unknown name (lists the near ones), unknown variant, fewer than two classes.
+        ConfigError: unknown name (lists the near ones), unknown variant, fewer than two classes, not a network.
     """
     builder = VARIANTS[variant][name]
     if num_classes < 2:
         raise ConfigError(f"{num_classes} classes for model {name!r}: a classifier needs at least 2")
     network = builder(num_classes)
+    if not isinstance(network, Network):
+        raise ConfigError(f"model {name!r} is built as a {type(network).__name__}: make it a Wrapped")
     network.name = name
     return network
 
@@ -68,10 +91,10 @@ def probe(network: Network, image_size: tuple[int, int] = (32, 32)) -> Outputs:
     try:
         with torch.no_grad():
             return shadow.outputs(torch.empty(2, 3, *image_size, dtype=dtype, device="meta"))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         size = "x".join(str(side) for side in image_size)
         raise ConfigError(f"model {network.name!r} cannot take images of {size} pixels: {reason}") from error
 
 
-__all__ = ["CIFAR_MODELS", "IMAGENET_MODELS", "Network", "build_model", "probe"]
+__all__ = ["CIFAR_MODELS", "IMAGENET_MODELS", "Network", "Wrapped", "build_model", "probe", "register"]
