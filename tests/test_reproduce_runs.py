@@ -377,6 +377,14 @@ def test_ledgers_merge_by_copying_and_seeds_count_once(output: Path, tmp_path: P
         add(record | {"seed": 3}, folder)
 
 
+def test_a_record_names_no_folder_of_the_machine(output: Path) -> None:
+    record = finished_record(run_folder(output, "kd", 0), "configs/digits/kd.yaml", smoke=True)
+    assert output.is_absolute()
+    assert str(output) not in json.dumps(record)
+    assert record["config"]["LOG"]["PREFIX"] == "smoke"  # of output/smoke
+    assert record["teacher"]["file"].startswith("smoke/digits")
+
+
 def test_run_folders_made_by_hand_can_be_added(trained: Path, tmp_path: Path) -> None:
     assert reproduce_main(["--add", str(run_folder(trained, "kd", 0)), "--smoke", "--results", str(tmp_path)]) == 0
     (entry,) = read_ledger(tmp_path / "runs", smoke=True).all_runs()

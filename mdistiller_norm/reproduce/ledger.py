@@ -183,6 +183,23 @@ def _columns(metrics: Sequence[Record]) -> Record:
     }
 
 
+def _portable(result: Record) -> Record:
+    """A result whose paths start at the folder of all projects, as they do in everybody's checkout."""
+    prefix = Path(result["config"]["LOG"]["PREFIX"])
+    if not prefix.is_absolute():
+        return result
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shortened(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shortened(item) for item in value]
+        return value.replace(str(prefix), prefix.name) if isinstance(value, str) else value
+
+    short: Record = shortened(result)
+    return short
+
+
 def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Record:
     """The record of a finished run folder.
 
@@ -191,7 +208,7 @@ def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Re
     """
     path = run / "result.json"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = _portable(json.loads(path.read_text(encoding="utf-8")))
         record: Record = {
             "format": FORMAT, "status": "finished", "smoke": smoke, "config_file": config_file,
             "at": _utc(path.stat().st_mtime),
