@@ -3,7 +3,7 @@
 - ``processes``: the seeds SEED, SEED + 1, ... in a process each. A trial is exactly the run that its ``SEED`` alone
   would have given with the same number of threads: nothing is shared but the files of the teacher cache, whose rows
   never change. On the CPU each trial gets its share of the cores: networks of CIFAR's size use one core better than
-  two.
+  two. With several GPUs the trials take turns on them.
 - ``lockstep``: one process, in which the teacher sees every batch once for all. The trials share the order and the
   augmentation of the data, those of SEED, and differ in the seed of their initial weights: SEED, SEED + 1, ... A trial
   is exactly the run that ``SOLVER.INIT_SEED`` alone would have given.
@@ -27,6 +27,7 @@ from typing import Any
 from mdistiller_norm.builders import build_device, fastest, initial_seed
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.engine import distributed
+from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.engine.lockstep import Lockstep, fit_together
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.trainer import Interrupted
@@ -115,7 +116,6 @@ def _in_processes(
     trials, cores = config.node.SOLVER.TRIALS, os.cpu_count() or 1
     on_cpu = build_device(config.node).type == "cpu"
     at_once = min(trials, cores) if on_cpu else trials
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // at_once))
     waiting = list(enumerate(names))
     running: dict[int, subprocess.Popen[bytes]] = {}
     failed: list[int] = []
@@ -136,7 +136,7 @@ def _in_processes(
                 # A session of its own: Ctrl-C reaches it through us, once.
                 running[trial] = subprocess.Popen(
                     [*command, *overrides, *own],
-                    env=os.environ | {"OMP_NUM_THREADS": threads},
+                    env=os.environ | slot_environment(config.node.DEVICE, trial, at_once),
                     start_new_session=True,
                 )
             for trial in [trial for trial, process in running.items() if process.poll() is not None]:

@@ -13,6 +13,7 @@ from conftest import ROOT, assert_user_error, tool
 
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.errors import ConfigError, UserError
 from mdistiller_norm.reproduce.cli import parse_duration, reproduce_main
 from mdistiller_norm.reproduce.commands import select_cells
@@ -25,7 +26,6 @@ from mdistiller_norm.reproduce.jobs import (
     identity,
     make_plan,
 )  # fmt: skip
-from mdistiller_norm.reproduce.runner import slot_environment
 from mdistiller_norm.reproduce.tables import Cell, load_claims, load_tables
 
 TABLES = load_tables()
@@ -227,20 +227,18 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert not list(tmp_path.iterdir())
 
 
-def test_jobs_side_by_side_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_side_by_side_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
-    (job,) = make_plan(TABLES["digits"].select(["student"]), [0], output=tmp_path).jobs
-    (on_cpu,) = make_plan(TABLES["digits"].select(["student"]), [0], output=tmp_path, extra=["DEVICE=cpu"]).jobs
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert slot_environment(job, 0, 1, 1) == {}
-    assert slot_environment(job, 1, 2, 4) == {"OMP_NUM_THREADS": "2"}
+    assert slot_environment("auto", 0, 1) == {}
+    assert slot_environment("auto", 1, 2, 4) == {"OMP_NUM_THREADS": "2"}
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert slot_environment(job, 1, 2, 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert slot_environment(job, 5, 6, 1)["CUDA_VISIBLE_DEVICES"] == "1"
-    assert "CUDA_VISIBLE_DEVICES" not in slot_environment(on_cpu, 1, 2, 2)
+    assert slot_environment("auto", 1, 2, 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert slot_environment("auto", 5, 6, 1)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in slot_environment("cpu", 1, 2, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert slot_environment(job, 1, 2, 2)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert slot_environment("auto", 1, 2, 2)["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
 def test_commands_of_cells_are_runnable() -> None:

@@ -1,4 +1,4 @@
-"""Settings of the process: what it does with freed memory, and which kernels CUDA's libraries choose."""
+"""Settings of processes: what becomes of freed memory, which cores and GPUs are theirs, which kernels CUDA takes."""
 
 from __future__ import annotations
 
@@ -58,3 +58,24 @@ def _set_thresholds(mmap: int, trim: int) -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, mmap)
     mallopt(_M_TRIM_THRESHOLD, trim)
+
+
+def slot_environment(device: str, slot: int, at_once: int, processes: int = 1) -> dict[str, str]:
+    """What tells runs that stand side by side which cores and GPUs are theirs: variables for their environment.
+
+    Args:
+        device: ``DEVICE`` of the run; one that is named by its number is left to it.
+        slot: its number among those that run, from 0.
+        at_once: how many run at a time.
+        processes: of each.
+    """
+    environment = {}
+    if at_once * processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // (at_once * processes), 1))
+    count = torch.cuda.device_count()
+    if at_once > 1 and count > 1 and device in ("auto", "cuda"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        gpus = visible if len(visible) == count else [str(number) for number in range(count)]
+        mine = [gpus[(slot * processes + number) % count] for number in range(min(processes, count))]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    return environment

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from mdistiller_norm.config import load_config
+from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.engine.trainer import stop_signals
 from mdistiller_norm.reproduce.estimate import clock
 from mdistiller_norm.reproduce.execution import Execution, trained_record
@@ -139,7 +137,8 @@ class Runner:
                 break
             if job.teacher and job.teacher.key in self._unfinished:
                 continue
-            environment = slot_environment(job, free[0], self.jobs, self.processes)
+            device = load_config(config_path(job.config_file), job.overrides).node.DEVICE
+            environment = slot_environment(device, free[0], self.jobs, self.processes)
             execution = Execution(job, self.folder, self.processes, environment)
             if execution.start():
                 self._waiting.remove(job)
@@ -150,25 +149,3 @@ class Runner:
             elif job.key not in self._locked:
                 self._locked.add(job.key)
                 self._say(job, f"another process is running it, waiting: {job.name}")
-
-
-def slot_environment(job: Job, slot: int, jobs: int, processes: int) -> dict[str, str]:
-    """What tells jobs that run side by side which cores and GPUs are theirs.
-
-    Args:
-        job: to be started.
-        slot: its number among those that run, from 0.
-        jobs: how many run at a time.
-        processes: of each.
-    """
-    environment = {}
-    if jobs * processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // (jobs * processes), 1))
-    count = torch.cuda.device_count()
-    chosen = load_config(config_path(job.config_file), job.overrides).node.DEVICE
-    if jobs > 1 and count > 1 and chosen in ("auto", "cuda"):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        gpus = visible if len(visible) == count else [str(number) for number in range(count)]
-        mine = [gpus[(slot * processes + number) % count] for number in range(min(processes, count))]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-    return environment
