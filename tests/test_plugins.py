@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, tool
+from conftest import ROOT, assert_user_error, tool
 from test_train import assert_same_state, state_of
 from torchvision.models import VisionTransformer, mobilenet_v3_small, resnet18
 
 from mdistiller_norm.cli import train_main
 from mdistiller_norm.config import load_config, show
-from mdistiller_norm.data import DATASETS
+from mdistiller_norm.data import DATASETS, ImageOptions
 from mdistiller_norm.distillers import DISTILLERS, Need
 from mdistiller_norm.engine.checkpoint import load, load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS, Wrapped, build_model, probe
+from mdistiller_norm.plugins import import_plugin
 
 PLUGIN = """
 from helper import resnet10
@@ -287,6 +289,26 @@ def test_published_weights_load_strictly(tmp_path: Path) -> None:
     del published.state["layer1.0.conv1.weight"]
     with pytest.raises(CheckpointError, match=r"lacks tensor layer1\.0\.conv1\.weight"):
         load_into(network, published, "resnet18")
+
+
+def test_the_files_of_the_documentation_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS):
+        monkeypatch.setattr(registry, "_entries", {k: v for k, v in registry.items() if k != "MSE"})
+    (tmp_path / "my").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    text = (ROOT / "docs" / "custom.md").read_text()
+    files = [tmp_path / name for name in re.findall(r"^# (my/\w+\.(?:py|yaml))", text, re.MULTILINE)]
+    for file, content in zip(files, re.findall(r"```\w+\n(# my/.*?)```", text, re.DOTALL), strict=True):
+        file.write_text(content)
+    for file in files:
+        if file.suffix == ".py" and file.stem != "timm_networks":  # timm is not among our dependencies
+            import_plugin(str(file))
+        elif file.suffix == ".yaml":
+            assert load_config(file).sources["EXPERIMENT.PROJECT"] != "default"
+    assert probe(build_model("mobile", 5, variant="imagenet"), (128, 128)).features[-1].shape == (2, 576, 4, 4)
+    digits = DATASETS["three_digits"](Path(), ImageOptions())
+    assert digits.targets.unique().tolist() == [0, 1, 2]
+    assert digits.image_size == (32, 32)
 
 
 def test_a_network_without_maps_takes_methods_that_read_none(mine: Path, tmp_path: Path) -> None:
