@@ -497,3 +497,11 @@ def test_a_bad_temperature_in_a_config_is_a_config_error() -> None:
     for name, key in (("KD", "TEMPERATURE"), ("NormKD", "TEMPERATURE_NORM"), ("DKD", "T")):
         with pytest.raises(ConfigError, match="positive"):
             DISTILLERS[name].from_config(SimpleNamespace(**{**CfgNode(DISTILLERS[name].defaults), key: 0.0}), pair())
+
+
+def test_a_negative_weight_or_warm_up_in_a_config_is_a_config_error() -> None:
+    for name, key in (("NKD", "LOSS.CE_WEIGHT"), ("NormKD", "LOSS.KD_WEIGHT"), ("DKD", "CE_WEIGHT"), ("DKD", "WARMUP")):
+        node = CfgNode(DISTILLERS[name].defaults).clone()
+        node.merge_from_list([key, -1.0 if "WEIGHT" in key else -1])
+        with pytest.raises(ConfigError, match="zero or positive"):
+            DISTILLERS[name].from_config(node, pair())

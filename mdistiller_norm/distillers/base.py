@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.registry import Registry
 from mdistiller_norm.types import Batch, Outputs
 
@@ -56,6 +57,9 @@ class Distiller(nn.Module):
         teacher_in_train_mode: run the teacher with batch statistics, as OFD's reference does.
         capturable: whether a step can be recorded as a CUDA graph; not where it waits for the host.
         warmup: epochs over which the distillation loss is ramped up linearly, counted from 1; 0 or 1 for none.
+
+    Raises:
+        ConfigError: a weight or the warm-up is negative.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
@@ -65,6 +69,11 @@ class Distiller(nn.Module):
 
     def __init__(self, *, ce_weight: float = 1.0, weight: float = 1.0, warmup: int = 0) -> None:
         super().__init__()
+        if min(ce_weight, weight, warmup) < 0:
+            raise ConfigError(
+                f"{type(self).__name__}: the weight of the cross entropy ({ce_weight}), that of the method's loss "
+                f"({weight}) and the epochs of warm-up ({warmup}) must be zero or positive"
+            )
         self.ce_weight = float(ce_weight)
         self.weight = float(weight)
         self.warmup = int(warmup)
