@@ -21,7 +21,7 @@ from mdistiller_norm.analysis.softening import entropy
 from mdistiller_norm.analysis.tsne import choose_samples, embed
 from mdistiller_norm.builders import open_checkpoint
 from mdistiller_norm.config import load_config
-from mdistiller_norm.errors import ConfigError, DataError, UserError
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, UserError
 from mdistiller_norm.runs import train
 
 
@@ -214,6 +214,10 @@ def test_names_tell_files_apart() -> None:
 def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
     assert_user_error(tool("visualize", "logits", "-c", tmp_path / "none.pt", check=False), "none.pt")
     teacher = weights(runs, "teacher")
+    student = torch.load(weights(runs, "alone"))
+    student["model"]["fc.bias"].fill_(torch.nan)
+    diverged = str(tmp_path / "diverged.pt")
+    torch.save(student, diverged)
     out = ["--out", str(tmp_path / "x")]
     cases: list[tuple[list[str], type[UserError], str]] = [
         (["logits", "-c", teacher, "--sample", "360", *out], ConfigError, "samples 0 to 359"),
@@ -222,6 +226,8 @@ def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
         (["tsne", "-c", teacher, "--classes", "1", *out], ConfigError, "of 1 classes shows nothing"),
         (["tsne", "-c", teacher, "-bs", "0", *out], ConfigError, "-bs must be at least 1"),
         (["tsne", "-c", teacher, "--names", "a", "b", *out], ConfigError, "2 names for 1 files"),
+        (["logits", "-c", diverged, *out], CheckpointError, "diverged.pt gives NaN"),
+        (["tsne", "-c", diverged, *out], CheckpointError, "diverged.pt gives NaN"),
         (["curves", str(tmp_path), *out], DataError, "no metrics.jsonl"),
         (["curves", str(tmp_path / "none.json"), *out], DataError, "neither a run folder nor a record"),
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdistiller_norm.builders import open_checkpoint
 from mdistiller_norm.distillers.base import at_least_float32
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import CheckpointError, ConfigError
 
 
 class Collected(NamedTuple):
@@ -62,7 +62,7 @@ def collect(
         device: the CPU when not given.
 
     Raises:
-        UserError: the file, the name or the data cannot be used.
+        UserError: the file, the name or the data cannot be used, or the network says NaN or infinity.
     """
     device = device or torch.device("cpu")
     network, dataset = open_checkpoint(path, model, kind, root)
@@ -73,7 +73,10 @@ def collect(
         logits.append(at_least_float32(outputs.logits).cpu())
         pooled.append(at_least_float32(outputs.pooled).cpu())
         targets.append(labels.cpu())
-    return Collected(name, torch.cat(logits), torch.cat(pooled), torch.cat(targets), dataset.classes)
+    collected = Collected(name, torch.cat(logits), torch.cat(pooled), torch.cat(targets), dataset.classes)
+    if not (collected.logits.isfinite().all() and collected.pooled.isfinite().all()):
+        raise CheckpointError(f"{path} gives NaN or infinite outputs, which no figure can show: its training diverged")
+    return collected
 
 
 def check_same_classes(networks: Sequence[Collected]) -> None:
