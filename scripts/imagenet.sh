@@ -22,6 +22,7 @@ config=configs/imagenet/$1/$2.yaml
 shift 2
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then
   gpus=$1
+  [[ $gpus =~ [1-9] ]] || refuse "GPUS is $gpus: at least 1, or leave it out for all GPUs"
   shift
 else
   gpus=$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')

@@ -23,12 +23,18 @@ def test_scripts_have_no_lint() -> None:
     [
         (["imagenet.sh"], "which pair? r34_r18 or r50_mv1"),
         (["imagenet.sh", "r34_r18"], "which method? one of: at.yaml crd.yaml"),
+        (["imagenet.sh", "r34_r18", "normkd", "0"], "GPUS is 0: at least 1"),
+        (["slurm/imagenet.sbatch"], "which config? for example configs/imagenet/r34_r18/normkd.yaml"),
+        (["slurm/imagenet.sbatch", "normkt.yaml"], "there is no normkt.yaml"),
+        (["slurm/imagenet.sbatch", "configs/imagenet/r34_r18/normkd.yaml"], "this is a Slurm job"),
         (["imagenet_r34_r18.sh", "normkt"], "there is no configs/imagenet/r34_r18/normkt.yaml"),
         (["imagenet_r50_mv1.sh", "normkt"], "there is no configs/imagenet/r50_mv1/normkt.yaml"),
     ],
 )
 def test_what_imagenets_scripts_lack_is_said(command: list[str], words: str) -> None:
-    done = subprocess.run([ROOT / "scripts" / command[0], *command[1:]], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / command[0], *command[1:]], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
