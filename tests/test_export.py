@@ -126,15 +126,12 @@ def test_files_of_others_are_told_what_they_are(student: Path, tmp_path: Path) -
 def test_every_family_without_its_images(variant: str, name: str, tmp_path: Path, capsys: Any) -> None:
     size = 224 if name == "MobileNetV1" else 32
     path = saved(tmp_path / "s.pt", variant, name, image_size=[size, size])
-    export("-c", path, "--root", tmp_path / "nowhere")
-    assert "checked on random images only" in capsys.readouterr().out
-    module, _ = read_pt2(tmp_path / "s.pt2")
-    network = build(variant, name, "cpu").eval()
-    network.load_state_dict(load(path)["model"])
-    images = torch.randn(3, 3, size, size)
-    with torch.no_grad():
-        expected = network(images)
-        torch.testing.assert_close(module(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    export("-c", path, "--root", tmp_path / "nowhere")  # which loads the file and compares it, or fails
+    taken, found, why = capsys.readouterr().out.splitlines()
+    assert f"{name}, {100 if variant == 'cifar' else 1000} classes, input float32 [B, 3, {size}, {size}]" in taken
+    assert found.endswith("on random images, batches of 1 and 16")
+    assert why.startswith("checked on random images only: ")
+    assert (tmp_path / "s.pt2").is_file()
 
 
 def test_nothing_is_downloaded_for_a_check(tmp_path: Path, capsys: Any) -> None:
