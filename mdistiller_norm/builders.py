@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdistiller_norm.config import default_config
 from mdistiller_norm.data import (
     DATASETS,
     Dataset,
@@ -161,7 +162,16 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
         for network, outputs in ((student, pair.student), (teacher, pair.teacher)):
             if DISTILLERS[name].need is Need.MAPS and not outputs.features:
                 raise ConfigError(f"{name} reads maps, and {network.name} shows none: name its features, or choose KD")
-    return {name: DISTILLERS[name].from_config(cfg[name], pair) for name in method_names(cfg)}
+    return {name: _build_distiller(name, cfg, pair) for name in method_names(cfg)}
+
+
+def _build_distiller(name: str, cfg: Any, pair: Pair) -> Distiller:
+    try:
+        return DISTILLERS[name].from_config(cfg[name], pair)
+    except ConfigError as error:
+        if str(error).startswith(name):
+            raise
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def build_teacher_runner(
@@ -268,6 +278,9 @@ def build_train_loader(cfg: Any, dataset: Dataset, device: torch.device, share: 
         ConfigError: they cannot be shared out, or ``SOLVER.ACCUMULATE`` does not divide a share.
     """
     size, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
+    if share.rank == 0:
+        for warning in _without_effect(cfg, dataset):
+            say(f"warning: {warning}")
     loader = dataset.train_loader(size, cfg.SEED, device, share, warn=lambda text: say(f"warning: {text}"))
     if loader.batch_size % parts:
         raise ConfigError(
@@ -275,6 +288,25 @@ def build_train_loader(cfg: Any, dataset: Dataset, device: torch.device, share: 
             f"SOLVER.ACCUMULATE {parts} does not divide"
         )
     return loader
+
+
+def _without_effect(cfg: Any, dataset: Dataset) -> list[str]:
+    """Settings that this data set makes nothing of, a line each."""
+    size, images = cfg.SOLVER.BATCH_SIZE, len(dataset.targets)
+    lines = []
+    if size > images:
+        lines.append(f"SOLVER.BATCH_SIZE {size} is more than the {images} training images: an epoch is one step of all")
+    if isinstance(dataset, TensorDataset):
+        asked, defaults = cfg.DATASET, default_config().DATASET
+        seen = {  # a plugin may have heeded these
+            "IMAGE_SIZE": dataset.image_size[0], "MEAN": dataset.mean, "STD": dataset.std, "CLASSES": dataset.classes,
+            "VARIANT": dataset.variant, "RESIZE": None, "CROP_SCALE": None, "DECODE": None,
+        }  # fmt: skip
+        for key, value in seen.items():
+            typed = tuple(asked[key]) if isinstance(asked[key], list) else asked[key]
+            if asked[key] != defaults[key] and typed != value:
+                lines.append(f"DATASET.{key} has no effect on {dataset.name}, which is held in memory")
+    return lines
 
 
 def build_step(

@@ -101,12 +101,20 @@ def _one_of(*names: str) -> _Rule:
 
 _AT_LEAST_1 = _Rule(lambda value: value >= 1, "at least 1")
 _POSITIVE = _Rule(lambda value: value > 0, "positive")
+MOST_TRIALS = 1000  # more is a slip of the keyboard
+# A path of more than one part would leave LOG.PREFIX, or hide a run from those who look for it two folders down.
+_FOLDER = _Rule(
+    lambda name: not set(name) & {"/", "\0"} and name not in (".", ".."), "the name of one folder, without /"
+)
 _NOT_NEGATIVE = _Rule(lambda value: value >= 0, "zero or positive")
 _CHANNELS = _Rule(
     lambda values: not values or (len(values) == 3 and all(type(x) in (int, float) and 0 < x < 1 for x in values)),
     "three numbers in (0, 1), or empty",
 )
 _RULES: dict[str, _Rule] = {
+    "EXPERIMENT.PROJECT": _Rule(lambda name: name != "" and _FOLDER.holds(name), f"{_FOLDER.text} and not empty"),
+    "EXPERIMENT.NAME": _FOLDER,
+    "EXPERIMENT.TAG": _FOLDER,
     "DATASET.NUM_WORKERS": _NOT_NEGATIVE,
     "DATASET.IMAGE_SIZE": _AT_LEAST_1,
     "DATASET.RESIZE": _AT_LEAST_1,
@@ -123,16 +131,19 @@ _RULES: dict[str, _Rule] = {
     "SOLVER.BATCH_SIZE": _AT_LEAST_1,
     "SOLVER.EPOCHS": _AT_LEAST_1,
     "SOLVER.LR": _POSITIVE,
-    "SOLVER.LR_DECAY_STAGES": _Rule(lambda stages: stages == sorted(set(stages)), "strictly increasing"),
+    "SOLVER.LR_DECAY_STAGES": _Rule(
+        lambda stages: stages == sorted(set(stages)) and min(stages, default=1) >= 1,
+        "strictly increasing epochs, counted from 1",
+    ),
     "SOLVER.LR_DECAY_RATE": _POSITIVE,
     "SOLVER.WEIGHT_DECAY": _NOT_NEGATIVE,
     "SOLVER.MOMENTUM": _Rule(lambda value: 0 <= value < 1, "in [0, 1)"),
     "SOLVER.TYPE": _one_of("SGD"),
     "SOLVER.ACCUMULATE": _AT_LEAST_1,
     "SOLVER.TIMEOUT": _AT_LEAST_1,
-    "SOLVER.TRIALS": _AT_LEAST_1,
+    "SOLVER.TRIALS": _Rule(lambda value: 1 <= value <= MOST_TRIALS, f"in 1 .. {MOST_TRIALS}"),
     "SOLVER.TRIALS_MODE": _one_of("processes", "lockstep"),
-    "SOLVER.INIT_SEED": _Rule(lambda value: value >= -1, "a seed, or -1"),
+    "SOLVER.INIT_SEED": _Rule(lambda value: -1 <= value < 2**63, "a seed below 2**63, or -1"),
     "SOLVER.PRECISION": _one_of("fp32", "bf16", "fp16"),
     "DISTILLER.TEACHER_CACHE": _one_of("off", "lazy", "full"),
     "DISTILLER.TEACHER_CACHE_PRECISION": _one_of("fp32", "fp16"),
@@ -141,7 +152,7 @@ _RULES: dict[str, _Rule] = {
     "LOG.TENSORBOARD_FREQ": _AT_LEAST_1,
     "LOG.CHECKPOINT_STEPS": _NOT_NEGATIVE,
     "LOG.SAVE_CHECKPOINT_FREQ": _AT_LEAST_1,
-    "SEED": _NOT_NEGATIVE,
+    "SEED": _Rule(lambda value: 0 <= value < 2**63, "zero or positive, and below 2**63"),
 }
 
 
@@ -182,15 +193,18 @@ def default_config() -> CfgNode:
     return CfgNode(tree)
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), others: Sequence[str] = ()) -> Config:
     """The defaults, then a YAML file with its bases, then overrides.
 
     Args:
         path: the file; None for the defaults.
         overrides: from the command line, each ``KEY VALUE`` (two items) or ``KEY=VALUE`` (one); values are YAML.
+        others: methods beside those of ``DISTILLER.TYPE`` that the overrides may be meant for, of a command that runs
+            several configs.
 
     Raises:
-        ConfigError: names the file and line, the key, what was expected, what was got and the nearest valid key.
+        ConfigError: names the file and line, the key, what was expected, what was got and the nearest valid key; an
+            override is of a method that is not used.
     """
     plugins = _import_plugins(path, overrides)
     node = default_config()
@@ -205,11 +219,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             section[name] = _check(setting, tree[setting.key])
             sources[setting.key] = source
     node.EXPERIMENT.PLUGINS = plugins
-    if node.SOLVER.NESTEROV and node.SOLVER.MOMENTUM == 0:
-        raise ConfigError(
-            f"SOLVER.NESTEROV ({sources['SOLVER.NESTEROV']}) needs a SOLVER.MOMENTUM above 0 "
-            f"({sources['SOLVER.MOMENTUM']}): change one of them"
-        )
+    _check_momenta(node.SOLVER, sources)
+    if not (node.EXPERIMENT.NAME or node.EXPERIMENT.TAG):
+        raise ConfigError(f"EXPERIMENT.NAME and TAG ({sources['EXPERIMENT.TAG']}) are empty: the run folder needs one")
+    _check_used(node.DISTILLER.TYPE, sources, others)
     node.freeze()
     return Config(node, sources)
 
@@ -325,6 +338,34 @@ def _describe(default: Any) -> str:
         return f"a list (each item {_describe(default[0])})" if default else "a list"
     names = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
     return names.get(type(default), type(default).__name__)
+
+
+def _check_momenta(solver: CfgNode, sources: Mapping[str, str]) -> None:
+    """Refuse momenta that SGD, or DOT's two, cannot have."""
+    momentum, delta = solver.MOMENTUM, solver.DOT.DELTA
+    if solver.NESTEROV and momentum == 0:
+        raise ConfigError(
+            f"SOLVER.NESTEROV ({sources['SOLVER.NESTEROV']}) needs a SOLVER.MOMENTUM above 0 "
+            f"({sources['SOLVER.MOMENTUM']}): change one of them"
+        )
+    if solver.TRAINER.endswith("dot") and not (0 <= delta < momentum and momentum + delta < 1):
+        raise ConfigError(
+            f"SOLVER.TRAINER {solver.TRAINER} trains with the momenta MOMENTUM -/+ DOT.DELTA, which must be above 0 "
+            f"and below 1: SOLVER.MOMENTUM is {momentum:g} ({sources['SOLVER.MOMENTUM']}) and SOLVER.DOT.DELTA "
+            f"{delta:g} ({sources['SOLVER.DOT.DELTA']})"
+        )
+
+
+def _check_used(types: str | list[str], sources: Mapping[str, str], others: Sequence[str]) -> None:
+    """Refuse what the command line sets for a method that is not used; a file may hold the nodes of many."""
+    used = [types] if isinstance(types, str) else types
+    for key, source in sources.items():
+        section = key.split(".")[0]
+        if source == "command line" and section in DISTILLERS and section not in (*used, *others):
+            raise ConfigError(
+                f"command line: {key} would change nothing: {section} is not in DISTILLER.TYPE, which is "
+                f"{', '.join(used)} ({sources['DISTILLER.TYPE']})"
+            )
 
 
 def _check_types(types: str | list[str], where: str) -> None:

@@ -120,6 +120,8 @@ def _parse_file(text: str, path: Path, tree: Mapping[str, Any], strict: bool) ->
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not a config: its brackets are nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return bases, settings
@@ -143,7 +145,7 @@ def _parse_overrides(overrides: Sequence[str], tree: Mapping[str, Any], strict: 
             continue
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         if isinstance(tree[key], str) and not isinstance(value, str | list):
             value = text  # A name may look like a number, or be empty.

@@ -318,13 +318,11 @@ def test_base_must_be_paths(base, tmp_path):
         (["SOLVER.LR_DECAY_STAGES", "(1, 2)"], "SOLVER.LR_DECAY_STAGES", [1, 2]),
         (["SOLVER.LR_DECAY_STAGES=[]"], "SOLVER.LR_DECAY_STAGES", []),
         (["SOLVER.NESTEROV", "True"], "SOLVER.NESTEROV", True),
-        (["KD.TEMPERATURE", "[1, 2.5]"], "KD.TEMPERATURE", [1.0, 2.5]),
-        (["KD.TEMPERATURE", "[1, 2]", "KD.TEMPERATURE", "3"], "KD.TEMPERATURE", 3.0),
         (["DISTILLER.TYPE", "[NormKD, DKD]"], "DISTILLER.TYPE", ["NormKD", "DKD"]),
         (["DISTILLER.TYPE=NormKD"], "DISTILLER.TYPE", "NormKD"),
         (["EXPERIMENT.NAME", "007"], "EXPERIMENT.NAME", "007"),
         (["EXPERIMENT.NAME", "a=b: c"], "EXPERIMENT.NAME", "a=b: c"),
-        (["EXPERIMENT.TAG", ""], "EXPERIMENT.TAG", ""),
+        (["EXPERIMENT.TAG", "kd, a ..b"], "EXPERIMENT.TAG", "kd, a ..b"),
     ],
 )
 def test_overrides(overrides, key, value):
@@ -334,6 +332,18 @@ def test_overrides(overrides, key, value):
     assert (found, type(found)) == (value, type(value))
     assert config.sources[key] == "command line"
     assert differences(config.node, default_config()) == [key]
+
+
+def test_overrides_of_a_method_are_for_methods_in_use():
+    kd = ["DISTILLER.TYPE", "KD", "KD.TEMPERATURE", "[1, 2]"]
+    assert load_config(None, [*kd[2:], *kd[:2]]).node.KD.TEMPERATURE == [1.0, 2.0]
+    assert load_config(None, [*kd, "KD.TEMPERATURE=3"]).node.KD.TEMPERATURE == 3.0
+    assert load_config(None, ["KD.TEMPERATURE=3"], others=["KD"]).node.KD.TEMPERATURE == 3.0
+    path = ROOT / "configs/digits/normkd.yaml"
+    told = message(path, ["KD.TEMPERATURE", "8"])
+    assert told.startswith("command line: KD.TEMPERATURE would change nothing: KD is not in DISTILLER.TYPE, which is ")
+    assert f"NormKD ({path.parent}" in told
+    assert "which is NormKD, DKD (command line)" in message(path, ["DISTILLER.TYPE=[NormKD,DKD]", "KD.TEMPERATURE=8"])
 
 
 def test_override_errors():
@@ -371,7 +381,18 @@ def test_override_errors():
             "must be a list (each item an integer), not 3 (int)",
         ),
         ("SOLVER: {LR_DECAY_STAGES: [1, x]}", "SOLVER.LR_DECAY_STAGES", "(each item an integer), not [1, 'x'] (list)"),
-        ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", "SOLVER.LR_DECAY_STAGES", "must be strictly increasing, not [2, 2]"),
+        ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", "SOLVER.LR_DECAY_STAGES", "must be strictly increasing epochs, counted"),
+        ("SOLVER: {LR_DECAY_STAGES: [0, 2]}", "SOLVER.LR_DECAY_STAGES", "counted from 1, not [0, 2]"),
+        ("SOLVER: {LR_DECAY_STAGES: [-1]}", "SOLVER.LR_DECAY_STAGES", "counted from 1, not [-1]"),
+        ("SOLVER: {TRIALS: 99999999999}", "SOLVER.TRIALS", "must be in 1 .. 1000, not 99999999999"),
+        ("SOLVER: {INIT_SEED: 9223372036854775808}", "SOLVER.INIT_SEED", "must be a seed below 2**63, or -1, not"),
+        ("SEED: 99999999999999999999", "SEED", "must be zero or positive, and below 2**63, not 99999999999999999999"),
+        ("EXPERIMENT: {NAME: ../../evil}", "EXPERIMENT.NAME", "the name of one folder, without /, not '../../evil'"),
+        ("EXPERIMENT: {NAME: ..}", "EXPERIMENT.NAME", "must be the name of one folder, without /, not '..'"),
+        ("EXPERIMENT: {TAG: a/b}", "EXPERIMENT.TAG", "must be the name of one folder, without /, not 'a/b'"),
+        ("EXPERIMENT: {TAG: .}", "EXPERIMENT.TAG", "must be the name of one folder, without /, not '.'"),
+        ("EXPERIMENT: {PROJECT: a/b}", "EXPERIMENT.PROJECT", "the name of one folder, without / and not empty"),
+        ("EXPERIMENT: {PROJECT: ''}", "EXPERIMENT.PROJECT", "the name of one folder, without / and not empty, not ''"),
         ("SOLVER: {PRECISION: tf32}", "SOLVER.PRECISION", "must be one of fp32, bf16, fp16, not 'tf32'"),
         ("SOLVER: {TYPE: Adam}", "SOLVER.TYPE", "must be one of SGD, not 'Adam'"),
         ("SOLVER: {TRAINER: mine}", "SOLVER.TRAINER", "must be one of base, crd, dot, crd_dot, not 'mine'"),
@@ -419,7 +440,9 @@ def test_wrong_structure_names_file_and_line(text, line, expected, tmp_path):
     assert message(path).startswith(f"{path}:{line}: {expected}")
 
 
-@pytest.mark.parametrize("content", [b"SEED: \x00\n", b"SEED: 2020-13-45\n", b"\xff\xfe\xff"])
+@pytest.mark.parametrize(
+    "content", [b"SEED: \x00\n", b"SEED: 2020-13-45\n", b"\xff\xfe\xff", b"SEED: " + b"[" * 5000 + b"]" * 5000]
+)
 def test_unreadable_file_is_one_line(content, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
@@ -441,6 +464,22 @@ def test_nesterov_without_momentum_is_refused(tmp_path):
     assert told.startswith(f"SOLVER.NESTEROV ({path}) needs a SOLVER.MOMENTUM above 0 (command line)")
 
 
+@pytest.mark.parametrize("momenta", [("5",), ("-1",), ("0.9",), ("0.1",), ("0.075", "SOLVER.MOMENTUM=0.075")])
+def test_dots_momenta_must_be_those_of_sgd(momenta, tmp_path):
+    delta, *more = momenta
+    overrides = [f"SOLVER.DOT.DELTA={delta}", *more]
+    assert load_config(None, overrides).node.SOLVER.DOT.DELTA == float(delta)  # which SGD does not read
+    told = message(write(tmp_path, "run.yaml", "SOLVER: {TRAINER: dot, NESTEROV: true}\n"), overrides)
+    assert told.startswith("SOLVER.TRAINER dot trains with the momenta MOMENTUM -/+ DOT.DELTA, which must be above 0")
+    assert f"SOLVER.DOT.DELTA {float(delta):g} (command line)" in told
+
+
+def test_a_run_folder_has_a_name(tmp_path):
+    path = write(tmp_path, "run.yaml", "EXPERIMENT: {TAG: ''}\n")
+    assert message(path) == f"EXPERIMENT.NAME and TAG ({path}) are empty: the run folder needs one"
+    assert load_config(path, ["EXPERIMENT.NAME", "x"]).node.EXPERIMENT.TAG == ""
+
+
 def test_empty_file_is_the_defaults(tmp_path):
     assert load_config(write(tmp_path, "run.yaml", "# nothing\n")).node == load_config().node == default_config()
 
@@ -448,9 +487,10 @@ def test_empty_file_is_the_defaults(tmp_path):
 # Output
 
 
-def test_show_prints_values_with_their_sources_and_only_nodes_in_use():
+def test_show_prints_values_with_their_sources_and_only_nodes_in_use(tmp_path):
     path = "configs/cifar100/normkd/res32x4_shuv1.yaml"
-    config = load_config(ROOT / path, ["SEED", "3", "DKD.BETA", "2"])
+    file = write(tmp_path, "run.yaml", f"_BASE_: {ROOT / path}\nDKD: {{BETA: 2}}\n")
+    config = load_config(file, ["SEED", "3"])
     text = show(config)
     source_of = {
         line.split("#")[0].strip(): line.split("# ")[1] for line in text.splitlines() if not line.endswith(":")
@@ -482,7 +522,8 @@ def test_dump_keeps_awkward_values(tmp_path):
         "SOLVER.LR",
         "1e-12",
     ]
-    config = load_config(None, [*awkward, "KD.TEMPERATURE", "[1, 2]", "SOLVER.LR_DECAY_STAGES", "[]"])
+    several = ["DISTILLER.TYPE", "KD", "KD.TEMPERATURE", "[1, 2]", "SOLVER.LR_DECAY_STAGES", "[]"]
+    config = load_config(None, [*awkward, *several])
     assert config.node.EXPERIMENT.NAME == "5e-4: # [x]"
     path = tmp_path / "dump.yaml"
     path.write_text(dump(config.node), encoding="utf-8")
@@ -490,7 +531,7 @@ def test_dump_keeps_awkward_values(tmp_path):
 
 
 def test_differences_names_keys_on_either_side():
-    a = load_config(None, ["SOLVER.LR", "1", "KD.LOSS.CE_WEIGHT", "0.5"]).node
+    a = load_config(None, ["SOLVER.LR", "1", "KD.LOSS.CE_WEIGHT", "0.5"], others=["KD"]).node
     b = default_config()
     assert differences(a, a) == []
     assert differences(a, b) == ["SOLVER.LR", "KD.LOSS.CE_WEIGHT"]

@@ -200,6 +200,45 @@ def test_the_warm_up_ramps_the_distillation_loss(tmp_path: Path, teacher: str) -
         assert ramped[epoch - 1]["loss_DKD"] == pytest.approx(full[epoch - 1]["loss_DKD"] * epoch / 10, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("override", "warning"),
+    [
+        ("SOLVER.BATCH_SIZE=45", "SOLVER.BATCH_SIZE 45 is more than the 44 training images: an epoch is one step"),
+        ("SOLVER.BATCH_SIZE=44", ""),
+        ("DATASET.MEAN=[0.5,0.5,0.5]", "DATASET.MEAN has no effect on digits, which is held in memory"),
+        ("DATASET.STD=[0.376,0.376,0.376]", ""),  # what it is anyway
+        ("DATASET.CLASSES=[a,b]", "DATASET.CLASSES has no effect on digits"),
+        ("DATASET.IMAGE_SIZE=64", "DATASET.IMAGE_SIZE has no effect on digits"),
+        ("DATASET.DECODE=device", "DATASET.DECODE has no effect on digits"),
+        ("DATASET.RESIZE=256", ""),
+    ],
+)
+def test_settings_without_effect_are_warnings(
+    tmp_path: Path, few: TensorDataset, override: str, warning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = build_run(config(tmp_path, "run", "SOLVER.BATCH_SIZE=8", override), dataset=few)
+    run.trainer.log.close()
+    warned = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
+    assert len(warned) == bool(warning)
+    assert warning in "".join(warned)
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "words"),
+    [
+        ("NormKD", "NormKD.TEMPERATURE_NORM=0", "NormKD: a temperature must be positive and finite, not 0.0"),
+        ("[FITNET,KD]", "KD.LOSS.CE_WEIGHT=-1", r"KD: the weight of the cross entropy \(-1.0\)"),
+        ("AT", "AT.P=0", "^AT.P is 0"),
+    ],
+)
+def test_a_value_that_a_method_refuses_names_the_method(
+    tmp_path: Path, teacher: str, few: TensorDataset, method: str, override: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_run(config(tmp_path, "run", f"DISTILLER.TYPE={method}", override, teacher), dataset=few)
+    assert not (tmp_path / "distill").exists()
+
+
 def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
     train(config(tmp_path, "run", epochs=1))
     before = (tmp_path / "distill" / "run" / "latest.pt").read_bytes()

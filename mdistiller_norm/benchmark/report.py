@@ -85,6 +85,11 @@ class Settings:
                 "nothing to measure: add --table9, --evaluate, --exactness, --against PATH or --loader FOLDER"
             )
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The methods: those given, or else all of Table 9 for it, and NormKD for the rest."""
+        return tuple(dict.fromkeys(self.methods or (TABLE9 if self.table9 else ("NormKD",))))
+
 
 class _Bench:
     """What all measurements share: the data, the teacher's weights, and a folder that goes away."""
@@ -93,8 +98,7 @@ class _Bench:
         self.settings, self.folder = settings, folder
         if settings.against:
             load_package(settings.against)
-        wanted = TABLE9 if settings.table9 else ("NormKD",)
-        self.methods = tuple(dict.fromkeys(settings.methods or wanted))
+        self.methods = settings.measured
         asked = self._asked(self.methods[0])
         self.device = build_device(asked.node)
         self.dataset, self.data = load_images(asked, settings.synthetic)
@@ -107,7 +111,7 @@ class _Bench:
 
     def _asked(self, method: str, *more: str) -> Config:
         overrides = [*self.settings.overrides, *more]
-        return method_config(self.settings.pair, self.settings.cfg, method, overrides)
+        return method_config(self.settings.pair, self.settings.cfg, method, overrides, self.methods)
 
     def config(self, method: str, run: str = "timed", more: Sequence[str] = ()) -> Config:
         """The config of a run of that method, which writes to a subfolder called ``run``."""
@@ -160,7 +164,7 @@ def run(settings: Settings) -> Record:
     Raises:
         UserError: of the config, data, weights, device or reference.
     """
-    plain = load_config(settings.cfg or None, settings.overrides).node
+    plain = load_config(settings.cfg or None, settings.overrides, settings.measured).node
     device = build_device(plain)
     dtype = build_precision(plain, device)[0] or torch.float32
     record: Record = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from io import StringIO
@@ -37,16 +37,18 @@ def method_folder(method: str) -> str:
     return _FOLDERS.get(method, method.lower())
 
 
-def method_config(pair: str, cfg: str, method: str, overrides: list[str]) -> Config:
+def method_config(pair: str, cfg: str, method: str, overrides: list[str], others: Sequence[str] = ()) -> Config:
     """The config of a method: the pair's own file in ``configs/cifar100``, or ``cfg`` with another method.
+
+    The overrides may set keys of the ``others`` that are measured with it.
 
     Raises:
         ConfigError: there is no such file, or an override cannot be used.
     """
     if cfg:
-        return load_config(cfg, [*overrides, f"DISTILLER.TYPE={method}"])
+        return load_config(cfg, [*overrides, f"DISTILLER.TYPE={method}"], others)
     file = PROJECT / "configs" / "cifar100" / method_folder(method) / f"{pair}.yaml"
-    return load_config(file, overrides)
+    return load_config(file, overrides, others)
 
 
 def load_images(config: Config, synthetic: int) -> tuple[TensorDataset, str]:

@@ -71,7 +71,7 @@ class Distiller(nn.Module):
         super().__init__()
         if min(ce_weight, weight, warmup) < 0:
             raise ConfigError(
-                f"{type(self).__name__}: the weight of the cross entropy ({ce_weight}), that of the method's loss "
+                f"the weight of the cross entropy ({ce_weight}), that of the method's loss "
                 f"({weight}) and the epochs of warm-up ({warmup}) must be zero or positive"
             )
         self.ce_weight = float(ce_weight)

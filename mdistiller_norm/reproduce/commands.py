@@ -13,7 +13,7 @@ from mdistiller_norm.engine.checkpoint import MANIFEST
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.estimate import Estimator, clock
 from mdistiller_norm.reproduce.execution import settle
-from mdistiller_norm.reproduce.jobs import Job, Plan, cell_identity, make_plan
+from mdistiller_norm.reproduce.jobs import Job, Plan, cell_config, cell_identity, make_plan
 from mdistiller_norm.reproduce.ledger import Ledger, add, finished_record, read_ledger
 from mdistiller_norm.reproduce.publish import publish
 from mdistiller_norm.reproduce.runner import Runner, Summary, pending_jobs
@@ -54,7 +54,7 @@ def sweep(cells: Sequence[Cell], setting: str, val_split: float) -> list[Cell]:
         val_split: ``DATASET.VAL_SPLIT`` of the runs.
 
     Raises:
-        ConfigError: not of that form, or nothing held out.
+        ConfigError: not of that form, a key that a row's method does not read, or nothing held out.
     """
     key, _, values = setting.partition("=")
     if not key or not all(values.split(",")):
@@ -67,8 +67,16 @@ def sweep(cells: Sequence[Cell], setting: str, val_split: float) -> list[Cell]:
             if not cell.is_teacher:
                 overrides = (*cell.overrides, f"{key}={value}", f"DATASET.VAL_SPLIT={val_split:g}")
                 row = Row(f"{cell.row.key},{key}={value}", f"{cell.row.name} with {key} = {value}")
-                varied.append(replace(cell, row=row, overrides=overrides))
+                varied.append(_checked(replace(cell, row=row, overrides=overrides)))
     return varied
+
+
+def _checked(cell: Cell) -> Cell:
+    try:
+        cell_config(cell)
+    except ConfigError as error:
+        raise ConfigError(f"--sweep of the row {cell.row.key.split(',')[0]}: {error}: see --methods") from error
+    return cell
 
 
 def print_sweep(cells: Sequence[Cell], folder: Path, smoke: bool) -> None:
