@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from mdistiller_norm.errors import ConfigError, UserError
+from mdistiller_norm.arguments import ArgumentParser
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, UserError
 from mdistiller_norm.plugins import import_plugin
 
 if TYPE_CHECKING:
@@ -25,8 +29,15 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = _refuse(str(error))
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        code = _refuse(f"{where}{error.strerror}: make room, or name another place; what was written before is intact")
     except Interrupted as stop:
         print(f"{stop}; everything is saved: the same command with --resume goes on", file=sys.stderr)
         code = 128 + stop.signal_number
@@ -35,9 +46,24 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     sys.exit(code)
 
 
+# What a disk or a folder says, wherever it happens.
+_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def _refuse(text: str) -> int:
+    """Say what is wrong, once where several processes found the same; the exit code."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)  # the first process speaks, and torchrun ends the others; unless it is this one's trouble alone
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
 def train_main(arguments: Sequence[str]) -> int:
     """``tools/train.py``."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tools/train.py", description="Train a student, with a teacher or without.",
         epilog="example: python tools/train.py --cfg configs/cifar100/normkd/res32x4_res8x4.yaml SEED 1",
     )  # fmt: skip
@@ -75,41 +101,52 @@ def _starter() -> list[str]:
 
 
 def _check_data(dataset: Dataset) -> int:
-    """Print what the data set holds and every file of it that cannot be read; exit code 2 if there is one."""
+    """Check every file of the data set; exit code 2 if one cannot be read."""
+    broken = _list_unreadable(dataset)
+    print(f"{len(broken)} of its images cannot be read")
+    return 2 if broken else 0
+
+
+def _list_unreadable(dataset: Dataset) -> list[str]:
+    """Print what the data set holds and every file of it that cannot be read; returns these."""
     print(dataset.summary())
     broken = dataset.unreadable()
-    print("\n".join([*broken, f"{len(broken)} of its images cannot be read"]))
-    return 2 if broken else 0
+    for name in broken:
+        print(name)
+    return broken
 
 
 def shards_main(arguments: Sequence[str]) -> int:
     """``tools/make_shards.py``."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tools/make_shards.py", description="Pack train/<class>/* and val/<class>/* into tar files.",
         epilog="example: python tools/make_shards.py --root data/imagenet --out data/imagenet_shards",
     )  # fmt: skip
     parser.add_argument("--root", required=True, help="folder with train and val")
     parser.add_argument("--out", required=True, help="folder of the shards; made")
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images in a tar file")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that check the images first")
     options = parser.parse_args(arguments)
     if options.per_shard < 1:
         raise ConfigError(f"--per-shard must be at least 1, not {options.per_shard}")
+    if options.workers < 0:
+        raise ConfigError(f"--workers must be zero or positive, not {options.workers}")
 
     from mdistiller_norm.data import ImageOptions, image_folder
     from mdistiller_norm.data.image_folder import MEAN, STD
-    from mdistiller_norm.data.webdataset import CLASSES, write_shards
+    from mdistiller_norm.data.webdataset import pack
 
-    dataset = image_folder(Path(options.root), ImageOptions(mean=MEAN, std=STD))
-    print(dataset.summary())
-    for name, split in (("train", dataset.train), ("val", dataset.test)):
-        print(f"{write_shards(split, Path(options.out, name), options.per_shard)} shards in {Path(options.out, name)}")
-    Path(options.out, CLASSES).write_text("\n".join(dataset.classes) + "\n")
+    dataset = image_folder(Path(options.root), ImageOptions(mean=MEAN, std=STD, workers=options.workers))
+    if broken := _list_unreadable(dataset):
+        raise DataError(f"{options.root}: {len(broken)} images cannot be read (listed above): replace or remove them")
+    for name, count in pack(dataset, Path(options.out), options.per_shard).items():
+        print(f"{count} shards in {Path(options.out, name)}")
     return 0
 
 
 def eval_main(arguments: Sequence[str]) -> int:
     """``tools/eval.py``."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tools/eval.py", description="Evaluate the weights of networks on a test split, a line each.",
         epilog="example: python tools/eval.py -c output/digits/student_normkd/student_last.pt",
     )  # fmt: skip
@@ -144,6 +181,11 @@ def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device)
     network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root))
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     measured = evaluate(network, dataset.eval_loader(options.batch_size, device))
+    if not math.isfinite(measured.loss):
+        raise CheckpointError(
+            f"{path} gives NaN or infinite logits on {dataset.name}, so that it has no accuracy: it diverged in its "
+            "training, or is damaged"
+        )
     print(
         f"{network.name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  "
         f"loss {measured.loss:7.4f}  {measured.samples} images, {measured.images_per_second:.0f} images/s  {path}"

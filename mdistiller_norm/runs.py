@@ -1,4 +1,4 @@
-"""Runs: their folders, going on where they stopped, and everything that a run needs put together from its config."""
+"""Runs: everything that one needs, put together from its config and, where it goes on, from the state of its folder."""
 
 from __future__ import annotations
 
@@ -28,29 +28,23 @@ from mdistiller_norm.builders import (
     method_names,
     placed,
 )
-from mdistiller_norm.config import Config, differences, dump, load_config
-from mdistiller_norm.data import Dataset, EvalLoader, Share, TrainLoader
-from mdistiller_norm.distillers import DISTILLERS, Distiller
+from mdistiller_norm.config import Config, dump
+from mdistiller_norm.data import Dataset, EvalLoader, TrainLoader
+from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import TeacherFile, load
+from mdistiller_norm.engine.checkpoint import TeacherFile
 from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.host import choose_cuda_kernels
-from mdistiller_norm.engine.logger import Record, RunLog, SilentLog, environment
+from mdistiller_norm.engine.logger import Record, RunLog, environment
 from mdistiller_norm.engine.optim import StepSchedule
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Trainer, write_json
-from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models.base import Network
+from mdistiller_norm.run_folder import check_identity, open_folder, refuse_to_overwrite
 
-# Keys that do not change what is computed, only where it is kept, shown or run.
-NEUTRAL = (
-    "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
-    "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "SOLVER.TRIALS",
-    "ENGINE.", "DISTILLER.TEACHER_CACHE", "DISTILLER.TEACHER_WEIGHTS",  # the teacher's hash is compared instead
-)  # fmt: skip
-LATEST = "latest.pt"
+_PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Run(NamedTuple):
@@ -67,93 +61,6 @@ class Run(NamedTuple):
     folder: Path
     result: Record
     finished: bool
-
-
-def run_folder(config: Config) -> Path:
-    """``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``, with what the command line changed about the computation."""
-    cfg = config.node
-    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    if not cfg.EXPERIMENT.NAME:
-        for key, source in config.sources.items():
-            if source == "command line" and not key.startswith(NEUTRAL):
-                value = cfg
-                for part in key.split("."):
-                    value = value[part]
-                name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
-    return Path(str(cfg.LOG.PREFIX), str(cfg.EXPERIMENT.PROJECT), name)
-
-
-def _matters(key: str, cfg: Any) -> bool:
-    """Whether another value of that key makes another computation; the nodes of unused methods do not."""
-    section = key.split(".")[0]
-    return not key.startswith(NEUTRAL) and (section not in DISTILLERS or section in method_names(cfg))
-
-
-def _refuse_to_overwrite(config: Config, resume: bool) -> None:
-    """Raise ConfigError where there is a run already and it is not to be resumed."""
-    folder = run_folder(config)
-    if not resume and not distributed.restarted() and (folder / "config.yaml").exists():
-        raise ConfigError(
-            f"{folder} holds a run already: --resume goes on with it, EXPERIMENT.NAME or EXPERIMENT.TAG starts another"
-        )
-
-
-def open_folder(config: Config, resume: bool) -> tuple[Path, dict[str, Any] | None, str]:
-    """Make the run folder, or find the state to go on from.
-
-    Returns:
-        The folder, the state of ``latest.pt`` or None, and a line for the log.
-
-    Raises:
-        ConfigError: it holds a run already and ``resume`` is off, or a run of another config.
-    """
-    folder = run_folder(config)
-    latest, saved = folder / LATEST, folder / "config.yaml"
-    _refuse_to_overwrite(config, resume)
-    if latest.exists():
-        # With the plugins that are loaded already: they may have moved since.
-        before = load_config(saved, [f"EXPERIMENT.PLUGINS={config.node.EXPERIMENT.PLUGINS}"])
-        changed = [key for key in differences(before.node, config.node) if _matters(key, config.node)]
-        if changed:
-            raise ConfigError(f"{folder} was run with other values of {', '.join(changed)}: it cannot be resumed so")
-        state = load(latest)
-        return folder, state, f"resuming {folder} at epoch {state['epoch']}, step {state['steps_done'] + 1}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(dump(config.node))
-    except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be written ({error}): set LOG.PREFIX") from error
-    return folder, None, f"nothing to resume in {folder}: starting" if resume else f"run folder {folder}"
-
-
-def start_wandb(cfg: Any, folder: Path) -> str:
-    """Mirror what TensorBoard gets to Weights & Biases; returns a warning where it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        return "LOG.WANDB is true and wandb is not installed (pip install 'mdistiller_norm[wandb]'): going on without"
-    wandb.init(
-        project=cfg.EXPERIMENT.PROJECT, name=folder.name, dir=str(folder), config=yaml.safe_load(dump(cfg)),
-        tags=cfg.EXPERIMENT.TAG.split(","), sync_tensorboard=True,
-    )  # fmt: skip
-    return ""
-
-
-def _open_run(config: Config, resume: bool, share: Share, label: str) -> tuple[Path, dict[str, Any] | None, RunLog]:
-    """The run folder, the state to go on from, and the log. The folder is made by the first process of several."""
-    opened = open_folder(config, resume or distributed.restarted()) if distributed.is_first() else None
-    resumed = distributed.agree(int(opened is not None and opened[1] is not None))
-    if opened is None:
-        folder = run_folder(config)
-        return folder, load(folder / LATEST) if resumed else None, SilentLog(share.rank)
-    folder, state, opening = opened
-    first = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
-    warning = start_wandb(config.node, folder) if config.node.LOG.WANDB else ""
-    log = RunLog(folder, first_epoch=first[0], first_step=first[1], label=label)
-    log.line(opening)
-    if warning:
-        log.line(f"warning: {warning}")
-    return folder, state, log
 
 
 def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoader, say: Say) -> Record:
@@ -200,6 +107,13 @@ class _Shared(NamedTuple):
     taught: Record
     autocast: torch.dtype | None
     compile_students: bool
+
+    def identity(self) -> dict[str, str]:
+        """What the config does not name and what yet decides what is computed."""
+        return {
+            "teacher": self.taught.get("hash", ""), "data": self.dataset.fingerprint(),
+            "precision": _PRECISIONS[self.autocast],
+        }  # fmt: skip
 
 
 class _Learner(NamedTuple):
@@ -254,11 +168,11 @@ def build_runs(
     networks = [_networks(config.node, dataset, taught_by) for config in configs]
     if distributed.is_first():  # before the first of the folders is made
         for config in configs:
-            _refuse_to_overwrite(config, resume)
+            refuse_to_overwrite(config, resume)
     learners = []
     for config, (student, distillers) in zip(configs, networks, strict=True):
         label = f"[seed {initial_seed(config.node)}] " if len(configs) > 1 else ""
-        learners.append(_Learner(config, student, distillers, *_open_run(config, resume, share, label)))
+        learners.append(_Learner(config, student, distillers, *open_folder(config, resume, share, label)))
 
     def say(text: str) -> None:
         for number, learner in enumerate(learners):
@@ -316,16 +230,13 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
         step=step,
         schedule=StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE),
         test=shared.test, epochs=cfg.SOLVER.EPOCHS, seed=cfg.SEED, folder=learner.folder, log=log,
-        about=_about(cfg, dataset), identity={"teacher": taught.get("hash", "")},
+        about=_about(cfg, dataset), identity=shared.identity(),
         save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ, log_every=cfg.LOG.TENSORBOARD_FREQ,
         checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS, run_step=fastest(cfg, step, step, log.line),
         run_test=fastest_test(cfg, learner.student, shared.test, log.line), show_progress=leads,
     )  # fmt: skip
     if learner.state:
-        if learner.state["identity"] != trainer.identity:
-            raise ConfigError(
-                f"{learner.folder} was run with another teacher: it cannot be resumed with {taught['file']}"
-            )
+        check_identity(learner.folder, learner.state["identity"], trainer.identity)
         trainer.load_state(learner.state)
     names = method_names(cfg)
     extra = sum(method.extra_parameters() for method in learner.distillers.values())
@@ -337,8 +248,8 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
     result = {
         "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
         "seed": initial_seed(cfg), "epochs": cfg.SOLVER.EPOCHS, "extra_parameters": extra, "command": command,
-        "processes": distributed.wanted().world, "config": yaml.safe_load(dump(cfg)),
-        "environment": environment(build_device(cfg)),
+        "precision": _PRECISIONS[shared.autocast], "processes": distributed.wanted().world,
+        "config": yaml.safe_load(dump(cfg)), "environment": environment(build_device(cfg)),
     }  # fmt: skip
     return Run(trainer, learner.folder, result, trainer.epoch > cfg.SOLVER.EPOCHS)
 

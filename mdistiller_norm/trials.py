@@ -32,7 +32,8 @@ from mdistiller_norm.engine.lockstep import Lockstep, fit_together
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.trainer import Interrupted
 from mdistiller_norm.errors import ConfigError, UserError
-from mdistiller_norm.runs import begin, build_runs, finish, run_folder
+from mdistiller_norm.run_folder import run_folder
+from mdistiller_norm.runs import begin, build_runs, finish
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "train.py"
 

@@ -76,6 +76,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, teacher: str) -> None:
     assert {
         "config.yaml", "environment.json", "metrics.jsonl", "result.json", "tensorboard", "worklog.txt", "latest.pt",
         "best.pt", "student_best.pt", "student_last.pt", "student_1.pt", "student_2.pt",
+        ".lock",
     } == names  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == result
     records = read_metrics(folder / "metrics.jsonl")
@@ -337,7 +338,7 @@ def test_ctrl_c_stops_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert load(folder / "latest.pt")["epoch"] >= 1
-    assert not list(folder.glob(".*")), "half-written files"
+    assert [path.name for path in folder.glob(".*")] == [".lock"], "half-written files"
 
 
 def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -41,6 +42,12 @@ class Dataset(ABC):
     @abstractmethod
     def targets(self) -> Tensor:
         """``[N]`` int64, the class of every training sample, on the CPU."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what tells its training split from others, for runs that go on: classes and targets at least."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest.update(self.targets.numpy().data)
+        return digest.hexdigest()
 
     def summary(self) -> str:
         """What it holds, in a line."""

@@ -231,10 +231,12 @@ def _as_is(made: Any) -> Any:
 
 
 def _start_worker(number: int) -> None:
-    """Leave Ctrl-C and the notice of a preemption to the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Leave signals to the process that trains: they reach the whole group, and it still needs its workers to save.
+
+    Workers end with the loader, or when they find that the process that trains is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _loader(reader: TrainReader, tasks: _Tasks, pin: bool) -> DataLoader[Any]:

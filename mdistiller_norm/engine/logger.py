@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -70,12 +70,19 @@ class RunLog:
         first_step: likewise for the scalars by step.
         quiet: print nothing (other processes than the first).
         label: printed before every line, where several runs print.
+        lock: what keeps other processes out of the folder; closed with the log.
     """
 
     def __init__(
-        self, folder: Path, first_epoch: int = 1, first_step: int = 0, quiet: bool = False, label: str = ""
+        self,
+        folder: Path,
+        first_epoch: int = 1,
+        first_step: int = 0,
+        quiet: bool = False,
+        label: str = "",
+        lock: IO[str] | None = None,
     ) -> None:
-        self.folder, self.quiet, self.label = folder, quiet, label
+        self.folder, self.quiet, self.label, self._lock = folder, quiet, label, lock
         self.metrics = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(self.metrics) if record["epoch"] < first_epoch]
         self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -112,6 +119,8 @@ class RunLog:
         """Write out what is buffered."""
         self._by_epoch.close()
         self._by_step.close()
+        if self._lock:
+            self._lock.close()
 
 
 class SilentLog(RunLog):

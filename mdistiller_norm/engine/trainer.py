@@ -297,8 +297,13 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
+def write_text(content: str, path: Path) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(content)
+    temporary.replace(path)
+
+
 def write_json(content: Record, path: Path) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    write_text(json.dumps(content, indent=2) + "\n", path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.errors import ConfigError
 
 _LEDGER = "results"
@@ -40,8 +41,8 @@ def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _reproduce_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _reproduce_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="tools/reproduce.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run what fills the paper's tables. Finished runs are skipped, interrupted ones go on, a failing "
         "one is\nrecorded and the rest goes on. tools/report.py makes the report.",
@@ -87,9 +88,11 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     options = _reproduce_parser().parse_intermixed_args(arguments)
     output = Path(options.output, _SMOKE) if options.smoke else Path(options.output)
     results = Path(options.results) if options.results else output / "results" if options.smoke else Path(_LEDGER)
+    if not 1 <= options.trials <= MOST_TRIALS:
+        raise ConfigError(f"--trials must be in 1 .. {MOST_TRIALS}, not {options.trials}")
     seeds = options.seeds if options.seeds is not None else list(range(options.trials))
-    if min(options.trials, options.jobs, options.processes) < 1 or min(seeds) < 0:
-        raise ConfigError("--trials, --jobs and --processes must be at least 1, --seeds zero or positive")
+    if min(options.jobs, options.processes) < 1 or min(seeds) < 0:
+        raise ConfigError("--jobs and --processes must be at least 1, --seeds zero or positive")
     budget = parse_duration(options.budget) if options.budget else float("inf")
     deadline = time.monotonic() + budget - min(10.0, budget / 10)  # running jobs need a moment to save
     slurm = _slurm_options(options.slurm)
@@ -115,7 +118,7 @@ def reproduce_main(arguments: Sequence[str]) -> int:
 
 def report_main(arguments: Sequence[str]) -> int:
     """``tools/report.py``."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tools/report.py", description="Write TABLES.md and report.html from the ledger of measured runs.",
         epilog="example: python tools/report.py --export csv",
     )  # fmt: skip

@@ -62,7 +62,7 @@ def _environments(runs: list[Entry]) -> list[tuple[Record, int]]:
     for entry in runs:
         seen = {key: entry.record["environment"].get(key) for key in keys}
         seen |= {
-            "precision": entry.record["config"]["SOLVER"]["PRECISION"], "processes": entry.record.get("processes", 1),
+            "precision": entry.precision, "processes": entry.record.get("processes", 1),
         }  # fmt: skip
         counts[tuple(seen.items())] += 1
     return [(dict(items), count) for items, count in counts.most_common()]

@@ -33,7 +33,7 @@ def write_csv(report: Report, path: Path) -> None:
                 record["best"]["top1"], record["best"]["epoch"], record["last"]["top1"], record["last"]["top5"],
                 teacher.get("top1", ""), teacher.get("hash", ""), record["extra_parameters"], record["seconds"],
                 entry.milliseconds, record["environment"].get("device", ""), record.get("processes", 1),
-                record["config"]["SOLVER"]["PRECISION"],
+                entry.precision,
                 record["environment"].get("torch", ""), record["environment"].get("commit", ""), record["at"],
             ])  # fmt: skip
 

@@ -24,7 +24,7 @@ from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.tables import Cell, get_table, load_datasets
-from mdistiller_norm.runs import NEUTRAL, run_folder
+from mdistiller_norm.run_folder import NEUTRAL, run_folder
 
 # A short schedule to see that everything runs; its runs have other identities than those of the tables.
 SMOKE = ("SOLVER.EPOCHS=2", "SOLVER.LR_DECAY_STAGES=[1]")

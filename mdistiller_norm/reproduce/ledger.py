@@ -55,6 +55,11 @@ class Entry:
         """False for the record of a failure."""
         return bool(self.record["status"] == "finished")
 
+    @property
+    def precision(self) -> str:
+        """That it was trained in, which is not the config's where the machine has no fast kernels for that."""
+        return str(self.record.get("precision", self.record["config"]["SOLVER"]["PRECISION"]))
+
     def top1(self, which: str) -> float:
         """Test top-1 in percent of the ``last`` or the ``best`` epoch."""
         return float(self.record[which]["top1"])
