@@ -5,7 +5,6 @@ Every file is loaded again and compared with the network before it gets its name
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.builders import open_checkpoint
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
@@ -246,7 +246,7 @@ _WRITERS: dict[str, tuple[Callable[[nn.Module, dict[str, Any], Path], None], Cal
 
 def export_main(arguments: Sequence[str]) -> int:
     """``tools/export.py``."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tools/export.py", description="Write a trained network as a file that needs nothing of this package.",
         epilog="example: python tools/export.py -c output/digits/student_normkd/student_best.pt --with-normalisation",
     )  # fmt: skip

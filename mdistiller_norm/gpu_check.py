@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import ImageOptions, TensorDataset, digits, image_folder
 from mdistiller_norm.engine.evaluate import evaluate
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no CUDA device.
     """
-    parser = argparse.ArgumentParser(prog="tools/gpu_check.py", description="Check the fast path on a GPU.")
+    parser = ArgumentParser(prog="tools/gpu_check.py", description="Check the fast path on a GPU.")
     parser.add_argument("--json", type=Path, help="write the answers to this file")
     parser.add_argument("--steps", type=int, default=200, help="steps of each comparison")
     options = parser.parse_args(arguments)

@@ -82,6 +82,25 @@ def test_files_without_weights_are_named(tmp_path: Path, content: Any, message: 
         load_weights(tmp_path / "odd.pth")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dataset", ["digits"]), ("name", 3), ("type", None), ("variant", {}), ("classes", "abc"), ("plugins", [1]),
+        ("mean", [0.5, 0.5]), ("std", [0.0, 0.1, 0.1]), ("image_size", []), ("resize", 0), ("top1", "good"),
+    ],
+)  # fmt: skip
+def test_facts_beside_the_weights_that_cannot_be_are_named(tmp_path: Path, key: str, value: Any) -> None:
+    torch.save({"model": network().state_dict(), "about": {"name": "resnet8", key: value}}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=rf"odd\.pt is damaged: it says that its {key} is"):
+        load_weights(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("about", [3, ["resnet8"], None])
+def test_facts_of_another_project_are_passed_over(tmp_path: Path, about: Any) -> None:
+    torch.save({"model": network().state_dict(), "about": about}, tmp_path / "theirs.pt")
+    assert load_weights(tmp_path / "theirs.pt").about == {}
+
+
 def test_cut_off_and_missing_files_are_named(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "cut.pth")
     whole = (tmp_path / "cut.pth").read_bytes()
@@ -160,6 +179,12 @@ def test_the_manifest_is_checked(project: Path) -> None:
         find()
     (project / "checkpoints" / "manifest.yaml").write_text("- file: only")
     with pytest.raises(CheckpointError, match="at least file, model and dataset"):
+        find()
+    add_entry(project, file=["teacher.pt"])
+    with pytest.raises(CheckpointError, match="at least file, model and dataset"):
+        find()
+    (project / "checkpoints" / "manifest.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match="cannot be read as a manifest"):
         find()
 
 

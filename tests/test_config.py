@@ -468,7 +468,7 @@ def test_nesterov_without_momentum_is_refused(tmp_path):
 def test_dots_momenta_must_be_those_of_sgd(momenta, tmp_path):
     delta, *more = momenta
     overrides = [f"SOLVER.DOT.DELTA={delta}", *more]
-    assert load_config(None, overrides).node.SOLVER.DOT.DELTA == float(delta)  # which SGD does not read
+    assert float(delta) == load_config(None, overrides).node.SOLVER.DOT.DELTA  # which SGD does not read
     told = message(write(tmp_path, "run.yaml", "SOLVER: {TRAINER: dot, NESTEROV: true}\n"), overrides)
     assert told.startswith("SOLVER.TRAINER dot trains with the momenta MOMENTUM -/+ DOT.DELTA, which must be above 0")
     assert f"SOLVER.DOT.DELTA {float(delta):g} (command line)" in told

@@ -178,12 +178,27 @@ class Evil:
         ({"data": np.zeros((50_000, 3072), np.float32)}, "holds float32 data"),
         ({"fine_labels": [100] * 50_000}, "50000 fine labels in 0..99"),
         ({"fine_labels": None}, "fine labels"),
+        ({"fine_labels": ["0"] * 50_000}, "50000 fine labels in 0..99"),
+        ({"fine_labels": [0.5] * 50_000}, "50000 fine labels in 0..99"),
+        ({"data": [[0], [0, 0]]}, "no array of images"),
         ({"data": Evil()}, "it wants .*print"),
     ],
 )
 def test_a_folder_is_judged_by_its_content(tmp_path: Path, change: dict[str, object], message: str) -> None:
     write_cifar(tmp_path / "cifar-100-python", good_train() | change)
     with pytest.raises(DataError, match=message):
+        cifar100(tmp_path)
+
+
+@pytest.mark.parametrize("names", [5, None, "x" * 100, ["apple"] * 99])
+def test_the_names_of_the_classes_are_a_list(tmp_path: Path, names: object) -> None:
+    write_cifar(tmp_path / "cifar-100-python", {})
+    meta = tmp_path / "cifar-100-python" / "meta"
+    meta.write_bytes(pickle.dumps({"fine_label_names": names}))
+    with pytest.raises(DataError, match=r"meta names .*, not 100 classes"):
+        cifar100(tmp_path)
+    meta.write_bytes(b"\x80\x04].")  # a list
+    with pytest.raises(DataError, match=r"meta lacks fine_label_names"):
         cifar100(tmp_path)
 
 
@@ -196,6 +211,9 @@ def test_cut_off_and_missing_files_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-100-python"
     write_cifar(folder, good_train())
     (folder / "train").write_bytes((folder / "train").read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"train cannot be read as a CIFAR-100 file"):
+        cifar100(tmp_path)
+    (folder / "train").write_bytes(b"\x80\x04K\x05K\x06s.")  # an item for a number
     with pytest.raises(DataError, match=r"train cannot be read as a CIFAR-100 file"):
         cifar100(tmp_path)
     (folder / "test").unlink()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 import shutil
+import signal
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from mdistiller_norm.builders import build_dataset, build_distillers
+from mdistiller_norm.cli import shards_main
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Share
 from mdistiller_norm.data.decode import View, decode, draw_view, eval_image, train_image
@@ -295,6 +298,43 @@ def test_shards_without_an_index_are_looked_through(shards: Path, tmp_path: Path
     shutil.copy(shards / "train" / INDEX, copy / "train" / INDEX)
     with pytest.raises(DataError, match="is of other shards"):
         webdataset(copy, SMALL)
+
+
+def test_shards_are_made_whole_or_not_at_all(copy: Path, shards: Path, tmp_path: Path) -> None:
+    def pack(out: Path) -> None:
+        shards_main(["--root", str(copy), "--out", str(out), "--per-shard", "10", "--workers", "0"])
+
+    before = sorted(shards.rglob("*"))
+    with pytest.raises(DataError, match=r"tiny_shards/train is there already: choose another folder"):
+        pack(shards)
+    assert sorted(shards.rglob("*")) == before
+    for out in (Path("/dev/null"), copy / "val" / "file" / "inside"):
+        (copy / "val" / "file").touch()
+        with pytest.raises(DataError, match=rf"{out} cannot be written \(Not a directory\): choose another folder"):
+            pack(out)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an error, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+    try:
+        with pytest.raises(DataError, match=r"full cannot be written \(File too large\)"):
+            pack(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "full").exists()
+    (tmp_path / "full" / ".unfinished_shards" / "train").mkdir(parents=True)  # as a killed process leaves it
+    pack(tmp_path / "full")
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["classes.txt", "train", "val"]
+    assert webdataset(tmp_path / "full", SMALL).summary() == "full: 3 classes, 36 + 12 images"
+
+
+def test_unreadable_images_are_not_packed(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = sorted((copy / "val").rglob("*.JPEG"))[0]
+    damaged.write_bytes(b"not an image")
+    with pytest.raises(DataError, match=rf"{copy}: 1 images cannot be read \(listed above\): replace or remove"):
+        shards_main(["--root", str(copy), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert str(damaged) in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 # Networks and runs

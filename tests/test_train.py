@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 import torch
 from conftest import ROOT, assert_user_error, tool
 
+from mdistiller_norm.analysis.cli import visualize_main
+from mdistiller_norm.cli import eval_main, shards_main, train_main
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
@@ -24,6 +27,9 @@ from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.trainer import Interrupted
 from mdistiller_norm.errors import CheckpointError, ConfigError, NonFiniteLossError
+from mdistiller_norm.export import export_main
+from mdistiller_norm.gpu_check import main as gpu_check_main
+from mdistiller_norm.reproduce.cli import report_main
 from mdistiller_norm.runs import build_run, train
 
 # A batch of 240 makes an epoch of 6 steps, the last one short.
@@ -352,7 +358,42 @@ def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert_user_error(tool("eval", "-c", tmp_path / "none.pt", check=False), "none.pt")
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     assert_user_error(tool("eval", "-c", tmp_path / "broken.pt", check=False), "broken.pt")
+    told = tool("train", "SOLVER.LR", "1", check=False)
+    assert told.stderr == ("error: the following arguments are required: --cfg: see tools/train.py --help\n")
     assert not (tmp_path / "digits").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (train_main, ["--cfg"], "argument --cfg: expected one argument: see tools/train.py --help"),
+        (train_main, ["--cfg", "x.yaml", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (eval_main, ["-c", "x.pt", "-bs", "x"], "argument -bs/--batch-size: invalid int value: 'x': see tools/eval.py"),
+        (shards_main, ["--root", "x"], "the following arguments are required: --out"),
+        (visualize_main, [], "the following arguments are required: FIGURE: see tools/visualize.py --help"),
+        (visualize_main, ["tsne"], "required: -c/--ckpt: see tools/visualize.py tsne --help"),
+        (export_main, ["-c"], "argument -c/--ckpt: expected one argument: see tools/export.py --help"),
+        (gpu_check_main, ["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+        (report_main, ["--export", "xls"], "argument --export: invalid choice: 'xls'"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_line(
+    main: Callable[[list[str]], int], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        main(arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_weights_that_give_nan_have_no_accuracy(tmp_path: Path, teacher: str) -> None:
+    student = load(teacher.partition("=")[2])
+    student["model"]["fc.weight"][0, 0] = torch.nan
+    torch.save(student, tmp_path / "diverged.pt")
+    done = tool("eval", "-c", tmp_path / "diverged.pt", check=False)
+    assert_user_error(done, "diverged.pt gives NaN or infinite logits on digits")
+    assert "top-1" not in done.stdout
 
 
 def test_show_prints_where_each_key_is_from() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.cli import run
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tools/benchmark.py", description="Time the steps of training and the evaluation.",
         epilog="example: python tools/benchmark.py --table9 --methods KD,NormKD --json table9.json ENGINE.COMPILE none",
     )  # fmt: skip

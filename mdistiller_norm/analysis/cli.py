@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.plugins import import_plugin
 
 
-def _add_network_options(parser: argparse.ArgumentParser) -> None:
+def _add_network_options(parser: ArgumentParser) -> None:
     parser.add_argument("-m", "--model", default="", help="name of the networks; a student_*.pt knows it")
     parser.add_argument("-d", "--dataset", default="", help="data set; a student_*.pt knows it; else cifar100")
     parser.add_argument("-bs", "--batch-size", type=int, default=250)
@@ -21,7 +21,7 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
 
 def visualize_main(arguments: Sequence[str]) -> int:
     """``tools/visualize.py``."""
-    parser = argparse.ArgumentParser(prog="tools/visualize.py", description="The paper's figures from checkpoints.")
+    parser = ArgumentParser(prog="tools/visualize.py", description="The paper's figures from checkpoints.")
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     tsne = figures.add_parser("tsne", help="t-SNE of pooled features (Fig. 4)")
     tsne.add_argument("-c", "--ckpt", nargs="+", required=True, help="weights files, side by side")

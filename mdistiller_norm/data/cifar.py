@@ -34,8 +34,9 @@ def _read(path: Path, keys: set[str]) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = _ArrayUnpickler(file, encoding="latin1").load()
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError, IndexError) as error:
-        raise DataError(f"{path} cannot be read as a CIFAR-100 file ({error}): remove it and get it again") from error
+    except Exception as error:  # a damaged pickle may end in any
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise DataError(f"{path} cannot be read as a CIFAR-100 file ({reason}): remove it and get it again") from error
     if not isinstance(content, dict) or not keys <= content.keys():
         raise DataError(f"{path} lacks {', '.join(sorted(keys))}: it is not a CIFAR-100 file")
     return content
@@ -43,10 +44,13 @@ def _read(path: Path, keys: set[str]) -> dict[str, Any]:
 
 def _read_split(path: Path, count: int) -> Split:
     content = _read(path, {"data", "fine_labels"})
-    data, labels = np.asarray(content["data"]), np.asarray(content["fine_labels"])
+    try:
+        data, labels = np.asarray(content["data"]), np.asarray(content["fine_labels"])
+    except ValueError as error:  # lists of unequal length
+        raise DataError(f"{path} holds no array of images and of labels ({error})") from error
     if data.shape != (count, 3072) or data.dtype != np.uint8:
         raise DataError(f"{path} holds {data.dtype} data of shape {data.shape}, not uint8 of shape ({count}, 3072)")
-    if labels.shape != (count,) or labels.min() < 0 or labels.max() > 99:
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 99:
         raise DataError(f"{path} must hold {count} fine labels in 0..99")
     images = torch.from_numpy(data.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1).copy())
     return Split(images, torch.from_numpy(labels.astype(np.int64)))
@@ -82,7 +86,8 @@ def cifar100(root: str | Path) -> TensorDataset:
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}: remove the folder to download it, or complete it")
     classes = _read(folder / "meta", {"fine_label_names"})["fine_label_names"]
-    if len(classes) != 100:
-        raise DataError(f"{folder / 'meta'} names {len(classes)} classes, not 100")
+    if not isinstance(classes, list | tuple) or len(classes) != 100:
+        got = f"{len(classes)} classes" if isinstance(classes, list | tuple) else f"them as {type(classes).__name__}"
+        raise DataError(f"{folder / 'meta'} names {got}, not 100 classes")
     train, test = _read_split(folder / "train", 50_000), _read_split(folder / "test", 10_000)
     return TensorDataset("cifar100", train, test, tuple(map(str, classes)), MEAN, STD, padding=4, flip=True)

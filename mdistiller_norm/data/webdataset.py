@@ -8,8 +8,10 @@ on a file system, mounted object storage included; what is read of them are sing
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -129,31 +131,53 @@ def _scan(folder: Path, shards: list[str]) -> ImageSplit:
     return ImageSplit(Shards(folder, shards, np.array(places).reshape(-1, 3)), torch.tensor(targets))
 
 
-def write_shards(split: ImageSplit, folder: Path, per_shard: int, seed: int = 0) -> int:
-    """Write a split as shards with their index, in random order, so that reading them in sequence is a shuffle.
+def pack(dataset: ImageDataset, folder: Path, per_shard: int, seed: int = 0) -> dict[str, int]:
+    """Write a data set as shards that :func:`webdataset` reads: all of it, or nothing.
 
     Args:
-        split: what to write, as it is: nothing is decoded.
-        folder: where to; made, and must not hold shards yet.
+        dataset: what to write, as it is: nothing is decoded.
+        folder: where to; made, and must not hold such a data set yet.
         per_shard: images in a shard.
         seed: of the order.
 
     Returns:
-        The number of shards.
+        The number of shards of each split.
 
     Raises:
-        DataError: there are shards already, or an image cannot be read.
+        DataError: there is one already, an image cannot be read, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.tar")):
-        raise DataError(f"{folder} holds shards already: choose another folder")
+    parts = ("train", "val", CLASSES)
+    if there := [part for part in parts if (folder / part).exists()]:
+        raise DataError(f"{folder / there[0]} is there already: choose another folder, or remove it")
+    made, unfinished = not folder.exists(), folder / ".unfinished_shards"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        unfinished.mkdir(parents=True)
+        splits = {"train": dataset.train, "val": dataset.test}
+        counts = {name: _write_split(split, unfinished / name, per_shard, seed) for name, split in splits.items()}
+        (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n")
+        for part in parts:
+            (unfinished / part).rename(folder / part)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{folder} cannot be written ({reason}): choose another folder, or make room") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty, or not even there
+                folder.rmdir()
+    return counts
+
+
+def _write_split(split: ImageSplit, folder: Path, per_shard: int, seed: int) -> int:
+    """Write the shards of a split and their index, in random order: reading them in sequence is a shuffle."""
+    folder.mkdir()
     order = torch.randperm(len(split.source), generator=torch.Generator().manual_seed(seed)).tolist()
     parts = [order[first : first + per_shard] for first in range(0, len(order), per_shard)]
     names = [f"{number:06d}.tar" for number in range(len(parts))]
     places: list[tuple[int, int, int]] = []
     for number, part in enumerate(parts):
-        unfinished = folder / f".{names[number]}"
-        with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(folder / names[number], "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, index in enumerate(part):
                 try:
                     content = split.source.read(index)
@@ -162,7 +186,6 @@ def write_shards(split: ImageSplit, folder: Path, per_shard: int, seed: int = 0)
                 key = f"{number:06d}{row:08d}"
                 places.append((number, _add(tar, f"{key}{_extension(split.source, index)}", content), len(content)))
                 _add(tar, f"{key}.cls", str(int(split.targets[index])).encode())
-        unfinished.rename(folder / names[number])
     targets: Tensor = split.targets[torch.tensor(order)]
     with (folder / INDEX).open("wb") as file:
         np.savez(file, shards=np.array(names), places=np.array(places), targets=targets.numpy())

@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,22 @@ TORCHVISION = "torchvision:"  # before the name of weights that torchvision publ
 # Where mdistiller's users unpacked its teachers.
 PEER_TEACHERS = Path("download_ckpts/cifar_teachers")
 PROJECT = Path(__file__).resolve().parents[2]
+
+
+def _list_of(values: Any, kind: type) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, kind) for value in values)
+
+
+# What may stand beside the weights in this project's files, of what is read.
+_ABOUT: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "variant", "dataset", "type"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("classes", "plugins"), lambda value: _list_of(value, str)),
+    "mean": lambda value: _list_of(value, Real) and len(value) in (0, 1, 3),
+    "std": lambda value: _list_of(value, Real) and len(value) in (0, 1, 3) and min(value, default=1) > 0,
+    "image_size": lambda value: _list_of(value, int) and len(value) == 2 and min(value) > 0,
+    "resize": lambda value: isinstance(value, int) and value > 0,
+    "top1": lambda value: isinstance(value, Real),
+}
 
 
 def save_atomically(content: Any, path: Path) -> None:
@@ -100,13 +117,17 @@ def load_weights(path: str | Path) -> Weights:
     """The weights of a network out of any of the known kinds of file.
 
     Raises:
-        CheckpointError: as :func:`load`, or a file without weights.
+        CheckpointError: as :func:`load`, or a file without weights, or with facts beside them that cannot be.
     """
     path = Path(path)
     content = load(path)
     about: dict[str, Any] = {}
     if isinstance(content, Mapping):
-        about = dict(content.get("about", {}))
+        found = content.get("about")
+        about = dict(found) if isinstance(found, Mapping) else {}
+        for key, holds in _ABOUT.items():
+            if key in about and not holds(about[key]):
+                raise CheckpointError(f"{path} is damaged: it says that its {key} is {about[key]!r}")
         for key in ("model", "state_dict", "trainable"):
             if isinstance(content.get(key), Mapping):
                 content = content[key]
@@ -167,12 +188,17 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     """
     try:
         entries = yaml.safe_load(path.read_text()) or []
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from error
     if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and {"file", "model", "dataset"} <= entry.keys() for entry in entries
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), str) for key in ("file", "model", "dataset"))
+        and isinstance(entry.get("top1", 0), int | float)
+        for entry in entries
     ):
-        raise CheckpointError(f"{path} must be a list of entries with at least file, model and dataset")
+        raise CheckpointError(
+            f"{path} must be a list of entries with at least file, model and dataset, and with top1 a number"
+        )
     return entries
 
 

@@ -88,6 +88,9 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     options = _reproduce_parser().parse_intermixed_args(arguments)
     output = Path(options.output, _SMOKE) if options.smoke else Path(options.output)
     results = Path(options.results) if options.results else output / "results" if options.smoke else Path(_LEDGER)
+
+    from mdistiller_norm.config import MOST_TRIALS
+
     if not 1 <= options.trials <= MOST_TRIALS:
         raise ConfigError(f"--trials must be in 1 .. {MOST_TRIALS}, not {options.trials}")
     seeds = options.seeds if options.seeds is not None else list(range(options.trials))
