@@ -77,7 +77,9 @@ def test_every_model_can_be_folded() -> None:
     for name in CIFAR_MODELS:
         with torch.device("meta"):
             network = build_model(name, 10).eval()
-        logits = folded(network, Need.LOGITS)(torch.empty(2, 3, 32, 32, device="meta")).logits
+        module = folded(network, Need.LOGITS)
+        assert isinstance(module, torch.fx.GraphModule)
+        logits = module(torch.empty(2, 3, 32, 32, device="meta")).logits
         assert logits.shape == (2, 10)
 
 

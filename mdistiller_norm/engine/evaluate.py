@@ -86,9 +86,5 @@ def evaluate(
 
 
 def _folded(network: Network) -> Callable[[Tensor], Tensor]:
-    try:
-        module = folded(network, Need.LOGITS)
-    # What tracing raises: a network of a user's own may do what cannot be traced, and is right as it is.
-    except (ValueError, TypeError, RuntimeError, AttributeError):
-        return network
+    module = folded(network, Need.LOGITS)
     return lambda images: module(images).logits

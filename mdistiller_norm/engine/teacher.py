@@ -65,7 +65,8 @@ class _Reads(nn.Module):
 def folded(network: Network, need: Need) -> nn.Module:
     """A copy of a frozen network, its batch norms folded into the convolutions before them where they directly follow.
 
-    Equal to the network up to float rounding. Maps that are not needed are not computed.
+    Equal to the network up to float rounding. Maps that are not needed are not computed. A network of a user's own that
+    cannot be traced is run as it is.
 
     Args:
         network: in eval mode; stays as it is.
@@ -74,7 +75,11 @@ def folded(network: Network, need: Need) -> nn.Module:
     Returns:
         A module from images to :class:`Outputs` (without maps, where they are not needed).
     """
-    result = fuse(_Reads(copy.deepcopy(network), need).eval(), inplace=True, no_trace=False)
+    whole = _Reads(copy.deepcopy(network), need).eval()
+    try:
+        result = fuse(whole, inplace=True, no_trace=False)
+    except (ValueError, TypeError, RuntimeError, AttributeError):  # what tracing raises
+        return whole.requires_grad_(False)
     assert isinstance(result, torch.fx.GraphModule)
     for node in result.graph.nodes:
         # Tracing turns the residual blocks' += into +. Where nothing else reads the sum's first term, adding in place
@@ -119,11 +124,7 @@ class LiveTeacher:
         if train_mode:
             self._runs = _Reads(copy.deepcopy(network), need).train()
         else:
-            try:
-                module = folded(network, need)
-            # What tracing raises: a network of a user's own may do what cannot be traced, and is right as it is.
-            except (ValueError, TypeError, RuntimeError, AttributeError):
-                module = _Reads(self.network, need).eval()
+            module = folded(network, need)
             self._runs = compiler(module) if compiler else module
 
     def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
