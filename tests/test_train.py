@@ -258,6 +258,30 @@ def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
     assert again["last"]["epoch"] == 1
 
 
+def test_resuming_loses_no_line_of_damaged_metrics(
+    tmp_path: Path, few: TensorDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(epochs: int, resume: bool = False) -> None:
+        run = build_run(config(tmp_path, "run", "SOLVER.BATCH_SIZE=44", epochs=epochs), resume, dataset=few)
+        run.trainer.fit()
+        run.trainer.log.close()
+
+    fit(3)
+    metrics = tmp_path / "distill" / "run" / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b'{"epoch": 4, "lo')  # what a killed process leaves
+    fit(3, resume=True)
+    assert metrics.read_bytes() == whole
+    assert "damaged" not in capsys.readouterr().out
+    first, _, *rest = whole.splitlines(keepends=True)
+    damaged = b"".join([first, b"\x00\xff\x80\n", *rest])
+    metrics.write_bytes(damaged)
+    fit(4, resume=True)
+    assert [record["epoch"] for record in read_metrics(metrics)] == [1, 3, 4]
+    assert metrics.with_suffix(".damaged").read_bytes() == damaged
+    assert f"warning: 1 lines of {metrics} are damaged: they are kept in" in capsys.readouterr().out
+
+
 def test_resume_refuses_another_teacher(tmp_path: Path, teacher: str) -> None:
     train(config(tmp_path, "other", "DISTILLER.STUDENT=resnet14", epochs=1))
     train(config(tmp_path, "run", "DISTILLER.TYPE=KD", teacher, epochs=1))

@@ -234,6 +234,17 @@ def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
     for arguments, kind, words in cases:
         with pytest.raises(kind, match=words):
             visualize_main(arguments)
+    line = (runs / "alone" / "metrics.jsonl").read_text().splitlines()[0]
+    for content, words in (
+        (b"\x80\x00\xff\n", "has no metrics.jsonl with a finished epoch"),
+        (b"3\n[]\n", "has no metrics.jsonl with a finished epoch"),
+        (b'{"epoch": 1}\n', "are damaged: test_top1 is not a number in every epoch"),
+        (f'{line}\n{{"epoch": 2}}\n'.encode(), "are damaged: test_top1 is not a number in every epoch"),
+    ):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            visualize_main(["curves", str(tmp_path / "run"), *out])
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         visualize_main(["curves", str(runs / "alone"), "--out", str(tmp_path / "file" / "x")])

@@ -13,23 +13,33 @@ from mdistiller_norm.analysis.figures import new_figure
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import DataError
 
+_DRAWN = ("epoch", "test_top1", "train_top1", "test_loss", "loss_ce")
+
 
 def read_run(path: Path) -> dict[str, list[float]]:
     """Metrics by name, of a run folder or of a record of the ledger.
 
     Raises:
-        DataError: it holds none.
+        DataError: it holds none, or one that is drawn lacks a number for an epoch.
     """
+    metrics: Any
     if path.is_dir():
         records = read_metrics(path / "metrics.jsonl")
         if not records:
             raise DataError(f"{path} has no metrics.jsonl with a finished epoch")
-        return {name: [record[name] for record in records] for name in records[0]}
-    try:
-        metrics: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is neither a run folder nor a record of a finished run ({error})") from error
-    return metrics
+        metrics = {name: [record.get(name) for record in records] for name in records[0]}
+    else:
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is neither a run folder nor a record of a finished run ({error})") from error
+    found: dict[str, list[float]] = metrics if isinstance(metrics, dict) else {}
+    for name in dict.fromkeys((*_DRAWN, *(name for name in found if name.startswith("loss_")))):
+        values = found.get(name)
+        numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+        if not values or not numbers or len(values) != len(found["epoch"]):
+            raise DataError(f"the metrics of {path} are damaged: {name} is not a number in every epoch")
+    return found
 
 
 def compute(paths: Sequence[Path], names: Sequence[str]) -> dict[str, Any]:

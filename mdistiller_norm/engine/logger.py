@@ -66,7 +66,8 @@ class RunLog:
 
     Args:
         folder: of the run.
-        first_epoch: metrics of this epoch and later ones, left by an interrupted run, are dropped.
+        first_epoch: metrics of this epoch and later ones, left by an interrupted run, are dropped. Where lines of
+            ``metrics.jsonl`` are damaged, the whole file is appended to ``metrics.damaged`` before, with a warning.
         first_step: likewise for the scalars by step.
         quiet: print nothing (other processes than the first).
         label: printed before every line, where several runs print.
@@ -84,11 +85,22 @@ class RunLog:
     ) -> None:
         self.folder, self.quiet, self.label, self._lock = folder, quiet, label, lock
         self.metrics = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.metrics) if record["epoch"] < first_epoch]
-        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._keep_metrics(first_epoch)
         self._by_epoch = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
         # By step in a folder of its own: TensorBoard drops what an interrupted run left by the number of the step.
         self._by_step = SummaryWriter(folder / "tensorboard" / "steps", purge_step=first_step)
+
+    def _keep_metrics(self, first_epoch: int) -> None:
+        """Drop the metrics of that epoch and later ones, and damaged lines after the file was kept as it was."""
+        records = _read_lines(self.metrics)
+        if None in records:
+            aside = self.metrics.with_suffix(".damaged")
+            with aside.open("ab") as file:
+                file.write(self.metrics.read_bytes())
+            self.line(f"warning: {records.count(None)} lines of {self.metrics} are damaged: they are kept in {aside}")
+        temporary = self.metrics.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in records if r and r["epoch"] < first_epoch))
+        temporary.replace(self.metrics)
 
     def line(self, text: str, aside: bool = False) -> None:
         """Print a line, and keep it in ``worklog.txt``.
@@ -145,12 +157,22 @@ class SilentLog(RunLog):
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a ``metrics.jsonl``; a last line that was cut off is left out."""
-    records: list[Record] = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    """The records of a ``metrics.jsonl``; lines that are none, as after a power failure, are left out."""
+    return [record for record in _read_lines(path) if record]
+
+
+def _read_lines(path: Path) -> list[Record | None]:
+    """A record for each line, None for one that is damaged; a last line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records = [_read_line(line) for line in lines if line]
+    return records[:-1] if lines[-1] and not records[-1] else records
+
+
+def _read_line(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("epoch"), int) else None
