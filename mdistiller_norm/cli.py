@@ -151,7 +151,10 @@ def eval_main(arguments: Sequence[str]) -> int:
         epilog="example: python tools/eval.py -c output/digits/student_normkd/student_last.pt",
     )  # fmt: skip
     parser.add_argument("-m", "--model", default="", help="its name; a student_*.pt knows it")
-    parser.add_argument("-c", "--ckpt", required=True, nargs="+", help="checkpoint files")
+    parser.add_argument(
+        "-c", "--ckpt", required=True, nargs="+",
+        help="checkpoint files; pretrain: the weights that would teach as -m on -d; torchvision:NAME: its of that name",
+    )  # fmt: skip
     parser.add_argument("-d", "--dataset", default="", help="data set; a student_*.pt knows it; else cifar100")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--root", default="data", help="folder of the data set")
@@ -173,11 +176,29 @@ def eval_main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _weights_file(name: str, options: argparse.Namespace) -> str:
+    """The file of a checkpoint's name; mdistiller calls a teacher's published weights ``pretrain``."""
+    from mdistiller_norm.engine.checkpoint import TORCHVISION, find_teacher, published
+
+    if name.startswith(TORCHVISION):
+        return str(published(name.removeprefix(TORCHVISION)).path)
+    if name != "pretrain" or Path(name).exists():
+        return name
+    if not options.model:
+        raise ConfigError("-c pretrain does not say what network it is: add -m, for example -m resnet32x4")
+    dataset = options.dataset or "cifar100"
+    if dataset == "imagenet":
+        return str(published(f"{options.model}_Weights.IMAGENET1K_V1").path)
+    command = f"python tools/train.py --cfg configs/{dataset}/vanilla/{options.model}.yaml"
+    return str(find_teacher(options.model, dataset, "", Path("output"), command).path)
+
+
 def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device) -> None:
     """Evaluate one checkpoint and print what was found."""
     from mdistiller_norm.builders import open_checkpoint
     from mdistiller_norm.engine.evaluate import evaluate
 
+    path = _weights_file(path, options)
     network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root))
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     measured = evaluate(network, dataset.eval_loader(options.batch_size, device))

@@ -102,8 +102,10 @@ def make_step(
     case: dict[str, Any], pair: tuple[str, str], data: str, *, ce_weight: float = 1.0, **more: Any
 ) -> TrainStep:
     """The step that a run takes, of its own parts, with a shared teacher. ``ce_weight`` is for plain training."""
-    settings = {"DATASET.TYPE": data, "DISTILLER.TEACHER": pair[0], "DISTILLER.STUDENT": pair[1], "CRD.NCE.K": 64}
+    settings = {"DATASET.TYPE": data, "DISTILLER.TEACHER": pair[0], "DISTILLER.STUDENT": pair[1]}
     settings |= {"SOLVER.NESTEROV": True, "SOLVER.LR": 0.01} | more | case
+    if "CRD" in str(settings.get("DISTILLER.TYPE")):
+        settings = {"CRD.NCE.K": 64} | settings
     cfg = load_config(None, [f"{key}={value}" for key, value in settings.items()]).node
     student, instructor = copy.deepcopy(initial_student(pair[1], data)), network(pair[0], data)
     torch.manual_seed(2)

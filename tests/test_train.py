@@ -441,5 +441,10 @@ def test_eval_reads_students_and_bare_weights_alike(tmp_path: Path) -> None:
         assert wanted in output
     assert len([line for line in knows.splitlines() if line.startswith("  ")]) == 10
     assert_user_error(tool("eval", "-c", tmp_path / "bare.pth", "-d", "digits", check=False), "add -m")
+    (tmp_path / "output").mkdir()  # where plain runs of one's own are looked for
+    (tmp_path / "distill").rename(tmp_path / "output" / "distill")
+    assert wanted in tool("eval", "-m", "resnet8", "-d", "digits", "-c", "pretrain", cwd=tmp_path).stdout
+    assert_user_error(tool("eval", "-c", "pretrain", check=False), "-c pretrain", "add -m")
+    assert_user_error(tool("eval", "-c", "torchvision:ResNet9_Weights.V1", check=False), "ResNet9_Weights.V1")
     mismatch = tool("eval", "-c", tmp_path / "bare.pth", "-m", "resnet14", "-d", "digits", check=False)
     assert_user_error(mismatch, "does not fit resnet14", "layer1.1.conv1.weight")
