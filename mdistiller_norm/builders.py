@@ -123,9 +123,8 @@ def build_student(cfg: Any, dataset: Dataset) -> Network:
     return student
 
 
-def train_command(cfg: Any, model: str) -> str:
-    """The command that trains this network as a teacher."""
-    kind = cfg.DATASET.TYPE
+def train_command(kind: str, model: str) -> str:
+    """The command that trains this network as a teacher, on a data set of that ``DATASET.TYPE``."""
     file = Path("configs", kind, f"vanilla_{model}.yaml" if kind == "digits" else f"vanilla/{model}.yaml")
     if (PROJECT / file).is_file():
         return f"python tools/train.py --cfg {file}"
@@ -140,7 +139,7 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
     """
     name = cfg.DISTILLER.TEACHER
     network = build_model(name, len(dataset.classes), variant=dataset.variant)
-    runs, command = Path(cfg.LOG.PREFIX), train_command(cfg, name)
+    runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
     file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS)
     weights = load_weights(file.path)
     trained_on = weights.about.get("dataset", dataset.name)

@@ -37,7 +37,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         if error.errno not in _DISK:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        code = _refuse(f"{where}{error.strerror}: make room, or name another place; what was written before is intact")
+        code = _refuse(f"{where}{error.strerror}: make room, or name another place")
     except Interrupted as stop:
         print(f"{stop}; everything is saved: the same command with --resume goes on", file=sys.stderr)
         code = 128 + stop.signal_number
@@ -153,7 +153,7 @@ def eval_main(arguments: Sequence[str]) -> int:
     parser.add_argument("-m", "--model", default="", help="its name; a student_*.pt knows it")
     parser.add_argument(
         "-c", "--ckpt", required=True, nargs="+",
-        help="checkpoint files; pretrain: the weights that would teach as -m on -d; torchvision:NAME: its of that name",
+        help="checkpoint files; pretrain: the weights that would teach as -m on -d; torchvision:NAME: its weights",
     )  # fmt: skip
     parser.add_argument("-d", "--dataset", default="", help="data set; a student_*.pt knows it; else cifar100")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
@@ -178,6 +178,7 @@ def eval_main(arguments: Sequence[str]) -> int:
 
 def _weights_file(name: str, options: argparse.Namespace) -> str:
     """The file of a checkpoint's name; mdistiller calls a teacher's published weights ``pretrain``."""
+    from mdistiller_norm.builders import train_command
     from mdistiller_norm.engine.checkpoint import TORCHVISION, find_teacher, published
 
     if name.startswith(TORCHVISION):
@@ -189,7 +190,7 @@ def _weights_file(name: str, options: argparse.Namespace) -> str:
     dataset = options.dataset or "cifar100"
     if dataset == "imagenet":
         return str(published(f"{options.model}_Weights.IMAGENET1K_V1").path)
-    command = f"python tools/train.py --cfg configs/{dataset}/vanilla/{options.model}.yaml"
+    command = train_command(dataset, options.model)
     return str(find_teacher(options.model, dataset, "", Path("output"), command).path)
 
 

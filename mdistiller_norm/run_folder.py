@@ -17,8 +17,8 @@ from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import Record, RunLog, SilentLog
-from mdistiller_norm.engine.trainer import write_text
-from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.errors import CheckpointError, ConfigError, UserError
+from mdistiller_norm.files import write_text
 
 # Keys that do not change what is computed, only where it is kept, shown or run. Of the data and the teacher a hash is
 # compared instead, and of the precision what came of it on the machine.
@@ -109,8 +109,17 @@ def open_folder(config: Config, resume: bool, share: Share, label: str) -> Opene
 
 def _open_alone(config: Config, resume: bool, label: str) -> Opened:
     refuse_to_overwrite(config, resume)
-    folder, state = run_folder(config), None
+    folder = run_folder(config)
     lock = _lock(folder)
+    try:
+        return _open_locked(folder, config, resume, label, lock)
+    except UserError:
+        lock.close()
+        raise
+
+
+def _open_locked(folder: Path, config: Config, resume: bool, label: str, lock: IO[str]) -> Opened:
+    state = None
     if (folder / LATEST).exists():
         state = _state_of(folder, config)
         opening = f"resuming {folder} at epoch {state['epoch']}, step {state['steps_done'] + 1}"

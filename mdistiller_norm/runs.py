@@ -40,7 +40,8 @@ from mdistiller_norm.engine.logger import Record, RunLog, environment
 from mdistiller_norm.engine.optim import StepSchedule
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
-from mdistiller_norm.engine.trainer import Trainer, write_json
+from mdistiller_norm.engine.trainer import Trainer
+from mdistiller_norm.files import write_json
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.run_folder import check_identity, open_folder, refuse_to_overwrite
 
@@ -98,6 +99,7 @@ class _Shared(NamedTuple):
         taught: what the records say of the teacher.
         autocast: the networks' dtype, None for float32.
         compile_students: with ENGINE.COMPILE all.
+        identity: what the config does not name and what yet decides what is computed.
     """
 
     dataset: Dataset
@@ -107,13 +109,7 @@ class _Shared(NamedTuple):
     taught: Record
     autocast: torch.dtype | None
     compile_students: bool
-
-    def identity(self) -> dict[str, str]:
-        """What the config does not name and what yet decides what is computed."""
-        return {
-            "teacher": self.taught.get("hash", ""), "data": self.dataset.fingerprint(),
-            "precision": _PRECISIONS[self.autocast],
-        }  # fmt: skip
+    identity: dict[str, str]
 
 
 class _Learner(NamedTuple):
@@ -197,7 +193,10 @@ def build_runs(
         taught["hash"] = teacher.hash
         if isinstance(teacher, CachedTeacher):
             say(teacher.check_space(left))
-    shared = _Shared(dataset, loader, test, teacher, taught, autocast, to_compile == "all")
+    identity = {
+        "teacher": taught.get("hash", ""), "data": dataset.fingerprint(), "precision": _PRECISIONS[autocast],
+    }  # fmt: skip
+    shared = _Shared(dataset, loader, test, teacher, taught, autocast, to_compile == "all", identity)
     runs = [_build(learner, shared, command, leads=number == 0) for number, learner in enumerate(learners)]
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
         epochs = range(min(run.trainer.epoch for run in runs), cfg.SOLVER.EPOCHS + 1)
@@ -230,7 +229,7 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
         step=step,
         schedule=StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE),
         test=shared.test, epochs=cfg.SOLVER.EPOCHS, seed=cfg.SEED, folder=learner.folder, log=log,
-        about=_about(cfg, dataset), identity=shared.identity(),
+        about=_about(cfg, dataset), identity=shared.identity,
         save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ, log_every=cfg.LOG.TENSORBOARD_FREQ,
         checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS, run_step=fastest(cfg, step, step, log.line),
         run_test=fastest_test(cfg, learner.student, shared.test, log.line), show_progress=leads,

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from mdistiller_norm.builders import build_device, fastest, initial_seed
@@ -30,7 +29,7 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.engine.lockstep import Lockstep, fit_together
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.engine.trainer import Interrupted
+from mdistiller_norm.engine.trainer import Interrupted, stop_signals
 from mdistiller_norm.errors import ConfigError, UserError
 from mdistiller_norm.run_folder import run_folder
 from mdistiller_norm.runs import begin, build_runs, finish
@@ -122,14 +121,13 @@ def _in_processes(
     failed: list[int] = []
     stopped = 0
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int) -> None:
         nonlocal stopped
         stopped = number
         for process in running.values():
             process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stop_signals(stop, (signal.SIGINT, signal.SIGTERM)):
         while running or (waiting and not stopped):
             while waiting and len(running) < at_once and not stopped:
                 trial, own = waiting.pop(0)
@@ -144,9 +142,6 @@ def _in_processes(
                 if running.pop(trial).returncode and not stopped:
                     failed.append(trial)
             time.sleep(0.1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if stopped:
         raise Interrupted(stopped)
     return failed

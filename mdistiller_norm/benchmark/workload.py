@@ -102,7 +102,7 @@ def teacher_weights(config: Config, dataset: TensorDataset, choice: str, folder:
         try:
             path = find_teacher(
                 node.DISTILLER.TEACHER, dataset.name, asked, Path(node.LOG.PREFIX),
-                train_command(node, node.DISTILLER.TEACHER),
+                train_command(node.DATASET.TYPE, node.DISTILLER.TEACHER),
             ).path  # fmt: skip
             return path, str(path)
         except CheckpointError:

@@ -235,8 +235,8 @@ def _start_worker(number: int) -> None:
 
     Workers end with the loader, or when they find that the process that trains is gone.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(caught, signal.SIG_IGN)
 
 
 def _loader(reader: TrainReader, tasks: _Tasks, pin: bool) -> DataLoader[Any]:

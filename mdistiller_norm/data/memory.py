@@ -30,6 +30,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the pixels."""
+        return hashlib.sha256(self.images.cpu().contiguous().numpy().data).hexdigest()
+
     def to(self, device: torch.device) -> Split:
         """The same split with its tensors on that device."""
         return Split(self.images.to(device), self.targets.to(device))
@@ -73,7 +77,7 @@ class TensorDataset(Dataset):
 
     def fingerprint(self) -> str:
         """See :class:`Dataset`: with the pixels."""
-        return hashlib.sha256(super().fingerprint().encode() + self.train.images.cpu().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(f"{super().fingerprint()} {self.train.fingerprint()}".encode()).hexdigest()
 
     def to(self, device: torch.device) -> TensorDataset:
         """The same data set with its tensors on that device."""
@@ -143,9 +147,9 @@ class MemoryTrainLoader(TrainLoader):
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that an augmented image is made from."""
-        digest = hashlib.sha256(f"{self.augment} {self._mean.tolist()} {self._std.tolist()}".encode())
-        digest.update(self._images.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        pixels = Split(self._images, self._targets).fingerprint()
+        made = f"{self.augment} {self._mean.tolist()} {self._std.tolist()} {pixels}"
+        return hashlib.sha256(made.encode()).hexdigest()
 
     def prepare(self, *raw: Tensor) -> Batch:
         """See :class:`TrainLoader`."""

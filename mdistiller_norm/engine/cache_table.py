@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.files import write_json
 
 Array = npt.NDArray[Any]
 DType = np.dtype[Any]
@@ -85,9 +86,7 @@ class Table:
                 if not about.exists():
                     with (self.folder / "checks.bin").open("wb") as file:
                         os.posix_fallocate(file.fileno(), 0, self.rows * 4)  # a full disk must not kill a later write
-                    temporary = self.folder / ".about.json"
-                    temporary.write_text(json.dumps(description, indent=2))
-                    temporary.replace(about)
+                    write_json(description, about)
             return True
         except PermissionError:
             return False

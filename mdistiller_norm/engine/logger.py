@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mdistiller_norm
+from mdistiller_norm.files import write_text
 
 Record = dict[str, Any]
 
@@ -98,9 +99,8 @@ class RunLog:
             with aside.open("ab") as file:
                 file.write(self.metrics.read_bytes())
             self.line(f"warning: {records.count(None)} lines of {self.metrics} are damaged: they are kept in {aside}")
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in records if r and r["epoch"] < first_epoch))
-        temporary.replace(self.metrics)
+        kept = (json.dumps(record) + "\n" for record in records if record and record["epoch"] < first_epoch)
+        write_text("".join(kept), self.metrics)
 
     def line(self, text: str, aside: bool = False) -> None:
         """Print a line, and keep it in ``worklog.txt``.

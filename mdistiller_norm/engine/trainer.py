@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -295,15 +294,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def write_text(content: str, path: Path) -> None:
-    """Write a text file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content)
-    temporary.replace(path)
-
-
-def write_json(content: Record, path: Path) -> None:
-    """Write a JSON file atomically."""
-    write_text(json.dumps(content, indent=2) + "\n", path)

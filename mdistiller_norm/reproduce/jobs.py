@@ -254,7 +254,8 @@ def _published_weights(model: str, config: Config) -> Path | None:
     """Weights of a teacher that need no training here."""
     try:
         # No folder of runs: a teacher trained here is a job, not a find.
-        dataset, command = config.node.DATASET.TYPE, train_command(config.node, model)
+        dataset = config.node.DATASET.TYPE
+        command = train_command(dataset, model)
         return find_teacher(model, dataset, "", Path(os.devnull), command).path
     except CheckpointError:
         return None

@@ -17,6 +17,7 @@ from typing import Any
 
 from mdistiller_norm.engine.logger import Record, read_metrics
 from mdistiller_norm.errors import DataError
+from mdistiller_norm.files import write_text
 from mdistiller_norm.reproduce.jobs import identity
 
 FORMAT = 1
@@ -263,9 +264,7 @@ def add(record: Record, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(_render(record), encoding="utf-8")
-            temporary.replace(path)
+            write_text(_render(record), path)
     except OSError as error:
         raise DataError(f"the ledger {folder} cannot be written ({error})") from error
     return path

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdistiller_norm.engine.checkpoint import MANIFEST, load_weights, read_manifest, save_atomically
 from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.files import write_text
 from mdistiller_norm.reproduce.jobs import cell_identity, identity
 from mdistiller_norm.reproduce.ledger import finished_record
 from mdistiller_norm.reproduce.tables import load_tables
@@ -61,9 +62,7 @@ def publish(run: Path, folder: Path) -> Path:
             "commit": record["environment"].get("commit"),
         }  # fmt: skip
         before = manifest.read_text(encoding="utf-8") if entries else ""
-        temporary = manifest.with_name(f".{manifest.name}.tmp")
-        temporary.write_text(before + yaml.safe_dump([entry], sort_keys=False, width=1000), encoding="utf-8")
-        temporary.replace(manifest)
+        write_text(before + yaml.safe_dump([entry], sort_keys=False, width=1000), manifest)
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error})") from error
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mdistiller_norm.errors import DataError
+from mdistiller_norm.files import write_text
 from mdistiller_norm.reproduce.collect import collect
 from mdistiller_norm.reproduce.exports import write_csv, write_hparams
 from mdistiller_norm.reproduce.markdown import to_markdown
@@ -29,7 +30,7 @@ def _update_readme(report: Report, path: Path) -> bool:
         if view.measured
     ]
     text = "\n".join(lines or ["- nothing yet"])
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    write_text(f"{before}{begin}\n{text}\n{end}{after}", path)
     return True
 
 
@@ -54,8 +55,8 @@ def write_report(folder: Path, out: Path, *, smoke: bool, csv: bool, hparams: Pa
     written = [out / "TABLES.md", out / "report.html"]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        written[0].write_text(to_markdown(report), encoding="utf-8")
-        written[1].write_text(to_html(report), encoding="utf-8")
+        write_text(to_markdown(report), written[0])
+        write_text(to_html(report), written[1])
         if _update_readme(report, out / "README.md"):
             written.append(out / "README.md")
         if csv:
