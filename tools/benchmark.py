@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     from mdistiller_norm import benchmark
-    from mdistiller_norm.engine.trainer import write_json
+    from mdistiller_norm.files import write_json
 
     batch = [] if options.batch_size is None else [f"SOLVER.BATCH_SIZE={options.batch_size}"]
     settings = benchmark.Settings(
