@@ -103,7 +103,7 @@ class Table:
     """A table.
 
     Attributes:
-        id: ``1`` to ``9``, ``digits`` or ``short``.
+        id: ``1`` to ``9``, or one of this project's own such as ``digits``.
         title: what it compares.
         dataset: what its runs train on.
         columns: pairs of networks.
