@@ -188,24 +188,28 @@ def build_teacher_runner(
     need = max(method.need for method in distillers.values())
     train_mode = any(method.teacher_in_train_mode for method in distillers.values())
 
-    def compiler(module: nn.Module) -> Callable[[Tensor], Outputs]:
-        device = next(network.parameters()).device
-        example = torch.zeros(loader.batch_size, 3, *image_size, device=device)
-        return compile_teacher(module, example.to(memory_format=torch.channels_last), say)
+    device = next(network.parameters()).device
 
-    live = LiveTeacher(network, need, autocast, train_mode, compiler if compiled else None)
+    def live(batch_size: int) -> LiveTeacher:
+        def compiler(module: nn.Module) -> Callable[[Tensor], Outputs]:
+            example = torch.zeros(batch_size, 3, *image_size, device=device)
+            return compile_teacher(module, example.to(memory_format=torch.channels_last), say)
+
+        return LiveTeacher(network, need, autocast, train_mode, compiler if compiled else None)
+
     if cfg.DISTILLER.TEACHER_CACHE == "off":
-        return live
+        return live(loader.batch_size)
     if need > Need.POOLED:
         readers = [name for name, method in distillers.items() if method.need > Need.POOLED]
         say(f"no teacher cache: {' and '.join(readers)} reads the teacher's maps, which are too large to keep")
-        return live
+        return live(loader.batch_size)
     if not isinstance(loader, MemoryTrainLoader):
         say(f"no teacher cache: the augmentation of {cfg.DATASET.TYPE} has no finite number of views")
-        return live
+        return live(loader.batch_size)
     pooled = probe(network, image_size).pooled.shape[1]
     precision = cfg.DISTILLER.TEACHER_CACHE_PRECISION
-    cached = CachedTeacher(live, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, precision)
+    runs = live(CachedTeacher.batch_size(loader, device))
+    cached = CachedTeacher(runs, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, precision)
     if line := cached.hold_on_device():
         say(line)
     return cached

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,7 +199,7 @@ def build_runs(
     runs = [_build(learner, shared, command, leads=number == 0) for number, learner in enumerate(learners)]
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
         epochs = range(min(run.trainer.epoch for run in runs), cfg.SOLVER.EPOCHS + 1)
-        runs[0].trainer.ahead = teacher.fill(chain.from_iterable(loader.batches(epoch) for epoch in epochs), left)
+        runs[0].trainer.ahead = teacher.fill(loader.batches(epoch) for epoch in epochs)
     return runs
 
 

@@ -47,6 +47,29 @@ def test_a_step_never_looks_at_a_value(tmp_path: Path, teacher: str, method: str
         assert losses.parts.shape == (len(step.trainable.loss_names),)
 
 
+@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
+def test_a_step_mixes_no_devices_on_a_gpu(tmp_path: Path, teacher: str, method: str) -> None:
+    """Up to the losses and metrics, on a pretended GPU: reading a tensor that stayed on the host is an error there."""
+    step = build_step(tmp_path, "run", f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # real parameters cannot become fake in place
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            gpu = torch.device("cuda")
+            with pytest.raises(RuntimeError, match="device"):
+                torch.ones(2, device=gpu) * torch.ones(2)
+            if step.teacher:
+                step.teacher._runs.to(gpu)
+            loader = digits().train_loader(64, 0, gpu)
+            there = TrainStep(loader, step.teacher, step.trainable.to(gpu), step.optimizer, step.meters.to(gpu))
+            there.begin_epoch(2, 0)
+            for lesson in there.lessons(*next(loader.batches(2))):
+                losses = there.trainable(lesson.batch, lesson.taught, there.factors)
+                there.meters.update(losses, lesson.batch.targets)
+                assert losses.total.device.type == "cuda"
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
 def test_momentum_exists_before_the_first_step(tmp_path: Path) -> None:
     step = build_step(tmp_path, "run")
     state = step.optimizer.state

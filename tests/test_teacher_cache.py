@@ -150,7 +150,7 @@ def test_full_fills_what_the_schedule_visits_before_the_first_step(tmp_path: Pat
     found = cached(tmp_path, "run", own_teacher, mode="full", epochs=2)
     rows = {int(row) for epoch in (1, 2) for raw in found.loader.batches(epoch) for row in found.rows_of([raw])}
     assert len(found.table) == len(rows)
-    assert found.use.asked == 2 * 1437
+    assert found.use == (2 * 1437, len(rows)), "a row was computed twice, or in a step"
 
 
 @pytest.mark.parametrize("mode", ["lazy", "full"])
@@ -249,7 +249,7 @@ def test_what_a_crash_left_half_written_is_not_there_and_is_written_again(tmp_pa
     assert make_table(tmp_path / "t").missing(np.array([4, 5])).tolist() == [4, 5]
 
 
-def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_clear_error(tmp_path: Path, own_teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(tmp_path / "t")
     table.write(np.array([1]), np.ones((1, 3)))
 
@@ -260,6 +260,8 @@ def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\): free space or set"):
         table.write(np.array([2]), np.ones((1, 3)))
     assert table.missing(np.array([1, 2])).tolist() == [2]
+    with pytest.raises(CheckpointError, match="No space left on device"):  # from the thread that writes
+        cached(tmp_path, "run", own_teacher)
 
 
 def test_too_little_space_is_said_before_training(

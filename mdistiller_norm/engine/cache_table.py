@@ -7,7 +7,9 @@ import json
 import mmap
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,12 @@ DTYPES: dict[str, DType] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.fl
 
 # A table is a row of files of about this size: small enough to copy, to list and for any file system.
 SHARD_BYTES = 2**28
+
+
+def to_device(array: Array, device: torch.device) -> Tensor:
+    """An array on a device, without waiting for what that still has to do; on the CPU the same memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _checks(values: Array) -> Array:
@@ -61,6 +69,7 @@ class Table:
     ) -> None:
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
         self.row_bytes = width * dtype.itemsize
+        self.torch_dtype = torch.float16 if dtype == np.float16 else torch.float32
         self._shard_rows = shard_rows or max(1, SHARD_BYTES // self.row_bytes)
         self._shards: dict[int, Array] = {}
         description = about | {
@@ -182,11 +191,48 @@ class Table:
         return int(np.count_nonzero(self._there))
 
 
+class Writer:
+    """Adds rows to a table in a thread of its own: training waits neither for the device nor for the disk.
+
+    Args:
+        table: that is writable.
+    """
+
+    # Groups of rows that may wait: a disk that is slower than the training slows it down, and the memory stays.
+    LIMIT = 8
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._thread = ThreadPoolExecutor(1, "teacher-cache")
+        self._pending: deque[Future[None]] = deque()
+
+    def add(self, rows: Array, values: Tensor) -> None:
+        """Write rows ``[n]`` with values ``[n, width]``, from any device, soon.
+
+        Raises:
+            CheckpointError: see :meth:`Table.write`; of these rows or of ones added before.
+        """
+        host = values.to("cpu", non_blocking=True)  # into pinned memory, if it comes from a GPU
+        ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+        self._pending.append(self._thread.submit(self._write, rows, host, ready))
+        self.finish(self.LIMIT)
+
+    def finish(self, leave: int = 0) -> None:
+        """Wait until at most that many groups of rows are not written yet; raises as :meth:`add`."""
+        while len(self._pending) > leave:
+            self._pending.popleft().result()
+
+    def _write(self, rows: Array, values: Tensor, ready: torch.cuda.Event | None) -> None:
+        if ready:
+            ready.synchronize()
+        self.table.write(rows, values.numpy())
+
+
 class DeviceRows:
     """A table's rows in the memory of a device, where a step's are gathered without the host.
 
     Args:
-        table: its rows that are there are copied at once, the others by :meth:`bring`.
+        table: its rows that are there are copied at once, the others by :meth:`bring` and :meth:`put`.
         device: needs ``table.rows`` times ``table.width`` numbers of the table's type.
     """
 
@@ -194,26 +240,26 @@ class DeviceRows:
 
     def __init__(self, table: Table, device: torch.device) -> None:
         self.table = table
-        kind = torch.float16 if table.dtype == np.float16 else torch.float32
-        self._values = torch.zeros(table.rows, table.width, dtype=kind, device=device)
+        self._values = torch.zeros(table.rows, table.width, dtype=table.torch_dtype, device=device)
         self._here = np.zeros(table.rows, bool)
         for first in range(0, table.rows, self._CHUNK):
             chunk = np.arange(first, min(first + self._CHUNK, table.rows))
             self.bring(chunk[table.there(chunk)])
 
     def absent(self, rows: Array) -> Array:
-        """Those of the rows that were not brought yet."""
+        """Those of the rows that are not here."""
         new: Array = rows[~self._here[rows]]
         return new
 
     def bring(self, rows: Array) -> None:
-        """Copy those of the rows, all of which are in the table, that are not here yet."""
-        new = self.absent(rows)
-        if len(new):
-            values = torch.from_numpy(np.ascontiguousarray(self.table.read(new)))
-            self._values[torch.from_numpy(new).to(self._values.device)] = values.to(self._values.device)
-            self._here[new] = True
+        """Copy rows that the table has."""
+        self.put(rows, to_device(self.table.read(rows), self._values.device))
+
+    def put(self, rows: Array, values: Tensor) -> None:
+        """Keep rows ``[n]`` with values ``[n, width]``, which are on the device."""
+        self._values[to_device(rows, self._values.device)] = values
+        self._here[rows] = True
 
     def read(self, rows: Tensor) -> Tensor:
-        """The values ``[n, width]``, float32, of rows that were brought."""
+        """The values ``[n, width]``, float32, of rows that are here."""
         return self._values[rows].float()

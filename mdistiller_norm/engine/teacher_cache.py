@@ -1,9 +1,9 @@
 """The exact teacher cache: what a teacher said of (image, view) once, it need not say again.
 
 Where a data set can name its augmentations (CIFAR: 81 crops x 2 orientations), the teacher is a fixed function of
-(image, view), and its logits are the rows of a table: ``row = index * views + view``. The table is a sparse file beside
-the teacher's checkpoint, and a byte a row says whether it is there. Rows are written once and never change, so a run
-that fills the table and one that reads it see the same bits.
+(image, view), and its logits are the rows of a table: ``row = index * views + view``. The table lies in sparse files
+beside the teacher's checkpoint. Rows are written once and never change, so a run that fills the table and one that
+reads it see the same bits.
 
 The rows of the coming steps are known ahead, since the plan of an epoch is a function of the seed: missing ones are
 computed together in full batches before those steps, outside of the step itself, and a step only receives its rows.
@@ -15,7 +15,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +25,15 @@ from tqdm import tqdm
 
 from mdistiller_norm.data.base import TrainLoader
 from mdistiller_norm.distillers.base import Need
-from mdistiller_norm.engine.cache_table import DTYPES, Array, DeviceRows, Table
+from mdistiller_norm.engine.cache_table import DTYPES, Array, DeviceRows, Table, Writer, to_device
 from mdistiller_norm.engine.teacher import LiveTeacher, Raw
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.types import Batch, Outputs
 
 # Steps whose rows are looked up together: enough to gather misses into full batches, few enough to stop in between.
 AHEAD = 16
+# Images that a GPU's teacher sees at once at least: with fewer, starting its kernels takes longer than they run.
+GPU_BATCH = 256
 
 
 class Use(NamedTuple):
@@ -81,6 +82,7 @@ class CachedTeacher:
         width = classes + (pooled if live.need is Need.POOLED else 0)
         folder = checkpoint.parent / f"{checkpoint.name}.cache" / key
         self.table = Table(folder, about, loader.samples * loader.views, width, DTYPES[dtype])
+        self._writer = Writer(self.table) if self.table.writable else None
         self._asked = self._computed = 0
         self.device_rows: DeviceRows | None = None
 
@@ -119,7 +121,7 @@ class CachedTeacher:
         Returns:
             A line about it; empty where there is nothing to copy.
         """
-        device = next(self.network.parameters()).device
+        device = self._device
         if device.type != "cuda":
             return ""
         size, free = self.table.rows * self.table.row_bytes, torch.cuda.mem_get_info(device)[0]
@@ -144,26 +146,49 @@ class CachedTeacher:
             part = slice(start, start + sum(sizes))
             start = part.stop
             values = self._values(on_host[part], rows[part]).split_with_sizes(sizes)
-            yield from ((*raw, value) for raw, value in zip(ahead, values, strict=True))
+            for raw, value in zip(ahead, values, strict=True):
+                if raw is raws[-1]:
+                    self._written()  # an epoch that came to its end is on the disk
+                yield (*raw, value)
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
         """See :class:`Teacher`."""
         (rows,) = extra
         return Outputs(rows[:, : self.classes], (), (), rows[:, self.classes :])
 
-    def fill(self, batches: Iterable[Raw], steps: int) -> Iterator[int]:
-        """Compute all rows of the batches ahead of time, a group of batches at each turn.
+    def fill(self, epochs: Iterable[Iterable[Raw]]) -> Iterator[None]:
+        """Compute all rows of the epochs ahead of time, each once and neighbours together, a group at each turn.
 
         Args:
-            batches: what a schedule will visit.
-            steps: how many they are, for the progress bar.
+            epochs: the batches of each that a schedule will visit.
         """
-        with tqdm(total=steps, desc="teacher cache", leave=False, mininterval=0.5, disable=None) as bar:
-            stream = iter(batches)
-            while ahead := list(islice(stream, AHEAD)):
-                self._add(self.table.missing(self.rows_of(ahead).cpu().numpy()))
-                bar.update(len(ahead))
-                yield len(ahead)
+        visited = np.zeros(self.table.rows, bool)
+        for raws in epochs:
+            visited[self.rows_of(raws).cpu().numpy()] = True
+            yield
+        rows = np.flatnonzero(visited)
+        group = AHEAD * self.batch_size(self.loader, self._device)
+        with tqdm(total=len(rows), desc="teacher cache", leave=False, mininterval=0.5, disable=None) as bar:
+            for first in range(0, len(rows), group):
+                part = rows[first : first + group]
+                self._compute(self.table.missing(part))
+                bar.update(len(part))
+                yield
+        self._written()
+
+    @staticmethod
+    def batch_size(loader: TrainLoader, device: torch.device) -> int:
+        """How many images the teacher sees at once."""
+        return max(loader.batch_size, GPU_BATCH) if device.type == "cuda" else loader.batch_size
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def _written(self) -> None:
+        """Wait for the disk."""
+        if self._writer:
+            self._writer.finish()
 
     def _values(self, rows: Array, on_device: Tensor) -> Tensor:
         """The table's ``[n, width]`` float32 on the teacher's device; what is not there yet is computed."""
@@ -172,33 +197,31 @@ class CachedTeacher:
         if self.device_rows:
             wanted = self.device_rows.absent(wanted)
         missing = self.table.missing(wanted)
-        computed = self._add(missing)
-        if self.device_rows and (self.table.writable or not len(missing)):
-            self.device_rows.bring(wanted)
+        computed = self._compute(missing)
+        if self.device_rows:
+            self.device_rows.put(missing, computed)
+            self.device_rows.bring(self.device_rows.absent(wanted))
             return self.device_rows.read(on_device)
         values = self.table.read(rows)
-        if not self.table.writable and len(missing):
+        if len(missing):  # written by now or not
             there = np.searchsorted(missing, rows).clip(max=len(missing) - 1)
-            values = np.where((missing[there] == rows)[:, None], computed[there], values)
-        result = torch.from_numpy(values.astype(np.float32, copy=False))
-        return result.pin_memory().to(on_device.device, non_blocking=True) if on_device.is_cuda else result
+            values = np.where((missing[there] == rows)[:, None], computed.cpu().numpy()[there], values)
+        return to_device(values.astype(np.float32, copy=False), on_device.device)
 
-    def _add(self, rows: Array) -> Array:
-        """Run the teacher for these rows, in batches of one size, and keep what it says."""
+    def _compute(self, rows: Array) -> Tensor:
+        """What the teacher says of these rows, in batches of one size; the table will have it soon."""
         if not len(rows):
-            return np.empty((0, self.table.width), self.table.dtype)
+            return torch.empty(0, self.table.width, dtype=self.table.torch_dtype, device=self._device)
         self._computed += len(rows)
-        size, results = self.loader.batch_size, []
-        device = next(self.network.parameters()).device
-        key = torch.zeros((), dtype=torch.int64, device=device)
+        size, results = self.batch_size(self.loader, self._device), []
+        key = torch.zeros((), dtype=torch.int64, device=self._device)
         for first in range(0, len(rows), size):
             # Repeats fill the last batch up: one shape, one compiled program.
-            filled = torch.from_numpy(np.resize(rows[first : first + size], size)).to(device)
+            filled = to_device(np.resize(rows[first : first + size], size), self._device)
             outputs = self.live.run(self.loader.prepare(filled // self._views, filled % self._views, key).images)
             wide = [outputs.logits, outputs.pooled] if self.table.width > self.classes else [outputs.logits]
             results.append(torch.cat([part.float() for part in wide], 1))
-        # Waits for the device, and takes the table's lock, once for all.
-        values: Array = torch.cat(results)[: len(rows)].cpu().numpy().astype(self.table.dtype)
-        if self.table.writable:
-            self.table.write(rows, values)
+        values = torch.cat(results)[: len(rows)].to(self.table.torch_dtype)
+        if self._writer:
+            self._writer.add(rows, values)
         return values

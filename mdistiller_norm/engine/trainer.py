@@ -70,7 +70,7 @@ class Trainer:
         save_every: int,
         log_every: int,
         checkpoint_steps: int = 0,
-        ahead: Iterable[int] = (),
+        ahead: Iterable[None] = (),
         run_step: Callable[..., None] | None = None,
         run_test: Callable[[Tensor], Tensor] | None = None,
         show_progress: bool = True,
