@@ -188,6 +188,7 @@ def check_gpu(steps: int = 200) -> list[Check]:
             _compare(folder, dataset, steps, method, *overrides)
             for method, *overrides in (
                 ("NONE",), ("KD",), ("NormKD",), ("DKD",), ("NormKD_W_DKD",), ("NormKD", "SOLVER.PRECISION=bf16"),
+                ("NormKD", "SOLVER.PRECISION=fp16"),
                 ("NormKD", "DISTILLER.TEACHER_CACHE=lazy"), ("FITNET",), ("RKD",), ("CRD", "CRD.NCE.K=128"),
                 ("REVIEWKD",),
             )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, tool
 from test_train import SMALLER, assert_same_state, config, teacher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mdistiller_norm.data import digits
 from mdistiller_norm.distillers import DISTILLERS
@@ -47,27 +50,60 @@ def test_a_step_never_looks_at_a_value(tmp_path: Path, teacher: str, method: str
         assert losses.parts.shape == (len(step.trainable.loss_names),)
 
 
+class HostTensors(TorchDispatchMode):
+    """Notes every operation that takes or gives a tensor on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        self.seen += [str(function)] * any(tensor.device.type == "cpu" for tensor in tensors)
+        return result
+
+
 @pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
-def test_a_step_mixes_no_devices_on_a_gpu(tmp_path: Path, teacher: str, method: str) -> None:
-    """Up to the losses and metrics, on a pretended GPU: reading a tensor that stayed on the host is an error there."""
+def test_a_step_touches_nothing_on_the_host(tmp_path: Path, teacher: str, method: str) -> None:
+    """On a pretended GPU, up to losses and metrics: a recording forbids copies, and keeps what it read for ever."""
     step = build_step(tmp_path, "run", f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # real parameters cannot become fake in place
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             gpu = torch.device("cuda")
-            with pytest.raises(RuntimeError, match="device"):
-                torch.ones(2, device=gpu) * torch.ones(2)
+            with HostTensors() as control:
+                torch.ones(2, device=gpu) * torch.tensor(2.0)
+            assert "aten.mul.Tensor" in control.seen
             if step.teacher:
                 step.teacher._runs.to(gpu)
             loader = digits().train_loader(64, 0, gpu)
             there = TrainStep(loader, step.teacher, step.trainable.to(gpu), step.optimizer, step.meters.to(gpu))
             there.begin_epoch(2, 0)
-            for lesson in there.lessons(*next(loader.batches(2))):
-                losses = there.trainable(lesson.batch, lesson.taught, there.factors)
-                there.meters.update(losses, lesson.batch.targets)
-                assert losses.total.device.type == "cuda"
+            raw = next(loader.batches(2))
+            with HostTensors() as host:
+                for lesson in there.lessons(*raw):
+                    losses = there.trainable(lesson.batch, lesson.taught, there.factors)
+                    there.meters.update(losses, lesson.batch.targets)
+            assert losses.total.device.type == "cuda"
+            assert host.seen == []
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def test_the_scale_of_fp16_gradients_can_be_put_back(tmp_path: Path) -> None:
+    plain = build_step(tmp_path, "run")
+    scaler = torch.amp.GradScaler("cpu", growth_interval=1)
+    step = TrainStep(plain.loader, None, plain.trainable, plain.optimizer, plain.meters, scaler)
+    state = step.held()
+    before = [tensor.detach().clone() for tensor in state]
+    for raw in list(step.loader.batches(1))[:3]:
+        step(*raw)
+    assert scaler.get_scale() > 65536
+    with torch.no_grad():
+        for tensor, saved in zip(state, before, strict=True):
+            tensor.copy_(saved)
+    assert scaler.get_scale() == 65536
 
 
 def test_momentum_exists_before_the_first_step(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ class TrainStep:
         self.part: Part | None = None
         device = next(trainable.parameters()).device
         self.factors = torch.tensor(trainable.factors(1), device=device)
+        if scaler:
+            scaler.scale(torch.zeros((), device=device))  # its tensors are there from now on
 
     def begin_epoch(self, epoch: int, seed: int) -> None:
         """Write what changes with the epoch (counted from 1)."""
@@ -134,12 +136,11 @@ class TrainStep:
             self.optimizer.step()
 
     def held(self) -> list[Tensor]:
-        """Every tensor that a step writes to: weights, statistics, momenta, metrics."""
+        """Every tensor that a step writes to: weights, statistics, momenta, metrics, the scale of fp16 gradients."""
         modules: list[nn.Module] = [self.trainable, self.meters]
         states = [module.state_dict(keep_vars=True) for module in modules]
-        return [
-            *(tensor.data for state in states for tensor in _tensors(state)), *_tensors(self.optimizer.state_dict())
-        ]  # fmt: skip
+        written = [tensor.data for tensor in _tensors(states)]
+        return [*written, *_tensors(self.optimizer.state_dict()), *_tensors(vars(self.scaler) if self.scaler else ())]
 
     def _losses(self, lesson: Lesson) -> Losses:
         losses: Losses = self.forward(lesson.batch, lesson.taught, self.factors)
