@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from test_train import PAIR, SMALLER, config, teacher
+from torch import nn
 
 from mdistiller_norm.builders import build_precision
 from mdistiller_norm.config import load_config
-from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.distillers import DISTILLERS, Need
 from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.engine.teacher import LiveTeacher
+from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run, train
+from mdistiller_norm.types import Outputs
 
 __all__ = ["teacher"]  # a fixture
 
@@ -41,6 +46,22 @@ def test_losses_are_float32_and_finite_under_bf16(tmp_path: Path, teacher: str, 
     assert losses.parts.dtype is torch.float32
     assert losses.logits.dtype is torch.float32
     assert losses.parts.isfinite().all()
+
+
+@pytest.mark.parametrize("need", [Need.LOGITS, Need.MAPS])
+def test_a_teacher_is_compiled_in_the_arithmetic_it_runs_in(need: Need) -> None:
+    modes: list[tuple[bool, ...]] = []
+
+    def compiler(module: nn.Module) -> Callable[[torch.Tensor], Outputs]:
+        def run(images: torch.Tensor) -> Outputs:
+            modes.append((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+            return module(images)
+
+        run(torch.zeros(2, 3, 32, 32))
+        return run
+
+    LiveTeacher(build_model("resnet8", 10), need, torch.bfloat16, compiler=compiler).run(torch.zeros(2, 3, 32, 32))
+    assert modes == [(True, need is not Need.MAPS, False)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

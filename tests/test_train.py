@@ -181,10 +181,13 @@ def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str) 
         train(config(tmp_path, "none", "SOLVER.TRAINER=dot"))
 
 
-def test_dot_without_delta_is_sgd(tmp_path: Path, teacher: str) -> None:
-    common = ["DISTILLER.TYPE=KD", "SOLVER.NESTEROV=false", "SOLVER.LR=1e-3", teacher]
-    train(config(tmp_path, "dot", "SOLVER.TRAINER=dot", "SOLVER.DOT.DELTA=0", *common, epochs=1))
-    train(config(tmp_path, "sgd", *common, epochs=1))
+@pytest.mark.parametrize("method", ["KD", "REVIEWKD"])
+def test_dot_without_delta_is_sgd(tmp_path: Path, teacher: str, few: TensorDataset, method: str) -> None:
+    common = [f"DISTILLER.TYPE={method}", "SOLVER.NESTEROV=false", "SOLVER.LR=1e-3", "SOLVER.BATCH_SIZE=44", teacher]
+    for name, *own in (("dot", "SOLVER.TRAINER=dot", "SOLVER.DOT.DELTA=0"), ("sgd",)):
+        run = build_run(config(tmp_path, name, *common, *own), dataset=few)
+        run.trainer.fit()
+        run.trainer.log.close()
     a, b = (state_of(tmp_path, name)["trainable"] for name in ("dot", "sgd"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)

@@ -119,7 +119,7 @@ def state_of(folder: Path, seed: int) -> dict[str, object]:
         ("DISTILLER.TYPE=NormKD", "DISTILLER.TEACHER_CACHE=full", "SOLVER.ACCUMULATE=2"),
         ("DISTILLER.TYPE=FITNET",),  # has weights of its own
         ("DISTILLER.TYPE=CRD", "CRD.NCE.K=16"),  # has a memory
-        ("DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot"),
+        ("DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot", "DISTILLER.TEACHER_CACHE=lazy"),
         ("DISTILLER.TYPE=NONE",),
     ],
     ids=["NormKD", "cached", "FitNet", "CRD", "DOT", "plain"],

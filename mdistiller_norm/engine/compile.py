@@ -58,7 +58,7 @@ def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], No
     options: dict[str, Any] = {"freezing": True}
     compiled = torch.compile(module, dynamic=False, options=options)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             compiled(example)
     except Exception as error:  # a compiler can fail in any way, and the run does not depend on it
         warn(f"the teacher could not be compiled ({_first_line(error)}): it runs uncompiled")

@@ -22,8 +22,13 @@ from mdistiller_norm.types import Batch
 
 
 def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], keep_graph: bool = False) -> list[Tensor | None]:
+    """The gradients, in the memory layout of their parameters: a fused SGD takes that for granted."""
     found = torch.autograd.grad(loss, parameters, retain_graph=keep_graph, allow_unused=True)
-    return list(found)
+    return [None if one is None else _laid_out(one, like) for one, like in zip(found, parameters, strict=True)]
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    return gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)
 
 
 class DOT:
@@ -42,7 +47,9 @@ class DOT:
 
     def __init__(self, trainable: Trainable, batch: Batch, teacher: Teacher, delta: float, **sgd: Any) -> None:
         trial = copy.deepcopy(trainable)
-        losses = trial(batch, teacher(batch), torch.ones(len(trainable.loss_names), device=batch.images.device))
+        with torch.no_grad():
+            taught = teacher.network.outputs(batch.images)
+        losses = trial(batch, taught, torch.ones(len(trainable.loss_names), device=batch.images.device))
         watched = list(trial.parameters())
         task = _gradients(losses.parts[0], watched, keep_graph=True)
         distill = _gradients(losses.parts[1:].sum(), watched)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -125,7 +126,8 @@ class LiveTeacher:
             self._runs = _Reads(copy.deepcopy(network), need).train()
         else:
             module = folded(network, need)
-            self._runs = compiler(module) if compiler else module
+            with self._arithmetic(next(network.parameters()).device):  # what is compiled is a program for just this
+                self._runs = compiler(module) if compiler else module
 
     def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         """See :class:`Teacher`: nothing is added."""
@@ -135,12 +137,17 @@ class LiveTeacher:
         """See :class:`Teacher`."""
         return self.run(batch.images)
 
-    def run(self, images: Tensor) -> Outputs:
-        """The outputs for images ``[B, 3, H, W]``."""
+    @contextmanager
+    def _arithmetic(self, device: torch.device) -> Iterator[None]:
         # What the student's loss may save for its backward must not be inference tensors, and copying maps costs more
         # than no_grad's bookkeeping: only the small outputs leave inference mode, as copies.
         mode = torch.no_grad() if self.need is Need.MAPS else torch.inference_mode()
-        with mode, torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        with mode, torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            yield
+
+    def run(self, images: Tensor) -> Outputs:
+        """The outputs for images ``[B, 3, H, W]``."""
+        with self._arithmetic(images.device):
             outputs = self._runs(images)
         if self.need is Need.MAPS:
             return outputs
