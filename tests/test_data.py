@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import hashlib
+import io
 import pickle
+import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR100
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
@@ -19,6 +26,7 @@ from mdistiller_norm.data import (
     digits,
 )
 from mdistiller_norm.data.augment import PadCropFlip, normalise
+from mdistiller_norm.data.cifar import _download
 from mdistiller_norm.data.plan import epoch_plan, share_out
 from mdistiller_norm.errors import ConfigError, DataError
 
@@ -227,6 +235,34 @@ def test_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"downloading https://.*cifar-100-python.tar.gz failed.*put the files"):
         cifar100(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_may_download_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, root, sums = tmp_path / "archive.tar.gz", tmp_path / "root", {}
+    image = {"data": np.zeros((1, 3072), np.uint8), "fine_labels": [0]}
+    with tarfile.open(packed, "w:gz") as archive:
+        for name, content in (("train", image), ("test", image), ("meta", {"fine_label_names": ["apple"]})):
+            file = io.BytesIO(pickle.dumps(content))
+            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member.size, sums[name] = len(file.getvalue()), hashlib.md5(file.getvalue()).hexdigest()
+            archive.addfile(member, file)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/archive.tar.gz")
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(packed.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for _ in range(2):  # the second time as if another process was faster
+            _download(root)
+            assert [path.name for path in root.iterdir()] == ["cifar-100-python"]
+            assert {path.name for path in (root / "cifar-100-python").iterdir()} == {"train", "test", "meta"}
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_held_out_part_is_stratified_fixed_and_disjoint() -> None:
@@ -242,3 +278,5 @@ def test_a_held_out_part_is_stratified_fixed_and_disjoint() -> None:
     torch.manual_seed(5)
     assert torch.equal(whole.hold_out(0.1).test.images, held.test.images)
     assert (held.name, held.classes, held.flip) == (whole.name, whole.classes, whole.flip)
+    with pytest.raises(ConfigError, match=r"DATASET\.VAL_SPLIT 0\.001 holds out no image of any class of digits"):
+        whole.hold_out(0.001)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -92,6 +93,21 @@ def test_decoding_is_pillows_to_the_bit(jpegs: list[Path]) -> None:
                 wanted = torch.from_numpy(np.array(again.convert("RGB")))
             difference = decode(file.getvalue()).permute(1, 2, 0).int() - wanted.int()
             assert difference.abs().max() <= (mode == "CMYK"), mode
+
+
+def test_of_16_bits_the_upper_8_are_taken_and_of_32_none() -> None:
+    deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    for kind in ("PNG", "TIFF"):
+        file = io.BytesIO()
+        Image.fromarray(deep).save(file, kind)
+        assert torch.equal(
+            decode(file.getvalue()), torch.arange(256, dtype=torch.uint8).reshape(16, 16).expand(3, -1, -1)
+        )
+    for pixels in (deep.astype(np.float32), deep.astype(np.int32)):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "TIFF")
+        with pytest.raises(ValueError, match="32 bits have no known range"):
+            decode(file.getvalue())
 
 
 def test_views_are_the_usual_pipelines_within_two_levels(jpegs: list[Path]) -> None:
@@ -297,6 +313,52 @@ def test_shards_without_an_index_are_looked_through(shards: Path, tmp_path: Path
         webdataset(copy, SMALL)
     shutil.copy(shards / "train" / INDEX, copy / "train" / INDEX)
     with pytest.raises(DataError, match="is of other shards"):
+        webdataset(copy, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": ["000000.tar"]}, "is of other shards"),
+        ({"places": np.zeros((36, 2), np.int64)}, "is of other shards"),
+        ({"places": np.full((36, 3), -1)}, "is of other shards"),
+        ({"places": np.full((36, 3), 9)}, r"cannot be read \(index 9 is out of bounds"),
+        ({"targets": np.zeros(36)}, "is of other shards"),
+        ({"targets": np.full(36, -1)}, r"classes\.txt names 3 classes and the shards hold class number -1"),
+        ({"places": np.empty((0, 3), np.int64), "targets": np.empty(0, np.int64)}, "train hold no images"),
+    ],
+)
+def test_an_index_that_cannot_be_is_one_line(
+    shards: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    with np.load(copy / "train" / INDEX) as index:
+        content = dict(index) | change
+    np.savez(copy / "train" / INDEX, **content)
+    with pytest.raises(DataError, match=message):
+        webdataset(copy, SMALL)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x93NUMPY"])
+def test_a_damaged_index_is_one_line(shards: Path, tmp_path: Path, content: bytes) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / "train" / INDEX).write_bytes(content)
+    with pytest.raises(DataError, match=r"index\.npz cannot be read .*: remove it"):
+        webdataset(copy, SMALL)
+
+
+def test_shards_of_other_making_are_judged(shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / "train" / INDEX).unlink()
+    for path in (copy / "train").glob("*.tar"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(DataError, match=r"000000\.tar cannot be read \(.*\): make it anew$"):
+        webdataset(copy, SMALL)
+    with pytest.raises(DataError, match="names other classes, or in another order"):
+        webdataset(shards, replace(SMALL, classes=("b", "a", "c")))
+    (copy / "classes.txt").write_bytes(b"\xff")
+    shutil.copytree(shards / "train", copy / "train", dirs_exist_ok=True)
+    with pytest.raises(DataError, match=r"classes\.txt cannot be read"):
         webdataset(copy, SMALL)
 
 

@@ -6,6 +6,7 @@ Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (
 from __future__ import annotations
 
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,23 @@ def _read_split(path: Path, count: int) -> Split:
 
 
 def _download(root: Path) -> None:
+    """Make ``root/cifar-100-python``, whole or not at all; several processes may be at it."""
     from torchvision.datasets import CIFAR100  # seconds to import, and needed once in a data set's life
 
+    folder = root / CIFAR100.base_folder
     try:
-        CIFAR100(str(root), download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar100_") as fresh:
+            CIFAR100(fresh, download=True)
+            try:
+                Path(fresh, CIFAR100.base_folder).rename(folder)
+            except OSError:
+                if not folder.exists():  # it does if another process was faster
+                    raise
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"CIFAR-100 is not in {root / 'cifar-100-python'} and downloading {CIFAR100.url} failed ({error}): put the "
-            f"files train, test and meta there by hand, or set DATASET.ROOT to the folder that holds cifar-100-python"
+            f"CIFAR-100 is not in {folder} and downloading {CIFAR100.url} failed ({error}): put the files train, test "
+            "and meta there by hand, or set DATASET.ROOT to the folder that holds cifar-100-python"
         ) from error
 
 

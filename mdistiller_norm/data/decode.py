@@ -87,8 +87,10 @@ def jpeg_header(content: bytes) -> Header | None:
 def decode(content: bytes) -> Tensor:
     """RGB pixels ``[3, H, W]`` uint8, pixels contiguous (channels_last); grey and CMYK images are converted.
 
+    Of 16 bits the upper 8 are taken, in grey images too, whose conversion Pillow would cut off at 255.
+
     Raises:
-        OSError, ValueError, SyntaxError: not an image, or a damaged one.
+        OSError, ValueError, SyntaxError: not an image, a damaged one, or one of pixels without a known range.
     """
     pixels: Any
     if simplejpeg is not None and content[:2] == b"\xff\xd8":
@@ -99,10 +101,16 @@ def decode(content: bytes) -> Tensor:
             pass  # for Pillow to judge
     try:
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(_in_8_bits(image).convert("RGB"))
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits have no known range: save it with 8 bits a channel")
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
 
 
 def decode_box(content: bytes, header: Header, view: View) -> Tensor:

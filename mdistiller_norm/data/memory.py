@@ -12,6 +12,7 @@ from torch import Tensor
 from mdistiller_norm.data.augment import PadCropFlip, normalise
 from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader, Warn
 from mdistiller_norm.data.plan import ALONE, Share, epoch_plan, eval_share
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch
 
 
@@ -88,11 +89,16 @@ class TensorDataset(Dataset):
 
         Args:
             fraction: of the samples of each class, rounded; which ones depends on nothing else.
+
+        Raises:
+            ConfigError: that is none of any class.
         """
         targets = self.targets
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
         by_class = [order[targets[order] == label] for label in range(len(self.classes))]
         counts = [round(fraction * len(members)) for members in by_class]
+        if not any(counts):
+            raise ConfigError(f"DATASET.VAL_SPLIT {fraction} holds out no image of any class of {self.name}: raise it")
         held, kept = (
             torch.cat(parts).sort().values.to(self.train.targets.device)
             for parts in (

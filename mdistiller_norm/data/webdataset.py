@@ -65,20 +65,21 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     """A data set in shards, ``root/{train,val}/*.tar`` and ``root/classes.txt``, normalised as ImageNet by default.
 
     Raises:
-        DataError: a split or the names of the classes are missing, or a shard is not one.
+        DataError: a split or the names of the classes are missing, a shard is not one, a class number has no name, or
+            ``options.classes`` are others.
     """
     root = data_root(root, "webdataset")
     parts = [open_shards(root / split) for split in (["train", "val"] if options.train else ["val"])]
     train, test = parts[0], parts[-1]
     try:
-        classes = tuple((root / CLASSES).read_text().splitlines())
-    except OSError as error:
-        raise DataError(
-            f"{root / CLASSES} cannot be read ({error.strerror}): it names the classes, one a line"
-        ) from error
-    largest = max(int(train.targets.max()), int(test.targets.max()))
-    if largest >= len(classes):
-        raise DataError(f"{root / CLASSES} names {len(classes)} classes and the shards hold class number {largest}")
+        classes = tuple((root / CLASSES).read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{root / CLASSES} cannot be read ({error}): it names the classes, one a line") from error
+    if options.classes not in ((), classes):
+        raise DataError(f"{root / CLASSES} names other classes, or in another order, than those asked for")
+    numbers = torch.cat([train.targets, test.targets])
+    if unnamed := numbers[(numbers < 0) | (numbers >= len(classes))].tolist():
+        raise DataError(f"{root / CLASSES} names {len(classes)} classes and the shards hold class number {unnamed[0]}")
     options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
     return ImageDataset(root.resolve().name, classes, train, test, options)
 
@@ -87,22 +88,29 @@ def open_shards(folder: Path) -> ImageSplit:
     """The images of all shards of a folder, by its index or, where there is none, by the headers in the shards.
 
     Raises:
-        DataError: there are no shards, they are cut off, or they are other shards than the index is of.
+        DataError: there are no shards, no images in them, they are cut off, or the index is damaged or of others.
     """
     shards = sorted(path.name for path in folder.glob("*.tar"))
     if not shards:
         raise DataError(f"{folder} holds no shards (*.tar): tools/make_shards.py makes them from a folder")
-    if not (folder / INDEX).is_file():
-        return _scan(folder, shards)
+    split = _indexed(folder, shards) if (folder / INDEX).is_file() else _scan(folder, shards)
+    if not len(split.targets):
+        raise DataError(f"the shards in {folder} hold no images ({', '.join(EXTENSIONS)}): make them anew")
+    return split
+
+
+def _indexed(folder: Path, shards: list[str]) -> ImageSplit:
+    sizes = np.array([(folder / name).stat().st_size for name in shards])
     try:
         with np.load(folder / INDEX) as index:
             names, places, targets = index["shards"].tolist(), index["places"], index["targets"]
-    except (OSError, ValueError, KeyError) as error:
+        sound = names == shards and places.shape == (len(targets), 3) and places.dtype == targets.dtype == np.int64
+        whole = sound and places.min(initial=0) >= 0 and (places[:, 1:].sum(1) <= sizes[places[:, 0]]).all()
+    except Exception as error:  # a damaged archive may end in any
         raise DataError(
             f"{folder / INDEX} cannot be read ({error}): remove it, the shards are then looked through"
         ) from error
-    sizes = np.array([(folder / name).stat().st_size if name in shards else -1 for name in names])
-    if names != shards or (places[:, 1] + places[:, 2] > sizes[places[:, 0]]).any():
+    if not whole:
         raise DataError(f"{folder / INDEX} is of other shards than those beside it: remove it or make the shards anew")
     return ImageSplit(Shards(folder, names, places), torch.from_numpy(targets))
 
@@ -114,8 +122,8 @@ def _scan(folder: Path, shards: list[str]) -> ImageSplit:
         images: dict[str, tuple[int, int]] = {}
         labels: dict[str, int] = {}
         try:
-            with tarfile.open(folder / name) as tar:
-                for member in tar:
+            with tarfile.open(folder / name, "r:") as tar:  # not compressed: images are read by their place
+                for member in filter(tarfile.TarInfo.isfile, tar):
                     key, extension = os.path.splitext(member.name)
                     if extension.lower() in EXTENSIONS:
                         images[key] = member.offset_data, member.size
@@ -128,7 +136,8 @@ def _scan(folder: Path, shards: list[str]) -> ImageSplit:
             raise DataError(f"the shard {folder / name} does not hold both an image and a .cls for {odd}")
         places += [(number, *images[key]) for key in images]
         targets += [labels[key] for key in images]
-    return ImageSplit(Shards(folder, shards, np.array(places).reshape(-1, 3)), torch.tensor(targets))
+    found = np.array(places, dtype=np.int64).reshape(-1, 3)
+    return ImageSplit(Shards(folder, shards, found), torch.tensor(targets, dtype=torch.int64))
 
 
 def pack(dataset: ImageDataset, folder: Path, per_shard: int, seed: int = 0) -> dict[str, int]:
@@ -155,7 +164,7 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int, seed: int = 0) -> 
         unfinished.mkdir(parents=True)
         splits = {"train": dataset.train, "val": dataset.test}
         counts = {name: _write_split(split, unfinished / name, per_shard, seed) for name, split in splits.items()}
-        (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n")
+        (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for part in parts:
             (unfinished / part).rename(folder / part)
     except OSError as error:
