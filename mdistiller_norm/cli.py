@@ -55,7 +55,7 @@ _DISK = {
 
 def _refuse(text: str) -> int:
     """Say what is wrong, once where several processes found the same; the exit code."""
-    if int(os.environ.get("RANK", 0)):
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # the first process speaks, and torchrun ends the others; unless it is this one's trouble alone
     print(f"error: {text}", file=sys.stderr)
     return 2

@@ -40,23 +40,28 @@ def wanted() -> Share:
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return ALONE
-    try:
-        share = Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    except ValueError as error:
-        raise ConfigError(f"RANK and WORLD_SIZE in the environment must be numbers ({error})") from error
+    share = Share(_number("RANK"), _number("WORLD_SIZE"))
     if not 0 <= share.rank < share.world:
         raise ConfigError(f"RANK is {share.rank} and WORLD_SIZE {share.world} in the environment: start with torchrun")
     return share
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "0")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r} in the environment, not a number: start with torchrun") from error
 
 
 def local_device() -> torch.device:
     """The GPU of this process among those of its machine.
 
     Raises:
-        ConfigError: there are fewer GPUs than processes.
+        ConfigError: there are fewer GPUs than processes, or the environment says something impossible.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
+    local = _number("LOCAL_RANK")
+    if not 0 <= local < torch.cuda.device_count():
         raise ConfigError(
             f"process {local + 1} of this machine has no GPU, there are {torch.cuda.device_count()}: start fewer "
             "processes, or set DEVICE to cpu"
@@ -65,7 +70,7 @@ def local_device() -> torch.device:
 
 
 def start(device: torch.device, timeout: int) -> Share:
-    """Find the others, if there are any.
+    """Find the others, if there are any; from here on the device is the current one.
 
     Args:
         device: of this process.
@@ -76,13 +81,12 @@ def start(device: torch.device, timeout: int) -> Share:
     """
     global _store
     share = wanted()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where graphs are captured and memory is pinned, whatever the tensors' device
     if share.world == 1 or distributed.is_initialized():
         return share
     limit = timedelta(seconds=timeout)
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         _store, rank, world = next(rendezvous("env://", timeout=limit))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
@@ -114,7 +118,7 @@ def is_first() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _number("TORCHELASTIC_RESTART_COUNT") > 0
 
 
 def total(tensor: Tensor) -> Tensor:
