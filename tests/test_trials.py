@@ -189,6 +189,24 @@ def test_a_trial_whose_loss_becomes_nan_leaves_the_others_alone(tmp_path: Path, 
     assert_same_state(state_of(tmp_path / "together", 1), state_of(tmp_path / "alone", 1))
 
 
+def test_a_trial_that_caught_up_goes_on_when_the_leading_one_fails(tmp_path: Path, teacher: str) -> None:
+    more = ("DISTILLER.TYPE=KD", "SOLVER.BATCH_SIZE=8", "LOG.TENSORBOARD_FREQ=1", "LOG.CHECKPOINT_STEPS=1", teacher)
+    fit(lockstep_runs(tmp_path / "whole", (1,), *more))
+    for seed, steps in ((0, 3), (1, 1)):  # of six; the other has to catch up
+        (run,) = lockstep_runs(tmp_path / "parts", (seed,), *more)
+        turns = run.trainer.turns()
+        for _ in range(steps):
+            next(turns)
+            run.trainer.run_step(*run.trainer.next_batch())
+        next(turns)  # saves
+        run.trainer.log.close()
+    runs = lockstep_runs(tmp_path / "parts", (0, 1), *more, resume=True)
+    with torch.no_grad():
+        runs[0].trainer.step.trainable.student.fc.bias.fill_(torch.nan)  # is noticed after the step they take together
+    assert list(fit(runs)) == [runs[0].trainer]
+    assert_same_state(state_of(tmp_path / "whole", 1), state_of(tmp_path / "parts", 1))
+
+
 def test_lockstep_from_the_command_line(tmp_path: Path) -> None:
     lockstep = ["SOLVER.TRIALS", 2, "SOLVER.TRIALS_MODE", "lockstep", "EXPERIMENT.NAME", "run"]
     done = tool("train", "--cfg", CFG, *SHORT, *lockstep, "SEED", 3, "LOG.PREFIX", tmp_path)

@@ -86,7 +86,8 @@ class Trainer:
         self._asked = self._stop = 0  # the signal that came; and the one that all processes know of
         self._since = time.perf_counter()  # what of the epoch's time is not yet in seconds
         self._waited = 0.0  # for the data of the epoch
-        self._batches: Iterator[Raw] | None = None  # of the epoch, from the first step that is run now
+        self._batches: Iterator[Raw] = iter(())  # of the epoch, from a step on
+        self._place = (0, 0)  # epoch and step (counted from 0) of the next of them
 
     def fit(self) -> Record:
         """Train to the end.
@@ -128,7 +129,7 @@ class Trainer:
             set_learning_rate(self.step.optimizer.param_groups, lr)
             self.step.begin_epoch(self.epoch, self.seed)
             fresh = 1 - self.steps_done / self.step.loader.steps  # the part of the epoch that is run now
-            self._waited, self._batches = 0.0, None
+            self._waited = 0.0
             yield from self._epoch_turns()
             if self._stop and self.steps_done < self.step.loader.steps:
                 self._save_latest()
@@ -152,9 +153,10 @@ class Trainer:
     def next_batch(self) -> Raw:
         """The inputs of the coming step."""
         before = time.perf_counter()
-        if self._batches is None:
+        if self._place != (self.epoch, self.steps_done):  # or another trainer took batches for this one
             self._batches = self.step.feed(self.step.loader.batches(self.epoch, self.steps_done))
         raw = next(self._batches)
+        self._place = (self.epoch, self.steps_done + 1)
         self.step.part = self.step.loader.part(self.steps_done)
         self._waited += time.perf_counter() - before
         return raw
