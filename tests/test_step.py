@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -34,22 +35,6 @@ def build_step(folder: Path, name: str, *overrides: str) -> TrainStep:
     return run.trainer.step
 
 
-# KDSVD's eigenvalues come from the host on CUDA: it is the one method whose step is not captured.
-@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
-def test_a_step_never_looks_at_a_value(tmp_path: Path, teacher: str, method: str) -> None:
-    """Under FakeTensorMode tensors have shapes and no values: any host sync or data-dependent shape is an error."""
-    step = build_step(tmp_path, "run", f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher)
-    raw = next(step.feed(step.loader.batches(1)))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = [mode.from_tensor(tensor) for tensor in raw]
-        batch = step.loader.prepare(*fake)
-        taught = step.teacher(batch) if step.teacher else None
-        losses = step.trainable(batch, taught, step.factors)
-        losses.total.backward()
-        assert losses.total.shape == ()
-        assert losses.parts.shape == (len(step.trainable.loss_names),)
-
-
 class HostTensors(TorchDispatchMode):
     """Notes every operation that takes or gives a tensor on the host."""
 
@@ -64,10 +49,28 @@ class HostTensors(TorchDispatchMode):
         return result
 
 
+# KDSVD's eigenvalues come from the host on CUDA: it is the one method whose step is not captured.
 @pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
-def test_a_step_touches_nothing_on_the_host(tmp_path: Path, teacher: str, method: str) -> None:
-    """On a pretended GPU, up to losses and metrics: a recording forbids copies, and keeps what it read for ever."""
+def test_a_step_never_looks_at_a_value_and_touches_nothing_on_the_host(
+    tmp_path: Path, teacher: str, method: str
+) -> None:
+    """Under FakeTensorMode tensors have shapes and no values: any host sync or data-dependent shape is an error.
+
+    On a pretended GPU (where no backward can run) whatever reads or copies a tensor of the host is found, too: a
+    recording forbids the copy, and keeps the value for ever.
+    """
     step = build_step(tmp_path, "run", f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher)
+    on_gpu = copy.deepcopy((step.trainable, step.meters, getattr(step.teacher, "_runs", None)))
+    raw = next(step.feed(step.loader.batches(1)))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(tensor) for tensor in raw]
+        batch = step.loader.prepare(*fake)
+        taught = step.teacher(batch) if step.teacher else None
+        losses = step.trainable(batch, taught, step.factors)
+        losses.total.backward()
+        assert losses.total.shape == ()
+        assert losses.parts.shape == (len(step.trainable.loss_names),)
+
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # real parameters cannot become fake in place
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -75,12 +78,12 @@ def test_a_step_touches_nothing_on_the_host(tmp_path: Path, teacher: str, method
             with HostTensors() as control:
                 torch.ones(2, device=gpu) * torch.tensor(2.0)
             assert "aten.mul.Tensor" in control.seen
+            trainable, meters, runs = (module and module.to(gpu) for module in on_gpu)
             if step.teacher:
-                step.teacher._runs.to(gpu)
-            loader = digits().train_loader(64, 0, gpu)
-            there = TrainStep(loader, step.teacher, step.trainable.to(gpu), step.optimizer, step.meters.to(gpu))
+                step.teacher._runs = runs
+            there = TrainStep(digits().train_loader(64, 0, gpu), step.teacher, trainable, step.optimizer, meters)
             there.begin_epoch(2, 0)
-            raw = next(loader.batches(2))
+            raw = next(there.loader.batches(2))
             with HostTensors() as host:
                 for lesson in there.lessons(*raw):
                     losses = there.trainable(lesson.batch, lesson.taught, there.factors)
