@@ -40,6 +40,7 @@ from mdistiller_norm.engine.optim import StepSchedule
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Trainer
+from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.files import write_json
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.run_folder import check_identity, open_folder, refuse_to_overwrite
@@ -235,7 +236,14 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
     )  # fmt: skip
     if learner.state:
         check_identity(learner.folder, learner.state["identity"], trainer.identity)
-        trainer.load_state(learner.state)
+        try:
+            trainer.load_state(learner.state)
+        except (RuntimeError, ValueError, LookupError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(
+                f"the state in {learner.folder} does not fit this run ({reason}): a network or method of a plugin has "
+                "changed, or the state is damaged"
+            ) from error
     names = method_names(cfg)
     extra = sum(method.extra_parameters() for method in learner.distillers.values())
     parameters = sum(p.numel() for p in learner.student.parameters())

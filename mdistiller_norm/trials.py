@@ -69,7 +69,7 @@ def train_trials(cfg_file: str, overrides: Sequence[str], resume: bool, command:
 
     Raises:
         UserError: a trial failed; the others were finished.
-        Interrupted: on SIGINT or SIGTERM, after every trial saved its state.
+        Interrupted: on SIGINT, SIGTERM or SIGUSR1, after every trial saved its state.
     """
     config = load_config(cfg_file, overrides)
     names = [trial_overrides(config, trial) for trial in range(config.node.SOLVER.TRIALS)]
@@ -119,15 +119,14 @@ def _in_processes(
     waiting = list(enumerate(names))
     running: dict[int, subprocess.Popen[bytes]] = {}
     failed: list[int] = []
-    stopped = 0
+    stopped: list[int] = []
 
     def stop(number: int) -> None:
-        nonlocal stopped
-        stopped = number
+        stopped.append(number)
         for process in running.values():
             process.send_signal(signal.SIGTERM)
 
-    with stop_signals(stop, (signal.SIGINT, signal.SIGTERM)):
+    with stop_signals(stop):
         while running or (waiting and not stopped):
             while waiting and len(running) < at_once and not stopped:
                 trial, own = waiting.pop(0)
@@ -138,10 +137,12 @@ def _in_processes(
                     env=os.environ | slot_environment(config.node.DEVICE, trial, at_once),
                     start_new_session=True,
                 )
+                if stopped:  # meanwhile, when this one was not known yet
+                    running[trial].send_signal(signal.SIGTERM)
             for trial in [trial for trial, process in running.items() if process.poll() is not None]:
                 if running.pop(trial).returncode and not stopped:
                     failed.append(trial)
             time.sleep(0.1)
     if stopped:
-        raise Interrupted(stopped)
+        raise Interrupted(stopped[0])
     return failed

@@ -95,6 +95,23 @@ def test_a_state_that_is_none_is_one_line(run: Path, tmp_path: Path, content: ob
         build_run(config(tmp_path, "run", epochs=2), resume=True)
 
 
+def test_a_state_of_other_networks_is_one_line(run: Path, tmp_path: Path) -> None:
+    folder = copied(run, tmp_path)
+    state = load(folder / LATEST)
+    weights = state["trainable"] | {"student.fc.weight": torch.zeros(10, 3)}
+    for key, value, words in (
+        ("trainable", weights, r"size mismatch for student\.fc\.weight"),
+        ("optimizer", {"state": {}, "param_groups": []}, "different number of parameter groups"),
+        ("meters", {}, "Missing key"),
+    ):
+        torch.save(state | {key: value}, folder / LATEST)
+        with pytest.raises(
+            CheckpointError, match=rf"^the state in {folder} does not fit this run \(.*{words}"
+        ) as caught:
+            build_run(config(tmp_path, "run", epochs=2), resume=True)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_broken_state_names_the_one_before_it(run: Path, tmp_path: Path) -> None:
     folder = copied(run, tmp_path)
     (folder / LATEST).write_bytes((run / LATEST).read_bytes()[:1000])

@@ -67,9 +67,9 @@ def test_stopping_stops_and_saves_all(tmp_path: Path) -> None:
         if all(state.exists() for state in states):
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGUSR1
     assert "Traceback" not in errors
     assert all(load(state)["epoch"] >= 1 for state in states)
 
