@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from mdistiller_norm.engine.lockstep import Lockstep, fit_together
 from mdistiller_norm.engine.logger import environment
 from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.files import write_json
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run, build_runs
 
@@ -212,6 +212,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the answers to this file")
     parser.add_argument("--steps", type=int, default=200, help="steps of each comparison")
     options = parser.parse_args(arguments)
+    if options.steps < 1:
+        raise ConfigError(f"--steps must be at least 1, not {options.steps}")
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here: run this on a machine with a GPU")
     checks = check_gpu(options.steps)
@@ -222,5 +224,5 @@ def main(arguments: Sequence[str]) -> int:
             "environment": environment(torch.device("cuda")),
             "checks": [vars(check) for check in checks],
         }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(content, options.json)
     return 0 if all(check.passed for check in checks) else 1

@@ -127,11 +127,17 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
     before = (tmp_path / "state.pt").read_bytes()
 
     class CannotBeSaved:
-        def __reduce__(self) -> tuple[Any, ...]:
-            raise OSError("No space left on device")
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            raise self.error
+
+    (tmp_path / ".state.pt.tmp").write_bytes(b"what a killed process leaves")
     with pytest.raises(CheckpointError, match="could not be written"):
-        save_atomically({"a": torch.zeros(2), "b": CannotBeSaved()}, tmp_path / "state.pt")
+        save_atomically([torch.zeros(2), CannotBeSaved(OSError("No space left"))], tmp_path / "state.pt")
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically([torch.zeros(2), CannotBeSaved(KeyboardInterrupt())], tmp_path / "state.pt")
     assert (tmp_path / "state.pt").read_bytes() == before
     assert os.listdir(tmp_path) == ["state.pt"]
     with pytest.raises(CheckpointError, match="could not be written"):

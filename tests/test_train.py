@@ -401,6 +401,7 @@ def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
         (visualize_main, ["tsne"], "required: -c/--ckpt: see tools/visualize.py tsne --help"),
         (export_main, ["-c"], "argument -c/--ckpt: expected one argument: see tools/export.py --help"),
         (gpu_check_main, ["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+        (gpu_check_main, ["--steps", "0"], "--steps must be at least 1, not 0"),
         (report_main, ["--export", "xls"], "argument --export: invalid choice: 'xls'"),
     ],
 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import yaml
 from torch import Tensor, nn
 
 from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.files import whole_file
 
 # The harmless types that published checkpoints hold beside tensors.
 _HARMLESS: list[Any] = [
@@ -61,20 +61,15 @@ _ABOUT: dict[str, Callable[[Any], bool]] = {
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """``torch.save`` that leaves either the old file or the whole new one, whatever happens in between.
+    """``torch.save`` by :func:`~mdistiller_norm.files.whole_file`.
 
     Raises:
         CheckpointError: it could not be written (a full disk, a folder without permission).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written ({error}); the one before it is intact") from error
 
 

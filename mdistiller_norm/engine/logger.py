@@ -58,7 +58,7 @@ def _cpu_name() -> str:
 
 def append_line(path: Path, text: str) -> None:
     """Add a line to a text file."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
