@@ -266,6 +266,13 @@ def test_nce_loss_and_the_slope_taken_by_hand() -> None:
     torch.testing.assert_close(crd.nce_slope(leaf.detach(), log_z, samples), leaf.grad)
 
 
+def test_nce_loss_of_half_precision_is_computed_in_float32() -> None:
+    scores = torch.tensor(draw(3, 9, scale=4.0)).bfloat16()
+    value = losses.nce_loss(scores, torch.tensor(3.0), 50)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(losses.nce_loss(scores.double(), torch.tensor(3.0), 50).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (3, 5), (2, 4), (1, 1), (16, 8)])
 def test_pool_to_is_adaptive_pooling(size: tuple[int, int]) -> None:
     maps = draw(2, 3, 8, 8)
@@ -761,6 +768,8 @@ def test_a_batch_of_one_trains(name: str) -> None:
         ("FITNET", {"INPUT_SIZE": [24, 24]}, r"INPUT_SIZE is \[24, 24\].*4x16x16"),
         ("AT", {"P": 0}, "AT.P is 0"),
         ("RKD", {"PDIST__EPSILON": -1.0}, "EPSILON is -1"),
+        ("RKD", {"DISTANCE_WEIGHT": -1}, "DISTANCE_WEIGHT is -1: it must be zero or positive"),
+        ("RKD", {"ANGLE_WEIGHT": -1}, "ANGLE_WEIGHT is -1"),
         ("OFD", {"CONNECTOR__KERNEL_SIZE": 2}, "KERNEL_SIZE is 2: it must be odd"),
     ],
 )
@@ -785,6 +794,9 @@ def test_a_pair_that_cannot_work_names_both_shapes() -> None:
     blind = make_pair()
     blind.teacher_network.norms[2] = nn.BatchNorm2d(3)
     with pytest.raises(ConfigError, match="teacher's map 9x8x8, which the student's 10x4x4 meets, has no batch norm"):
+        build("OFD", blind)
+    blind.teacher_network.norms_before_relu = lambda: ()  # as of a wrapped network
+    with pytest.raises(ConfigError, match=r"teacher's map 5x16x16, which .* has no batch norm"):
         build("OFD", blind)
 
 

@@ -499,9 +499,16 @@ def test_a_bad_temperature_in_a_config_is_a_config_error() -> None:
             DISTILLERS[name].from_config(SimpleNamespace(**{**CfgNode(DISTILLERS[name].defaults), key: 0.0}), pair())
 
 
-def test_a_negative_weight_or_warm_up_in_a_config_is_a_config_error() -> None:
-    for name, key in (("NKD", "LOSS.CE_WEIGHT"), ("NormKD", "LOSS.KD_WEIGHT"), ("DKD", "CE_WEIGHT"), ("DKD", "WARMUP")):
-        node = CfgNode(DISTILLERS[name].defaults).clone()
-        node.merge_from_list([key, -1.0 if "WEIGHT" in key else -1])
-        with pytest.raises(ConfigError, match="zero or positive"):
-            DISTILLERS[name].from_config(node, pair())
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NKD", "LOSS.CE_WEIGHT"), ("NormKD", "LOSS.KD_WEIGHT"), ("DKD", "CE_WEIGHT"), ("DKD", "WARMUP"),
+        ("DKD", "ALPHA"), ("DKD", "BETA"), ("NormKD_W_DKD", "ALPHA"), ("LSDKD", "BETA"), ("DIST", "BETA"),
+        ("DIST", "GAMMA"), ("NKD", "GAMMA"), ("DTKD", "ALPHA"), ("DTKD", "BETA"), ("RLD", "ALPHA"), ("RLD", "BETA"),
+    ],
+)  # fmt: skip
+def test_a_negative_weight_or_warm_up_in_a_config_is_a_config_error(name: str, key: str) -> None:
+    node = CfgNode(DISTILLERS[name].defaults).clone()
+    node.merge_from_list([key, -1 if key == "WARMUP" else -1.0])
+    with pytest.raises(ConfigError, match="zero or positive"):
+        DISTILLERS[name].from_config(node, pair())

@@ -586,6 +586,14 @@ def test_feature_loss_in_float32_and_in_channels_last(name: str) -> None:
         assert loss.item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("name", ["nst", "kdsvd"])
+def test_maps_in_half_precision_are_averaged_in_float32(name: str) -> None:
+    students, teachers = (as_tensors(side) for side in draw_maps(*SHAPES["student_larger"], seed=18))
+    half = [[x.bfloat16() for x in side] for side in (students, teachers)]
+    exact = FEATURE_LOSSES[name](*[[x.double() for x in side] for side in half])
+    assert FEATURE_LOSSES[name](*half).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
 # -------------------------------------------------------------------------------------------- classes, from a config
 
 PAIRS = [
@@ -765,6 +773,12 @@ def test_vid_parameters(teacher: str, student: str, regressors: int) -> None:
     assert method.extra_parameters() == regressors + channels
     variance = nn.functional.softplus(method.state_dict()["log_scales.0"]) + 1e-5
     torch.testing.assert_close(variance, torch.full_like(variance, 5.0))
+
+
+def test_vid_starts_from_a_variance_of_any_size() -> None:
+    for wanted in (1e-4, 1e9):
+        scale = build("VID", INIT_PRED_VAR=wanted).state_dict()["log_scales.0"]
+        assert (nn.functional.softplus(scale) + 1e-5).tolist() == pytest.approx([wanted] * len(scale), rel=1e-5)
 
 
 def test_vid_variances_train_and_are_saved() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
-from mdistiller_norm.distillers.maps import matched_stages, pool_to
+from mdistiller_norm.distillers.maps import matched_stages, same_size
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -41,10 +41,8 @@ def at_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor], p: float = 2) ->
     """
     losses = []
     for student, teacher in zip(list_s, list_t, strict=True):
-        student, teacher = at_least_float32(student), at_least_float32(teacher)
-        size = [min(sides) for sides in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
-        difference = attention(pool_to(student, size), p) - attention(pool_to(teacher, size), p)
-        losses.append(difference.pow(2).mean())
+        of_student, of_teacher = (attention(maps, p) for maps in same_size(student, teacher))
+        losses.append((of_student - of_teacher).pow(2).mean())
     return torch.stack(losses).sum()
 
 

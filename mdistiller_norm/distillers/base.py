@@ -118,6 +118,17 @@ def register(name: str) -> Callable[[D], D]:
     return add
 
 
+def refuse_negative(**values: float) -> None:
+    """Refuse hyper-parameters below zero, given by the names of their config keys.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    for key, value in values.items():
+        if value < 0:
+            raise ConfigError(f"{key} is {value:g}: it must be zero or positive")
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision to float32; float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

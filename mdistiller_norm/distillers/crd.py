@@ -41,7 +41,7 @@ def nce_logits(scores: Tensor, log_z: Tensor, samples: int) -> Tensor:
         log_z: scalar, logarithm of the normaliser Z.
         samples: number of training samples N; the noise is uniform over them.
     """
-    return scores - log_z - math.log((scores.shape[1] - 1) / samples + EPS)
+    return at_least_float32(scores) - log_z - math.log((scores.shape[1] - 1) / samples + EPS)
 
 
 def nce_loss(scores: Tensor, log_z: Tensor, samples: int) -> Tensor:

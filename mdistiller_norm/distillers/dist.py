@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, register
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, refuse_negative, register
 from mdistiller_norm.distillers.temperature import Temperature
 from mdistiller_norm.types import Batch, Outputs, Softened
 
@@ -64,6 +64,7 @@ class DIST(Distiller):
 
     def __init__(self, temperature: Temperature, beta: float, gamma: float, **weights: Any) -> None:
         super().__init__(**weights)
+        refuse_negative(BETA=beta, GAMMA=gamma)
         self.temperature, self.beta, self.gamma = temperature, float(beta), float(gamma)
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, register
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, refuse_negative, register
 from mdistiller_norm.distillers.temperature import Temperature
 from mdistiller_norm.types import Batch, Outputs, Softened
 
@@ -90,6 +90,7 @@ class DKD(Distiller):
 
     def __init__(self, temperature: Temperature, alpha: float, beta: float, **weights: Any) -> None:
         super().__init__(**weights)
+        refuse_negative(ALPHA=alpha, BETA=beta)
         self.temperature, self.alpha, self.beta = temperature, float(alpha), float(beta)
 
     @classmethod

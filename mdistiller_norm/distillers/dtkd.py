@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, register
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, refuse_negative, register
 from mdistiller_norm.distillers.kd import kl_divergence
 from mdistiller_norm.distillers.temperature import FLOOR, Temperature, maximum
 from mdistiller_norm.types import Batch, Outputs, Softened
@@ -56,6 +56,7 @@ class DTKD(Distiller):
     def __init__(self, alpha: float, beta: float, temperature: float, **weights: Any) -> None:
         super().__init__(**weights)
         Temperature(temperature)  # refuses a bad one now, not in the first step
+        refuse_negative(ALPHA=alpha, BETA=beta)
         self.alpha, self.beta, self.temperature = float(alpha), float(beta), float(temperature)
 
     @classmethod

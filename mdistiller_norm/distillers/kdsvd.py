@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
-from mdistiller_norm.distillers.maps import matched_stages, pool_to, shapes
+from mdistiller_norm.distillers.maps import matched_stages, same_size, shapes
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -82,10 +82,10 @@ def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int = 1) -> Tens
     """
     relations, losses = [], []
     for student, teacher in zip(g_s, g_t, strict=True):
-        size = [min(sides) for sides in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
-        v_t, values = leading_vectors(pool_to(teacher, size), k)
+        student, teacher = same_size(student, teacher)
+        v_t, values = leading_vectors(teacher, k)
         v_t = (v_t * _sign(v_t.sum(1, keepdim=True))).detach()
-        v_s, _ = leading_vectors(pool_to(student, size), min(k + _SPARE, size[1]))
+        v_s, _ = leading_vectors(student, min(k + _SPARE, student.shape[-1]))
         scale = values / values.norm(dim=1, keepdim=True).clamp_min(1e-12)
         relations.append((_aligned(v_s, v_t) * scale.unsqueeze(1), v_t * scale.unsqueeze(1)))
     for before, after in itertools.pairwise(relations):

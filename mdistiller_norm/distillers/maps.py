@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
+from mdistiller_norm.distillers.base import at_least_float32
 from mdistiller_norm.errors import ConfigError
 
 Maps = tuple[Tensor, ...]
@@ -33,7 +34,11 @@ def matched_stages(student: Maps, teacher: Maps) -> tuple[Maps, Maps]:
 
 
 def pool_to(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Average ``[B, D, H, W]`` over equal windows down to ``size`` (adaptive pooling where it does not divide)."""
+    """Average ``[B, D, H, W]`` over equal windows down to ``size`` (adaptive pooling where it does not divide).
+
+    In at least float32: averages in half precision would be rounded.
+    """
+    maps = at_least_float32(maps)
     (height, width), (rows, columns) = maps.shape[-2:], size
     if (height, width) == (rows, columns):
         return maps
@@ -41,6 +46,12 @@ def pool_to(maps: Tensor, size: Sequence[int]) -> Tensor:
         return F.adaptive_avg_pool2d(maps, (rows, columns))
     # Equal to adaptive pooling, and its backward pass on CUDA is deterministic.
     return F.avg_pool2d(maps, (height // rows, width // columns))
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps ``[B, D, H, W]`` at the smaller height and the smaller width, see :func:`pool_to`."""
+    size = [min(sides) for sides in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
+    return pool_to(student, size), pool_to(teacher, size)
 
 
 def shape(tensor: Tensor) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, refuse_negative, register
 from mdistiller_norm.distillers.dkd import split_target
 from mdistiller_norm.distillers.temperature import Temperature
 from mdistiller_norm.types import Batch, Outputs
@@ -55,6 +55,7 @@ class NKD(Distiller):
     def __init__(self, gamma: float, temperature: float, **weights: Any) -> None:
         super().__init__(**weights)
         Temperature(temperature)  # refuses a bad one now, not in the first step
+        refuse_negative(GAMMA=gamma)
         self.gamma, self.temperature = float(gamma), float(temperature)
 
     @classmethod

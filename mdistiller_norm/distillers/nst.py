@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, register
-from mdistiller_norm.distillers.maps import matched_stages, pool_to
+from mdistiller_norm.distillers.maps import matched_stages, same_size
 from mdistiller_norm.distillers.vectors import unit
 from mdistiller_norm.types import Batch, Outputs
 
@@ -39,8 +39,7 @@ def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """
     losses = []
     for student, teacher in zip(g_s, g_t, strict=True):
-        size = [min(sides) for sides in zip(student.shape[-2:], teacher.shape[-2:], strict=True)]
-        s, t = (unit(pool_to(maps, size).flatten(2), 2) for maps in (student, teacher))
+        s, t = (unit(maps.flatten(2), 2) for maps in same_size(student, teacher))
         losses.append(_mean_kernel(t, t) + _mean_kernel(s, s) - 2 * _mean_kernel(s, t))
     return torch.stack(losses).sum()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class OFD(Distiller):
         students, teachers = matched_stages(pair.student.preacts, pair.teacher.preacts)
         norms = []
         before_relu: Sequence[nn.BatchNorm2d | None] = pair.teacher_network.norms_before_relu()  # type: ignore[operator]
-        for student, teacher, norm in zip(students, teachers, before_relu[-len(teachers) :], strict=True):
+        # A wrapped network may name no norms at all.
+        for student, teacher, norm in zip_longest(students, teachers, before_relu[-len(teachers) :]):
             if norm is None or norm.num_features != teacher.shape[1]:
                 raise ConfigError(
                     f"OFD cannot find its margins: the teacher's map {shape(teacher)}, which the student's "

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, refuse_negative, register
 from mdistiller_norm.types import Batch, Outputs
 
 
@@ -87,14 +86,13 @@ class RKD(Distiller):
 
     def __init__(self, squared: bool, eps: float, distance_weight: float, angle_weight: float, **weights: Any) -> None:
         super().__init__(**weights)
+        refuse_negative(EPSILON=eps, DISTANCE_WEIGHT=distance_weight, ANGLE_WEIGHT=angle_weight)
         self.squared, self.eps = squared, eps
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> RKD:
         """See :class:`Distiller`."""
-        if node.PDIST.EPSILON < 0:
-            raise ConfigError(f"RKD.PDIST.EPSILON is {node.PDIST.EPSILON}: it must not be negative")
         return cls(
             bool(node.PDIST.SQUARED),
             node.PDIST.EPSILON,

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, register
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, refuse_negative, register
 from mdistiller_norm.distillers.dkd import binary_divergence, split_target
 from mdistiller_norm.distillers.kd import kl_divergence
 from mdistiller_norm.distillers.temperature import Temperature
@@ -71,6 +71,7 @@ class RLD(Distiller):
         super().__init__(**weights)
         for scale in (temperature, confidence_temperature):
             Temperature(scale)  # refuses a bad one now, not in the first step
+        refuse_negative(ALPHA=alpha, BETA=beta)
         self.alpha, self.beta = float(alpha), float(beta)
         self.temperature, self.confidence_temperature = float(temperature), float(confidence_temperature)
 

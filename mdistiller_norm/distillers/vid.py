@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
-from mdistiller_norm.distillers.maps import matched_stages, pool_to
+from mdistiller_norm.distillers.maps import matched_stages, same_size
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -64,8 +64,9 @@ class VID(Distiller):
         if not 0 < eps < initial_variance:
             raise ConfigError(f"VID.INIT_PRED_VAR is {initial_variance} and VID.EPS {eps}: they must be 0 < EPS < INIT")
         self.eps = eps
-        # The inverse of softplus; expm1 keeps its digits where the variance is small.
-        start = math.log(math.expm1(initial_variance - eps))
+        # The inverse of softplus; expm1 keeps its digits where the variance is small, and nothing overflows.
+        start = initial_variance - eps
+        start += math.log(-math.expm1(-start))
         self.regressors = nn.ModuleList(_regressor(s, t) for s, t in zip(channels, targets, strict=True))
         self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t,), start)) for t in targets)
 
@@ -81,8 +82,7 @@ class VID(Distiller):
         """See :class:`Distiller`."""
         losses = []
         stages = zip(*matched_stages(student.features, teacher.features), strict=True)
-        for (s, t), regressor, log_scale in zip(stages, self.regressors, self.log_scales, strict=True):
-            size = [min(sides) for sides in zip(s.shape[-2:], t.shape[-2:], strict=True)]
-            mean = regressor(at_least_float32(pool_to(s, size)))
-            losses.append(vid_loss(mean, pool_to(t, size), log_scale, self.eps))
+        for stage, regressor, log_scale in zip(stages, self.regressors, self.log_scales, strict=True):
+            s, t = same_size(*stage)
+            losses.append(vid_loss(regressor(s), t, log_scale, self.eps))
         return torch.stack(losses).sum()
