@@ -19,6 +19,7 @@ from mdistiller_norm.analysis.correlation import correlation_matrix
 from mdistiller_norm.analysis.softening import compute as soften
 from mdistiller_norm.analysis.softening import entropy
 from mdistiller_norm.analysis.tsne import choose_samples, embed
+from mdistiller_norm.analysis.tsne import compute as tsne
 from mdistiller_norm.builders import open_checkpoint
 from mdistiller_norm.config import load_config
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, UserError
@@ -99,6 +100,12 @@ def test_tsne_keeps_neighbours_together() -> None:
     labels = torch.arange(90) % 3
     points = embed((centres[labels] + torch.randn(90, 8, generator=generator)).numpy(), 0, 30.0, "sklearn")
     assert silhouette_score(points, labels.numpy()) > 0.8
+
+
+def test_tsne_of_a_sample_a_class_shows_nothing() -> None:
+    one_each = Collected("n", torch.eye(9), torch.eye(9), torch.arange(9), tuple("abcdefghi"))
+    with pytest.raises(ConfigError, match="9 samples of 9 classes shows nothing"):
+        tsne([one_each])
 
 
 def test_opentsne_is_an_engine_too(runs: Path, tmp_path: Path) -> None:
@@ -206,9 +213,13 @@ def test_curves_of_run_folders_and_of_ledger_records(runs: Path, tmp_path: Path)
     assert drawn(tmp_path / "again")["runs"][0] == data["runs"][0] | {"name": "mine"}
 
 
-def test_names_tell_files_apart() -> None:
+def test_names_tell_files_apart(tmp_path: Path) -> None:
     assert short_names([Path("a/x.pt"), Path("b/x.pt")]) == ["a", "b"]
     assert short_names([Path("a/x.pt"), Path("a/y.pt")]) == ["a/x", "a/y"]
+    folders = [tmp_path / project / "kd,LR=0.1" for project in ("p", "q")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert short_names(folders) == ["p/kd,LR=0.1", "q/kd,LR=0.1"]
 
 
 def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
@@ -223,7 +234,12 @@ def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
         (["logits", "-c", teacher, "--sample", "360", *out], ConfigError, "samples 0 to 359"),
         (["logits", "-c", teacher, "--tolerance", "1", *out], ConfigError, "--tolerance must be above 1"),
         (["logits", "-c", teacher, "--fixed", "0", *out], ConfigError, "positive"),
+        (["logits", "-c", teacher, "--tolerance", "nan", *out], ConfigError, "--tolerance must be above 1"),
         (["tsne", "-c", teacher, "--classes", "1", *out], ConfigError, "of 1 classes shows nothing"),
+        (["tsne", "-c", teacher, "--samples", "-5", *out], ConfigError, "--samples and --classes must be zero or"),
+        (["tsne", "-c", teacher, "--seed", "-1", *out], ConfigError, "not 2000, 0, -1, 30"),
+        (["tsne", "-c", teacher, "--perplexity", "nan", *out], ConfigError, "--perplexity positive"),
+        (["curves", str(runs / "alone"), "--out", "."], ConfigError, "--out . names no file"),
         (["tsne", "-c", teacher, "-bs", "0", *out], ConfigError, "-bs must be at least 1"),
         (["tsne", "-c", teacher, "--names", "a", "b", *out], ConfigError, "2 names for 1 files"),
         (["logits", "-c", diverged, *out], CheckpointError, "diverged.pt gives NaN"),

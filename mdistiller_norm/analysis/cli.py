@@ -55,6 +55,8 @@ def visualize_main(arguments: Sequence[str]) -> int:
     if options.names and len(options.names) != len(paths):
         raise ConfigError(f"--names has {len(options.names)} names for {len(paths)} files")
     stem = Path(options.out or Path("output", "figures", options.figure))
+    if not stem.name:
+        raise ConfigError(f"--out {options.out} names no file: for example figures/{options.figure}")
 
     from mdistiller_norm.analysis import commands
 

@@ -42,7 +42,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     folders = [path.name if path.is_dir() else path.parent.name or path.stem for path in paths]
     if len(set(folders)) == len(folders):
         return folders
-    return [f"{path.parent.name}/{path.stem}" for path in paths]
+    return [f"{path.parent.name}/{path.name if path.is_dir() else path.stem}" for path in paths]
 
 
 @torch.inference_mode()

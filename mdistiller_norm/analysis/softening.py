@@ -7,6 +7,7 @@ temperature, and as under-softened where it is below it divided by ``tolerance``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def compute(
     samples, classes = network.logits.shape
     if not 0 <= sample < samples:
         raise ConfigError(f"--sample {sample}: the test set has the samples 0 to {samples - 1}")
-    if tolerance <= 1:
+    if not 1 < tolerance < math.inf:
         raise ConfigError(f"--tolerance must be above 1, not {tolerance:g}")
     logits = network.logits.double()
     constant, norm = Temperature(fixed), Temperature(t_norm, "std")

@@ -6,6 +6,7 @@ Source: van der Maaten and Hinton, "Visualizing Data using t-SNE" (2008).
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,14 +71,20 @@ def compute(
         touching), since distances in a t-SNE picture mean little.
 
     Raises:
-        ConfigError: fewer than 8 samples or 2 classes, or networks of different data sets.
+        ConfigError: a number that is out of range, too few samples or classes, or networks of different data sets.
     """
     check_same_classes(networks)
+    if min(samples, classes, seed) < 0 or seed >= 2**32 or not 0 < perplexity < math.inf:
+        raise ConfigError(
+            "--samples and --classes must be zero or positive, --seed too and below 2**32, --perplexity positive: "
+            f"not {samples}, {classes}, {seed}, {perplexity:g}"
+        )
     names = networks[0].classes[: classes or None]
     chosen = choose_samples(networks[0].targets, len(names), samples, seed)
     targets = networks[0].targets[chosen].numpy()
-    if len(chosen) < 8 or len(set(targets.tolist())) < 2:
-        raise ConfigError(f"t-SNE of {len(chosen)} samples of {len(set(targets.tolist()))} classes shows nothing")
+    present = len(set(targets.tolist()))
+    if len(chosen) < 8 or not 2 <= present < len(chosen):
+        raise ConfigError(f"t-SNE of {len(chosen)} samples of {present} classes shows nothing: take more --samples")
     drawn = []
     for network in networks:
         features = network.pooled[chosen].numpy()
