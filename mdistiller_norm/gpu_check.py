@@ -76,7 +76,7 @@ def _run(trainer: Trainer, steps: int) -> tuple[dict[str, torch.Tensor], list[fl
 def _compare(folder: Path, dataset: TensorDataset, steps: int, method: str, *overrides: str) -> Check:
     results = {}
     for graph in ("off", "on"):
-        name = f"{method}{len(overrides)}{graph}"
+        name = ",".join((method, *overrides, graph))
         trainer = _trainer(folder, name, dataset, f"DISTILLER.TYPE={method}", f"ENGINE.CUDA_GRAPH={graph}", *overrides)
         results[graph] = _run(trainer, steps)
     (eager, eager_losses), (captured, captured_losses) = results["off"], results["on"]

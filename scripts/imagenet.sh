@@ -15,8 +15,8 @@ refuse() {
   exit 2
 }
 
-[[ -n ${1:-} ]] || refuse "which pair? r34_r18 or r50_mv1"
-[[ -n ${2:-} ]] || refuse "which method? one of: $(cd "configs/imagenet/$1" 2>/dev/null && echo *.yaml)"
+[[ ${1:-} =~ ^(r34_r18|r50_mv1)$ ]] || refuse "which pair? r34_r18 or r50_mv1"
+[[ -n ${2:-} ]] || refuse "which method? one of: $(cd "configs/imagenet/$1" && echo *.yaml)"
 config=configs/imagenet/$1/$2.yaml
 [[ -f $config ]] || refuse "there is no $config"
 shift 2

@@ -9,6 +9,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +173,8 @@ def test_mean_and_deviation_are_measured_where_they_are_not_given(tree: Path) ->
 
 def test_a_folder_that_lacks_something_is_one_line(copy: Path, tmp_path: Path) -> None:
     gone = sorted((copy / "val").iterdir())[0]
+    with pytest.raises(DataError, match=f"the class {gone.name} is asked for twice"):
+        image_folder(copy, replace(SMALL, classes=(gone.name, gone.name)))
     shutil.rmtree(gone)
     with pytest.raises(DataError, match=f"val has 2 classes and lacks 1 \\({gone.name}\\)"):
         image_folder(copy, SMALL)
@@ -218,6 +222,22 @@ def test_workers_and_processes_do_not_change_a_pixel(tree: Path) -> None:
     for whole, *parts in zip(wanted, *halves, strict=True):
         for tensor, *pieces in list(zip(whole, *parts, strict=True))[:3]:
             assert torch.equal(torch.cat(pieces), tensor)
+
+
+def test_a_process_that_fails_does_not_wait_for_its_workers(tree: Path) -> None:
+    program = f"""
+import torch
+from pathlib import Path
+from mdistiller_norm.data import ImageOptions, image_folder
+
+options = ImageOptions(size=48, mean=(0.5,) * 3, std=(0.5,) * 3, workers=2)
+batches = image_folder(Path({str(tree)!r}), options).train_loader(8, 0, torch.device("cpu")).batches(1)
+next(batches)
+raise RuntimeError("out of memory")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
 def test_a_damaged_file_is_replaced_reported_and_counted(copy: Path) -> None:

@@ -22,6 +22,7 @@ def test_scripts_have_no_lint() -> None:
     ("command", "words"),
     [
         (["imagenet.sh"], "which pair? r34_r18 or r50_mv1"),
+        (["imagenet.sh", "r34"], "which pair? r34_r18 or r50_mv1"),
         (["imagenet.sh", "r34_r18"], "which method? one of: at.yaml crd.yaml"),
         (["imagenet.sh", "r34_r18", "normkd", "0"], "GPUS is 0: at least 1"),
         (["slurm/imagenet.sbatch"], "which config? for example configs/imagenet/r34_r18/normkd.yaml"),

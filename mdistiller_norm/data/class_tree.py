@@ -106,8 +106,10 @@ def same_classes(root: Path, found: dict[str, Sequence[str]], wanted: Sequence[s
         wanted: those asked for; empty for all.
 
     Raises:
-        DataError: a split lacks one.
+        DataError: a split lacks one, or one is asked for twice.
     """
+    if twice := [name for number, name in enumerate(wanted) if name in wanted[:number]]:
+        raise DataError(f"the class {twice[0]} is asked for twice: DATASET.CLASSES names each once")
     classes = list(wanted) or sorted(set().union(*found.values()))
     for split, names in found.items():
         if missing := sorted(set(classes) - set(names)):

@@ -109,6 +109,10 @@ class DeviceDecoder:
         """RGB pixels ``[3, H, W]`` uint8 on the device, None for what cannot be decoded there."""
         if not jpegs:
             return []
+        if self.device.type == "cuda":
+            # nvJPEG writes on a stream of its own, which does not wait for this one, and the memory that it is given
+            # may be that of images which this one still resizes.
+            torch.cuda.current_stream(self.device).synchronize()
         try:
             images: list[Tensor] = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=self.device)
             return images

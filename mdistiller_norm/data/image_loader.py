@@ -7,9 +7,12 @@ matter how many workers and processes there are.
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -233,10 +236,20 @@ def _as_is(made: Any) -> Any:
 def _start_worker(number: int) -> None:
     """Leave signals to the process that trains: they reach the whole group, and it still needs its workers to save.
 
-    Workers end with the loader, or when they find that the process that trains is gone.
+    Workers end with the loader, when they find that the process that trains is gone, or by its own SIGTERM: that is how
+    it ends them when it leaves on an error, and then it waits for them.
     """
-    for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for caught in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(caught, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere signals do not tell who sent them: SIGTERM ends workers at once
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_await_end, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_end(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def _loader(reader: TrainReader, tasks: _Tasks, pin: bool) -> DataLoader[Any]:
