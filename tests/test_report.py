@@ -26,9 +26,9 @@ from mdistiller_norm.reproduce.jobs import cell_config
 from mdistiller_norm.reproduce.ledger import add, digest, failed_record
 from mdistiller_norm.reproduce.markdown import to_markdown
 from mdistiller_norm.reproduce.page import to_html
-from mdistiller_norm.reproduce.stats import CONTRADICTED, HOLDS, UNDECIDED, UNTESTED, paired, spread
-from mdistiller_norm.reproduce.tables import Cell, load_tables
-from mdistiller_norm.reproduce.views import Report
+from mdistiller_norm.reproduce.stats import CONTRADICTED, HOLDS, UNDECIDED, UNTESTED, Paired, paired, spread
+from mdistiller_norm.reproduce.tables import Cell, load_claims, load_tables
+from mdistiller_norm.reproduce.views import ClaimView, Comparison, Report
 from mdistiller_norm.reproduce.words import signed
 
 TABLES = load_tables()
@@ -152,6 +152,21 @@ def test_claims_say_what_holds_and_what_is_not_tested(report: Report) -> None:
     assert {claim.verdict for claim in own} == {UNTESTED}
 
 
+def test_a_claim_on_every_pair_holds_only_on_every_pair() -> None:
+    claim = load_claims()[0]
+    means = {HOLDS: (0.5, 1.5), CONTRADICTED: (-1.5, -0.5), UNDECIDED: (-1.0, 1.0)}
+
+    def verdict(*wanted: str) -> str:
+        results = [Paired(3, sum(means[v]) / 2, *means[v]) if v in means else None for v in wanted]
+        return ClaimView(claim, [Comparison("", "", result, result) for result in results]).verdict
+
+    assert verdict(HOLDS, HOLDS) == HOLDS
+    assert verdict(HOLDS, UNDECIDED) == UNDECIDED
+    assert verdict(HOLDS, UNTESTED) == verdict(UNDECIDED, UNTESTED) == "partly tested"
+    assert verdict(HOLDS, UNDECIDED, UNTESTED, CONTRADICTED) == CONTRADICTED
+    assert verdict(UNTESTED, UNTESTED) == UNTESTED
+
+
 def test_the_peak_is_tested_once_all_its_rows_are(tmp_path: Path) -> None:
     table = TABLES["6"]
     for row in table.rows:
@@ -222,7 +237,7 @@ def test_the_page_is_whole_and_loads_nothing(report: Report) -> None:
     assert checker.tags.count("table") >= len(TABLES) + 2
     assert "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
-    for words in ("76.60 ± 0.10", "paper 76.57 (+0.03)", "last 76.40 ± 0.20, n 3", "Test GPU <1>", "broken.json",
+    for words in ("76.60 ± 0.10", "paper 76.57 (+0.03)", "last 76.40 ± 0.20, n 3", "Test GPU <1>, fp32", "broken.json",
                   "error: no <memory>", "python tools/train.py --cfg configs/cifar100/ofd/vgg13_vgg8.yaml SEED=0",
                   "runs of one table had different teachers", "fewer than 3 trials"):  # fmt: skip
         assert words in checker.text, words
@@ -296,6 +311,7 @@ def test_the_tool_writes_everything(ledger: Path, tmp_path: Path) -> None:
 
     folders = [path for path in (tmp_path / "hp").iterdir() if path.is_dir()]
     assert len(folders) == len(rows)
+    assert len(list((tmp_path / "hp").iterdir())) == len(rows) + 1  # and one file of the whole view
     reached = EventAccumulator(str(next(path for path in folders if "-normkd-" in path.name and "seed0" in path.name)))
     reached.Reload()
     assert reached.Scalars("best_top1")[0].value == pytest.approx(76.5)

@@ -83,7 +83,7 @@ def test_every_cell_names_a_config_of_its_pair_and_method(cell: Cell) -> None:
     assert config is not None, f"{cell.config} is not in this checkout"
     node = config.node
     assert TABLES[cell.table].dataset == node.DATASET.TYPE
-    assert cell.column.teacher if cell.is_teacher else cell.column.student == node.DISTILLER.STUDENT
+    assert (cell.column.teacher if cell.is_teacher else cell.column.student) == node.DISTILLER.STUDENT
     if node.DISTILLER.TYPE != "NONE":
         assert cell.column.teacher == node.DISTILLER.TEACHER
     if cell.row.key in TYPES:
@@ -168,6 +168,9 @@ def test_the_queue_is_in_the_order_of_value(tmp_path: Path) -> None:
     assert set(first) == {f"table 2, {name}, resnet32x4 → resnet8x4" for name in names}
     ranks = [job.queue for job in plan.jobs]
     assert ranks == sorted(ranks)
+    wanted = list(TABLES["2"].select(["kd", "student"])) + list(TABLES["6"].select(["t_norm_4"]))
+    seeds = [(job.queue, job.seed) for job in make_plan(wanted, [0, 1], output=tmp_path, by_value=True).jobs]
+    assert seeds == sorted(seeds)
     features = ("fitnet", "rkd", "crd", "ofd", "reviewkd")
     last = [job for job in plan.jobs if job.queue == 3]
     assert len(last) == 5 * 11
@@ -176,12 +179,15 @@ def test_the_queue_is_in_the_order_of_value(tmp_path: Path) -> None:
 
 def test_overrides_that_would_make_other_runs_are_refused(tmp_path: Path) -> None:
     cells = list(TABLES["digits"].select(["kd"]))
-    with pytest.raises(ConfigError, match=r"SOLVER\.LR=0\.1 would change what is computed"):
-        make_plan(cells, [0], output=tmp_path, extra=["SOLVER.LR=0.1"])
+    # 240 and 0.05 are the defaults, and not what this table's configs say.
+    for extra in ("SOLVER.LR=0.1", "SOLVER.EPOCHS=240", "SOLVER.LR=0.05", "DISTILLER.TEACHER=resnet56"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(extra.split('=')[0])} would change what is computed"):
+            make_plan(cells, [0], output=tmp_path, extra=[extra])
     with pytest.raises(ConfigError, match=r"KD\.TEMPERATURE would change nothing: KD is not in DISTILLER\.TYPE"):
         make_plan(cells, [0], output=tmp_path, extra=["KD.TEMPERATURE=8"])
-    with pytest.raises(ConfigError, match="SEED is set by reproduce itself"):
-        make_plan(cells, [0], output=tmp_path, extra=["SEED=3"])
+    for extra in ("SEED=3", "SOLVER.INIT_SEED=3", "SOLVER.TRIALS=2", "LOG.PREFIX=x"):
+        with pytest.raises(ConfigError, match=f"{extra.split('=')[0]} is set by reproduce itself"):
+            make_plan(cells, [0], output=tmp_path, extra=[extra])
     assert "DEVICE=cpu" in make_plan(cells, [0], output=tmp_path, extra=["DEVICE=cpu"]).jobs[1].overrides
 
 
@@ -192,6 +198,8 @@ def test_the_cost_counts_operations() -> None:
     images = 12 * 1437
     assert cost(alone) == pytest.approx(images * 3 * forward_flops("resnet8", "digits"))
     assert cost(taught) - cost(alone) == pytest.approx(images * forward_flops("resnet20", "digits"))
+    own = load_config(ROOT / "configs/digits/vanilla_resnet8.yaml", ["DISTILLER.STUDENT=of_a_plugin"]).node
+    assert cost(own) == 0, "a ledger may hold runs of networks that are not known here"
 
 
 def test_durations() -> None:
@@ -219,6 +227,10 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--table", "digits", "--launcher", "foo"], "argument --launcher: invalid choice: 'foo'"),
         (["--table", "digits", "--jobs", "0"], "--jobs and --processes must be at least 1"),
         (["--table", "digits", "--slurm", "timeout"], "NAME=VALUE, not 'timeout'"),
+        (["--table", "digits", "--slurm", "gpus=["], "--slurm 'gpus=[': the value is not YAML"),
+        (["--table", "digits", "--slurm", "gpus=1"], "--launcher is missing"),
+        (["--table", "digits", "--launcher", "slurm", "--budget", "9m"], "--budget and --jobs are for runs here"),
+        (["--table", "1", "2", "--methods", "t_1", "--pairs", "vgg13_vgg8"], "have no cell in common"),
         (["--add", str(tmp_path), "--results", str(tmp_path)], "is not a finished run"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
@@ -234,6 +246,10 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert "table 4, Teacher, ResNet34 → ResNet18" in listed
     assert "one after another (from operations counted" in listed
     assert not list(tmp_path.iterdir())
+    reproduce_main(["--table", "2", "3", "--methods", "kd", "teacher", "--pairs", "res32x4_res8x4", "res32x4_shuv1",
+                    "--trials", "1", "--dry-run", *folders])  # fmt: skip
+    listed = capsys.readouterr().out
+    assert listed.count("  after cifar100_baselines/vanilla,resnet32x4, seed 0") == 2
 
 
 def test_runs_side_by_side_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

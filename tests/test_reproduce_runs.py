@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -131,6 +134,39 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 
 
 @pytest.mark.slow
+def test_a_teacher_stopped_by_somebody_else_leaves_its_students(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments(tmp_path, "--methods", "kd")]
+    tool_process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for((run_folder(tmp_path, "teacher", 0) / "worklog.txt").is_file)
+    (training,) = Path(f"/proc/{tool_process.pid}/task/{tool_process.pid}/children").read_text().split()
+    os.kill(int(training), signal.SIGTERM)
+    said, _ = tool_process.communicate(timeout=60)
+    assert tool_process.returncode == 3, said
+    assert said.count("not run, its teacher was stopped") == 3
+    assert "4 runs left, about" in said
+
+
+@pytest.mark.slow
+def test_nothing_trains_on_where_nobody_reads_the_output(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments(tmp_path, "--methods", "teacher")]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    piped = subprocess.Popen(command, cwd=ROOT, env=buffered, stdout=subprocess.PIPE)
+    assert piped.stdout
+    piped.stdout.close()  # noticed with the first line that is flushed: that the training was started
+    assert piped.wait(timeout=120) == 1
+    (lock,) = (tmp_path / "smoke" / "digits" / ".reproduce").glob("*.lock")
+
+    def free() -> bool:
+        with lock.open() as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    wait_for(free)
+    assert not (run_folder(tmp_path, "teacher", 0) / "result.json").exists()
+
+
+@pytest.mark.slow
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(output: Path) -> None:
     broken = run_folder(output, "normkd", 0)
     broken.mkdir()
@@ -169,10 +205,10 @@ def test_students_of_a_failing_teacher_are_not_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_budget_stops_in_time_and_says_what_is_left(tmp_path: Path) -> None:
     started = time.monotonic()
-    done = smoke(tmp_path, "--methods", "kd", "--trials", "1", "--budget", "12s")
+    done = smoke(tmp_path, "--methods", "kd", "--trials", "3", "--budget", "12s")
     assert done.returncode == 3, done.stdout
     assert time.monotonic() - started < 60
-    assert re.search(r"(2 runs|1 run) left, about", done.stdout)
+    assert re.search(r"[1-4] runs? left, about", done.stdout)
 
 
 @pytest.mark.slow
@@ -237,6 +273,29 @@ def test_submitit_runs_jobs_and_waits_for_the_teacher(tmp_path: Path) -> None:
     assert len(records(tmp_path)) == 2
 
 
+def test_slurm_gets_the_options_and_the_teacher_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With programs in the place of Slurm's that keep what they are given."""
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text(
+            f"#!/bin/sh\nn=$(ls {tmp_path}/*.sh 2>/dev/null | wc -l)\n"
+            f'for last; do :; done\ncp "$last" {tmp_path}/$n.sh\necho "Submitted batch job $n"\n'
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = ["--launcher", "slurm", "--slurm", "slurm_additional_parameters={constraint: a100}", "timeout_min=7"]
+    assert reproduce_main(arguments(tmp_path / "output", "--methods", "kd", "--trials", "1", *options)) == 3
+    assert "2 runs queued on Slurm; the same command with --dry-run says what is done" in capsys.readouterr().out
+    teacher, student = ((tmp_path / f"{n}.sh").read_text() for n in (0, 1))
+    for script in (teacher, student):
+        assert "--constraint=a100" in script
+        assert "--time=7" in script
+    assert "--dependency=afterok:0" in student
+    assert "--dependency" not in teacher
+
+
 def test_slurm_without_slurm_is_one_line(output: Path) -> None:
     pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
     if shutil.which("sbatch"):
@@ -253,6 +312,9 @@ def test_what_is_finished_is_not_run_again(output: Path) -> None:
     again = smoke(output, "--methods", "kd", "teacher", "--trials", "1")
     assert "2 runs: 2 done, 0 to run" in again.stdout
     assert len(records(output)) == 2
+    os.utime(run_folder(output, "kd", 0) / "result.json")  # as a copy of the folder would have it
+    smoke(output, "--methods", "kd", "--trials", "1")
+    assert len(records(output)) == 2, "one run is one record"
 
 
 def test_estimates_prefer_what_was_measured(output: Path) -> None:
@@ -275,6 +337,10 @@ def test_estimates_prefer_what_was_measured(output: Path) -> None:
     begun.folder.mkdir()
     (begun.folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 100.0}\n')
     assert estimator.of(begun) == (start + 100, "its own pace so far")
+    damaged = job("kd", 2)
+    damaged.folder.mkdir()
+    (damaged.folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    assert estimator.of(damaged) == (start + kd["seconds"] / 2, "finished runs of other seeds")
 
     # Other runs do not say how fast these are: of another device, of more processes, in another precision.
     elsewhere = kd | {"environment": kd["environment"] | {"device": "another"}}
@@ -347,7 +413,13 @@ def test_broken_and_edited_files_are_named_and_left_out(output: Path) -> None:
     case("cut", good.read_text()[:500], "not JSON")
     case("edited", good.read_text().replace('"seed": 0', '"seed": 5'), "sha256 differs")
     case("list", "[]", "not a record")
-    case("missing", json.dumps({key: value for key, value in record.items() if key != "metrics"}), "metrics is missing")
+    case("missing", changed(metrics={}), "metrics.test_top1 is missing")
+    case("deep", "[" * 100_000, "not JSON")
+    case("nowhere", changed(environment={}), "environment.device is missing")
+    case("taught", changed(teacher=record["teacher"] | {"hash": None}), "teacher.hash is None, of the wrong type")
+    no_epochs = record["config"]["SOLVER"] | {"EPOCHS": 0}
+    empty = {name: [] for name in record["metrics"]}
+    case("none", changed(epochs=0, metrics=empty, config=record["config"] | {"SOLVER": no_epochs}), "malformed")
     case("type", changed(seed="0"), "seed is '0', of the wrong type")
     case("future", changed(format=2), "format 2")
     case("flattered", changed(best=record["best"] | {"top1": 99.9}), "best top1 99.9 differs")
@@ -377,6 +449,27 @@ def test_ledgers_merge_by_copying_and_seeds_count_once(output: Path, tmp_path: P
     assert [entry.record["at"] for entry in ledger.duplicates] == ["2099-01-01T00:00:00Z"]
     with pytest.raises(DataError, match="sha256 differs"):
         add(record | {"seed": 3}, folder)
+
+
+def test_two_calls_may_add_the_same_record_at_once(output: Path, tmp_path: Path) -> None:
+    record = finished_record(run_folder(output, "kd", 0), "configs/digits/kd.yaml", smoke=True)
+    several = [record | {"seed": seed} for seed in range(30)]
+    several = [other | {"sha256": digest(other)} for other in several]
+    fork = multiprocessing.get_context("fork")
+    together = fork.Barrier(2)
+
+    def add_all() -> None:
+        for other in several:
+            together.wait(60)
+            add(other, tmp_path / "merged")
+
+    processes = [fork.Process(target=add_all) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(path.suffix for path in (tmp_path / "merged").iterdir()) == [".json"] * 30
 
 
 def test_a_record_names_no_folder_of_the_machine(output: Path) -> None:
@@ -417,7 +510,10 @@ def test_published_weights_teach_where_they_may(
 
     monkeypatch.chdir(tmp_path)
     runs = run("kd"), run("student")
-    assert reproduce_main(["--publish", *map(str, runs)]) == 0
+    assert reproduce_main(["--publish", str(runs[0])]) == 0
+    manifest = tmp_path / "checkpoints" / "manifest.yaml"
+    manifest.write_text(manifest.read_text().rstrip())  # as some editors leave it
+    assert reproduce_main(["--publish", str(runs[1])]) == 0
     assert "published checkpoints/resnet8x4_cifar100_seed0.pt" in capsys.readouterr().out
     teacher = find_teacher("resnet8x4", "cifar100", "", tmp_path, "")
     assert teacher.path == Path("checkpoints/resnet8x4_cifar100_seed0.pt"), "a distilled one is no teacher"

@@ -37,7 +37,10 @@ def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--slurm takes NAME=VALUE, not {pair!r}: for example slurm_partition=gpu")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--slurm {pair!r}: the value is not YAML ({str(error).splitlines()[0]})") from error
     return options
 
 
@@ -99,6 +102,10 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     budget = parse_duration(options.budget) if options.budget else float("inf")
     deadline = time.monotonic() + budget - min(10.0, budget / 10)  # running jobs need a moment to save
     slurm = _slurm_options(options.slurm)
+    if slurm and options.launcher == "here":
+        raise ConfigError("--slurm is for --launcher slurm or submitit-local, and --launcher is missing")
+    if options.launcher != "here" and (options.budget or options.jobs > 1):
+        raise ConfigError(f"--budget and --jobs are for runs here: with --launcher {options.launcher} see --slurm")
 
     from mdistiller_norm.reproduce import commands
 
@@ -137,10 +144,11 @@ def report_main(arguments: Sequence[str]) -> int:
     if not (results / "runs").is_dir():
         raise ConfigError(f"there is no ledger {results / 'runs'}: tools/reproduce.py makes one")
 
-    from mdistiller_norm.reproduce import commands
+    from mdistiller_norm.reproduce.report import write_report
 
-    out = Path(options.out) if options.out else results
-    return commands.report(
-        results / "runs", out, smoke=options.smoke, csv=options.export == "csv",
+    for path in write_report(
+        results / "runs", Path(options.out or results), smoke=options.smoke, csv=options.export == "csv",
         hparams=Path(options.hparams) if options.hparams else None,
-    )  # fmt: skip
+    ):  # fmt: skip
+        print(f"wrote {path}")
+    return 0

@@ -57,13 +57,11 @@ def _teachers(tables: list[TableView]) -> list[TeacherCheck]:
 
 
 def _environments(runs: list[Entry]) -> list[tuple[Record, int]]:
-    keys = ("device", "torch", "python", "mdistiller_norm", "commit", "modified", "platform")
+    keys = ("device", "torch", "python", "commit", "modified", "platform")
     counts: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for entry in runs:
         seen = {key: entry.record["environment"].get(key) for key in keys}
-        seen |= {
-            "precision": entry.precision, "processes": entry.record.get("processes", 1),
-        }  # fmt: skip
+        seen |= {"precision": entry.precision, "processes": entry.record.get("processes", 1)}
         counts[tuple(seen.items())] += 1
     return [(dict(items), count) for items, count in counts.most_common()]
 

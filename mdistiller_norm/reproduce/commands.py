@@ -1,4 +1,4 @@
-"""What the two tools do."""
+"""What ``tools/reproduce.py`` does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[s
     """The cells that a command line names.
 
     Raises:
-        ConfigError: unknown names, or no table named.
+        ConfigError: unknown names, no table named, or nothing is chosen.
     """
     if not tables and not queue:
         raise ConfigError(f"--table is missing: name some of {', '.join(load_tables())}, or give --queue")
@@ -42,6 +42,8 @@ def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[s
         own_columns = [key for key in columns if key not in known_columns or key in {c.key for c in table.columns}]
         if bool(rows) == bool(own_rows) and bool(columns) == bool(own_columns):
             cells += table.select(own_rows, own_columns)
+    if not cells:
+        raise ConfigError("--methods and --pairs have no cell in common in any of the tables")
     return cells
 
 
@@ -122,8 +124,10 @@ def reproduce(
         UserError: something about the input cannot work.
     """
     plan = make_plan(cells, seeds, output=output, smoke=smoke, extra=extra, by_value=by_value)
+    known = read_ledger(folder, smoke)
     for job in plan.jobs:
-        settle(job, folder)  # runs that finished while nobody watched
+        if job.seed not in known.of(job.identity):
+            settle(job, folder)  # a run that finished while nobody watched
     ledger = read_ledger(folder, smoke)
     todo = pending_jobs(plan.jobs, ledger)
     device = build_device(load_config(None, extra).node)
@@ -148,19 +152,18 @@ def _print_plan(plan: Plan, todo: Sequence[Job], ledger: Ledger, estimator: Esti
         print(f"warning: {path} is left out: {reason}")
     for cell in plan.published:
         print(f"published weights, nothing to train: {cell.name}")
-    for cell in plan.without_config:
-        print(f"no config file {cell.config}: {cell.name}")
+    left = {job.key for job in todo}
     if verbose:
         for job in plan.jobs:
             state = "done"
-            if job in todo:
+            if job.key in left:
                 estimate = estimator.of(job)
                 state = f"about {clock(estimate.seconds)} from {estimate.source}"
                 if job.epochs_done:
                     state += f", {job.epochs_done} of {job.epochs} epochs are done"
             elif not job.cells:
                 state = "a teacher, not needed now" if not job.weights.is_file() else "done"
-            first = f"  after {job.teacher.name}" if job.teacher and job.teacher in todo else ""
+            first = f"  after {job.teacher.name}" if job.teacher and job.teacher.key in left else ""
             print(f"  {job.name}: {state}{first}")
     total = estimator.total(todo)
     estimated = f", about {clock(total.seconds)} one after another ({total.source})" if todo else ""
@@ -172,19 +175,10 @@ def _print_summary(summary: Summary, estimator: Estimator, queued: bool) -> None
     for job, error in summary.failed:
         print(f"  failed: {job.name}: {error}")
     if summary.left and queued:
-        print(f"{counted(len(summary.left), 'run')} in the queue of Slurm; the same command says later what is done")
+        print(f"{counted(len(summary.left), 'run')} queued on Slurm; the same command with --dry-run says what is done")
     elif summary.left:
         total = clock(estimator.total(summary.left).seconds)
         print(f"{counted(len(summary.left), 'run')} left, about {total}; the same command goes on:")
         for job in summary.left:
             behind = f" ({job.epochs_done} of {job.epochs} epochs are done)" if job.epochs_done else ""
             print(f"  {job.name}{behind}")
-
-
-def report(folder: Path, out: Path, *, smoke: bool, csv: bool, hparams: Path | None) -> int:
-    """Write the report and what was asked for besides; returns the exit code."""
-    from mdistiller_norm.reproduce.report import write_report
-
-    for path in write_report(folder, out, smoke=smoke, csv=csv, hparams=hparams):
-        print(f"wrote {path}")
-    return 0

@@ -59,8 +59,8 @@ class Estimator:
         """The time that a job has still to go."""
         done = read_metrics(job.folder / "metrics.jsonl")
         left = max(job.epochs - len(done), 0)
-        if done:
-            return Estimate(_START + left * done[-1]["seconds"] / len(done), "its own pace so far")
+        if done and isinstance(spent := done[-1].get("seconds"), int | float):  # not so in a damaged line
+            return Estimate(_START + left * spent / len(done), "its own pace so far")
         same = self._same.get(f"{job.identity} {job.pace.precision}")
         if same:
             return Estimate(_START + left * statistics.median(same), "finished runs of other seeds")

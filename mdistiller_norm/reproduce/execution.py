@@ -77,9 +77,11 @@ class Execution:
         self._lock = self._lock_file.open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             return False
+        except OSError:  # a file system without locks
+            pass
         if settle(self.job, self.folder):  # by whoever had the lock before
             return True
         command = [sys.executable, str(PROJECT / "tools" / "train.py"), *self.job.arguments]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mdistiller_norm.reproduce.ledger import Entry
 from mdistiller_norm.reproduce.views import Report
 
 
@@ -40,18 +42,23 @@ def write_csv(report: Report, path: Path) -> None:
 
 def write_hparams(report: Report, folder: Path) -> None:
     """TensorBoard's hparams view: what each run was, and what it reached."""
-    for entry in report.runs:
-        record = entry.record
-        solver = record["config"]["SOLVER"]
-        settings = {
-            "method": "+".join(record["method"]) or "none", "student": record["student"], "dataset": record["dataset"],
-            "teacher": (record["teacher"] or {}).get("name", "none"), "seed": entry.seed, "epochs": record["epochs"],
-            "lr": solver["LR"], "batch_size": solver["BATCH_SIZE"],
-        }  # fmt: skip
-        for name in record["method"]:
-            for key, value in record["config"].get(name, {}).items():
-                if isinstance(value, int | float | str):
-                    settings[f"{name}.{key}"] = value
-        reached = {"best_top1": entry.top1("best"), "last_top1": entry.top1("last"), "seconds": record["seconds"]}
-        with SummaryWriter(folder) as writer:
-            writer.add_hparams(settings, reached, run_name=entry.path.stem)
+    with SummaryWriter(folder) as writer:
+        for entry in report.runs:
+            reached = {
+                "best_top1": entry.top1("best"), "last_top1": entry.top1("last"), "seconds": entry.record["seconds"],
+            }  # fmt: skip
+            writer.add_hparams(_settings(entry), reached, run_name=entry.path.stem)
+
+
+def _settings(entry: Entry) -> dict[str, Any]:
+    record, solver = entry.record, entry.record["config"]["SOLVER"]
+    settings = {
+        "method": "+".join(record["method"]) or "none", "student": record["student"], "dataset": record["dataset"],
+        "teacher": (record["teacher"] or {}).get("name", "none"), "seed": entry.seed, "epochs": record["epochs"],
+        "lr": solver["LR"], "batch_size": solver["BATCH_SIZE"],
+    }  # fmt: skip
+    for name in record["method"]:
+        for key, value in record["config"].get(name, {}).items():
+            if isinstance(value, int | float | str):
+                settings[f"{name}.{key}"] = value
+    return settings

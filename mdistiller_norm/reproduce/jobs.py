@@ -31,7 +31,7 @@ SMOKE = ("SOLVER.EPOCHS=2", "SOLVER.LR_DECAY_STAGES=[1]")
 TEACHER_SEED = 0
 _FEATURE_METHODS = {"fitnet", "at", "rkd", "crd", "ofd", "reviewkd"}
 # Keys of the config that reproduce sets itself.
-_OURS = ("EXPERIMENT.", "LOG.PREFIX", "SEED", "DISTILLER.TEACHER_WEIGHTS")
+_OURS = ("EXPERIMENT.", "LOG.PREFIX", "SEED", "SOLVER.INIT_SEED", "SOLVER.TRIALS", "DISTILLER.TEACHER_WEIGHTS")
 # Keys that do not make it another computation: those that resuming ignores, but for the epochs, and these.
 _SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.INIT_SEED", "SOLVER.PRECISION")
 
@@ -61,6 +61,7 @@ class Job:
         pace: what its time is estimated by.
         smoke: on the short schedule.
         cells: names of the cells it fills; empty for a teacher that is only needed.
+        device: ``DEVICE`` that it asks for.
         teacher: the job that must be finished first.
         queue: its place in the order by value.
     """
@@ -74,6 +75,7 @@ class Job:
     epochs: int
     cost: float
     pace: Pace
+    device: str
     smoke: bool = False
     cells: tuple[str, ...] = ()
     teacher: Job | None = None
@@ -92,8 +94,7 @@ class Job:
     @property
     def arguments(self) -> list[str]:
         """Of ``tools/train.py``; they start it, or go on with it."""
-        path = Path(self.config_file)
-        return ["--cfg", str(path if path.is_file() else PROJECT / path), "--resume", *self.overrides]
+        return ["--cfg", str(config_path(self.config_file)), "--resume", *self.overrides]
 
     @property
     def epochs_done(self) -> int:
@@ -107,12 +108,10 @@ class Plan:
 
     Attributes:
         jobs: a teacher comes before its students.
-        without_config: cells whose config file is not there, and
         published: teachers' cells that nothing trains.
     """
 
     jobs: tuple[Job, ...]
-    without_config: tuple[Cell, ...]
     published: tuple[Cell, ...]
 
 
@@ -171,14 +170,17 @@ def pace_of(tree: Mapping[str, Any]) -> Pace:
 def cost(tree: Mapping[str, Any]) -> float:
     """Floating-point operations of a run's training: three forward passes of the student and one of the teacher.
 
-    What the distillation losses cost besides is left out. 0 for a data set that no table uses.
+    What the distillation losses cost besides is left out. 0 for a data set that no table uses, and for networks of a
+    plugin.
     """
-    dataset = tree["DATASET"]["TYPE"]
+    networks, dataset = pace_of(tree), tree["DATASET"]["TYPE"]
     if dataset not in load_datasets():
         return 0.0
-    image = 3 * forward_flops(tree["DISTILLER"]["STUDENT"], dataset)
-    if method_names(CfgNode({"DISTILLER": {"TYPE": tree["DISTILLER"]["TYPE"]}})):
-        image += forward_flops(tree["DISTILLER"]["TEACHER"], dataset)
+    try:
+        image = 3 * forward_flops(networks.student, dataset)
+        image += forward_flops(networks.teacher, dataset) if networks.teacher else 0.0
+    except ConfigError:
+        return 0.0
     return float(tree["SOLVER"]["EPOCHS"]) * load_datasets()[dataset].images * image
 
 
@@ -193,18 +195,16 @@ def _load(config_file: str, overrides: tuple[str, ...]) -> Config:
 
 
 def cell_config(cell: Cell, smoke: bool = False) -> Config | None:
-    """The resolved config of a cell, or None where it has no config file.
+    """The resolved config of a cell, or None where nothing trains it.
 
     Raises:
         ConfigError: the file or an override of the cell is wrong.
     """
-    if not cell.config or not config_path(cell.config).is_file():
-        return None
-    return _load(cell.config, (*cell.overrides, *(SMOKE if smoke else ())))
+    return _load(cell.config, (*cell.overrides, *(SMOKE if smoke else ()))) if cell.config else None
 
 
 def cell_identity(cell: Cell, smoke: bool = False) -> str | None:
-    """The identity of the runs that fill a cell, or None where it has no config file."""
+    """The identity of the runs that fill a cell, or None where nothing trains it."""
     config = cell_config(cell, smoke)
     return identity(config.node) if config else None
 
@@ -225,15 +225,14 @@ def queue_rank(cell: Cell) -> int:
 
 def _check_extra(extra: Sequence[str]) -> None:
     """Refuse overrides that would make other runs than those of the table."""
-    plain, changed = load_config(), load_config(None, extra)
-    for key, source in changed.sources.items():
+    for key, source in load_config(None, extra).sources.items():
         if source == "command line" and key.startswith(_OURS):
             raise ConfigError(f"{key} is set by reproduce itself: see --seeds and --output")
-    if identity(plain.node) != identity(changed.node):
-        raise ConfigError(
-            f"{' '.join(extra)} would change what is computed, and the runs would not be the table's: only keys like "
-            "DEVICE, DATASET.ROOT, SOLVER.PRECISION can be set here"
-        )
+        if source == "command line" and not key.startswith(_SAME):
+            raise ConfigError(
+                f"{key} would change what is computed, and the runs would not be the table's: only keys like DEVICE, "
+                "DATASET.ROOT, SOLVER.PRECISION can be set here"
+            )
 
 
 def _job(
@@ -246,7 +245,7 @@ def _job(
     return Job(
         name=name, config_file=config_file, overrides=overrides, seed=seed, identity=identity(config.node),
         folder=run_folder(config), epochs=config.node.SOLVER.EPOCHS, cost=cost(config.node), pace=pace_of(config.node),
-        smoke=smoke, **fields,
+        device=config.node.DEVICE, smoke=smoke, **fields,
     )  # fmt: skip
 
 
@@ -273,8 +272,8 @@ def make_plan(
         output: ``LOG.PREFIX`` of all runs.
         smoke: the short schedule.
         extra: overrides of how the runs are executed (device, place of the data).
-        by_value: most wanted first, instead of in the order of the cells; in both all cells of a seed come before the
-            next seed.
+        by_value: most wanted first, instead of in the order of the cells. All cells of a seed (by value: all that are
+            equally wanted) come before the next seed.
 
     Raises:
         ConfigError: a config file or override is wrong.
@@ -282,7 +281,6 @@ def make_plan(
     _check_extra(extra)
     common = (f"LOG.PREFIX={output}", *extra)
     jobs: dict[tuple[str, int], Job] = {}
-    without_config: list[Cell] = []
     published: list[Cell] = []
 
     def add(job: Job) -> Job:
@@ -296,7 +294,7 @@ def make_plan(
     for cell in cells:
         config = cell_config(cell, smoke)
         if not config:
-            (without_config if cell.config else published).append(cell)
+            published.append(cell)
             continue
         table, rank, weights, teacher = get_table(cell.table), queue_rank(cell), None, None
         teacher_config = table.teacher_config(cell.column)
@@ -310,16 +308,13 @@ def make_plan(
             weights = teacher.weights
         overrides = (*common, *([f"DISTILLER.TEACHER_WEIGHTS={weights}"] if weights else []))
         for seed in [TEACHER_SEED] if cell.is_teacher else seeds:
-            add(
-                _job(
-                    cell.config, overrides, seed, smoke, cell.overrides, cells=(cell.name,), teacher=teacher, queue=rank
-                )
-            )
-    return Plan(_in_order(jobs, by_value), tuple(without_config), tuple(published))
+            fills = {"cells": (cell.name,), "teacher": teacher, "queue": rank}
+            add(_job(cell.config, overrides, seed, smoke, cell.overrides, **fills))
+    return Plan(_in_order(jobs, by_value), tuple(published))
 
 
 def _in_order(jobs: Mapping[tuple[str, int], Job], by_value: bool) -> tuple[Job, ...]:
-    """Teachers first, then seed by seed; within a seed as they were made, or the most wanted first."""
+    """Teachers first, then seed by seed, within a seed as they were made; by value so for each rank after the other."""
     order = list(jobs)
     needed = {job.teacher.key for job in jobs.values() if job.teacher}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,24 @@ from mdistiller_norm.reproduce.runner import Summary
 class Task:
     """What a cluster job does: one run; told to make room, it saves and queues itself again."""
 
-    def __init__(self, job: Job, folder: Path, processes: int = 1) -> None:
+    def __init__(self, job: Job, folder: Path, processes: int) -> None:
         self.job, self.folder, self.processes = job, folder, processes
         self._execution: Execution | None = None
 
-    def __call__(self) -> str:
-        """Run the job; returns ``done``, ``failed: ...`` or ``stopped``."""
+    def __call__(self) -> None:
+        """Run the job to its end.
+
+        Raises:
+            RuntimeError: it failed or was stopped: a failed cluster job, so that Slurm does not start the students of a
+                teacher that is not finished.
+        """
         self._execution = Execution(self.job, self.folder, self.processes)
         while not self._execution.start():
             time.sleep(1)
         while (outcome := self._execution.poll()) == "running":
             time.sleep(0.2)
-        if outcome == "failed":
-            # A failed cluster job, so that Slurm does not start the students of a teacher without weights.
-            raise RuntimeError(f"failed: {self._execution.error}")
-        return outcome
+        if outcome != "done":
+            raise RuntimeError(f"{outcome}: {self._execution.error}")
 
     def checkpoint(self) -> Any:
         """Called by submitit before the job is taken off its machine."""
@@ -45,9 +48,8 @@ class Task:
 
 
 def launch(
-    todo: Sequence[Job], folder: Path, *, cluster: str, options: Mapping[str, Any], notes: Path, processes: int = 1,
-    say: Callable[[str], None] = print,
-) -> Summary:  # fmt: skip
+    todo: Sequence[Job], folder: Path, *, cluster: str, options: Mapping[str, Any], notes: Path, processes: int
+) -> Summary:
     """Submit every job, students with a dependency on their teacher.
 
     Args:
@@ -57,7 +59,6 @@ def launch(
         options: of submitit's ``AutoExecutor.update_parameters`` (``slurm_partition``, ``timeout_min``, ...).
         notes: folder for submitit's own files.
         processes: of each job, on one machine (``gpus_per_node`` must give them their GPUs).
-        say: prints a line.
 
     Returns:
         On Slurm all jobs are ``left``: they are queued, not finished.
@@ -73,6 +74,7 @@ def launch(
         executor = submitit.AutoExecutor(folder=str(notes / "%j"), cluster=cluster)
         defaults = {"name": "mdistiller_norm", "timeout_min": 24 * 60}
         executor.update_parameters(**defaults | dict(options))
+        asked = dict(options.get("slurm_additional_parameters") or {})
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise ConfigError(f"submitit cannot use {cluster} ({str(error).splitlines()[0]})") from error
     summary, submitted = Summary(), dict[tuple[str, int], Any]()
@@ -80,13 +82,13 @@ def launch(
         teacher = submitted.get(job.teacher.key) if job.teacher else None
         if cluster == "slurm":
             after = {"dependency": f"afterok:{teacher.job_id}", "kill_on_invalid_dep": "yes"} if teacher else {}
-            executor.update_parameters(slurm_additional_parameters=after)
+            executor.update_parameters(slurm_additional_parameters=asked | after)
         elif teacher and teacher.exception():  # waits for it
             summary.blocked.append(job)
-            say(f"not run, its teacher failed: {job.name}")
+            print(f"not run, its teacher failed: {job.name}", flush=True)
             continue
         submitted[job.key] = executor.submit(Task(job, folder, processes))
-        say(f"submitted as {submitted[job.key].job_id}: {job.name}")
+        print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
     if cluster == "slurm":
         summary.left = list(todo)
         return summary

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,15 +22,25 @@ from mdistiller_norm.files import write_text
 from mdistiller_norm.reproduce.jobs import identity
 
 FORMAT = 1
-_COMMON: dict[str, type | tuple[type, ...]] = {
+_Types = dict[str, type | tuple[type, ...]]
+_NUMBER = (int, float)
+# What is read of a record by somebody, by dotted key.
+_COMMON: _Types = {
     "format": int, "status": str, "smoke": bool, "config_file": str, "seed": int, "at": str, "command": str,
-    "config": dict,
+    "config.EXPERIMENT.PROJECT": str, "config.EXPERIMENT.TAG": str, "config.DISTILLER.TYPE": (str, list),
 }  # fmt: skip
-_FINISHED: dict[str, type | tuple[type, ...]] = {
-    "method": list, "student": str, "teacher": (dict, type(None)), "dataset": str, "epochs": int, "last": dict,
-    "best": dict, "seconds": (int, float), "extra_parameters": int, "environment": dict, "metrics": dict,
+_FINISHED: _Types = {
+    "method": list, "student": str, "teacher": (dict, type(None)), "dataset": str, "epochs": int,
+    "last.top1": _NUMBER, "last.top5": _NUMBER, "best.top1": _NUMBER, "best.top5": _NUMBER, "best.epoch": int,
+    "seconds": _NUMBER, "extra_parameters": int, "metrics.test_top1": list, "metrics.images_per_second": list,
+    "environment.device": str, "environment.torch": str, "environment.python": str, "environment.platform": str,
+    "environment.commit": (str, type(None)), "environment.modified": bool,
+    "config.DATASET.TYPE": str, "config.DISTILLER.STUDENT": str, "config.DISTILLER.TEACHER": str,
+    "config.SOLVER.EPOCHS": int, "config.SOLVER.BATCH_SIZE": int, "config.SOLVER.PRECISION": str,
+    "config.SOLVER.LR": _NUMBER,
 }  # fmt: skip
-_FAILED: dict[str, type | tuple[type, ...]] = {"error": str, "log": list}
+_TAUGHT: _Types = {"teacher.name": str, "teacher.top1": _NUMBER, "teacher.hash": str}
+_FAILED: _Types = {"error": str, "log": list}
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ class Ledger:
     Attributes:
         runs: finished runs by identity, then by seed; of several with the same seed the one that finished first.
         duplicates: the later ones.
-        failures: records of failed runs that no finished run of that identity and seed has made good.
+        failures: by time, the latest record of each failed run that no finished one of its identity and seed has made
+            good.
         left_out: files that are broken, and why.
     """
 
@@ -107,12 +119,15 @@ def digest(record: Record) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_types(record: Record, wanted: dict[str, type | tuple[type, ...]]) -> None:
+def _check_types(record: Record, wanted: _Types) -> None:
     for key, kind in wanted.items():
-        if key not in record:
-            raise DataError(f"{key} is missing")
-        if not isinstance(record[key], kind) or (kind is int and isinstance(record[key], bool)):
-            raise DataError(f"{key} is {record[key]!r}, of the wrong type")
+        value: Any = record
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise DataError(f"{key} is missing")
+            value = value[part]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise DataError(f"{key} is {value!r}, of the wrong type")
 
 
 def check(record: Any) -> None:
@@ -133,6 +148,8 @@ def check(record: Any) -> None:
         raise DataError("its content is not what was written (sha256 differs): it was edited or cut off")
     if record["status"] == "failed":
         return
+    if record["teacher"]:
+        _check_types(record, _TAUGHT)
     metrics, epochs = record["metrics"], record["epochs"]
     if epochs != record["config"]["SOLVER"]["EPOCHS"]:
         raise DataError(f"epochs {epochs} differs from SOLVER.EPOCHS {record['config']['SOLVER']['EPOCHS']}")
@@ -163,9 +180,9 @@ def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
             entries.append(Entry(path, record, identity(record["config"])))
         except DataError as error:
             ledger.left_out.append((path, str(error)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             ledger.left_out.append((path, f"not JSON ({error})"))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             ledger.left_out.append((path, f"malformed ({type(error).__name__}: {error})"))
     entries = [entry for entry in entries if entry.record["smoke"] == smoke]
     for entry in sorted(entries, key=lambda entry: (entry.record["at"], entry.path.name)):
@@ -176,7 +193,7 @@ def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
         else:
             ledger.runs[entry.identity][entry.seed] = entry
     latest = {(entry.identity, entry.seed): entry for entry in ledger.failures}
-    ledger.failures[:] = [e for key, e in latest.items() if key[1] not in ledger.of(key[0])]
+    ledger.failures[:] = [e for e in ledger.failures if e in latest.values() and e.seed not in ledger.of(e.identity)]
     return ledger
 
 
@@ -223,7 +240,7 @@ def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Re
         check(record)
     except DataError as error:
         raise DataError(f"{run}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{run} is not a finished run ({error})") from None
     return record
 
@@ -264,7 +281,9 @@ def add(record: Record, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_text(_render(record), path)
+            mine = path.with_suffix(f".{os.getpid()}")  # two calls may add the same record at the same time
+            write_text(_render(record), mine)
+            mine.replace(path)
     except OSError as error:
         raise DataError(f"the ledger {folder} cannot be written ({error})") from error
     return path

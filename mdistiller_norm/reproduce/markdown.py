@@ -6,6 +6,7 @@ from mdistiller_norm.reproduce.stats import plus_minus
 from mdistiller_norm.reproduce.views import CellView, Report, TableView
 from mdistiller_norm.reproduce.words import (
     NOTHING,
+    UNCORRECTED,
     comparison_text,
     counted,
     delta_rows,
@@ -73,7 +74,7 @@ def _pending_tables(views: list[TableView]) -> list[str]:
 
 
 def _claims(report: Report) -> list[str]:
-    lines = ["Paired over seeds, last epochs, 95% interval by Student's t.", ""]
+    lines = [f"Paired over seeds, last epochs, 95% interval by Student's t. {UNCORRECTED}", ""]
     for claim in report.claims:
         lines.append(f"- {claim.claim.text}: **{claim.verdict}** ({claim.summary})")
         lines += [

@@ -21,6 +21,6 @@ def to_html(report: Report) -> str:
     names = ("signed", "comparison_text", "environment_text", "run_name", "measured_on", "state_text", "narrow_rows",
              "delta_rows", "counted")  # fmt: skip
     functions = {name: getattr(words, name) for name in names} | {
-        "plus_minus": plus_minus, "clock": clock, "safe": Markup,
+        "plus_minus": plus_minus, "clock": clock, "safe": Markup, "uncorrected": words.UNCORRECTED,
     }  # fmt: skip
     return templates.get_template("report.html.j2").render(report=report, **functions) + "\n"

@@ -61,7 +61,7 @@ def publish(run: Path, folder: Path) -> Path:
             "top1": round(record["last"]["top1"], 2), "command": record["command"],
             "commit": record["environment"].get("commit"),
         }  # fmt: skip
-        before = manifest.read_text(encoding="utf-8") if entries else ""
+        before = manifest.read_text(encoding="utf-8").rstrip("\n") + "\n" if entries else ""
         write_text(before + yaml.safe_dump([entry], sort_keys=False, width=1000), manifest)
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error})") from error

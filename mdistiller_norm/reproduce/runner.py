@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mdistiller_norm.config import load_config
 from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.engine.trainer import stop_signals
 from mdistiller_norm.reproduce.estimate import clock
 from mdistiller_norm.reproduce.execution import Execution, trained_record
-from mdistiller_norm.reproduce.jobs import Job, config_path
+from mdistiller_norm.reproduce.jobs import Job
 from mdistiller_norm.reproduce.ledger import Ledger
 
 
@@ -37,7 +36,7 @@ class Summary:
         done: finished.
         failed: with the reason.
         blocked: their teacher failed.
-        left: not finished for lack of time.
+        left: not finished: time was up, or somebody stopped it or its teacher.
         signal: the number of the signal that stopped everything, or 0.
     """
 
@@ -49,7 +48,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0: all is done; 1: something failed; 3: time was up; 128 + the signal's number."""
+        """0: all is done; 1: something failed; 3: something is left; 128 + the signal's number."""
         if self.signal:
             return 128 + self.signal
         return 1 if self.failed or self.blocked else 3 if self.left else 0
@@ -64,34 +63,36 @@ class Runner:
         jobs: how many at a time; on several GPUs they take turns.
         processes: of each job.
         deadline: ``time.monotonic()`` at which running jobs are told to save and stop.
-        say: prints a line.
     """
 
-    def __init__(
-        self, todo: Sequence[Job], folder: Path, *, jobs: int = 1, processes: int = 1, deadline: float = float("inf"),
-        say: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+    def __init__(self, todo: Sequence[Job], folder: Path, *, jobs: int, processes: int, deadline: float) -> None:
         self.folder, self.jobs, self.processes, self.deadline = folder, jobs, processes, deadline
         self.summary, self._waiting, self._running = Summary(), list(todo), dict[int, Execution]()
-        self._unfinished, self._failed = {job.key for job in todo}, set[tuple[str, int]]()
-        self._locked = set[tuple[str, int]]()
+        self._unfinished = {job.key for job in todo}
+        self._failed, self._stopped, self._locked = (set[tuple[str, int]]() for _ in range(3))
         self._place = {job.key: f"[{i}/{len(todo)}]" for i, job in enumerate(todo, 1)}
-        self._print = say
 
     def run(self) -> Summary:
         """Run them; returns how they ended."""
         with stop_signals(self._note, (signal.SIGINT, signal.SIGTERM)):
-            while self._running or (self._waiting and not self._stopping):
-                if self._stopping:
-                    for execution in self._running.values():
-                        execution.stop()
-                self._collect()
-                if not self._stopping:
-                    self._drop_students_of_failed_teachers()
-                    self._start()
-                time.sleep(0.1)
+            try:
+                while self._running or (self._waiting and not self._stopping):
+                    if self._stopping:
+                        self._stop()
+                    self._collect()
+                    if not self._stopping:
+                        self._drop_students_without_teacher()
+                        self._start()
+                    time.sleep(0.1)
+            except BaseException:
+                self._stop()  # nobody would see how they end
+                raise
         self.summary.left += self._waiting
         return self.summary
+
+    def _stop(self) -> None:
+        for execution in self._running.values():
+            execution.stop()
 
     def _note(self, signal_number: int) -> None:
         self.summary.signal = signal_number
@@ -101,7 +102,7 @@ class Runner:
         return bool(self.summary.signal) or time.monotonic() >= self.deadline
 
     def _say(self, job: Job, what: str) -> None:
-        self._print(f"{self._place[job.key]} {what}")
+        print(f"{self._place[job.key]} {what}", flush=True)
 
     def _collect(self) -> None:
         """Take note of the jobs that have ended."""
@@ -121,13 +122,20 @@ class Runner:
                 self._say(job, f"FAILED: {job.name}: {execution.error} (log: {execution.log})")
             else:
                 self.summary.left.append(job)
+                self._stopped.add(job.key)
                 self._say(job, f"stopped and saved: {job.name}")
 
-    def _drop_students_of_failed_teachers(self) -> None:
-        for job in [job for job in self._waiting if job.teacher and job.teacher.key in self._failed]:
-            self._waiting.remove(job)
-            self.summary.blocked.append(job)
-            self._say(job, f"not run, its teacher failed: {job.name}")
+    def _drop_students_without_teacher(self) -> None:
+        for job in list(self._waiting):
+            teacher = job.teacher.key if job.teacher else None
+            if teacher in self._failed:
+                self._waiting.remove(job)
+                self.summary.blocked.append(job)
+                self._say(job, f"not run, its teacher failed: {job.name}")
+            elif teacher in self._stopped:  # by somebody else's signal
+                self._waiting.remove(job)
+                self.summary.left.append(job)
+                self._say(job, f"not run, its teacher was stopped: {job.name}")
 
     def _start(self) -> None:
         """Start jobs in the slots that are free."""
@@ -137,8 +145,7 @@ class Runner:
                 break
             if job.teacher and job.teacher.key in self._unfinished:
                 continue
-            device = load_config(config_path(job.config_file), job.overrides).node.DEVICE
-            environment = slot_environment(device, free[0], self.jobs, self.processes)
+            environment = slot_environment(job.device, free[0], self.jobs, self.processes)
             execution = Execution(job, self.folder, self.processes, environment)
             if execution.start():
                 self._waiting.remove(job)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mdistiller_norm.engine.logger import Record
 from mdistiller_norm.reproduce.charts import Line, line_chart, look
-from mdistiller_norm.reproduce.jobs import cell_command, config_path
+from mdistiller_norm.reproduce.jobs import cell_command
 from mdistiller_norm.reproduce.ledger import Entry, Ledger
 from mdistiller_norm.reproduce.stats import (
     CONTRADICTED,
@@ -84,13 +84,11 @@ class CellView:
 
     @property
     def state(self) -> str:
-        """``measured``, ``failed``, ``no config`` or ``pending``."""
+        """``measured``, ``failed``, ``pending`` or, where nothing trains it, ``published``."""
         if self.runs:
             return "measured"
         if self.failure:
             return "failed"
-        if self.cell.config and not config_path(self.cell.config).is_file():
-            return "no config"
         return "pending" if self.cell.config else "published"
 
     @property
@@ -222,11 +220,12 @@ class ClaimView:
     @property
     def verdict(self) -> str:
         """In a word."""
-        counts = Counter(comparison.verdict for comparison in self.comparisons)
-        for verdict in (CONTRADICTED, UNDECIDED, UNTESTED):
-            if counts[verdict] == len(self.comparisons) or (verdict == CONTRADICTED and counts[verdict]):
-                return verdict
-        return HOLDS if counts[HOLDS] == len(self.comparisons) else "partly tested"
+        verdicts = {comparison.verdict for comparison in self.comparisons}
+        if CONTRADICTED in verdicts:
+            return CONTRADICTED
+        if UNTESTED in verdicts:
+            return UNTESTED if len(verdicts) == 1 else "partly tested"
+        return UNDECIDED if UNDECIDED in verdicts else HOLDS
 
     @property
     def summary(self) -> str:

@@ -10,6 +10,10 @@ from mdistiller_norm.reproduce.stats import Paired, plus_minus
 from mdistiller_norm.reproduce.views import CellView, TableView
 
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
+UNCORRECTED = (
+    "Each interval stands alone: none is corrected for the number of comparisons, nor for the choice of a peak's two "
+    "rows by the same runs."
+)
 
 
 def signed(value: float) -> str:
