@@ -24,6 +24,7 @@ from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.trainer import Interrupted
 from mdistiller_norm.errors import CheckpointError, ConfigError, NonFiniteLossError
@@ -191,6 +192,19 @@ def test_dot_without_delta_is_sgd(tmp_path: Path, teacher: str, few: TensorDatas
     a, b = (state_of(tmp_path, name)["trainable"] for name in ("dot", "sgd"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+def test_dot_leaves_frozen_parameters_alone(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
+    run = build_run(config(tmp_path, "run", "DISTILLER.TYPE=KD", "SOLVER.BATCH_SIZE=44", teacher), dataset=few)
+    run.trainer.log.close()
+    step, student = run.trainer.step, run.trainer.step.trainable.student
+    student.conv1.requires_grad_(False)
+    batch = step.loader.prepare(*next(step.loader.batches(1)))
+    optimizer = DOT(step.trainable, batch, step.teacher, 0.05, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
+    before = [weight.detach().clone() for weight in (student.conv1.weight, student.fc.weight)]
+    optimizer.step(step.trainable(batch, step.teacher(batch), step.factors).parts)
+    assert torch.equal(student.conv1.weight, before[0])
+    assert not torch.equal(student.fc.weight, before[1])
 
 
 def test_several_methods_add_up_and_cross_entropy_counts_once(tmp_path: Path, teacher: str) -> None:

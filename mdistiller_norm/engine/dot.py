@@ -50,10 +50,9 @@ class DOT:
         with torch.no_grad():
             taught = teacher.network.outputs(batch.images)
         losses = trial(batch, taught, torch.ones(len(trainable.loss_names), device=batch.images.device))
-        watched = list(trial.parameters())
+        watched, parameters = ([p for p in one.parameters() if p.requires_grad] for one in (trial, trainable))
         task = _gradients(losses.parts[0], watched, keep_graph=True)
         distill = _gradients(losses.parts[1:].sum(), watched)
-        parameters = list(trainable.parameters())
         both, task_only, distill_only = (
             [p for p, a, b in zip(parameters, task, distill, strict=True) if (a is not None, b is not None) == reached]
             for reached in ((True, True), (True, False), (False, True))
