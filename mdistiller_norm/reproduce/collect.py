@@ -31,7 +31,7 @@ def collect(folder: Path, smoke: bool = False) -> Report:
     others = [entry for entry in ledger.all_runs() if entry.identity not in placed]
     teachers = _teachers(tables)
     claims = [_judge(claim, {view.table.id: view for view in tables}) for claim in load_claims()]
-    return Report(folder, smoke, ledger, tables, claims, teachers, _environments(ledger.all_runs()), others)
+    return Report(smoke, ledger, tables, claims, teachers, _environments(ledger.all_runs()), others)
 
 
 def _teachers(tables: list[TableView]) -> list[TeacherCheck]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from mdistiller_norm.engine.logger import Record
 from mdistiller_norm.reproduce.charts import Line, line_chart, look
@@ -22,6 +21,8 @@ from mdistiller_norm.reproduce.stats import (
     spread,
 )
 from mdistiller_norm.reproduce.tables import Cell, Claim, Column, Delta, Table
+
+Figure = tuple[str, list[tuple[str, str]]]  # a chart, and the looks and names of its lines
 
 
 @dataclass
@@ -96,9 +97,9 @@ class CellView:
         """What runs one trial of it."""
         return cell_command(self.cell) if self.cell.config else ""
 
-    def charts(self) -> list[str]:
+    def charts(self) -> list[Figure]:
         """Test top-1 of every run, and all its losses."""
-        colours: dict[str, int] = {}
+        numbers: dict[str, int] = {}
         accuracy, losses = [], []
         for number, (seed, entry) in enumerate(sorted(self.runs.items())):
             metrics = entry.record["metrics"]
@@ -106,20 +107,12 @@ class CellView:
             accuracy.append(Line(f"seed {seed}", number, epochs, metrics["test_top1"]))
             for name in [key for key in metrics if key.startswith("loss_") or key == "test_loss"]:
                 label = "test" if name == "test_loss" else name.removeprefix("loss_")
-                colour = colours.setdefault(label, len(colours))
+                colour = numbers.setdefault(label, len(numbers))
                 losses.append(Line(f"{label}, seed {seed}", colour, epochs, metrics[name]))
-        return [line_chart("Test top-1 (%)", accuracy), line_chart("Losses", losses)] if self.runs else []
-
-    def legends(self) -> list[list[tuple[str, str]]]:
-        """Looks and names of the lines of the two charts."""
-        names = dict.fromkeys(
-            "test" if key == "test_loss" else key.removeprefix("loss_")
-            for entry in self.runs.values()
-            for key in entry.record["metrics"]
-            if key.startswith("loss_") or key == "test_loss"
-        )
-        seeds = [(look(i), f"seed {seed}") for i, seed in enumerate(sorted(self.runs))]
-        return [seeds, [(look(i), name) for i, name in enumerate(names)]]
+        return [
+            (line_chart("Test top-1 (%)", accuracy), [(look(line.colour), line.label) for line in accuracy]),
+            (line_chart("Losses", losses), [(look(colour), label) for label, colour in numbers.items()]),
+        ]
 
 
 @dataclass
@@ -138,11 +131,6 @@ class TableView:
     def measured(self) -> int:
         """Cells with at least one run."""
         return sum(bool(cell.runs) for cell in self.cells.values())
-
-    @property
-    def measured_first(self) -> bool:
-        """Sorts tables with runs before those without."""
-        return not self.measured
 
     @property
     def total(self) -> int:
@@ -166,8 +154,8 @@ class TableView:
         means = [self.cells[key, column].cell.paper.get("top1") for key in (delta.row, delta.minus)]
         return means[0] - means[1] if means[0] is not None and means[1] is not None else None
 
-    def overview(self, column: Column) -> tuple[str, list[tuple[str, str]]]:
-        """A chart of the rows' mean test top-1 by epoch, and its legend."""
+    def overview(self, column: Column) -> Figure:
+        """The rows' mean test top-1 by epoch."""
         lines: list[Line] = []
         for row in self.table.rows:
             runs = list(self.cells[row.key, column.key].runs.values())
@@ -259,14 +247,13 @@ class TeacherCheck:
 class Report:
     """Everything the report shows."""
 
-    folder: Path
     smoke: bool
     ledger: Ledger
     tables: list[TableView]
     claims: list[ClaimView]
     teachers: list[TeacherCheck]
     environments: list[tuple[Record, int]]
-    others: list[Entry] = field(default_factory=list)
+    others: list[Entry]
 
     @property
     def runs(self) -> list[Entry]:
