@@ -27,7 +27,7 @@ NEUTRAL = (
     "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "SOLVER.TRIALS", "ENGINE.", "DISTILLER.TEACHER_CACHE",
     "DISTILLER.TEACHER_WEIGHTS",
 )  # fmt: skip
-LATEST, CONFIG = "latest.pt", "config.yaml"
+LATEST, CONFIG, RESULT = "latest.pt", "config.yaml", "result.json"
 # What a state must have, with the types.
 _STATE: dict[str, type | tuple[type, ...]] = {
     "trainable": dict, "optimizer": dict, "meters": dict, "identity": dict, "epoch": int, "steps_done": int,
@@ -78,7 +78,7 @@ def _matters(key: str, cfg: Any) -> bool:
 def refuse_to_overwrite(config: Config, resume: bool) -> None:
     """Raise ConfigError where a run has saved something already and is not to be resumed."""
     folder = run_folder(config)
-    there = any(os.path.exists(folder / name) for name in (LATEST, "result.json"))  # False for impossible names, too
+    there = any(os.path.exists(folder / name) for name in (LATEST, RESULT))  # False for impossible names, too
     if there and not resume and not distributed.restarted():
         raise ConfigError(
             f"{folder} holds a run already: --resume goes on with it, EXPERIMENT.NAME or EXPERIMENT.TAG starts another"
@@ -123,6 +123,10 @@ def _open_locked(folder: Path, config: Config, resume: bool, label: str, lock: I
     if (folder / LATEST).exists():
         state = _state_of(folder, config)
         opening = f"resuming {folder} at epoch {state['epoch']}, step {state['steps_done'] + 1}"
+    elif (folder / RESULT).exists():
+        raise ConfigError(
+            f"{folder} holds the result of a run and no {LATEST} to go on from: EXPERIMENT.NAME starts another"
+        )
     else:
         opening = f"nothing to resume in {folder}: starting" if resume else f"run folder {folder}"
     try:

@@ -43,7 +43,7 @@ from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.files import write_json
 from mdistiller_norm.models.base import Network
-from mdistiller_norm.run_folder import check_identity, open_folder, refuse_to_overwrite
+from mdistiller_norm.run_folder import RESULT, check_identity, open_folder, refuse_to_overwrite
 
 _PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -70,10 +70,10 @@ def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoa
     say(f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
     if file.doubt:
         say(f"warning: {file.doubt}")
-    seen = f"warning: the teacher reaches {measured.top1:.2f} top-1"
+    seen, chance = f"warning: the teacher reaches {measured.top1:.2f} top-1", 100 / network.num_classes
     if file.top1 is not None and measured.top1 < file.top1 - 1:
         say(f"{seen}, far below the {file.top1:.2f} of its manifest entry")
-    elif measured.top1 < 200 / network.num_classes:
+    elif measured.top1 < chance + min(chance, (100 - chance) / 10):
         say(f"{seen}, about chance: its weights or the data are wrong")
     return {"name": name, "file": str(file.path), "top1": measured.top1, "top5": measured.top5}
 
@@ -299,7 +299,7 @@ def finish(run: Run) -> Record:
     """Write ``result.json`` of a run that reached its end; returns what it holds."""
     result = run.result | run.trainer.summary()
     if distributed.is_first():
-        write_json(result, run.folder / "result.json")
+        write_json(result, run.folder / RESULT)
     last, best = result["last"], result["best"]
     run.trainer.log.line(
         f"done: last top-1 {last['top1']:.2f}, best top-1 {best['top1']:.2f} (epoch {best['epoch']}); "

@@ -128,6 +128,16 @@ def test_a_folder_without_its_config_is_one_line(run: Path, tmp_path: Path) -> N
         build_run(config(tmp_path, "run", epochs=2), resume=True)
 
 
+def test_a_result_without_its_state_is_kept(run: Path, tmp_path: Path) -> None:
+    folder = copied(run, tmp_path)
+    (folder / LATEST).unlink()
+    (folder / "result.json").write_text("{}")
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"holds the result of a run and no latest\.pt to go on from"):
+        build_run(config(tmp_path, "run", epochs=2), resume=True)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
 def test_a_mistake_found_late_does_not_take_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"SOLVER\.ACCUMULATE 100 does not divide"):
         build_run(config(tmp_path, "run", "SOLVER.ACCUMULATE=100"))

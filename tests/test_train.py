@@ -354,6 +354,24 @@ def test_a_teacher_near_chance_is_a_warning(tmp_path: Path, capsys: pytest.Captu
     assert "about chance" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("right", "warned"), [(35, False), (20, True)])
+def test_half_of_two_classes_is_chance_and_most_are_not(
+    tmp_path: Path, few: TensorDataset, right: int, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mdistiller_norm.models import build_model
+
+    always_first = build_model("resnet14", 2)
+    with torch.no_grad():
+        always_first.fc.weight.zero_()
+        always_first.fc.bias.copy_(torch.tensor([1.0, 0.0]))
+    torch.save({"model": always_first.state_dict()}, tmp_path / "teacher.pth")
+    test = Split(few.test.images, (torch.arange(40) >= right).long())
+    two = replace(few, classes=("a", "b"), train=Split(few.train.images, few.train.targets % 2), test=test)
+    override = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'teacher.pth'}"
+    build_run(config(tmp_path, "run", "DISTILLER.TYPE=KD", "SOLVER.BATCH_SIZE=44", override), dataset=two)
+    assert ("about chance" in capsys.readouterr().out) == warned
+
+
 def test_a_teacher_far_below_its_manifest_entry_is_a_warning(
     tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
