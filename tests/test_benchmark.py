@@ -21,7 +21,8 @@ from mdistiller_norm.errors import ConfigError, UserError
 
 QUICK = ["--blocks", 2, "--steps", 1, "--warmup", 1]
 # Small images of noise on small networks, in the shapes that the reference's loop has.
-SMALL = ["--synthetic", 200, "--batch-size", 16, "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
+NETWORKS = ["DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8", "ENGINE.COMPILE=none"]
+SMALL = ["--synthetic", 200, "--batch-size", 16, *NETWORKS]
 
 # A checkout in mdistiller's layout, whose networks are this project's and whose method is mean squared error of logits.
 REFERENCE = {
@@ -186,7 +187,16 @@ def test_table9_on_the_digits(tmp_path: Path) -> None:
 
 def test_table9_stands_beside_the_papers_numbers_for_the_papers_pair(tmp_path: Path) -> None:
     record, printed = measured(
-        tmp_path, "--table9", "--methods", "FITNET", "--synthetic", 200, "--batch-size", 4, *QUICK
+        tmp_path,
+        "--table9",
+        "--methods",
+        "FITNET",
+        "--synthetic",
+        200,
+        "--batch-size",
+        4,
+        *QUICK,
+        "ENGINE.COMPILE=none",
     )
     (row,) = record["table9"].values()
     assert row["paper"] == {"ms": 8.0, "ratio_to_kd": pytest.approx(8.0 / 7.1), "extra_parameters": 16800}
@@ -216,7 +226,7 @@ def test_evaluation_with_and_without_a_reference(tmp_path: Path, reference: Path
     for name in ("ours", "reference", "ratio"):
         assert_spread(found[name], 2)
     assert "evaluation of 40 images" in printed
-    overrides = ["SOLVER.BATCH_SIZE=16", *SMALL[-2:]]
+    overrides = ["SOLVER.BATCH_SIZE=16", *NETWORKS]
     alone = run(Settings(evaluation=True, synthetic=200, blocks=1, overrides=overrides))
     assert list(alone["evaluate"]) == ["images", "ours"]
     assert "images/s" in show(alone)
@@ -234,6 +244,13 @@ def test_what_the_fast_forms_of_a_teacher_change(tmp_path: Path) -> None:
     assert live["logits"] < half["logits"] < 1e-2 * half["logits_std"]
     assert 0 < half["loss"] < 1e-2
     assert "cached fp16" in printed
+
+
+def test_a_teacher_that_is_not_cached_is_not_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(FORMS, "compiled")  # which takes its time
+    overrides = ["SOLVER.BATCH_SIZE=16", *NETWORKS]
+    record = run(Settings(exactness=True, methods=["AT"], synthetic=200, steps=1, overrides=overrides))
+    assert list(record["exactness"]) == ["live"]
 
 
 def test_replayed_blocks_are_all_hits_of_a_lazy_teacher_cache(tmp_path: Path) -> None:
@@ -270,6 +287,9 @@ def test_the_loading_of_image_files(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert_user_error(tool("benchmark", "--against", nowhere, check=False), str(nowhere), "mdistiller's layout")
+    lost = tool("benchmark", "--evaluate", *SMALL, "--json", nowhere / "x.json", check=False)
+    assert_user_error(lost, f"--json {nowhere}/x.json is a folder, or in one that is not there")
+    assert not lost.stdout
     for settings, words in (
         ({}, "--table9, --evaluate, --exactness, --against PATH or --loader"),
         ({"loader": "nowhere"}, "--loader: there is no folder nowhere"),
@@ -278,6 +298,10 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
         ({"table9": True, "pair": "res32x4_res8x5"}, r"res32x4_res8x5.*did you mean .*res32x4_res8x4\.yaml"),
         ({"table9": True, "methods": ["NormKDD"], "cfg": str(ROOT / "configs/digits/kd.yaml")}, "did you mean NormKD"),
         ({"table9": True, "synthetic": 200, "teacher": str(nowhere)}, f"there is no file {nowhere}"),
+        (
+            {"exactness": True, "methods": ["NONE"], "cfg": str(ROOT / "configs/digits/vanilla_resnet8.yaml")},
+            "--exactness is about a teacher",
+        ),
         ({"table9": True, "synthetic": 200, "overrides": ["SOLVER.BATCH_SIZE=300"]}, "SOLVER.BATCH_SIZE 300"),
     ):
         with pytest.raises(UserError, match=words) as caught:
@@ -287,7 +311,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
 
 def test_a_reference_that_lacks_something_is_one_line(reference: Path) -> None:
     small = {"against": reference, "synthetic": 200, "blocks": 1, "steps": 1, "warmup": 1}
-    overrides = ["SOLVER.BATCH_SIZE=16", *SMALL[-2:]]
+    overrides = ["SOLVER.BATCH_SIZE=16", *NETWORKS]
     with pytest.raises(ConfigError, match="has no method KD: --methods can be NormKD"):
         run(Settings(**small, methods=["KD"], overrides=overrides))
     with pytest.raises(ConfigError, match="has no CIFAR model resnet20"):

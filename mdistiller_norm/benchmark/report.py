@@ -167,17 +167,19 @@ def run(settings: Settings) -> Record:
     plain = load_config(settings.cfg or None, settings.overrides, settings.measured).node
     device = build_device(plain)
     dtype = build_precision(plain, device)[0] or torch.float32
-    record: Record = {
-        "command": settings.command,
-        "machine": environment(device) | {"matmul_gflops": matmul_gflops(device, dtype)},
-        "overrides": settings.overrides, "blocks": settings.blocks, "steps": settings.steps,
-        "warmup": settings.warmup, "replay": settings.replay,
-    }  # fmt: skip
-    if settings.loader:
-        record["loader"] = _loader(settings, plain)
-    if settings.table9 or settings.evaluation or settings.exactness or settings.against:
-        with tempfile.TemporaryDirectory(prefix="mdistiller_norm_benchmark_") as folder:
-            _measure_training(_Bench(settings, Path(folder)), record)
+    training = settings.table9 or settings.evaluation or settings.exactness or settings.against
+    with tempfile.TemporaryDirectory(prefix="mdistiller_norm_benchmark_") as folder:
+        bench = _Bench(settings, Path(folder)) if training else None  # refuses bad input before anything is timed
+        record: Record = {
+            "command": settings.command,
+            "machine": environment(device) | {"matmul_gflops": matmul_gflops(device, dtype)},
+            "overrides": settings.overrides, "blocks": settings.blocks, "steps": settings.steps,
+            "warmup": settings.warmup, "replay": settings.replay,
+        }  # fmt: skip
+        if settings.loader:
+            record["loader"] = _loader(settings, plain)
+        if bench:
+            _measure_training(bench, record)
     return record
 
 
@@ -368,8 +370,9 @@ def _show_table9(table: Record) -> list[str]:
         if paper := row["paper"]:
             line += f"{paper['ms']:>23.1f} {paper['ratio_to_kd']:>6.2f} {paper['extra_parameters']:>11,}"
         lines.append(line.rstrip())
-    lines += ["", f"{'parts, ms':14}" + "".join(f"{name:>20}" for name in _PARTS)]
-    for method, row in table.items():
-        if row["parts_ms"]:
-            lines.append(f"{method:14}" + "".join(f"{_range(row['parts_ms'][name], 1):>20}" for name in _PARTS))
+    parts = {method: row["parts_ms"] for method, row in table.items() if row["parts_ms"]}
+    if parts:
+        lines += ["", f"{'parts, ms':14}" + "".join(f"{name:>20}" for name in _PARTS)]
+    for method, spreads in parts.items():
+        lines.append(f"{method:14}" + "".join(f"{_range(spreads[name], 1):>20}" for name in _PARTS))
     return lines

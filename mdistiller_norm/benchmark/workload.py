@@ -205,7 +205,7 @@ class Ours:
             return (torch.stack(parts) * self.step.factors).sum()
 
     def gflop(self) -> float:
-        """Billions of floating-point operations a step with a live teacher, counted while running one."""
+        """Billions of floating-point operations a step with a live teacher, if any, counted while running one."""
         node, ours = self.config.node.DISTILLER, self.step.trainable
         student, teacher = (
             build_model(name, self.classes, variant=self.variant).to(self.device)
@@ -217,7 +217,7 @@ class Ours:
         batch = self.step.loader.prepare(*next(self.step.loader.batches(1)))
         with FlopCounterMode(display=False) as counter:
             with torch.no_grad():
-                taught = teacher.outputs(batch.images)
+                taught = teacher.outputs(batch.images) if self.step.teacher else None
             trainable(batch, taught, self.step.factors).total.backward()
         return float(counter.get_total_flops()) / 1e9
 
