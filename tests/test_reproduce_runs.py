@@ -29,6 +29,7 @@ from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.cli import report_main, reproduce_main
 from mdistiller_norm.reproduce.estimate import Estimator
+from mdistiller_norm.reproduce.execution import Execution
 from mdistiller_norm.reproduce.jobs import (
     Job,
     cell_config,
@@ -209,6 +210,31 @@ def test_a_budget_stops_in_time_and_says_what_is_left(tmp_path: Path) -> None:
     assert done.returncode == 3, done.stdout
     assert time.monotonic() - started < 60
     assert re.search(r"[1-4] runs? left, about", done.stdout)
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_stop_is_killed_only_where_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdistiller_norm.reproduce.execution.GRACE", 0.5)
+    (job,) = make_plan(TABLES["digits"].select(["student"]), [0], output=tmp_path).jobs
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    for in_time in (False, True):
+        execution = Execution(job, tmp_path / "runs")
+        before = set(children.read_text().split())
+        assert execution.start()
+        (training,) = set(children.read_text().split()) - before
+        done = job.epochs_done
+        wait_for(lambda: job.epochs_done > done)  # noqa: B023
+        os.kill(int(training), signal.SIGSTOP)  # busy with something long
+        execution.stop(in_time)
+        if not in_time:
+            time.sleep(1)
+            assert execution.poll() == "running"
+            os.kill(int(training), signal.SIGCONT)
+        outcomes = []
+        wait_for(lambda: outcomes.append(execution.poll()) or outcomes[-1] != "running")  # noqa: B023
+        assert outcomes[-1] == ("killed" if in_time else "stopped")
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ from mdistiller_norm.errors import DataError
 from mdistiller_norm.reproduce.jobs import Job, config_path, identity
 from mdistiller_norm.reproduce.ledger import add, failed_record, finished_record
 
-# Seconds between SIGTERM and SIGKILL: training stops after its step and writes its state. torchrun gives its processes
-# this time too, and itself needs some more to end after them.
+# Seconds between SIGTERM and SIGKILL where time is up: training stops after its step and writes its state. torchrun
+# gives its processes this time too, and itself needs some more to end after them.
 GRACE, TORCHRUN_GRACE = 30.0, 40.0
 _STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
@@ -68,7 +68,7 @@ class Execution:
         self._lock_file = notes / f"{job.folder.name}.lock"
         self._lock: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._stop_at = 0.0
+        self._stopping, self._kill_at = False, float("inf")
         self._log_start = 0
         self.started = time.monotonic()
 
@@ -97,15 +97,16 @@ class Execution:
         return True
 
     def poll(self) -> str:
-        """``running``, ``done``, ``failed`` or ``stopped``; the ledger is written when it ends."""
+        """``running``, ``done``, ``failed``, ``stopped`` or ``killed``; the ledger is written when it ends."""
         if self._process:
             code = self._process.poll()
             if code is None:
-                grace = GRACE if self.processes == 1 else TORCHRUN_GRACE
-                if self._stop_at and time.monotonic() > self._stop_at + grace:
+                if time.monotonic() > self._kill_at:
                     self._process.kill()
                 return "running"
             if code or not settle(self.job, self.folder):
+                if self._stopping and code == -signal.SIGKILL:
+                    return self._release("killed")
                 if self._was_stopped(code):
                     return self._release("stopped")
                 self._record_failure(code)
@@ -117,15 +118,22 @@ class Execution:
         """Whether a process was needed."""
         return self._process is not None
 
-    def stop(self) -> None:
-        """Ask it to save and stop."""
-        if self._process and not self._stop_at:
-            self._stop_at = time.monotonic()
+    def stop(self, in_time: bool = False) -> None:
+        """Ask it to save and stop.
+
+        Args:
+            in_time: kill it where it does not within ``GRACE``. It saves after its step, or after an evaluation that is
+                under way, which may take longer: then what was trained since the last state is lost.
+        """
+        if self._process and not self._stopping:
+            self._stopping = True
+            if in_time:
+                self._kill_at = time.monotonic() + (GRACE if self.processes == 1 else TORCHRUN_GRACE)
             self._process.terminate()
 
     def _was_stopped(self, code: int) -> bool:
         # A torchrun that was told to stop ends with 1, as it does after an error.
-        return code in _STOPPED or bool(self._stop_at and (code == -signal.SIGKILL or self.processes > 1))
+        return code in _STOPPED or (self._stopping and self.processes > 1)
 
     @property
     def error(self) -> str:

@@ -41,7 +41,7 @@ class Task:
         import submitit
 
         if self._execution:
-            self._execution.stop()
+            self._execution.stop(in_time=True)
             while self._execution.poll() == "running":
                 time.sleep(0.1)
         return submitit.helpers.DelayedSubmission(Task(self.job, self.folder, self.processes))

@@ -78,21 +78,21 @@ class Runner:
             try:
                 while self._running or (self._waiting and not self._stopping):
                     if self._stopping:
-                        self._stop()
+                        self._stop(in_time=not self.summary.signal)
                     self._collect()
                     if not self._stopping:
                         self._drop_students_without_teacher()
                         self._start()
                     time.sleep(0.1)
             except BaseException:
-                self._stop()  # nobody would see how they end
+                self._stop(in_time=False)  # nobody would see how they end
                 raise
         self.summary.left += self._waiting
         return self.summary
 
-    def _stop(self) -> None:
+    def _stop(self, in_time: bool) -> None:
         for execution in self._running.values():
-            execution.stop()
+            execution.stop(in_time)
 
     def _note(self, signal_number: int) -> None:
         self.summary.signal = signal_number
@@ -123,7 +123,8 @@ class Runner:
             else:
                 self.summary.left.append(job)
                 self._stopped.add(job.key)
-                self._say(job, f"stopped and saved: {job.name}")
+                how = "stopped and saved" if outcome == "stopped" else "killed, it goes on from its last saved state"
+                self._say(job, f"{how}: {job.name}")
 
     def _drop_students_without_teacher(self) -> None:
         for job in list(self._waiting):
