@@ -220,6 +220,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--table", "digits", "--sweep", "KD.TEMPERATURE=1", "--val-split", "0"], "--val-split must be above 0"),
         (["--table", "digits", "--methods", "kd", "--sweep", "KD.TEMPERATUR=1"], "KD.TEMPERATURE"),
         (["--table", "digits", "--sweep", "KD.TEMPERATURE=1"], "--sweep of the row student: command line: KD."),
+        (["--table", "digits", "--methods", "kd", "--sweep", "SEED=1,2"], "two of these values make the same run"),
         (["--table", "digits", "--trials", "99999999999"], "--trials must be in 1 .. 1000, not 99999999999"),
         (["--table", "digits", "--trials", "0"], "--trials must be in 1 .. 1000, not 0"),
         (["--table", "digits", "--seeds", "99999999999999999999"], "SEED (seed of all that is random"),

@@ -56,20 +56,24 @@ def sweep(cells: Sequence[Cell], setting: str, val_split: float) -> list[Cell]:
         val_split: ``DATASET.VAL_SPLIT`` of the runs.
 
     Raises:
-        ConfigError: not of that form, a key that a row's method does not read, or nothing held out.
+        ConfigError: not of that form, a key that a row's method does not read or that changes nothing, or nothing held
+            out.
     """
     key, _, values = setting.partition("=")
     if not key or not all(values.split(",")):
         raise ConfigError(f"--sweep takes KEY=A,B,C, not {setting!r}: for example NormKD.TEMPERATURE_NORM=1,1.5,2")
     if not 0 < val_split <= 0.5:
         raise ConfigError(f"--val-split must be above 0 and at most 0.5, not {val_split:g}")
-    varied = []
+    varied: list[Cell] = []
     for cell in cells:
-        for value in values.split(","):
-            if not cell.is_teacher:
-                overrides = (*cell.overrides, f"{key}={value}", f"DATASET.VAL_SPLIT={val_split:g}")
-                row = Row(f"{cell.row.key},{key}={value}", f"{cell.row.name} with {key} = {value}")
-                varied.append(_checked(replace(cell, row=row, overrides=overrides)))
+        own = []
+        for value in values.split(",") if not cell.is_teacher else ():
+            overrides = (*cell.overrides, f"{key}={value}", f"DATASET.VAL_SPLIT={val_split:g}")
+            row = Row(f"{cell.row.key},{key}={value}", f"{cell.row.name} with {key} = {value}")
+            own.append(_checked(replace(cell, row=row, overrides=overrides)))
+        if len({cell_identity(one) for one in own}) < len(own):
+            raise ConfigError(f"--sweep {setting}: two of these values make the same run")
+        varied += own
     return varied
 
 
