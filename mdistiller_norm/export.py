@@ -5,8 +5,8 @@ Every file is loaded again and compared with the network before it gets its name
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.builders import open_checkpoint
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
+from mdistiller_norm.files import whole_file
 from mdistiller_norm.models import build_model
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.plugins import import_plugin
@@ -136,21 +137,19 @@ def export(subject: Subject, path: Path, form: str, with_normalisation: bool) ->
         CheckpointError: the file cannot be written, or its logits differ by more than rounding.
         ConfigError: the network cannot be traced.
     """
-    write, reader = _WRITERS[form]
+    content_of, reader = _FORMS[form]
     taken = "RGB in 0..1" if with_normalisation else "RGB in 0..1, minus mean, divided by std"
     about = subject.about | {"input": f"float32 [B, 3, {', '.join(map(str, subject.about['image_size']))}], {taken}"}
     module = WithNormalisation(subject).eval() if with_normalisation else subject.network
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: the libraries look at it
     try:
-        write(module, about, temporary)
-        lines = check(reader(temporary, subject), subject, with_normalisation)
-        temporary.replace(path)
+        with whole_file(path) as file:
+            file.write(content_of(module, about))
+            file.flush()
+            lines = check(reader(Path(file.name), subject), subject, with_normalisation)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written ({error})") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return [f"{path}: {subject.network.name}, {len(about['classes'])} classes, input {about['input']}", *lines]
 
 
@@ -200,23 +199,36 @@ def _trace(module: nn.Module, about: dict[str, Any]) -> torch.export.ExportedPro
         raise ConfigError(f"{about['name']} cannot be traced ({reason}): --format state_dict needs no trace") from error
 
 
-def _write_pt2(module: nn.Module, about: dict[str, Any], path: Path) -> None:
-    torch.export.save(_trace(module, about), path, extra_files={ABOUT: json.dumps(about)})
+# The files as bytes: torch's own writers end the process when the disk is full.
+
+
+def _pt2(module: nn.Module, about: dict[str, Any]) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(_trace(module, about), content, extra_files={ABOUT: json.dumps(about)})
+    return content.getvalue()
 
 
 def _read_pt2(path: Path, subject: Subject) -> Run:
-    module: Run = torch.export.load(path).module()
+    with path.open("rb") as file:
+        module: Run = torch.export.load(file).module()
     return module
 
 
-def _write_onnx(module: nn.Module, about: dict[str, Any], path: Path) -> None:
-    program = torch.onnx.export(
-        _trace(module, about), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
-    )
+def _onnx(module: nn.Module, about: dict[str, Any]) -> bytes:
+    traced = _trace(module, about)
+    try:
+        program = torch.onnx.export(traced, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+    except Exception as error:  # an operation that ONNX lacks, in a network of a user's own
+        cause: BaseException = error
+        while cause.__cause__:  # the first one names the operation
+            cause = cause.__cause__
+        reason = str(cause).strip().split("\n")[0]
+        raise ConfigError(f"{about['name']} has no form in ONNX ({reason}): choose --format pt2") from error
     assert program is not None
     for key, value in about.items():
         program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    program.save(path)
+    content: bytes = program.model_proto.SerializeToString()
+    return content
 
 
 def _read_onnx(path: Path, subject: Subject) -> Run:
@@ -226,8 +238,10 @@ def _read_onnx(path: Path, subject: Subject) -> Run:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
-def _write_state_dict(module: nn.Module, about: dict[str, Any], path: Path) -> None:
-    torch.save({"model": module.state_dict()}, path)
+def _state_dict(module: nn.Module, about: dict[str, Any]) -> bytes:
+    content = io.BytesIO()
+    torch.save({"model": module.state_dict()}, content)
+    return content.getvalue()
 
 
 def _read_state_dict(path: Path, subject: Subject) -> Run:
@@ -237,10 +251,10 @@ def _read_state_dict(path: Path, subject: Subject) -> Run:
     return network.eval()
 
 
-_WRITERS: dict[str, tuple[Callable[[nn.Module, dict[str, Any], Path], None], Callable[[Path, Subject], Run]]] = {
-    "pt2": (_write_pt2, _read_pt2),
-    "onnx": (_write_onnx, _read_onnx),
-    "state_dict": (_write_state_dict, _read_state_dict),
+_FORMS: dict[str, tuple[Callable[[nn.Module, dict[str, Any]], bytes], Callable[[Path, Subject], Run]]] = {
+    "pt2": (_pt2, _read_pt2),
+    "onnx": (_onnx, _read_onnx),
+    "state_dict": (_state_dict, _read_state_dict),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def test_the_tool_writes_a_pt2_beside_the_checkpoint(student: Path) -> None:
     path = student.with_suffix(".pt2")
     module, about = read_pt2(path)
     path.unlink()
+    assert "Unable to load" not in done.stderr  # what torch says to a file whose name does not end in .pt2
     assert "random images, batches of 1 and 16" in done.stdout
     assert "digits images, batches of 1 and 64" in done.stdout
     stated = load_weights(student).about
@@ -162,6 +164,21 @@ def test_a_file_that_fails_its_check_leaves_the_one_before_it(student: Path, tmp
         export("-c", broken, "--force")
     assert out.read_text() == "before"
     assert sorted(tmp_path.iterdir()) == [broken, out]
+
+
+@pytest.mark.parametrize("name", ["s.pt2", "s.pth"])
+def test_a_disk_that_is_full_leaves_the_file_before_it(student: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    out.write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=rf"{name} could not be written \(.*File too large"):
+            export("-c", student, "-o", out, "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert out.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_file_that_is_there_is_kept_unless_forced(student: Path, tmp_path: Path) -> None:
