@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, assert_user_error, tool
 
@@ -17,6 +18,7 @@ from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.errors import ConfigError, UserError
 from mdistiller_norm.reproduce.cli import parse_duration, reproduce_main
 from mdistiller_norm.reproduce.commands import select_cells
+from mdistiller_norm.reproduce.estimate import trial_rate
 from mdistiller_norm.reproduce.jobs import (
     cell_command,
     cell_config,
@@ -200,6 +202,11 @@ def test_the_cost_counts_operations() -> None:
     assert cost(taught) - cost(alone) == pytest.approx(images * forward_flops("resnet20", "digits"))
     own = load_config(ROOT / "configs/digits/vanilla_resnet8.yaml", ["DISTILLER.STUDENT=of_a_plugin"]).node
     assert cost(own) == 0, "a ledger may hold runs of networks that are not known here"
+
+
+def test_a_trial_is_made_in_the_precision_that_a_run_would_have() -> None:
+    cpu = torch.device("cpu")  # which trains in fp32 where fp16 is asked for
+    assert trial_rate(cpu, "fp16") > 0.2 * trial_rate(cpu, "fp32")
 
 
 def test_durations() -> None:

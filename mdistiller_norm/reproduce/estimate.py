@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from mdistiller_norm.builders import build_precision
+from mdistiller_norm.config import default_config
 from mdistiller_norm.engine.logger import environment, read_metrics
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.jobs import Job, Pace, cost, forward_flops, pace_of
@@ -85,17 +87,19 @@ class Estimator:
         return Estimate(sum(estimate.seconds for estimate in estimates), sources)
 
 
-def trial_rate(device: torch.device, precision: str = "fp32") -> float:
+def trial_rate(device: torch.device, precision: str) -> float:
     """Floating-point operations a second in the fastest steps of training a resnet20 on random images.
 
     Args:
         device: to be tried.
-        precision: ``SOLVER.PRECISION``.
+        precision: ``SOLVER.PRECISION``; what the device has no fast kernels for is tried in fp32, as it is trained.
     """
     network = build_model("resnet20", 100).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(64, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     targets = torch.zeros(64, dtype=torch.int64, device=device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    cfg = default_config()
+    cfg.SOLVER.PRECISION = precision
+    dtype, _ = build_precision(cfg, device)  # as a run would have it
     steps: list[float] = []
     end = time.perf_counter() + 2
     while len(steps) < 5 or (time.perf_counter() < end and len(steps) < 200):
