@@ -54,6 +54,25 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"DISTILLER.TEACHER_WEIGHTS={folder / 'distill' / 'teacher' / 'student_last.pt'}"
 
 
+@pytest.fixture(scope="module")
+def few() -> TensorDataset:
+    """Forty-four digits, six steps of 8 with a last one of 4: what is proven does not grow with the images."""
+    whole = digits()
+    train, test = (
+        Split(split.images[:count], split.targets[:count]) for split, count in ((whole.train, 44), (whole.test, 40))
+    )
+    return replace(whole, train=train, test=test)
+
+
+def fit_few(
+    few: TensorDataset, folder: Path, name: str, *overrides: str, epochs: int = 2, resume: bool = False
+) -> None:
+    """A whole run on a few digits."""
+    run = build_run(config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs), resume, dataset=few)
+    run.trainer.fit()
+    run.trainer.log.close()
+
+
 def assert_same_state(a: Any, b: Any, where: str = "") -> None:
     """Equal to the bit, whatever the nesting."""
     if isinstance(a, torch.Tensor):
@@ -106,28 +125,20 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, teacher: str) -> None:
     assert load_config(folder / "config.yaml").node.DISTILLER.TYPE == "NormKD"
 
 
-def test_the_learning_rate_falls_after_its_stages(tmp_path: Path) -> None:
-    train(config(tmp_path, "run", "SOLVER.LR_DECAY_STAGES=[1,2]", epochs=3))
+def test_the_learning_rate_falls_after_its_stages(tmp_path: Path, few: TensorDataset) -> None:
+    fit_few(few, tmp_path, "run", "SOLVER.LR_DECAY_STAGES=[1,2]", epochs=3)
     rates = [record["lr"] for record in read_metrics(tmp_path / "distill" / "run" / "metrics.jsonl")]
     assert rates == pytest.approx([0.05, 0.005, 0.0005])
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: Path, teacher: str) -> None:
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(
+    tmp_path: Path, teacher: str, few: TensorDataset
+) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        train(config(tmp_path, name, "DISTILLER.TYPE=KD", f"SEED={seed}", teacher, epochs=1))
+        fit_few(few, tmp_path, name, "DISTILLER.TYPE=KD", f"SEED={seed}", teacher, epochs=1)
     a, b, c = (state_of(tmp_path, name) for name in "abc")
     assert_same_state(a["trainable"], b["trainable"])
     assert not torch.equal(a["trainable"]["student.conv1.weight"], c["trainable"]["student.conv1.weight"])
-
-
-@pytest.fixture(scope="module")
-def few() -> TensorDataset:
-    """Forty-four digits, six steps of 8 with a last one of 4: what is proven does not grow with the images."""
-    whole = digits()
-    train, test = (
-        Split(split.images[:count], split.targets[:count]) for split, count in ((whole.train, 44), (whole.test, 40))
-    )
-    return replace(whole, train=train, test=test)
 
 
 @pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
@@ -169,13 +180,13 @@ def test_resuming_is_exact_in_mid_epoch_and_between_epochs(
             assert a[key] == b[key], key
 
 
-def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str) -> None:
+def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
     extra = ["DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot", teacher]
-    train(config(tmp_path, "whole", *extra))
-    train(config(tmp_path, "parts", *extra, epochs=1))
-    train(config(tmp_path, "parts", *extra), resume=True)
+    fit_few(few, tmp_path, "whole", *extra)
+    fit_few(few, tmp_path, "parts", *extra, epochs=1)
+    fit_few(few, tmp_path, "parts", *extra, resume=True)
     assert_same_state(state_of(tmp_path, "whole"), state_of(tmp_path, "parts"))
-    train(config(tmp_path, "sgd", "DISTILLER.TYPE=KD", teacher))
+    fit_few(few, tmp_path, "sgd", "DISTILLER.TYPE=KD", teacher)
     weights = [state_of(tmp_path, name)["trainable"]["student.conv1.weight"] for name in ("whole", "sgd")]
     assert not torch.equal(*weights)
     with pytest.raises(ConfigError, match=r"SOLVER\.TRAINER dot needs a distillation loss"):
@@ -185,10 +196,8 @@ def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str) 
 @pytest.mark.parametrize("method", ["KD", "REVIEWKD"])
 def test_dot_without_delta_is_sgd(tmp_path: Path, teacher: str, few: TensorDataset, method: str) -> None:
     common = [f"DISTILLER.TYPE={method}", "SOLVER.NESTEROV=false", "SOLVER.LR=1e-3", "SOLVER.BATCH_SIZE=44", teacher]
-    for name, *own in (("dot", "SOLVER.TRAINER=dot", "SOLVER.DOT.DELTA=0"), ("sgd",)):
-        run = build_run(config(tmp_path, name, *common, *own), dataset=few)
-        run.trainer.fit()
-        run.trainer.log.close()
+    fit_few(few, tmp_path, "dot", "SOLVER.TRAINER=dot", "SOLVER.DOT.DELTA=0", *common)
+    fit_few(few, tmp_path, "sgd", *common)
     a, b = (state_of(tmp_path, name)["trainable"] for name in ("dot", "sgd"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
@@ -207,8 +216,8 @@ def test_dot_leaves_frozen_parameters_alone(tmp_path: Path, teacher: str, few: T
     assert not torch.equal(student.fc.weight, before[1])
 
 
-def test_several_methods_add_up_and_cross_entropy_counts_once(tmp_path: Path, teacher: str) -> None:
-    train(config(tmp_path, "both", "DISTILLER.TYPE=[NormKD,FITNET]", teacher, epochs=1))
+def test_several_methods_add_up_and_cross_entropy_counts_once(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
+    fit_few(few, tmp_path, "both", "DISTILLER.TYPE=[NormKD,FITNET]", teacher, epochs=1)
     (record,) = read_metrics(tmp_path / "distill" / "both" / "metrics.jsonl")
     parts = [record[f"loss_{name}"] for name in ("ce", "NormKD", "FITNET")]
     assert record["loss_total"] == pytest.approx(sum(parts))
@@ -216,9 +225,9 @@ def test_several_methods_add_up_and_cross_entropy_counts_once(tmp_path: Path, te
     assert any(key.startswith("distillers.FITNET.") for key in state["trainable"])
 
 
-def test_the_warm_up_ramps_the_distillation_loss(tmp_path: Path, teacher: str) -> None:
+def test_the_warm_up_ramps_the_distillation_loss(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
     for name, warmup in (("none", 0), ("ten", 10)):
-        train(config(tmp_path, name, "DISTILLER.TYPE=DKD", f"DKD.WARMUP={warmup}", "SOLVER.LR=1e-9", teacher))
+        fit_few(few, tmp_path, name, "DISTILLER.TYPE=DKD", f"DKD.WARMUP={warmup}", "SOLVER.LR=1e-9", teacher)
     full, ramped = (read_metrics(tmp_path / "distill" / name / "metrics.jsonl") for name in ("none", "ten"))
     for epoch in (1, 2):
         assert ramped[epoch - 1]["loss_DKD"] == pytest.approx(full[epoch - 1]["loss_DKD"] * epoch / 10, rel=1e-3)
@@ -278,22 +287,17 @@ def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
 def test_resuming_loses_no_line_of_damaged_metrics(
     tmp_path: Path, few: TensorDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fit(epochs: int, resume: bool = False) -> None:
-        run = build_run(config(tmp_path, "run", "SOLVER.BATCH_SIZE=44", epochs=epochs), resume, dataset=few)
-        run.trainer.fit()
-        run.trainer.log.close()
-
-    fit(3)
+    fit_few(few, tmp_path, "run", epochs=3)
     metrics = tmp_path / "distill" / "run" / "metrics.jsonl"
     whole = metrics.read_bytes()
     metrics.write_bytes(whole + b'{"epoch": 4, "lo')  # what a killed process leaves
-    fit(3, resume=True)
+    fit_few(few, tmp_path, "run", epochs=3, resume=True)
     assert metrics.read_bytes() == whole
     assert "damaged" not in capsys.readouterr().out
     first, _, *rest = whole.splitlines(keepends=True)
     damaged = b"".join([first, b"\x00\xff\x80\n", *rest])
     metrics.write_bytes(damaged)
-    fit(4, resume=True)
+    fit_few(few, tmp_path, "run", epochs=4, resume=True)
     assert [record["epoch"] for record in read_metrics(metrics)] == [1, 3, 4]
     assert metrics.with_suffix(".damaged").read_bytes() == damaged
     assert f"warning: 1 lines of {metrics} are damaged: they are kept in" in capsys.readouterr().out
