@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
-from mdistiller_norm.config_text import Setting, either, read_settings
+from mdistiller_norm.config_text import Setting, read_settings
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.plugins import import_plugin
@@ -374,7 +374,7 @@ def _check_types(types: str | list[str], where: str) -> None:
     for name in names:
         if name != "NONE" and name not in DISTILLERS:
             near = nearest(name, ["NONE", *DISTILLERS])
-            hint = f"did you mean {either(near)}?" if near else f"there are: NONE, {', '.join(sorted(DISTILLERS))}"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: NONE, {', '.join(sorted(DISTILLERS))}"
             raise ConfigError(f"{where}: DISTILLER.TYPE: unknown distiller {name!r}: {hint}")
     if len(set(names)) < len(names) or ("NONE" in names and len(names) > 1):
         raise ConfigError(f"{where}: DISTILLER.TYPE must list different methods and not NONE among them, not {types!r}")

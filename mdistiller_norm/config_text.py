@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def _read_with_bases(
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = nearest(path.name, sorted(file.name for file in path.parent.glob("*.yaml")))
-        hint = f": did you mean {either(str(path.parent / name) for name in near)}?" if near else ""
+        hint = f": did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
         raise ConfigError(f"config file {path}{asked} does not exist{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path}{asked} cannot be read: {error}") from None
@@ -161,15 +161,10 @@ def _unknown(key: str, tree: Mapping[str, Any]) -> str:
     same_depth = [known for known in tree if known.count(".") == key.count(".")]
     hints = (nearest(key, same_name) or same_name or nearest(key, same_depth))[:3]
     return f"unknown key {key}: " + (
-        f"did you mean {either(hints)}?" if hints else f"the top keys are {', '.join(tops)}"
+        f"did you mean {' or '.join(hints)}?" if hints else f"the top keys are {', '.join(tops)}"
     )
 
 
 def _is_section(key: str, tree: Mapping[str, Any]) -> str:
     inside = [known for known, value in tree.items() if known.startswith(f"{key}.") and not isinstance(value, CfgNode)]
     return f"{key} is a section, not a value: set one of {', '.join(inside) or 'its keys (it has none)'}"
-
-
-def either(names: Iterable[str]) -> str:
-    """Names for a message: "a or b"."""
-    return " or ".join(names)

@@ -31,7 +31,7 @@ def import_plugin(name: str, beside: Path | None = None) -> str:
     if not name.endswith(".py") and "/" not in name:
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever a user's code may raise
+        except (Exception, SystemExit) as error:  # whatever a user's code may raise, or a script that is no plugin
             raise ConfigError(f"plugin {name} cannot be imported: {_reason(error, Path())}") from error
         return name
     folders = [folder for folder in (beside, Path()) if folder is not None]
@@ -42,7 +42,7 @@ def import_plugin(name: str, beside: Path | None = None) -> str:
     file = file.resolve()
     try:
         _import_file(file)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"plugin {name} cannot be imported: {_reason(error, file)}") from error
     return os.path.relpath(file) if file.is_relative_to(Path.cwd()) else str(file)
 
@@ -66,7 +66,7 @@ def _import_file(file: Path) -> None:
         raise
 
 
-def _reason(error: Exception, file: Path) -> str:
+def _reason(error: BaseException, file: Path) -> str:
     """What went wrong and in which line of the plugin, in one line."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {error.msg}"

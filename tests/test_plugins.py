@@ -184,6 +184,7 @@ REGISTER = "from mdistiller_norm import data, distillers, models\n"
         ("def broken(:\n", ["broken.py:1: ", "syntax"]),
         ("\nimport no_such_module\n", ["broken.py:2: ", "ModuleNotFoundError", "no_such_module"]),
         ("1 / 0\n", ["broken.py:1: ", "ZeroDivisionError: division by zero"]),
+        ("import sys\nsys.exit(3)\n", ["broken.py:2: ", "SystemExit: 3"]),
         (REGISTER + "models.register('resnet8x4')(len)\n", ["broken.py:2: ", "'resnet8x4' is registered already"]),
         (REGISTER + "data.register('digits')(len)\n", ["broken.py:2: ", "data set 'digits' is registered already"]),
         (REGISTER + "distillers.register('KD')(distillers.Distiller)\n", ["distiller 'KD' is registered already"]),
