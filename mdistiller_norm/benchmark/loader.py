@@ -34,9 +34,7 @@ class Throughput:
     workers: int
 
 
-def loader_throughput(
-    folder: Path, *, size: int = 224, workers: int = 2, batch_size: int = 50, passes: int = 3
-) -> Throughput:
+def loader_throughput(folder: Path, *, size: int, workers: int, batch_size: int, passes: int) -> Throughput:
     """Measure this loader against the usual one on the class folders of ``folder``, the best of alternating passes.
 
     Raises:
