@@ -67,6 +67,8 @@ def build_device(cfg: Any) -> torch.device:
         raise ConfigError(
             f"DEVICE {cfg.DEVICE!r} cannot be used here ({str(error).splitlines()[0]}): choose auto, cpu or cuda"
         ) from error
+    if device.type == "cuda" and distributed.wanted().world > 1:
+        raise ConfigError(f"DEVICE {cfg.DEVICE} puts all processes on one GPU: choose cuda, which gives each its own")
     return device
 
 
@@ -246,9 +248,7 @@ def fastest_test(cfg: Any, network: Network, test: EvalLoader, say: Say) -> Call
     """The network as CUDA graphs for evaluation, where the images lie on a CUDA device; else None."""
     device = next(network.parameters()).device
     held = isinstance(test, MemoryEvalLoader)
-    return (
-        CapturedNetwork(network, say) if cfg.ENGINE.CUDA_GRAPH != "off" and device.type == "cuda" and held else network
-    )
+    return CapturedNetwork(network, say) if cfg.ENGINE.CUDA_GRAPH != "off" and device.type == "cuda" and held else None
 
 
 def build_optimizer(

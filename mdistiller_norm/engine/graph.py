@@ -73,7 +73,8 @@ class _Recorder:
                 for tensor, saved in zip(state, before, strict=True):
                     tensor.copy_(saved)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may wait for the device meanwhile: the teacher cache's writer does.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self.function(*static)
         self._pool = graph.pool()
         return graph, static, outputs
