@@ -62,7 +62,7 @@ def build_device(cfg: Any) -> torch.device:
         return distributed.local_device()
     try:
         device = torch.device(cfg.DEVICE)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"DEVICE {cfg.DEVICE!r} cannot be used here ({str(error).splitlines()[0]}): choose auto, cpu or cuda"

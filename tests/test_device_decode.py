@@ -15,7 +15,7 @@ from PIL import Image
 
 from mdistiller_norm.data.decode import View, decode, decode_box, draw_view, jpeg_header, train_image
 from mdistiller_norm.data.image_folder import MEAN, STD, image_folder
-from mdistiller_norm.data.image_loader import LARGE, ImageOptions, TrainReader
+from mdistiller_norm.data.image_reader import LARGE, ImageOptions, TrainReader
 
 CPU = torch.device("cpu")
 OPTIONS = ImageOptions(size=64, mean=MEAN, std=STD, workers=0)

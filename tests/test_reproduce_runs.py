@@ -25,7 +25,7 @@ from conftest import ROOT, tool
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.engine.checkpoint import find_teacher, load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.cli import report_main, reproduce_main
 from mdistiller_norm.reproduce.estimate import Estimator
@@ -541,6 +541,11 @@ def test_published_weights_teach_where_they_may(
     manifest.write_text(manifest.read_text().rstrip())  # as some editors leave it
     assert reproduce_main(["--publish", str(runs[1])]) == 0
     assert "published checkpoints/resnet8x4_cifar100_seed0.pt" in capsys.readouterr().out
+    text = manifest.read_text()
+    manifest.write_text(text.replace("resnet8x4", "resnet32x4"))
+    with pytest.raises(CheckpointError, match="which is not there"):  # no 240 epochs of training in its place
+        reproduce_main(["--table", "6", "--dry-run"])
+    manifest.write_text(text)
     teacher = find_teacher("resnet8x4", "cifar100", "", tmp_path, "")
     assert teacher.path == Path("checkpoints/resnet8x4_cifar100_seed0.pt"), "a distilled one is no teacher"
     assert teacher.top1 == 72.5

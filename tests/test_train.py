@@ -330,6 +330,13 @@ def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(tmp_path: P
     assert_same_state(load(folder / "best.pt")["trainable"], good["trainable"])
 
 
+def test_weights_that_are_lost_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
+    one_step = ("SOLVER.BATCH_SIZE=1437", "SOLVER.LR=1e30")
+    with pytest.raises(NonFiniteLossError, match="the test loss became NaN or infinite after epoch 1"):
+        train(config(tmp_path, "run", *one_step, epochs=1))
+    assert not list((tmp_path / "distill" / "run").glob("*.pt"))
+
+
 def test_a_missing_teacher_is_one_line_with_the_command_that_trains_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         train(config(tmp_path, "run", "DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet20"))
@@ -416,6 +423,8 @@ def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert_user_error(tool("train", "--cfg", cfg, "SOLVER.LRR", "1", check=False), "SOLVER.LRR", "SOLVER.LR")
     device = tool("train", "--cfg", cfg, "DEVICE", "tpu", "LOG.PREFIX", tmp_path, check=False)
     assert_user_error(device, "DEVICE", "tpu")
+    with pytest.raises(ConfigError, match="DEVICE 'meta' cannot be used here"):
+        train(config(tmp_path, "meta", "DEVICE=meta"))
     student = tool("train", "--cfg", cfg, "DISTILLER.STUDENT", "resnet21", "LOG.PREFIX", tmp_path, check=False)
     assert_user_error(student, "resnet21", "resnet20")
     assert_user_error(tool("eval", "-c", tmp_path / "none.pt", check=False), "none.pt")

@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from mdistiller_norm.data.class_tree import class_folders, scan
 from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset
-from mdistiller_norm.data.image_loader import ImageOptions
+from mdistiller_norm.data.image_reader import ImageOptions
 
 
 @dataclass(frozen=True)

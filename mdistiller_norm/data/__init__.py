@@ -9,7 +9,7 @@ from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader
 from mdistiller_norm.data.cifar import cifar100
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.image_folder import image_folder, imagenet
-from mdistiller_norm.data.image_loader import ImageOptions
+from mdistiller_norm.data.image_reader import ImageOptions
 from mdistiller_norm.data.memory import MemoryEvalLoader, MemoryTrainLoader, Split, TensorDataset
 from mdistiller_norm.data.plan import Share
 from mdistiller_norm.data.webdataset import webdataset

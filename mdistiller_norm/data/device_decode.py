@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mdistiller_norm.data.base import Warn
 from mdistiller_norm.data.decode import View, train_image
-from mdistiller_norm.data.image_loader import Made, Task, TrainReader
+from mdistiller_norm.data.image_reader import Made, Task, TrainReader
 from mdistiller_norm.errors import ConfigError
 
 try:

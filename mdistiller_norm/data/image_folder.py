@@ -13,7 +13,8 @@ from torch import Tensor
 from mdistiller_norm.data.base import Dataset, Warn
 from mdistiller_norm.data.class_tree import ImageSplit, Source, class_folders, data_root, same_classes, scan
 from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
-from mdistiller_norm.data.image_loader import ImageEvalLoader, ImageOptions, ImageTrainLoader, unreadable
+from mdistiller_norm.data.image_loader import ImageEvalLoader, ImageTrainLoader, unreadable
+from mdistiller_norm.data.image_reader import ImageOptions
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import DataError
 

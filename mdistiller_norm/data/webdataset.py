@@ -25,7 +25,7 @@ from torch import Tensor
 from mdistiller_norm.data.class_tree import EXTENSIONS, Files, ImageSplit, data_root
 from mdistiller_norm.data.decode import UNREADABLE
 from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset
-from mdistiller_norm.data.image_loader import ImageOptions
+from mdistiller_norm.data.image_reader import ImageOptions
 from mdistiller_norm.errors import DataError
 
 INDEX, CLASSES = "index.npz", "classes.txt"

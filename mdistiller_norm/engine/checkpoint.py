@@ -212,7 +212,7 @@ def find_teacher(
         epochs: of the student's schedule; a teacher trained here for fewer is in doubt. 0 if that does not matter.
 
     Raises:
-        CheckpointError: there is none; says what trains it.
+        CheckpointError: there is none, and this says what trains it; or see :func:`known_teacher`.
     """
     if weights.startswith(TORCHVISION):
         return published(weights.removeprefix(TORCHVISION))
@@ -220,6 +220,27 @@ def find_teacher(
         if not Path(weights).is_file():
             raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
         return TeacherFile(Path(weights), _stated_accuracy(Path(weights)))
+    if known := known_teacher(model, dataset):
+        return known
+    if trained := _trained_here(model, dataset, runs, epochs):
+        path, top1, length = trained
+        doubt = (
+            f"the teacher {path} trained for {length} of the {epochs} epochs that its student is to train: if another "
+            f"is meant, set DISTILLER.TEACHER_WEIGHTS or train it with `{train_command}`"
+        )
+        return TeacherFile(path, top1, doubt if length < epochs else "")
+    raise CheckpointError(
+        f"no weights for the teacher {model} on {dataset} in {MANIFEST}, {PEER_TEACHERS} or the runs of {runs}: set "
+        f"DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
+    )
+
+
+def known_teacher(model: str, dataset: str) -> TeacherFile | None:
+    """A teacher's weights from the manifest, or from mdistiller's download folder; None where neither has them.
+
+    Raises:
+        CheckpointError: the file of the manifest's entry is missing, or another one.
+    """
     for root in dict.fromkeys((Path(), PROJECT)):
         if (root / MANIFEST).is_file():
             for entry in read_manifest(root / MANIFEST):
@@ -234,17 +255,7 @@ def find_teacher(
         path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
         if dataset == "cifar100" and path.is_file():
             return TeacherFile(path)
-    if trained := _trained_here(model, dataset, runs, epochs):
-        path, top1, length = trained
-        doubt = (
-            f"the teacher {path} trained for {length} of the {epochs} epochs that its student is to train: if another "
-            f"is meant, set DISTILLER.TEACHER_WEIGHTS or train it with `{train_command}`"
-        )
-        return TeacherFile(path, top1, doubt if length < epochs else "")
-    raise CheckpointError(
-        f"no weights for the teacher {model} on {dataset} in {MANIFEST}, {PEER_TEACHERS} or the runs of {runs}: set "
-        f"DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
-    )
+    return None
 
 
 def published(name: str) -> TeacherFile:

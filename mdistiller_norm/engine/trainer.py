@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from mdistiller_norm.engine.logger import Record, RunLog
 from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Raw
+from mdistiller_norm.errors import NonFiniteLossError
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it, and everything is saved
@@ -138,6 +140,11 @@ class Trainer:
             trained = time.perf_counter() - start
             distributed.average_batch_norms(self.step.trainable)
             test = evaluate(self.step.trainable.student, self.test, self.step.trainable.autocast, self.run_test)
+            if not math.isfinite(test.loss):  # an update after the last loss that was looked at
+                raise NonFiniteLossError(
+                    f"the test loss became NaN or infinite after epoch {self.epoch}: training stopped, the last good "
+                    "checkpoint stays; a lower SOLVER.LR or SOLVER.PRECISION fp32 may help"
+                )
             self.seconds += time.perf_counter() - self._since
             record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
                 "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,

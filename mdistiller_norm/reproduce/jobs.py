@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,12 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
-from mdistiller_norm.builders import method_names, train_command
+from mdistiller_norm.builders import method_names
 from mdistiller_norm.config import Config, default_config, load_config
 from mdistiller_norm.distillers import DISTILLERS
-from mdistiller_norm.engine.checkpoint import PROJECT, find_teacher
+from mdistiller_norm.engine.checkpoint import PROJECT, known_teacher
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.tables import Cell, get_table, load_datasets
 from mdistiller_norm.run_folder import NEUTRAL, run_folder
@@ -249,17 +248,6 @@ def _job(
     )  # fmt: skip
 
 
-def _published_weights(model: str, config: Config) -> Path | None:
-    """Weights of a teacher that need no training here."""
-    try:
-        # No folder of runs: a teacher trained here is a job, not a find.
-        dataset = config.node.DATASET.TYPE
-        command = train_command(dataset, model)
-        return find_teacher(model, dataset, "", Path(os.devnull), command).path
-    except CheckpointError:
-        return None
-
-
 def make_plan(
     cells: Iterable[Cell], seeds: Sequence[int], *, output: Path, smoke: bool = False, extra: Sequence[str] = (),
     by_value: bool = False,
@@ -277,6 +265,7 @@ def make_plan(
 
     Raises:
         ConfigError: a config file or override is wrong.
+        CheckpointError: the manifest names weights that are missing, or others.
     """
     _check_extra(extra)
     common = (f"LOG.PREFIX={output}", *extra)
@@ -299,7 +288,8 @@ def make_plan(
         table, rank, weights, teacher = get_table(cell.table), queue_rank(cell), None, None
         teacher_config = table.teacher_config(cell.column)
         if (cell.is_teacher or method_names(config.node)) and not (smoke or table.own_teacher):
-            weights = _published_weights(cell.column.teacher, config)
+            known = known_teacher(cell.column.teacher, config.node.DATASET.TYPE)
+            weights = known.path if known else None
         if cell.is_teacher and weights:
             published.append(cell)
             continue
