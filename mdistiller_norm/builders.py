@@ -35,7 +35,7 @@ from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
 from mdistiller_norm.models import VARIANTS, build_model, probe
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Outputs
@@ -65,7 +65,7 @@ def build_device(cfg: Any) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"DEVICE {cfg.DEVICE!r} cannot be used here ({str(error).splitlines()[0]}): choose auto, cpu or cuda"
+            f"DEVICE {cfg.DEVICE!r} cannot be used here ({first_line(error)}): choose auto, cpu or cuda"
         ) from error
     if device.type == "cuda" and distributed.wanted().world > 1:
         raise ConfigError(f"DEVICE {cfg.DEVICE} puts all processes on one GPU: choose cuda, which gives each its own")

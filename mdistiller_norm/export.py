@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.builders import open_checkpoint
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
-from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import whole_file
 from mdistiller_norm.models import build_model
 from mdistiller_norm.models.base import Network
@@ -195,7 +195,7 @@ def _trace(module: nn.Module, about: dict[str, Any]) -> torch.export.ExportedPro
         return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
     # Whatever a network of a user's own does that cannot be traced.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ConfigError(f"{about['name']} cannot be traced ({reason}): --format state_dict needs no trace") from error
 
 
@@ -222,7 +222,7 @@ def _onnx(module: nn.Module, about: dict[str, Any]) -> bytes:
         cause: BaseException = error
         while cause.__cause__:  # the first one names the operation
             cause = cause.__cause__
-        reason = str(cause).strip().split("\n")[0]
+        reason = first_line(cause)
         raise ConfigError(f"{about['name']} has no form in ONNX ({reason}): choose --format pt2") from error
     assert program is not None
     for key, value in about.items():

@@ -28,7 +28,7 @@ from mdistiller_norm.builders import (
     placed,
 )
 from mdistiller_norm.config import Config, dump
-from mdistiller_norm.data import Dataset, EvalLoader, TrainLoader
+from mdistiller_norm.data import Dataset, EvalLoader, Share, TrainLoader
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import TeacherFile
@@ -162,13 +162,7 @@ def build_runs(
     dataset = dataset or build_dataset(cfg)
     taught_by = build_teacher(cfg, dataset) if method_names(cfg) else None
     networks = [_networks(config.node, dataset, taught_by) for config in configs]
-    if distributed.is_first():  # before the first of the folders is made
-        for config in configs:
-            refuse_to_overwrite(config, resume)
-    learners = []
-    for config, (student, distillers) in zip(configs, networks, strict=True):
-        label = f"[seed {initial_seed(config.node)}] " if len(configs) > 1 else ""
-        learners.append(_Learner(config, student, distillers, *open_folder(config, resume, share, label)))
+    learners = _open(configs, networks, resume, share)
 
     def say(text: str) -> None:
         for number, learner in enumerate(learners):
@@ -210,6 +204,20 @@ def _networks(
     """A student and its methods, as the seed of the initial weights has them."""
     student = build_student(cfg, dataset)
     return student, build_distillers(cfg, student, taught_by[0], dataset) if taught_by else {}
+
+
+def _open(
+    configs: Sequence[Config], networks: Sequence[tuple[Network, dict[str, Distiller]]], resume: bool, share: Share
+) -> list[_Learner]:
+    """The runs with their folders; none is made where one of them is refused."""
+    if distributed.is_first():
+        for config in configs:
+            refuse_to_overwrite(config, resume)
+    learners = []
+    for config, (student, distillers) in zip(configs, networks, strict=True):
+        label = f"[seed {initial_seed(config.node)}] " if len(configs) > 1 else ""
+        learners.append(_Learner(config, student, distillers, *open_folder(config, resume, share, label)))
+    return learners
 
 
 def _steps_left(learner: _Learner, loader: TrainLoader) -> int:

@@ -29,7 +29,7 @@ from yacs.config import CfgNode
 from mdistiller_norm.benchmark.timing import clock
 from mdistiller_norm.data import Split, TensorDataset
 from mdistiller_norm.engine.host import freed_memory_as_usual
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.models import build_model, probe
 
 PACKAGE = "mdistiller"
@@ -214,7 +214,7 @@ class Reference:
             with self._patched(), contextlib.suppress(_BlockDone):
                 self._trainer.train_epoch(1)
         except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(f"--against: a training step of the reference failed ({reason})") from error
         time.sleep(0.5)  # its workers fill their queue now, and not on the other side's time
         return self._block.seconds / steps

@@ -22,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.errors import CheckpointError, first_line
 from mdistiller_norm.files import whole_file
 
 # The harmless types that published checkpoints hold beside tensors.
@@ -86,10 +86,10 @@ def load(path: str | Path) -> Any:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise CheckpointError(f"{path} is broken or holds more than weights, and is not loaded ({reason})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): it may be cut off") from error
 
 
@@ -184,7 +184,7 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     try:
         entries = yaml.safe_load(path.read_text()) or []
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read as a manifest: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} cannot be read as a manifest: {first_line(error)}") from error
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict)
         and all(isinstance(entry.get(key), str) for key in ("file", "model", "dataset"))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdistiller_norm.errors import first_line
 from mdistiller_norm.types import Outputs
 
 # Steps below which compiling (half a minute to two) costs more than it saves.
@@ -61,10 +62,6 @@ def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], No
         with torch.no_grad():
             compiled(example)
     except Exception as error:  # a compiler can fail in any way, and the run does not depend on it
-        warn(f"the teacher could not be compiled ({_first_line(error)}): it runs uncompiled")
+        warn(f"the teacher could not be compiled ({first_line(error)}): it runs uncompiled")
         return module
     return compiled
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller_norm.data.plan import ALONE, Share
-from mdistiller_norm.errors import ConfigError, UserError
+from mdistiller_norm.errors import ConfigError, UserError, first_line
 
 ROLL_CALL = 5.0  # seconds that a process has to say that it is still there, after a collective failed
 _store: Store | None = None
@@ -95,7 +95,7 @@ def start(device: torch.device, timeout: int) -> Share:
             _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store)
         distributed.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"process {share.rank} of {share.world} could not find the others: {reason}") from error
     return share
 
@@ -202,7 +202,7 @@ def watched() -> Iterator[None]:
 def _roll_call(error: RuntimeError) -> str:
     """Who does not answer within a few seconds, all the others having failed at about the same time."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     missing = set(range(world)) - {rank}
     try:
         assert _store is not None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mdistiller_norm.data.base import Warn
 from mdistiller_norm.engine.teacher import Raw
+from mdistiller_norm.errors import first_line
 
 
 class Step(Protocol):
@@ -47,7 +48,7 @@ class _Recorder:
                 self._graphs[shapes] = self._record(inputs)
             except RuntimeError as error:
                 self._refused = True
-                self.warn(f"warning: no CUDA graph, recording one failed ({str(error).splitlines()[0]})")
+                self.warn(f"warning: no CUDA graph, recording one failed ({first_line(error)})")
         if shapes not in self._graphs:
             return self.function(*inputs)
         graph, static, outputs = self._graphs[shapes]

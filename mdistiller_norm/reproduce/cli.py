@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mdistiller_norm.arguments import ArgumentParser
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, first_line
 
 _LEDGER = "results"
 _SMOKE = "smoke"  # folder of the short schedule's runs and of its ledger, inside the output folder
@@ -40,7 +40,7 @@ def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             options[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--slurm {pair!r}: the value is not YAML ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"--slurm {pair!r}: the value is not YAML ({first_line(error)})") from error
     return options
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.reproduce.execution import Execution
 from mdistiller_norm.reproduce.jobs import Job
 from mdistiller_norm.reproduce.runner import Summary
@@ -76,7 +76,7 @@ def launch(
         executor.update_parameters(**defaults | dict(options))
         asked = dict(options.get("slurm_additional_parameters") or {})
     except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise ConfigError(f"submitit cannot use {cluster} ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"submitit cannot use {cluster} ({first_line(error)})") from error
     summary, submitted = Summary(), dict[tuple[str, int], Any]()
     for job in todo:
         teacher = submitted.get(job.teacher.key) if job.teacher else None
