@@ -233,8 +233,6 @@ def fastest(cfg: Any, step: Step, like: TrainStep, say: Say) -> Callable[..., No
         why = f"{' and '.join(slow)} waits for the host in every step"
     elif distributed.together():
         why = "several processes exchange gradients in it"
-    elif like.scaler is not None:
-        why = "SOLVER.PRECISION fp16 skips steps whose gradients overflow"
     elif not isinstance(like.loader, MemoryTrainLoader):
         why = "the images of this data set come from the host"
     if cfg.ENGINE.CUDA_GRAPH == "off" or why:

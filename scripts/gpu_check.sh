@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
-export PYTHONPATH=$PWD CUBLAS_WORKSPACE_CONFIG=:4096:8
-exec python tools/gpu_check.py --json gpu_check.json "$@"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} CUBLAS_WORKSPACE_CONFIG=:4096:8
+exec "$(command -v python || command -v python3)" tools/gpu_check.py --json gpu_check.json "$@"

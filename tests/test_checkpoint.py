@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from mdistiller_norm.engine import checkpoint
-from mdistiller_norm.engine.checkpoint import find_teacher, load, load_into, load_weights, save_atomically
+from mdistiller_norm.engine.checkpoint import Saver, find_teacher, load, load_into, load_weights, save_atomically
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.models import build_model
 
@@ -241,3 +241,30 @@ def test_of_the_teachers_trained_here_the_one_of_the_students_schedule_is_taken(
 def test_given_weights_that_are_not_there_are_named() -> None:
     with pytest.raises(CheckpointError, match=r"TEACHER_WEIGHTS: there is no file nowhere\.pth"):
         find("nowhere.pth")
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_saver_writes_what_was_there_when_it_was_asked(tmp_path: Path, background: bool) -> None:
+    saver, weights = Saver(tmp_path, background), torch.ones(3)
+    state = {"trainable": {"w": weights}, "rates": [0.1], "pair": (weights, "text")}
+    saver.save({"best.pt": state, "latest.pt": state})
+    weights.zero_()
+    saver.finish()
+    for name in ("best.pt", "latest.pt"):
+        read = load(tmp_path / name)
+        assert torch.equal(read["trainable"]["w"], torch.ones(3))
+        assert torch.equal(read["pair"][0], torch.ones(3))
+        assert (read["rates"], read["pair"][1]) == ([0.1], "text")
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_saver_says_what_it_could_not_write(tmp_path: Path, background: bool) -> None:
+    saver = Saver(tmp_path / "gone", background)
+
+    def save() -> None:
+        saver.save({"latest.pt": {}})
+        saver.finish()
+
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save()
+    saver.finish()  # said once

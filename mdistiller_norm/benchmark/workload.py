@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.benchmark.timing import Record, clock
@@ -26,7 +25,6 @@ from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import Run, build_run
-from mdistiller_norm.types import Batch, Outputs
 
 # Folders of configs/cifar100 that are not called as the method in lower case.
 _FOLDERS = {"NormKD_W_DKD": "dkd_normkd"}
@@ -187,7 +185,7 @@ class Ours:
         with torch.autocast(self.device.type, trainable.autocast, enabled=trainable.autocast is not None):
             student = trainable.student.outputs(batch.images)
         lap()
-        total = self._losses(student, taught, batch)
+        total = trainable.losses(student, batch, taught, step.factors).total
         lap()
         step.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
@@ -196,13 +194,6 @@ class Ours:
         lap()
         names = ("data", "teacher", "student", "loss", "backward", "optimizer")
         return {name: b - a for name, (a, b) in zip(names, pairwise(times), strict=True)}
-
-    def _losses(self, student: Outputs, taught: Outputs | None, batch: Batch) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):
-            student, *rest = (_in_float32(outputs) for outputs in (student, taught) if outputs is not None)
-            parts = [F.cross_entropy(student.logits, batch.targets)]
-            parts += [method(student, *rest, batch) for method in self.step.trainable.methods()]
-            return (torch.stack(parts) * self.step.factors).sum()
 
     def gflop(self) -> float:
         """Billions of floating-point operations a step with a live teacher, if any, counted while running one."""
@@ -224,13 +215,6 @@ class Ours:
     def extra_parameters(self) -> int:
         """Parameters that the methods add."""
         return sum(method.extra_parameters() for method in self.step.trainable.methods())
-
-
-def _in_float32(outputs: Outputs) -> Outputs:
-    logits, features, preacts, pooled = outputs
-    return Outputs(
-        logits.float(), tuple(f.float() for f in features), tuple(p.float() for p in preacts), pooled.float()
-    )
 
 
 def memory(config: Config, synthetic: int, steps: int) -> Record:

@@ -16,7 +16,11 @@ from mdistiller_norm.types import Batch, Outputs
 
 
 class Need(enum.IntEnum):
-    """How much of the teacher's outputs a method reads; what is not needed need not be computed or may be cached."""
+    """How much of the networks' outputs a method reads.
+
+    What no method needs of the teacher is not computed, or may be cached; what none needs of the student stays in the
+    precision of its pass.
+    """
 
     NOTHING = 0
     LOGITS = 1
@@ -51,7 +55,7 @@ class Distiller(nn.Module):
 
     Attributes:
         defaults: the method's config node with its default values (mdistiller's names).
-        need: what it reads of the teacher.
+        need: what it reads of the two networks.
         ce_weight: weight of the cross entropy.
         weight: weight of the distillation loss.
         teacher_in_train_mode: run the teacher with batch statistics, as OFD's reference does.

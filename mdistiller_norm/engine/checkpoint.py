@@ -12,6 +12,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -71,6 +72,56 @@ def save_atomically(content: Any, path: Path) -> None:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} could not be written ({error}); the one before it is intact") from error
+
+
+class Saver:
+    """Writes the checkpoints of a folder, in the order they are given.
+
+    Args:
+        folder: exists.
+        background: in a thread of its own, from a copy in the host's memory, so that training goes on meanwhile. For
+            what lies on a GPU: on the CPU the thread would take a core from the training.
+    """
+
+    def __init__(self, folder: Path, background: bool) -> None:
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(1, "checkpoints") if background else None
+        self._pending: Future[None] | None = None
+
+    def save(self, files: Mapping[str, Any]) -> None:
+        """Write contents by file name, once those before are written.
+
+        Raises:
+            CheckpointError: one could not be written, of these or of those before.
+        """
+        self.finish()
+        if not self._thread:
+            self._write(files)
+            return
+        distinct = {id(content): content for content in files.values()}
+        copies = {key: _on_host(content) for key, content in distinct.items()}
+        self._pending = self._thread.submit(self._write, {name: copies[id(content)] for name, content in files.items()})
+
+    def finish(self) -> None:
+        """Wait until everything is written; raises as :meth:`save`."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _write(self, files: Mapping[str, Any]) -> None:
+        for name, content in files.items():
+            save_atomically(content, self.folder / name)
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of a nest of dictionaries, lists and tuples, its tensors in the host's memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _on_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_host(item) for item in value)
+    return value
 
 
 def load(path: str | Path) -> Any:

@@ -132,8 +132,11 @@ class CachedTeacher:
 
     def rows_of(self, raws: Iterable[Raw]) -> Tensor:
         """The table's rows for the samples of all batches, on the device."""
-        named = [raw[0] * self._views + raw[1] for raw in raws]
-        return torch.cat(named) if named else torch.empty(0, dtype=torch.int64)
+        named = list(raws)
+        if not named:
+            return torch.empty(0, dtype=torch.int64)
+        indices, views = (torch.cat([raw[part] for raw in named]) for part in (0, 1))
+        return indices * self._views + views
 
     def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         """See :class:`Teacher`: adds the batch's rows, ``[B, width]`` float32."""
@@ -171,7 +174,10 @@ class CachedTeacher:
         with tqdm(total=len(rows), desc="teacher cache", leave=False, mininterval=0.5, disable=None) as bar:
             for first in range(0, len(rows), group):
                 part = rows[first : first + group]
-                self._compute(self.table.missing(part))
+                if self.device_rows:
+                    self._bring(self.device_rows.absent(part))
+                else:
+                    self._compute(self.table.missing(part))
                 bar.update(len(part))
                 yield
         self._written()
@@ -193,20 +199,25 @@ class CachedTeacher:
     def _values(self, rows: Array, on_device: Tensor) -> Tensor:
         """The table's ``[n, width]`` float32 on the teacher's device; what is not there yet is computed."""
         self._asked += len(rows)
-        wanted = np.unique(rows)
         if self.device_rows:
-            wanted = self.device_rows.absent(wanted)
-        missing = self.table.missing(wanted)
-        computed = self._compute(missing)
-        if self.device_rows:
-            self.device_rows.put(missing, computed)
-            self.device_rows.bring(self.device_rows.absent(wanted))
+            self._bring(self.device_rows.absent(np.unique(rows)))
             return self.device_rows.read(on_device)
+        missing = self.table.missing(rows)
+        computed = self._compute(missing)
         values = self.table.read(rows)
         if len(missing):  # written by now or not
             there = np.searchsorted(missing, rows).clip(max=len(missing) - 1)
             values = np.where((missing[there] == rows)[:, None], computed.cpu().numpy()[there], values)
         return to_device(values.astype(np.float32, copy=False), on_device.device)
+
+    def _bring(self, rows: Array) -> None:
+        """Have these rows on the device: the table's, and for the rest what the teacher says."""
+        assert self.device_rows
+        if not len(rows):
+            return
+        missing = self.table.missing(rows)
+        self.device_rows.put(missing, self._compute(missing))
+        self.device_rows.bring(self.device_rows.absent(rows))
 
     def _compute(self, rows: Array) -> Tensor:
         """What the teacher says of these rows, in batches of one size; the table will have it soon."""

@@ -64,20 +64,30 @@ class Trainable(nn.Module):
         """
         with torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None):
             student = self.student.outputs(batch.images)
+        return self.losses(student, batch, teacher, factors)
+
+    def losses(self, student: Outputs, batch: Batch, teacher: Outputs | None, factors: Tensor) -> Losses:
+        """All losses of what the student said.
+
+        Args:
+            student: its outputs for the batch.
+            batch: see :meth:`forward`, as the next two.
+            teacher: the teacher's outputs.
+            factors: ``[1 + distillers]``.
+        """
         with torch.autocast(batch.images.device.type, enabled=False):
-            student = _at_least_float32(student)
+            student = _at_least_float32(student, self.need)
             parts = [F.cross_entropy(student.logits, batch.targets)]
             if teacher is not None:
-                teacher = _at_least_float32(teacher)
+                teacher = _at_least_float32(teacher, self.need)
                 parts += [method(student, teacher, batch) for method in self.methods()]
             weighted = torch.stack(parts) * factors
         return Losses(weighted.sum(), weighted, student.logits.detach())
 
 
-def _at_least_float32(outputs: Outputs) -> Outputs:
-    return Outputs(
-        at_least_float32(outputs.logits),
-        tuple(at_least_float32(feature) for feature in outputs.features),
-        tuple(at_least_float32(preact) for preact in outputs.preacts),
-        at_least_float32(outputs.pooled),
-    )
+def _at_least_float32(outputs: Outputs, need: Need) -> Outputs:
+    """The outputs for the losses; maps that none of them reads stay as they are: converting them takes time."""
+    logits, features, preacts, pooled = outputs
+    if need >= Need.MAPS:
+        features, preacts = (tuple(at_least_float32(each) for each in maps) for maps in (features, preacts))
+    return Outputs(at_least_float32(logits), features, preacts, at_least_float32(pooled))

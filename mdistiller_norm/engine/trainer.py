@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import save_atomically
+from mdistiller_norm.engine.checkpoint import Saver
 from mdistiller_norm.engine.evaluate import Evaluation, evaluate
 from mdistiller_norm.engine.host import keep_freed_memory
 from mdistiller_norm.engine.logger import Record, RunLog
@@ -82,6 +82,7 @@ class Trainer:
         self.save_every, self.log_every, self.checkpoint_steps = save_every, log_every, checkpoint_steps
         self.ahead, self.run_step, self.run_test = ahead, run_step or step, run_test
         self.show_progress = show_progress
+        self._saver = Saver(folder, background=step.factors.is_cuda)
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0  # where training goes on
         self.best: Record = {}
         self.last: Record = {}
@@ -125,6 +126,12 @@ class Trainer:
             NonFiniteLossError: see :meth:`fit`.
         """
         keep_freed_memory()
+        try:
+            yield from self._all_turns()
+        finally:
+            self._saver.finish()
+
+    def _all_turns(self) -> Iterator[None]:
         while self.epoch <= self.epochs:
             start = self._since = time.perf_counter()
             lr = self.schedule(self.epoch)
@@ -214,14 +221,11 @@ class Trainer:
         self.step.meters.reset()
         state = self.state()
         student = {"model": self.step.trainable.student.state_dict(), "about": self.about | summary}
-        if improved:
-            self._write(state, "best.pt")
-            self._write(student, "student_best.pt")
+        files = {"best.pt": state, "student_best.pt": student} if improved else {}
         if finished % self.save_every == 0:
-            self._write(student, f"student_{finished}.pt")
-        self._write(student, "student_last.pt")
-        # Last: whatever a crash cuts off above is done again from here.
-        self._write(state, "latest.pt")
+            files[f"student_{finished}.pt"] = student
+        # latest.pt last: whatever a crash cuts off before it is done again from there.
+        self._write(files | {"student_last.pt": student, "latest.pt": state})
 
     def _save_latest(self) -> None:
         """Save the state in mid-epoch."""
@@ -229,12 +233,12 @@ class Trainer:
         distributed.average_batch_norms(self.step.trainable)
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
-        self._write(self.state(), "latest.pt")
+        self._write({"latest.pt": self.state()})
 
-    def _write(self, content: dict[str, Any], name: str) -> None:
-        """Write a file of the run folder, once for all processes; they need not wait for it."""
+    def _write(self, files: dict[str, Record]) -> None:
+        """Write files of the run folder, once for all processes; they need not wait for it."""
         if distributed.is_first():
-            save_atomically(content, self.folder / name)
+            self._saver.save(files)
 
     def state(self) -> dict[str, Any]:
         """Everything that training goes on from; no teacher inside, loadable with ``weights_only``.
