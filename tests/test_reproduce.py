@@ -18,7 +18,7 @@ from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.errors import ConfigError, UserError
 from mdistiller_norm.reproduce.cli import parse_duration, reproduce_main
 from mdistiller_norm.reproduce.commands import select_cells
-from mdistiller_norm.reproduce.estimate import trial_rate
+from mdistiller_norm.reproduce.estimate import Estimator, trial_rate, trial_seconds
 from mdistiller_norm.reproduce.jobs import (
     cell_command,
     cell_config,
@@ -207,6 +207,44 @@ def test_the_cost_counts_operations() -> None:
 def test_a_trial_is_made_in_the_precision_that_a_run_would_have() -> None:
     cpu = torch.device("cpu")  # which trains in fp32 where fp16 is asked for
     assert trial_rate(cpu, "fp16") > 0.2 * trial_rate(cpu, "fp32")
+
+
+def test_a_trial_of_networks_knows_large_from_small_and_training_from_a_pass() -> None:
+    cpu = torch.device("cpu")
+    seconds = [
+        trial_seconds(name, "cifar100", "fp32", trained, cpu)
+        for name, trained in (("resnet8", False), ("resnet8", True), ("resnet56", True))
+    ]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    with pytest.raises(ConfigError, match="of_a_plugin"):
+        trial_seconds("of_a_plugin", "cifar100", "fp32", True, cpu)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_an_estimate_tries_the_networks(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: its estimates cannot be made here")
+    job = make_plan(TABLES["2"].select(["kd"], ["res56_res20"]), [0], output=tmp_path).jobs[-1]
+    estimate = Estimator([], torch.device("cuda")).of(job)
+    assert estimate.source == "a short trial of its networks"
+    assert 60 < estimate.seconds < 36000
+
+
+def test_config_keys_behind_a_list_are_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--results", str(tmp_path), "--output", str(tmp_path)]
+    for words in (
+        ["--table", "digits", "--methods", "student", "--seeds", "0", "1", "SOLVER.PRECISION", "bf16", "--dry-run"],
+        ["SOLVER.PRECISION=bf16", "--seeds", "0", "1", "--methods", "student", "--dry-run", "--table", "digits"],
+        ["--dry-run", "--seeds", "0", "1", "--table", "digits", "--methods", "student", "SOLVER.PRECISION=bf16"],
+    ):
+        assert reproduce_main([*where, *words]) == 0
+        printed = capsys.readouterr().out
+        assert "2 runs: 0 done, 2 to run" in printed
+        assert "bf16 pace" in printed
+    with pytest.raises(ConfigError, match=r"unknown key SOLVER\.PRECISON: did you mean SOLVER\.PRECISION"):
+        reproduce_main([*where, "--table", "digits", "--seeds", "0", "SOLVER.PRECISON", "bf16", "--dry-run"])
+    with pytest.raises(ConfigError, match="invalid int value: 'kd'"):
+        reproduce_main([*where, "--table", "digits", "--seeds", "0", "kd", "--dry-run"])
 
 
 def test_durations() -> None:

@@ -44,6 +44,29 @@ def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse, with config keys behind a list option's values as overrides: ``--seeds 0 1 SOLVER.PRECISION bf16``."""
+    from mdistiller_norm.config import default_config
+
+    lists = {name for action in parser._actions if action.nargs == "+" for name in action.option_strings}
+    key = re.compile(rf"(?:{'|'.join(default_config())})(?:\.[\w.]*)?(?:=.*)?", re.DOTALL)
+    kept: list[str] = []
+    overrides: list[str] = []
+    in_list, into = False, kept
+    for place, word in enumerate(arguments):
+        if word == "--":
+            kept += arguments[place:]
+            break
+        if word.startswith("-") and not re.fullmatch(r"-[\d.]+", word):
+            in_list, into = word in lists, kept
+        elif in_list and key.fullmatch(word):
+            into = overrides
+        into.append(word)
+    options = parser.parse_intermixed_args(kept)
+    options.overrides += overrides
+    return options
+
+
 def _reproduce_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="tools/reproduce.py", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -88,7 +111,7 @@ def _reproduce_parser() -> ArgumentParser:
 
 def reproduce_main(arguments: Sequence[str]) -> int:
     """``tools/reproduce.py``."""
-    options = _reproduce_parser().parse_intermixed_args(arguments)
+    options = _parse(_reproduce_parser(), arguments)
     output = Path(options.output, _SMOKE) if options.smoke else Path(options.output)
     results = Path(options.results) if options.results else output / "results" if options.smoke else Path(_LEDGER)
 

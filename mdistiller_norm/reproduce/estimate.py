@@ -1,4 +1,4 @@
-"""How long a run will take: by its own pace, by finished runs of the same networks, or by its operations."""
+"""How long a run will take: by its own pace, by finished runs, by trying its networks, or by its operations."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller_norm.builders import build_precision
 from mdistiller_norm.config import default_config
+from mdistiller_norm.engine.graph import CapturedStep
 from mdistiller_norm.engine.logger import environment, read_metrics
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.jobs import Job, Pace, cost, forward_flops, pace_of
 from mdistiller_norm.reproduce.ledger import Entry
+from mdistiller_norm.reproduce.tables import load_datasets
 
 _START = 5.0  # seconds to import PyTorch, read the data and check the teacher
+_BATCH = 64  # images of a step in a trial
 _LARGE = 5e12  # operations of a run that is long enough to show a device's throughput
 
 
@@ -56,6 +61,7 @@ class Estimator:
                 rate = operations / record["seconds"]
                 self._rates[pace.precision] = max(rate, self._rates.get(pace.precision, 0.0))
         self._measured_rates = set(self._rates)
+        self._trials: dict[tuple[str, str, str, bool], float] = {}
 
     def of(self, job: Job) -> Estimate:
         """The time that a job has still to go."""
@@ -69,15 +75,34 @@ class Estimator:
         alike = self._alike.get(job.pace)
         if alike:
             return Estimate(_START + left * statistics.median(alike), "finished runs of the same networks")
+        if self.device.type == "cuda" and (tried := self._tried(job.pace)):
+            # On GPUs each process has one of its own; on the processor they share the cores that one would use.
+            return Estimate(_START + left * tried / self.processes, "a short trial of its networks")
         precision = job.pace.precision
         if precision not in self._rates:
-            # On GPUs each process has one of its own; on the processor they share the cores that one would use.
-            self._rates[precision] = trial_rate(self.device, precision) * (
-                self.processes if self.device.type == "cuda" else 1
-            )
+            self._rates[precision] = trial_rate(self.device, precision)
         where = "finished runs" if precision in self._measured_rates else "a short trial"
         source = f"operations counted, at the {precision} pace of {where}"
         return Estimate(_START + left / job.epochs * job.cost / self._rates[precision], source)
+
+    def _tried(self, pace: Pace) -> float:
+        """Seconds of an epoch, student's steps and teacher's passes; 0 where the networks or the data are not known.
+
+        A GPU's time depends on the number of layers more than on operations: another network's pace says little.
+        """
+        facts = load_datasets().get(pace.dataset)
+        try:
+            networks = [(pace.student, True), (pace.teacher, False)] if facts else []
+            seconds = [self._trial(name, pace, trained) for name, trained in networks if name]
+        except (ConfigError, RuntimeError):  # a network of a plugin; or no memory for it
+            return 0.0
+        return sum(seconds) * facts.images / _BATCH if facts else 0.0
+
+    def _trial(self, name: str, pace: Pace, trained: bool) -> float:
+        key = (name, pace.dataset, pace.precision, trained)
+        if key not in self._trials:
+            self._trials[key] = trial_seconds(name, pace.dataset, pace.precision, trained, self.device)
+        return self._trials[key]
 
     def total(self, jobs: Sequence[Job]) -> Estimate:
         """All of them one after another; the sources with their counts, the most frequent first."""
@@ -87,32 +112,73 @@ class Estimator:
         return Estimate(sum(estimate.seconds for estimate in estimates), sources)
 
 
+class _Trial:
+    """Passes of a network on random images, as a step that can be captured."""
+
+    def __init__(self, name: str, dataset: str, precision: str, trained: bool, device: torch.device) -> None:
+        facts = load_datasets()[dataset]
+        network = build_model(name, facts.classes, variant=facts.variant).train(trained)
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shape = (_BATCH, 3, facts.size, facts.size)
+        self.images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+        self.targets = torch.zeros(_BATCH, dtype=torch.int64, device=device)
+        cfg = default_config()
+        cfg.SOLVER.PRECISION = precision
+        self.dtype, _ = build_precision(cfg, device)  # as a run would have it
+        self.trained, self.device = trained, device
+
+    def __call__(self, *raw: Tensor) -> None:
+        (images,) = raw
+        self.network.zero_grad(set_to_none=True)
+        cast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+        with cast, torch.set_grad_enabled(self.trained):
+            loss = F.cross_entropy(self.network(images), self.targets)
+        if self.trained:
+            torch.autograd.backward(loss)
+
+    def held(self) -> list[Tensor]:
+        return list(self.network.buffers())
+
+    def seconds(self, at_least: int, at_most: int) -> float:
+        """Of the fastest tenth of the passes: what else the machine does at this moment slows the others."""
+        step = CapturedStep(self, lambda _: None) if self.device.type == "cuda" else self
+        taken: list[float] = []
+        end = time.perf_counter() + 2
+        while len(taken) < at_least or (time.perf_counter() < end and len(taken) < at_most):
+            start = time.perf_counter()
+            step(self.images)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            taken.append(time.perf_counter() - start)
+        return statistics.fmean(sorted(taken)[: max(len(taken) // 10, 1)])
+
+
+def trial_seconds(name: str, dataset: str, precision: str, trained: bool, device: torch.device) -> float:
+    """Seconds that a network takes for a batch of 64 images.
+
+    Args:
+        name: of the network.
+        dataset: ``DATASET.TYPE``, of a table.
+        precision: ``SOLVER.PRECISION``; what the device has no fast kernels for is tried in fp32, as it is trained.
+        trained: forward and backward, as a student; or forward only, as a teacher.
+        device: to be tried.
+
+    Raises:
+        ConfigError: there is no such network.
+        RuntimeError: the device has no room for it.
+    """
+    return _Trial(name, dataset, precision, trained, device).seconds(5, 50)
+
+
 def trial_rate(device: torch.device, precision: str) -> float:
     """Floating-point operations a second in the fastest steps of training a resnet20 on random images.
 
     Args:
         device: to be tried.
-        precision: ``SOLVER.PRECISION``; what the device has no fast kernels for is tried in fp32, as it is trained.
+        precision: see :func:`trial_seconds`.
     """
-    network = build_model("resnet20", 100).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(64, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    targets = torch.zeros(64, dtype=torch.int64, device=device)
-    cfg = default_config()
-    cfg.SOLVER.PRECISION = precision
-    dtype, _ = build_precision(cfg, device)  # as a run would have it
-    steps: list[float] = []
-    end = time.perf_counter() + 2
-    while len(steps) < 5 or (time.perf_counter() < end and len(steps) < 200):
-        start = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss = F.cross_entropy(network(images), targets)
-        torch.autograd.backward(loss)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        steps.append(time.perf_counter() - start)
-    # The fastest tenth: what else the machine does at this moment slows the others.
-    fastest = statistics.fmean(sorted(steps)[: max(len(steps) // 10, 1)])
-    return 3 * 64 * forward_flops("resnet20", "cifar100") / fastest
+    seconds = _Trial("resnet20", "cifar100", precision, True, device).seconds(5, 200)
+    return 3 * _BATCH * forward_flops("resnet20", "cifar100") / seconds
 
 
 def clock(seconds: float) -> str:
