@@ -309,8 +309,11 @@ def _check(setting: Setting, default: Any) -> Any:
     if key == "DISTILLER.TYPE":
         _check_types(result, where)
     rule = _RULES.get(key)
-    if rule is not None and not rule.holds(result):
-        raise ConfigError(f"{where}: {key}{meaning} must be {rule.text}, not {value!r}")
+    wanted = rule.text if rule is not None and not rule.holds(result) else ""
+    if type(result) is int and abs(result) >= 2**63:
+        wanted = wanted or "between -2**63 and 2**63, as a tensor's integers are"
+    if wanted:
+        raise ConfigError(f"{where}: {key}{meaning} must be {wanted}, not {value!r}")
     return result
 
 

@@ -386,6 +386,8 @@ def test_override_errors():
         ("SOLVER: {LR_DECAY_STAGES: [-1]}", "SOLVER.LR_DECAY_STAGES", "counted from 1, not [-1]"),
         ("SOLVER: {TRIALS: 99999999999}", "SOLVER.TRIALS", "must be in 1 .. 1000, not 99999999999"),
         ("SOLVER: {INIT_SEED: 9223372036854775808}", "SOLVER.INIT_SEED", "must be a seed below 2**63, or -1, not"),
+        ("SOLVER: {EPOCHS: 9223372036854775808}", "SOLVER.EPOCHS", "must be between -2**63 and 2**63, as a tensor's"),
+        ("CRD: {NCE: {K: 99999999999999999999}}", "CRD.NCE.K", "must be between -2**63 and 2**63, as a tensor's"),
         ("SEED: 99999999999999999999", "SEED", "must be zero or positive, and below 2**63, not 99999999999999999999"),
         ("EXPERIMENT: {NAME: ../../evil}", "EXPERIMENT.NAME", "the name of one folder, without /, not '../../evil'"),
         ("EXPERIMENT: {NAME: ..}", "EXPERIMENT.NAME", "must be the name of one folder, without /, not '..'"),

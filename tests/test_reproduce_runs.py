@@ -446,6 +446,8 @@ def test_broken_and_edited_files_are_named_and_left_out(output: Path) -> None:
     no_epochs = record["config"]["SOLVER"] | {"EPOCHS": 0}
     empty = {name: [] for name in record["metrics"]}
     case("none", changed(epochs=0, metrics=empty, config=record["config"] | {"SOLVER": no_epochs}), "malformed")
+    held_out = record["config"] | {"DATASET": record["config"]["DATASET"] | {"VAL_SPLIT": "x"}}
+    case("held out", changed(config=held_out), "config.DATASET.VAL_SPLIT is 'x', of the wrong type")
     case("type", changed(seed="0"), "seed is '0', of the wrong type")
     case("future", changed(format=2), "format 2")
     case("flattered", changed(best=record["best"] | {"top1": 99.9}), "best top1 99.9 differs")

@@ -77,8 +77,8 @@ class RKD(Distiller):
     """Distance-wise and angle-wise relations of the pooled features."""
 
     defaults = {
-        "DISTANCE_WEIGHT": 25,
-        "ANGLE_WEIGHT": 50,
+        "DISTANCE_WEIGHT": 25.0,
+        "ANGLE_WEIGHT": 50.0,
         "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
         "PDIST": {"EPSILON": 1e-12, "SQUARED": False},
     }

@@ -150,6 +150,9 @@ def check(record: Any) -> None:
         return
     if record["teacher"]:
         _check_types(record, _TAUGHT)
+    held_out = record["config"]["DATASET"].get("VAL_SPLIT", 0)  # older records do not know the key
+    if not isinstance(held_out, int | float):
+        raise DataError(f"config.DATASET.VAL_SPLIT is {held_out!r}, of the wrong type")
     metrics, epochs = record["metrics"], record["epochs"]
     if epochs != record["config"]["SOLVER"]["EPOCHS"]:
         raise DataError(f"epochs {epochs} differs from SOLVER.EPOCHS {record['config']['SOLVER']['EPOCHS']}")
