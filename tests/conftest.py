@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs but from tests that are asked for by ``-m cuda``: the others say what a run on the CPU does."""
+    if "cuda" not in config.getoption("-m"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def unpacked(name: str, marker: str) -> Path:
     """The data folder with a data set in it, unpacked from beside the checkout where it is not there yet; or a skip."""
     root = Path(os.environ.get("MDISTILLER_NORM_DATA", ROOT / "data"))

@@ -145,7 +145,7 @@ def test_batches_decoded_on_the_device_are_those_of_the_workers(tree: Path, work
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be decoded on one")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or not asked for by -m cuda")
 def test_batches_decoded_on_a_gpu_are_close_to_those_of_the_workers(tree: Path) -> None:
     usual, _ = batches(tree, "cpu")
     decoded, _ = batches(tree, "cuda", torch.device("cuda"))

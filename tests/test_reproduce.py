@@ -223,7 +223,7 @@ def test_a_trial_of_networks_knows_large_from_small_and_training_from_a_pass() -
 @pytest.mark.cuda
 def test_on_a_gpu_an_estimate_tries_the_networks(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: its estimates cannot be made here")
+        pytest.skip("no CUDA device, or not asked for by -m cuda")
     job = make_plan(TABLES["2"].select(["kd"], ["res56_res20"]), [0], output=tmp_path).jobs[-1]
     estimate = Estimator([], torch.device("cuda")).of(job)
     assert estimate.source == "a short trial of its networks"

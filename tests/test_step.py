@@ -148,7 +148,7 @@ def test_everything_a_step_changes_can_be_put_back(tmp_path: Path, teacher: str,
 
 def test_the_gpu_check_says_when_there_is_no_gpu() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU: the next test runs the check")
+        pytest.skip("there is a GPU, and -m cuda: the next test runs the check")
     assert_user_error(tool("gpu_check", check=False), "no CUDA device")
 
 
@@ -166,7 +166,7 @@ def test_kernels_are_the_fastest_or_those_that_repeat_their_bits() -> None:
 @pytest.mark.cuda
 def test_captured_steps_are_eager_steps() -> None:
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: captured and eager steps cannot be compared here")
+        pytest.skip("no CUDA device, or not asked for by -m cuda")
     done = subprocess.run(["bash", "scripts/gpu_check.sh", "--steps", "50"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout

@@ -828,7 +828,7 @@ def test_networks_without_stages_are_a_config_error(name: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or not asked for by -m cuda")
 @pytest.mark.parametrize("name", [name for name in FEATURE + LOGIT if name != "KDSVD"])
 def test_step_replays_as_a_cuda_graph(name: str) -> None:
     pair = small_pair()
