@@ -39,9 +39,8 @@ def std(logits: Tensor) -> Tensor:
     # Subtracting the maximum first is exact for a constant row at any magnitude, and well conditioned for the others.
     shifted = logits - logits.amax(1, keepdim=True).detach()
     variance = shifted.var(1, keepdim=True)
-    usable = variance > FLOOR**2
-    # The square root's slope is infinite at 0: it must not see a zero, not even in the branch that is dropped.
-    return torch.where(usable, variance.where(usable, torch.ones_like(variance)).sqrt(), torch.zeros_like(variance))
+    # The square root's slope is infinite at 0: it must not see a zero, not even where the result is dropped.
+    return variance.clamp_min(FLOOR**2).sqrt() * (variance > FLOOR**2)
 
 
 @STATISTICS.register("max")
@@ -115,8 +114,11 @@ class Temperature:
         if student_logits.ndim != 2 or student_logits.shape[1] < 2:
             shape = tuple(student_logits.shape)
             raise ValueError(f"logits must be [batch, classes] with at least 2 classes, not {shape}")
-        student, _ = self._divide(student_logits)
-        teacher, statistic = self._divide(teacher_logits)
+        # Both sides at once: on a GPU the time of such small tensors is the number of operations.
+        divided, statistics = self._divide(torch.cat([student_logits, teacher_logits]))
+        (student, teacher), statistic = divided.chunk(2), statistics.chunk(2)[1]
+        if not teacher_logits.requires_grad:
+            teacher, statistic = teacher.detach(), statistic.detach()
         weight = max(self.scales) * (statistic if self.compensate else torch.ones_like(statistic))
         return Softened(student, teacher, (weight**2).squeeze(1))
 

@@ -62,11 +62,11 @@ class TrainMeters(nn.Module):
         parts = losses.parts.detach()
         self.step += new_step
         if counted:
-            self.sums += parts * len(targets)
+            self.sums.add_(parts, alpha=len(targets))
             self.correct += (losses.logits.argmax(1) == targets).sum()
             self.samples += len(targets)
-        news = ~parts.isfinite() & (self.first_bad < 0)
-        self.first_bad.copy_(torch.where(news, self.step, self.first_bad))
+        news = (parts - parts != 0) & (self.first_bad < 0)  # NaN and infinity less themselves are NaN
+        torch.where(news, self.step, self.first_bad, out=self.first_bad)
 
     def reset(self) -> None:
         """Forget everything: a new epoch."""
