@@ -57,7 +57,7 @@ def _refuse(text: str) -> int:
     """Say what is wrong, once where several processes found the same; the exit code."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # the first process speaks, and torchrun ends the others; unless it is this one's trouble alone
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {' '.join(text.splitlines())}", file=sys.stderr)  # a name that was given may hold several lines
     return 2
 
 

@@ -428,6 +428,7 @@ def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     student = tool("train", "--cfg", cfg, "DISTILLER.STUDENT", "resnet21", "LOG.PREFIX", tmp_path, check=False)
     assert_user_error(student, "resnet21", "resnet20")
     assert_user_error(tool("eval", "-c", tmp_path / "none.pt", check=False), "none.pt")
+    assert_user_error(tool("eval", "-c", tmp_path / "two\nlines.pt", check=False), "two lines.pt")
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     assert_user_error(tool("eval", "-c", tmp_path / "broken.pt", check=False), "broken.pt")
     told = tool("train", "SOLVER.LR", "1", check=False)
