@@ -6,9 +6,12 @@ Who a process is comes from the environment: ``RANK``, ``WORLD_SIZE``, ``LOCAL_R
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import inspect
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -140,8 +143,23 @@ def _reduced(tensor: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tenso
     if not together():
         return tensor
     tensor = tensor.clone()
+    _recent.append(tensor)
     distributed.all_reduce(tensor, operation)
     return tensor
+
+
+# The tensors of the latest collectives.
+_recent: deque[Tensor] = deque(maxlen=8)
+
+
+@atexit.register
+def _never_free_the_recent() -> None:
+    """Gloo's thread gives a collective's tensor back some time after it is done.
+
+    If that is the last reference and the interpreter is ending meanwhile, the process aborts: it must not be the last.
+    """
+    for tensor in _recent:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
 
 
 @torch.no_grad()
