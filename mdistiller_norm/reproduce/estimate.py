@@ -92,12 +92,14 @@ class Estimator:
         A GPU's time depends on the number of layers more than on operations: another network's pace says little.
         """
         facts = load_datasets().get(pace.dataset)
+        if not facts:
+            return 0.0
         try:
-            networks = [(pace.student, True), (pace.teacher, False)] if facts else []
-            seconds = [self._trial(name, pace, trained) for name, trained in networks if name]
+            seconds = self._trial(pace.student, pace, trained=True)
+            seconds += self._trial(pace.teacher, pace, trained=False) if pace.teacher else 0.0
         except (ConfigError, RuntimeError):  # a network of a plugin; or no memory for it
             return 0.0
-        return sum(seconds) * facts.images / _BATCH if facts else 0.0
+        return seconds * facts.images / _BATCH
 
     def _trial(self, name: str, pace: Pace, trained: bool) -> float:
         key = (name, pace.dataset, pace.precision, trained)
