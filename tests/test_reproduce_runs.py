@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
@@ -363,6 +364,13 @@ def test_estimates_prefer_what_was_measured(output: Path) -> None:
     begun.folder.mkdir()
     (begun.folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 100.0}\n')
     assert estimator.of(begun) == (start + 100, "its own pace so far")
+    (begun.folder / "metrics.jsonl").write_text(
+        "".join(f'{{"epoch": {epoch + 1}, "seconds": {1000.0 + 10 * epoch}}}\n' for epoch in range(4))
+    )
+    assert estimator.of(begun)._replace(source="") == (start, ""), "no epoch is left"
+    longer = dataclasses.replace(begun, epochs=24)
+    assert estimator.of(longer).seconds == start + 20 * 10, "one slow epoch does not count"
+    (begun.folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 100.0}\n')
     damaged = job("kd", 2)
     damaged.folder.mkdir()
     (damaged.folder / "metrics.jsonl").write_text('{"epoch": 1}\n')

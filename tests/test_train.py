@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from mdistiller_norm.config import load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS
-from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.checkpoint import load, save_atomically
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.trainer import Interrupted
@@ -282,6 +283,16 @@ def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "distill" / "run" / "latest.pt").read_bytes() == before
     again = train(config(tmp_path, "run", epochs=1), resume=True)
     assert again["last"]["epoch"] == 1
+
+
+def test_the_time_left_is_judged_by_the_last_epochs(
+    tmp_path: Path, few: TensorDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_few(few, tmp_path, "run", epochs=1)
+    latest = tmp_path / "distill" / "run" / "latest.pt"
+    save_atomically(load(latest) | {"seconds": 1e6}, latest)  # as if the first epoch had been on a slow machine
+    fit_few(few, tmp_path, "run", epochs=3, resume=True)
+    assert re.search(r"epoch 2/3: .*ETA 0:0", capsys.readouterr().out)
 
 
 def test_resuming_loses_no_line_of_damaged_metrics(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +91,7 @@ class Trainer:
         self._asked = self._stop = 0  # the signal that came; and the one that all processes know of
         self._since = time.perf_counter()  # what of the epoch's time is not yet in seconds
         self._waited = 0.0  # for the data of the epoch
+        self._paces: deque[float] = deque(maxlen=9)  # seconds of the last epochs
         self._batches: Iterator[Raw] = iter(())  # of the epoch, from a step on
         self._place = (0, 0)  # epoch and step (counted from 0) of the next of them
 
@@ -137,7 +140,7 @@ class Trainer:
             lr = self.schedule(self.epoch)
             set_learning_rate(self.step.optimizer.param_groups, lr)
             self.step.begin_epoch(self.epoch, self.seed)
-            fresh = 1 - self.steps_done / self.step.loader.steps  # the part of the epoch that is run now
+            before, fresh = self.seconds, 1 - self.steps_done / self.step.loader.steps  # the part that is run now
             self._waited = 0.0
             yield from self._epoch_turns()
             if self._stop and self.steps_done < self.step.loader.steps:
@@ -153,6 +156,7 @@ class Trainer:
                     "checkpoint stays; a lower SOLVER.LR or SOLVER.PRECISION fp32 may help"
                 )
             self.seconds += time.perf_counter() - self._since
+            self._paces.append((self.seconds - before) / fresh)
             record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
                 "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
                 "test_top5": test.top5, "test_loss": test.loss, "data_wait": self._waited / trained,
@@ -209,7 +213,7 @@ class Trainer:
         self.last, self.best = summary, summary if improved else self.best
         self.log.epoch(record)
         losses = " ".join(f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_"))
-        left = self.seconds / self.epoch * (self.epochs - self.epoch)
+        left = statistics.median(self._paces) * (self.epochs - self.epoch)
         self.log.line(
             f"epoch {self.epoch}/{self.epochs}: {losses} | train top-1 {record['train_top1']:.2f} | test top-1 "
             f"{test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | lr {record['lr']:.10g} | "

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -68,8 +69,10 @@ class Estimator:
         """The time that a job has still to go."""
         done = read_metrics(job.folder / "metrics.jsonl")
         left = max(job.epochs - len(done), 0)
-        if done and isinstance(spent := done[-1].get("seconds"), int | float):  # not so in a damaged line
-            return Estimate(_START + left * spent / len(done), "its own pace so far")
+        marks = [0.0, *(seconds for each in done if isinstance(seconds := each.get("seconds"), int | float))]
+        if len(marks) > 1:  # not so in damaged lines
+            late = [after - before for before, after in pairwise(marks[-10:])]  # a pause long ago says nothing
+            return Estimate(_START + left * statistics.median(late), "its own pace so far")
         same = self._same.get(f"{job.identity} {job.pace.precision}")
         if same:
             return Estimate(_START + left * statistics.median(same), "finished runs of other seeds")
