@@ -140,7 +140,7 @@ class Trainer:
             lr = self.schedule(self.epoch)
             set_learning_rate(self.step.optimizer.param_groups, lr)
             self.step.begin_epoch(self.epoch, self.seed)
-            before, fresh = self.seconds, 1 - self.steps_done / self.step.loader.steps  # the part that is run now
+            fresh = 1 - self.steps_done / self.step.loader.steps  # the part of the epoch that is run now
             self._waited = 0.0
             yield from self._epoch_turns()
             if self._stop and self.steps_done < self.step.loader.steps:
@@ -155,8 +155,9 @@ class Trainer:
                     f"the test loss became NaN or infinite after epoch {self.epoch}: training stopped, the last good "
                     "checkpoint stays; a lower SOLVER.LR or SOLVER.PRECISION fp32 may help"
                 )
-            self.seconds += time.perf_counter() - self._since
-            self._paces.append((self.seconds - before) / fresh)
+            now = time.perf_counter()
+            self.seconds += now - self._since
+            self._paces.append(trained / fresh + now - start - trained)
             record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
                 "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
                 "test_top5": test.top5, "test_loss": test.loss, "data_wait": self._waited / trained,
