@@ -26,7 +26,7 @@ from mdistiller_norm.data.image_folder import data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import PROJECT, TeacherFile, find_teacher, load_into, load_weights
-from mdistiller_norm.engine.compile import compile_teacher
+from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep, Step
 from mdistiller_norm.engine.meters import TrainMeters
@@ -318,6 +318,7 @@ def build_step(
     teacher: Teacher | None,
     autocast: torch.dtype | None,
     compiled: bool,
+    say: Say,
 ) -> TrainStep:
     """The training step of a student and its methods, on the loader's device."""
     device = build_device(cfg)
@@ -326,7 +327,7 @@ def build_step(
     if cfg.SOLVER.SYNC_BN:
         distributed.synchronise_batch_norms(trainable, device)
     if compiled:
-        student.outputs = torch.compile(student.outputs, dynamic=False)  # type: ignore[method-assign]
+        trainable.passes = compile_student(student, say)
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
     optimizer = build_optimizer(cfg, trainable, loader, teacher)
     meters = TrainMeters(trainable.loss_names).to(device)

@@ -174,12 +174,12 @@ def build_runs(
     loader = build_train_loader(cfg, dataset, device, share, say)
     left = max(_steps_left(learner, loader) for learner in learners)
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, left)
+    if reason and (taught_by or cfg.ENGINE.COMPILE == "all"):
+        say(reason)
     teacher, taught = None, {}
     if taught_by:
         network, file = placed(taught_by[0], device), taught_by[1]
         taught = _check_teacher(network, file, cfg.DISTILLER.TEACHER, test, say)
-        if reason:
-            say(reason)
         teacher = build_teacher_runner(
             cfg, network, learners[0].distillers, loader, file.path, dataset.image_size, autocast,
             to_compile in ("teacher", "all"), say,
@@ -231,7 +231,7 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
     cfg, log, dataset, taught = learner.config.node, learner.log, shared.dataset, shared.taught
     step = build_step(
         cfg, learner.student, learner.distillers, shared.loader, shared.teacher, shared.autocast,
-        shared.compile_students,
+        shared.compile_students, log.line,
     )  # fmt: skip
     trainer = Trainer(
         step=step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -16,7 +17,7 @@ from test_train import assert_same_state, config, state_of, teacher
 
 from mdistiller_norm.distillers import Need
 from mdistiller_norm.engine.cache_table import DeviceRows, Table
-from mdistiller_norm.engine.compile import choose, compile_teacher, compiler_missing
+from mdistiller_norm.engine.compile import choose, compile_student, compile_teacher, compiler_missing
 from mdistiller_norm.engine.teacher import LiveTeacher, folded
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.errors import CheckpointError
@@ -302,6 +303,22 @@ def test_the_compiled_teacher_says_the_same() -> None:
     assert said == []
 
 
+@pytest.mark.slow
+def test_the_compiled_student_learns_the_same() -> None:
+    if why := compiler_missing(torch.device("cpu")):
+        pytest.skip(why)
+    images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
+    said: list[str] = []
+    eager = trained_network("resnet8").train()
+    network = copy.deepcopy(eager)
+    for passes in (eager.outputs, compile_student(network, said.append)):
+        passes(images).logits.square().mean().backward()
+    wanted, got = ({name: each.grad for name, each in net.named_parameters()} for net in (eager, network))
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(network.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
+    assert said == []
+
+
 def test_a_compiler_that_fails_is_a_line_and_not_a_crash() -> None:
     from torch._inductor import config as inductor
 
@@ -309,9 +326,14 @@ def test_a_compiler_that_fails_is_a_line_and_not_a_crash() -> None:
     said: list[str] = []
     with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):
         run = compile_teacher(folded(module, Need.LOGITS), example, said.append)
+        student = compile_student(module, said.append)
+        assert torch.equal(student(example).logits, module(example))
     assert run(example).logits.shape == (2, 10)
-    assert len(said) == 1
-    assert "runs uncompiled" in said[0]
+    assert torch.equal(student(example).logits, module(example))
+    assert len(said) == 2
+    for line, who in zip(said, ("teacher", "student"), strict=True):
+        assert line.startswith(f"the {who} could not be compiled (")
+        assert line.endswith("it runs uncompiled")
 
 
 def test_the_table_describes_itself(tmp_path: Path, own_teacher: str) -> None:

@@ -182,8 +182,7 @@ class Ours:
         lap()
         taught = step.teacher(batch, *raw[len(raw) - extra :]) if step.teacher else None
         lap()
-        with torch.autocast(self.device.type, trainable.autocast, enabled=trainable.autocast is not None):
-            student = trainable.student.outputs(batch.images)
+        student = trainable.student_outputs(batch.images)
         lap()
         total = trainable.losses(student, batch, taught, step.factors).total
         lap()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.errors import first_line
+from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Outputs
 
 # Steps below which compiling (half a minute to two) costs more than it saves.
@@ -65,3 +66,25 @@ def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], No
         warn(f"the teacher could not be compiled ({first_line(error)}): it runs uncompiled")
         return module
     return compiled
+
+
+def compile_student(network: Network, warn: Callable[[str], None]) -> Callable[[Tensor], Outputs]:
+    """The passes of a network that trains, compiled at the first of each shape; as they are once that failed.
+
+    Args:
+        network: stays as it is, and shares its weights.
+        warn: is told why it failed, in a line.
+    """
+    compiled, failed = torch.compile(network.outputs, dynamic=False), False
+
+    def passes(images: Tensor) -> Outputs:
+        nonlocal failed
+        if not failed:
+            try:
+                return compiled(images)
+            except Exception as error:  # as above; what is the network's own fault is raised again below
+                failed = True
+                warn(f"the student could not be compiled ({first_line(error)}): it runs uncompiled")
+        return network.outputs(images)
+
+    return passes

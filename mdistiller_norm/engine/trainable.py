@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ class Trainable(nn.Module):
         distillers: by name; none for plain training. Their losses add up, cross entropy counts once.
         ce_weight: weight of the cross entropy.
         autocast: the dtype of the student's pass, None for float32. Losses are in at least float32 all the same.
+
+    Attributes:
+        passes: from images to the student's outputs: ``student.outputs``, or a compiled form of it.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Trainable(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
+        self.passes: Callable[[Tensor], Outputs] = student.outputs
         self.distillers = nn.ModuleDict(dict(distillers or {}))
         self.ce_weight = ce_weight
         self.autocast = autocast
@@ -62,9 +66,12 @@ class Trainable(nn.Module):
             teacher: the teacher's outputs for it; None for plain training.
             factors: ``[1 + distillers]``, see :meth:`factors`.
         """
-        with torch.autocast(batch.images.device.type, self.autocast, enabled=self.autocast is not None):
-            student = self.student.outputs(batch.images)
-        return self.losses(student, batch, teacher, factors)
+        return self.losses(self.student_outputs(batch.images), batch, teacher, factors)
+
+    def student_outputs(self, images: Tensor) -> Outputs:
+        """What the student says of images ``[B, 3, H, W]``, in the precision it is trained in."""
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.passes(images)
 
     def losses(self, student: Outputs, batch: Batch, teacher: Outputs | None, factors: Tensor) -> Losses:
         """All losses of what the student said.
