@@ -245,6 +245,8 @@ def test_config_keys_behind_a_list_are_overrides(tmp_path: Path, capsys: pytest.
         reproduce_main([*where, "--table", "digits", "--seeds", "0", "SOLVER.PRECISON", "bf16", "--dry-run"])
     with pytest.raises(ConfigError, match="invalid int value: 'kd'"):
         reproduce_main([*where, "--table", "digits", "--seeds", "0", "kd", "--dry-run"])
+    with pytest.raises(ConfigError, match="no row of Table 2 called 'KD': did you mean kd"):
+        reproduce_main([*where, "--table", "2", "--methods", "KD", "NormKD", "DEVICE", "cpu", "--dry-run"])
 
 
 def test_durations() -> None:

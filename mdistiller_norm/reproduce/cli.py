@@ -49,7 +49,9 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespa
     from mdistiller_norm.config import default_config
 
     lists = {name for action in parser._actions if action.nargs == "+" for name in action.option_strings}
-    key = re.compile(rf"(?:{'|'.join(default_config())})(?:\.[\w.]*)?(?:=.*)?", re.DOTALL)
+    # A section's name alone is a value of the list: KD for the row kd.
+    keys = [rf"{name}\.[\w.]*" if isinstance(value, dict) else name for name, value in default_config().items()]
+    key = re.compile(rf"(?:{'|'.join(keys)})(?:=.*)?", re.DOTALL)
     kept: list[str] = []
     overrides: list[str] = []
     in_list, into = False, kept
