@@ -245,8 +245,8 @@ def test_given_weights_that_are_not_there_are_named() -> None:
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_saver_writes_what_was_there_when_it_was_asked(tmp_path: Path, background: bool) -> None:
-    saver, weights = Saver(tmp_path, background), torch.ones(3)
-    state = {"trainable": {"w": weights}, "rates": [0.1], "pair": (weights, "text")}
+    saver, weights, of_network = Saver(tmp_path, background), torch.ones(3), nn.BatchNorm1d(2).state_dict()
+    state = {"trainable": {"w": weights}, "rates": [0.1], "pair": (weights, "text"), "network": of_network}
     saver.save({"best.pt": state, "latest.pt": state})
     weights.zero_()
     saver.finish()
@@ -255,6 +255,7 @@ def test_a_saver_writes_what_was_there_when_it_was_asked(tmp_path: Path, backgro
         assert torch.equal(read["trainable"]["w"], torch.ones(3))
         assert torch.equal(read["pair"][0], torch.ones(3))
         assert (read["rates"], read["pair"][1]) == ([0.1], "text")
+        assert read["network"]._metadata == of_network._metadata  # some networks do not load without
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -8,6 +8,7 @@ for), its run states (``latest.pt``), and those published for mdistiller and Rep
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import pickle
@@ -117,8 +118,10 @@ def _on_host(value: Any) -> Any:
     """A copy of a nest of dictionaries, lists and tuples, its tensors in the host's memory."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _on_host(item) for key, item in value.items()}
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with its attributes: in a state dict's are the versions of its modules
+        copied.update((key, _on_host(item)) for key, item in value.items())
+        return copied
     if isinstance(value, list | tuple):
         return type(value)(_on_host(item) for item in value)
     return value
