@@ -326,10 +326,10 @@ def build_step(
     trainable = Trainable(placed(student, device), distillers, ce_weight, autocast).to(device)
     if cfg.SOLVER.SYNC_BN:
         distributed.synchronise_batch_norms(trainable, device)
+    scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
+    optimizer = build_optimizer(cfg, trainable, loader, teacher)  # DOT copies it: before compiling
     if compiled:
         trainable.passes = compile_student(student, say)
-    scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
-    optimizer = build_optimizer(cfg, trainable, loader, teacher)
     meters = TrainMeters(trainable.loss_names).to(device)
     wrapped = distributed.wrap(trainable)
     return TrainStep(loader, teacher, trainable, optimizer, meters, scaler, wrapped, cfg.SOLVER.ACCUMULATE)

@@ -194,6 +194,18 @@ def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str, 
         train(config(tmp_path, "none", "SOLVER.TRAINER=dot"))
 
 
+def test_dot_finds_the_parameters_of_a_student_that_is_compiled(
+    tmp_path: Path, teacher: str, few: TensorDataset
+) -> None:
+    from torch._inductor import config as inductor
+
+    extra = ["DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot", "SOLVER.BATCH_SIZE=44", teacher]
+    fit_few(few, tmp_path, "eager", *extra, epochs=1)
+    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):  # falls back, and soon
+        fit_few(few, tmp_path, "compiled", *extra, "ENGINE.COMPILE=all", epochs=1)
+    assert_same_state(state_of(tmp_path, "eager"), state_of(tmp_path, "compiled"))
+
+
 @pytest.mark.parametrize("method", ["KD", "REVIEWKD"])
 def test_dot_without_delta_is_sgd(tmp_path: Path, teacher: str, few: TensorDataset, method: str) -> None:
     common = [f"DISTILLER.TYPE={method}", "SOLVER.NESTEROV=false", "SOLVER.LR=1e-3", "SOLVER.BATCH_SIZE=44", teacher]
