@@ -12,12 +12,12 @@ from torch import nn
 
 from mdistiller_norm.builders import build_precision
 from mdistiller_norm.config import load_config
-from mdistiller_norm.distillers import DISTILLERS, Need
+from mdistiller_norm.distillers import DISTILLERS, Distiller, Need
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run, train
-from mdistiller_norm.types import Outputs
+from mdistiller_norm.types import Batch, Outputs
 
 __all__ = ["teacher"]  # a fixture
 
@@ -46,6 +46,28 @@ def test_losses_are_float32_and_finite_under_bf16(tmp_path: Path, teacher: str, 
     assert losses.parts.dtype is torch.float32
     assert losses.logits.dtype is torch.float32
     assert losses.parts.isfinite().all()
+
+
+class _Looks(Distiller):
+    """Notes the types of what it is given of the student."""
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
+        given = (student.logits, student.pooled, student.features[1], student.preacts[1])
+        self.in_float32 = [tensor.dtype is torch.float32 for tensor in given]
+        return student.logits.mean()
+
+
+@pytest.mark.parametrize("need", [Need.LOGITS, Need.POOLED, Need.MAPS])
+def test_what_no_method_reads_of_the_student_keeps_the_precision_of_its_pass(
+    tmp_path: Path, teacher: str, need: Need
+) -> None:
+    step = half_step(tmp_path, teacher, "KD", torch.bfloat16)
+    method = _Looks()
+    method.need = need
+    step.trainable.distillers["KD"] = method
+    batch = step.loader.prepare(*next(step.loader.batches(1)))
+    step.trainable(batch, step.teacher(batch), step.factors)
+    assert method.in_float32 == [True, need >= Need.POOLED, need >= Need.MAPS, need >= Need.MAPS]
 
 
 @pytest.mark.parametrize("need", [Need.LOGITS, Need.MAPS])

@@ -93,8 +93,10 @@ class Trainable(nn.Module):
 
 
 def _at_least_float32(outputs: Outputs, need: Need) -> Outputs:
-    """The outputs for the losses; maps that none of them reads stay as they are: converting them takes time."""
+    """The outputs for the losses; what none of them reads stays as it is: converting it takes time."""
     logits, features, preacts, pooled = outputs
+    if need >= Need.POOLED:
+        pooled = at_least_float32(pooled)
     if need >= Need.MAPS:
         features, preacts = (tuple(at_least_float32(each) for each in maps) for maps in (features, preacts))
-    return Outputs(at_least_float32(logits), features, preacts, at_least_float32(pooled))
+    return Outputs(at_least_float32(logits), features, preacts, pooled)
