@@ -11,10 +11,10 @@ from mdistiller_norm.errors import ConfigError
 T = TypeVar("T")
 
 
-def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """The candidates that look most like ``name`` (case ignored), best first; empty when none is close."""
+def nearest(name: str, candidates: Iterable[str]) -> list[str]:
+    """Up to three candidates that look most like ``name`` (case ignored), best first; empty when none is close."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)]
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
 
 
 class Registry(Mapping[str, T], Generic[T]):

@@ -140,14 +140,13 @@ def _scan(folder: Path, shards: list[str]) -> ImageSplit:
     return ImageSplit(Shards(folder, shards, found), torch.tensor(targets, dtype=torch.int64))
 
 
-def pack(dataset: ImageDataset, folder: Path, per_shard: int, seed: int = 0) -> dict[str, int]:
+def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
     """Write a data set as shards that :func:`webdataset` reads: all of it, or nothing.
 
     Args:
         dataset: what to write, as it is: nothing is decoded.
         folder: where to; made, and must not hold such a data set yet.
         per_shard: images in a shard.
-        seed: of the order.
 
     Returns:
         The number of shards of each split.
@@ -163,7 +162,7 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int, seed: int = 0) -> 
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         unfinished.mkdir(parents=True)
         splits = {"train": dataset.train, "val": dataset.test}
-        counts = {name: _write_split(split, unfinished / name, per_shard, seed) for name, split in splits.items()}
+        counts = {name: _write_split(split, unfinished / name, per_shard) for name, split in splits.items()}
         (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for part in parts:
             (unfinished / part).rename(folder / part)
@@ -178,10 +177,10 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int, seed: int = 0) -> 
     return counts
 
 
-def _write_split(split: ImageSplit, folder: Path, per_shard: int, seed: int) -> int:
+def _write_split(split: ImageSplit, folder: Path, per_shard: int) -> int:
     """Write the shards of a split and their index, in random order: reading them in sequence is a shuffle."""
     folder.mkdir()
-    order = torch.randperm(len(split.source), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(split.source), generator=torch.Generator().manual_seed(0)).tolist()
     parts = [order[first : first + per_shard] for first in range(0, len(order), per_shard)]
     names = [f"{number:06d}.tar" for number in range(len(parts))]
     places: list[tuple[int, int, int]] = []

@@ -70,7 +70,6 @@ class RunLog:
         first_epoch: metrics of this epoch and later ones, left by an interrupted run, are dropped. Where lines of
             ``metrics.jsonl`` are damaged, the whole file is appended to ``metrics.damaged`` before, with a warning.
         first_step: likewise for the scalars by step.
-        quiet: print nothing (other processes than the first).
         label: printed before every line, where several runs print.
         lock: what keeps other processes out of the folder; closed with the log.
     """
@@ -80,11 +79,10 @@ class RunLog:
         folder: Path,
         first_epoch: int = 1,
         first_step: int = 0,
-        quiet: bool = False,
         label: str = "",
         lock: IO[str] | None = None,
     ) -> None:
-        self.folder, self.quiet, self.label, self._lock = folder, quiet, label, lock
+        self.folder, self.label, self._lock = folder, label, lock
         self.metrics = folder / "metrics.jsonl"
         self._keep_metrics(first_epoch)
         self._by_epoch = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
@@ -109,7 +107,7 @@ class RunLog:
             text: without the label.
             aside: only keep it: another run's log prints the same line.
         """
-        if not (self.quiet or aside):
+        if not aside:
             tqdm.write(f"{self.label}{text}", file=sys.stdout)
             sys.stdout.flush()
         append_line(self.folder / "worklog.txt", text)

@@ -46,13 +46,12 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(title: str, lines: Sequence[Line], x_label: str = "epoch") -> str:
-    """An SVG element.
+def line_chart(title: str, lines: Sequence[Line]) -> str:
+    """An SVG element with epochs on its horizontal axis.
 
     Args:
         title: above the chart.
         lines: drawn in this order.
-        x_label: under the horizontal axis.
     """
     xs = [x for line in lines for x in line.x]
     ys = [y for line in lines for y in line.y if math.isfinite(y)]
@@ -82,7 +81,7 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str = "epoch") -> str
                 f'<text class="tick" text-anchor="middle" x="{across(tick):.1f}" y="{_HEIGHT - 18}">{tick:g}</text>'
             )
     middle = (_LEFT + _WIDTH) / 2
-    parts.append(f'<text class="tick" text-anchor="middle" x="{middle:.0f}" y="{_HEIGHT - 4}">{escape(x_label)}</text>')
+    parts.append(f'<text class="tick" text-anchor="middle" x="{middle:.0f}" y="{_HEIGHT - 4}">epoch</text>')
     for line in lines:
         stride = max(len(line.x) // _POINTS, 1)
         kept = sorted({*range(0, len(line.x), stride), len(line.x) - 1})
