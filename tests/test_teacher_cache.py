@@ -119,6 +119,20 @@ def test_rows_held_on_a_device_are_those_of_the_table(tmp_path: Path, own_teache
     assert_same_state(state_of(tmp_path, "table"), state_of(tmp_path, "held"))
 
 
+def test_what_is_filled_ahead_is_on_the_device_before_the_first_step(tmp_path: Path, own_teacher: str) -> None:
+    run = build_run(config(tmp_path, "run", NORMKD, own_teacher, "DISTILLER.TEACHER_CACHE=full", epochs=1))
+    run.trainer.log.close()
+    teacher = run.trainer.step.teacher
+    assert isinstance(teacher, CachedTeacher)
+    teacher.device_rows = DeviceRows(teacher.table, torch.device("cpu"))
+    for _ in run.trainer.ahead:
+        pass
+    rows = teacher.rows_of(teacher.loader.batches(1)).numpy()
+    assert teacher.use == (0, len(rows))
+    assert not len(teacher.device_rows.absent(rows))
+    assert not len(teacher.table.missing(rows))
+
+
 def test_rows_are_brought_to_a_device_as_they_come(tmp_path: Path) -> None:
     table = make_table(tmp_path)
     table.write(np.array([1, 999]), np.array([[1, 2, 3], [4, 5, 6]]))
