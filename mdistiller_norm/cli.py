@@ -208,9 +208,11 @@ def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device)
             f"{path} gives NaN or infinite logits on {dataset.name}, so that it has no accuracy: it diverged in its "
             "training, or is damaged"
         )
+    size = "x".join(map(str, dataset.image_size))
     print(
         f"{network.name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  "
-        f"loss {measured.loss:7.4f}  {measured.samples} images, {measured.images_per_second:.0f} images/s  {path}"
+        f"loss {measured.loss:7.4f}  {measured.samples} images of {size}, {measured.images_per_second:.0f} images/s  "
+        f"{path}"
     )
     if options.per_class:
         for label, accuracy in zip(dataset.classes, measured.per_class.tolist(), strict=True):

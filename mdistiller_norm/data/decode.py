@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 try:
@@ -102,6 +102,8 @@ def decode(content: bytes) -> Tensor:
     try:
         with Image.open(io.BytesIO(content)) as image:
             pixels = np.array(_in_8_bits(image).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image that Pillow knows") from error  # its own words differ from call to call
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)

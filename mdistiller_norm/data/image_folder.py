@@ -16,7 +16,7 @@ from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
 from mdistiller_norm.data.image_loader import ImageEvalLoader, ImageTrainLoader, unreadable
 from mdistiller_norm.data.image_reader import ImageOptions
 from mdistiller_norm.data.plan import ALONE, Share
-from mdistiller_norm.errors import DataError
+from mdistiller_norm.errors import ConfigError, DataError
 
 # torchvision's constants, which its published weights were trained with.
 MEAN = (0.485, 0.456, 0.406)
@@ -74,11 +74,17 @@ class ImageDataset(Dataset):
 
     Raises:
         DataError: mean and standard deviation are to be measured, and no image can be read.
+        ConfigError: test images are made smaller than what a network sees.
     """
 
     def __init__(
         self, name: str, classes: tuple[str, ...], train: ImageSplit, test: ImageSplit, options: ImageOptions
     ) -> None:
+        if options.resize < options.size:
+            raise ConfigError(
+                f"DATASET.RESIZE {options.resize} is less than DATASET.IMAGE_SIZE {options.size}: test images would "
+                "have black margins; raise it"
+            )
         self.name, self.classes, self.train, self.test, self.options = name, classes, train, test, options
         if options.mean and options.std:
             self.mean, self.std = options.mean, options.std
