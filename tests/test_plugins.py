@@ -133,7 +133,7 @@ def test_a_wrapped_teacher_is_right_though_it_cannot_be_folded(mine: Path) -> No
     own = ["DISTILLER.STUDENT=resnet8", "DISTILLER.TEACHER=resnet10", f"DISTILLER.TEACHER_WEIGHTS={mine}/wrapped.pth"]
     run(mine, "back", "DISTILLER.TYPE=[NormKD,AT]", *own)
     for method in ("OFD", "REVIEWKD"):  # they read what came before the activation, which hooks do not see
-        with pytest.raises(ConfigError, match="none"):
+        with pytest.raises(ConfigError, match=f"{method}: .*before their ReLU, and the teacher shows none"):
             run(mine, "refused", f"DISTILLER.TYPE={method}", *own)
     assert not (mine / "distill" / "refused").exists()
 
@@ -188,6 +188,7 @@ REGISTER = "from mdistiller_norm import data, distillers, models\n"
         (REGISTER + "models.register('resnet8x4')(len)\n", ["broken.py:2: ", "'resnet8x4' is registered already"]),
         (REGISTER + "data.register('digits')(len)\n", ["broken.py:2: ", "data set 'digits' is registered already"]),
         (REGISTER + "distillers.register('KD')(distillers.Distiller)\n", ["distiller 'KD' is registered already"]),
+        (REGISTER + "distillers.register('New')(object)\n", ["broken.py:2: ", "must be a subclass of Distiller"]),
     ],
 )
 def test_a_plugin_that_cannot_be_imported_is_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -230,9 +231,54 @@ def test_a_method_that_cannot_have_a_config_node(
         load_config(None, [f"EXPERIMENT.PLUGINS={tmp_path}/own.py"])
 
 
+METHOD = (
+    REGISTER
+    + """
+@distillers.register("Own")
+class Own(distillers.Distiller):
+    @classmethod
+    def from_config(cls, node, pair):
+        return {built}
+
+    def forward(self, student, teacher, batch):
+        return {loss}
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("built", "loss", "reason"),
+    [
+        ("cls()", "None", "Own: its forward gives a NoneType: it must give a scalar"),
+        ("cls()", "student.logits.mean(1)", r"Own: its forward gives a tensor of shape \[12\]"),
+        ("cls()", "student.logits.mean().item()", "Own: its forward gives a float"),
+        ("cls()", "student.logits.mean().detach()", "Own: its loss has no gradient"),
+        ("cls()", "teacher.logits.mean()", "Own: its loss has no gradient"),
+        ("None", "student.logits.mean()", "Own: its from_config gives a NoneType"),
+        ("super().from_config(node, pair)", "student.logits.mean()", "Own does not say how it is built"),
+        ("cls()", "super().forward(student, teacher, batch)", "Own does not say what its loss is"),
+        ("cls()", "student.logits.mean()", ""),  # right, though it has no keys and so no node
+    ],
+)
+def test_a_method_with_a_mistake_is_one_line(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: str, loss: str, reason: str
+) -> None:
+    monkeypatch.setattr(DISTILLERS, "_entries", dict(DISTILLERS))
+    (tmp_path / "own.py").write_text(METHOD.format(built=built, loss=loss))
+    (mine / "own.yaml").write_text(f"_BASE_: mine.yaml\nEXPERIMENT: {{PLUGINS: [mine.py, {tmp_path}/own.py]}}\n")
+    command = ["--cfg", str(mine / "own.yaml"), "DISTILLER.TYPE=Own", f"LOG.PREFIX={tmp_path}"]
+    if not reason:
+        assert train_main(command) == 0
+        return
+    with pytest.raises(ConfigError, match=reason) as refused:
+        train_main(command)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("name", "network", "reason"),
     [
+        ("offline", "open('/no/weights')", "model 'offline' cannot be built: .*No such file"),
         ("bare", "resnet18(num_classes=n)", "model 'bare' is built as a ResNet: make it a Wrapped"),
         ("thousand", "models.Wrapped(resnet18(), n, classifier='fc')", "thousand gives 1000 logits for 10 classes"),
         ("layer9", "models.Wrapped(resnet18(), n, classifier='fc', features=['layer9'])", "did you mean layer4 or"),

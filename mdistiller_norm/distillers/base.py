@@ -89,11 +89,11 @@ class Distiller(nn.Module):
         Raises:
             ConfigError: a value that makes no sense, or a pair that cannot work (names both shapes).
         """
-        raise TypeError(f"{cls.__name__} does not say how it is built: it needs a from_config")
+        raise ConfigError(f"{cls.__name__} does not say how it is built: it needs a from_config")
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The distillation loss, a scalar, unweighted; float32 or float64."""
-        raise TypeError(f"{type(self).__name__} does not say what its loss is: it needs a forward")
+        raise ConfigError(f"{type(self).__name__} does not say what its loss is: it needs a forward")
 
     def begin_epoch(self, epoch: int, seed: int) -> None:
         """Called before every epoch (counted from 1): write what changes with it into buffers, in place."""
@@ -116,6 +116,8 @@ def register(name: str) -> Callable[[D], D]:
     """Class decorator: file a distiller under its ``DISTILLER.TYPE``, which is the name of its config node too."""
 
     def add(cls: D) -> D:
+        if not (isinstance(cls, type) and issubclass(cls, Distiller)):
+            raise TypeError(f"distiller {name!r} must be a subclass of Distiller")
         DISTILLERS.register(name)(cls)
         return cls
 

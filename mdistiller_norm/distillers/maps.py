@@ -29,8 +29,25 @@ def matched_stages(student: Maps, teacher: Maps) -> tuple[Maps, Maps]:
     """
     count = min(len(student), len(teacher)) - 1
     if count < 1:
-        raise ConfigError(f"no stages to match: student maps are {shapes(student)}, teacher maps {shapes(teacher)}")
+        raise ConfigError(
+            f"no stages to match: student maps are {shapes(student)}, teacher maps {shapes(teacher)}, and the first "
+            "map of each is left out as its stem"
+        )
     return student[-count:], teacher[-count:]
+
+
+def require_preacts(**networks: Maps) -> None:
+    """Refuse networks that show no maps from before an activation, given by what they are in the pair.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    for role, preacts in networks.items():
+        if not preacts:
+            raise ConfigError(
+                f"it reads maps from before their ReLU, and the {role} shows none: a wrapped network has to give them "
+                "as preacts; else choose another method"
+            )
 
 
 def pool_to(maps: Tensor, size: Sequence[int]) -> Tensor:

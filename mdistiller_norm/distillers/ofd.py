@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
-from mdistiller_norm.distillers.maps import matched_stages, pool_to, shape
+from mdistiller_norm.distillers.maps import matched_stages, pool_to, require_preacts, shape
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -109,6 +109,7 @@ class OFD(Distiller):
         kernel_size = node.CONNECTOR.KERNEL_SIZE
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError(f"OFD.CONNECTOR.KERNEL_SIZE is {kernel_size}: it must be odd to keep the maps' size")
+        require_preacts(student=pair.student.preacts, teacher=pair.teacher.preacts)
         students, teachers = matched_stages(pair.student.preacts, pair.teacher.preacts)
         norms = []
         before_relu: Sequence[nn.BatchNorm2d | None] = pair.teacher_network.norms_before_relu()  # type: ignore[operator]

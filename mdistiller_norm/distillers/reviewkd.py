@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
-from mdistiller_norm.distillers.maps import Maps, check_typed, pool_to, shapes
+from mdistiller_norm.distillers.maps import Maps, check_typed, pool_to, require_preacts, shapes
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -150,6 +150,7 @@ class ReviewKD(Distiller):
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> ReviewKD:
         """See :class:`Distiller`."""
+        require_preacts(teacher=pair.teacher.preacts, **({"student": pair.student.preacts} if node.STU_PREACT else {}))
         students = pair.student.preacts if node.STU_PREACT else pair.student.features
         teachers = pair.teacher.preacts[1:]
         count = min(len(students), len(teachers))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller_norm.distillers.base import Distiller, Need, at_least_float32
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Batch, Losses, Outputs
 
@@ -81,15 +82,29 @@ class Trainable(nn.Module):
             batch: see :meth:`forward`, as the next two.
             teacher: the teacher's outputs.
             factors: ``[1 + distillers]``.
+
+        Raises:
+            ConfigError: a method gives something else than a scalar, or one without a gradient.
         """
         with torch.autocast(batch.images.device.type, enabled=False):
             student = _at_least_float32(student, self.need)
             parts = [F.cross_entropy(student.logits, batch.targets)]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
-                parts += [method(student, teacher, batch) for method in self.methods()]
+                for name, method in self.distillers.items():
+                    parts.append(_usable(name, method(student, teacher, batch), parts[0]))
             weighted = torch.stack(parts) * factors
         return Losses(weighted.sum(), weighted, student.logits.detach())
+
+
+def _usable(name: str, loss: object, cross_entropy: Tensor) -> Tensor:
+    """A method's loss, refused where nothing could be learned from it."""
+    if not isinstance(loss, Tensor) or loss.dim():
+        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(f"{name}: its forward gives {got}: it must give a scalar, a tensor of shape []")
+    if cross_entropy.requires_grad and not loss.requires_grad:
+        raise ConfigError(f"{name}: its loss has no gradient, so nothing would be learned: is something detached?")
+    return loss
 
 
 def _at_least_float32(outputs: Outputs, need: Need) -> Outputs:
