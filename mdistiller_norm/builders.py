@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from mdistiller_norm.config import default_config
 from mdistiller_norm.data import (
@@ -22,10 +24,17 @@ from mdistiller_norm.data import (
     TensorDataset,
     TrainLoader,
 )  # fmt: skip
-from mdistiller_norm.data.image_folder import data_root
+from mdistiller_norm.data.image_folder import ImageDataset, data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import PROJECT, TeacherFile, find_teacher, load_into, load_weights
+from mdistiller_norm.engine.checkpoint import (
+    PROJECT,
+    TeacherFile,
+    find_teacher,
+    load_into,
+    load_weights,
+    seen_otherwise,
+)
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep, Step
@@ -142,13 +151,16 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
     name = cfg.DISTILLER.TEACHER
     network = build_model(name, len(dataset.classes), variant=dataset.variant)
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
-    file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS)
+    data = {key: cfg.DATASET[key] for key in ("CLASSES", "IMAGE_SIZE", "MEAN", "STD")}
+    file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS, data)
     weights = load_weights(file.path)
     trained_on = weights.about.get("dataset", dataset.name)
     if trained_on != dataset.name:
         raise CheckpointError(f"{file.path} was trained on {trained_on}, not on {dataset.name}")
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
-    return network, file
+    seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
+    doubts = [file.doubt, seen_otherwise(weights, dataset.classes, seen)]
+    return network, replace(file, doubt="; ".join(filter(None, doubts)))
 
 
 def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> dict[str, Distiller]:
@@ -168,11 +180,14 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
 
 def _build_distiller(name: str, cfg: Any, pair: Pair) -> Distiller:
     try:
-        return DISTILLERS[name].from_config(cfg[name], pair)
+        method = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)  # no node: a method without keys
     except ConfigError as error:
         if str(error).startswith(name):
             raise
         raise ConfigError(f"{name}: {error}") from error
+    if not isinstance(method, Distiller):
+        raise ConfigError(f"{name}: its from_config gives a {type(method).__name__}, not the method")
+    return method
 
 
 def build_teacher_runner(
@@ -280,7 +295,7 @@ def build_train_loader(cfg: Any, dataset: Dataset, device: torch.device, share: 
     """
     size, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
     if share.rank == 0:
-        for warning in _without_effect(cfg, dataset):
+        for warning in _doubtful(cfg, dataset):
             say(f"warning: {warning}")
     loader = dataset.train_loader(size, cfg.SEED, device, share, warn=lambda text: say(f"warning: {text}"))
     if loader.batch_size % parts:
@@ -291,8 +306,8 @@ def build_train_loader(cfg: Any, dataset: Dataset, device: torch.device, share: 
     return loader
 
 
-def _without_effect(cfg: Any, dataset: Dataset) -> list[str]:
-    """Settings that this data set makes nothing of, a line each."""
+def _doubtful(cfg: Any, dataset: Dataset) -> list[str]:
+    """Settings that this data set makes nothing of, or hardly what was meant, a line each."""
     size, images = cfg.SOLVER.BATCH_SIZE, len(dataset.targets)
     lines = []
     if size > images:
@@ -307,6 +322,12 @@ def _without_effect(cfg: Any, dataset: Dataset) -> list[str]:
             typed = tuple(asked[key]) if isinstance(asked[key], list) else asked[key]
             if asked[key] != defaults[key] and typed != value:
                 lines.append(f"DATASET.{key} has no effect on {dataset.name}, which is held in memory")
+    elif isinstance(dataset, ImageDataset) and 2 * cfg.DATASET.IMAGE_SIZE < cfg.DATASET.RESIZE:
+        size, resize = cfg.DATASET.IMAGE_SIZE, cfg.DATASET.RESIZE
+        lines.append(
+            f"DATASET.RESIZE {resize} with IMAGE_SIZE {size}: of a test image no more than the middle "
+            f"{(size / resize) ** 2:.0%} is seen; usual would be {round(size * 8 / 7)}"
+        )
     return lines
 
 

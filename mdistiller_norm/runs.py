@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,12 +68,14 @@ class Run(NamedTuple):
 def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoader, say: Say) -> Record:
     """Evaluate the teacher once, so that a wrong one is seen before the training."""
     measured = evaluate(network, test)
+    if not math.isfinite(measured.loss):
+        raise CheckpointError(f"the teacher {file.path} gives NaN or infinite logits: it diverged, or is damaged")
     say(f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
     if file.doubt:
         say(f"warning: {file.doubt}")
     seen, chance = f"warning: the teacher reaches {measured.top1:.2f} top-1", 100 / network.num_classes
     if file.top1 is not None and measured.top1 < file.top1 - 1:
-        say(f"{seen}, far below the {file.top1:.2f} of its manifest entry")
+        say(f"{seen}, far below the {file.top1:.2f} stated for it")
     elif measured.top1 < chance + min(chance, (100 - chance) / 10):
         say(f"{seen}, about chance: its weights or the data are wrong")
     return {"name": name, "file": str(file.path), "top1": measured.top1, "top5": measured.top5}

@@ -66,6 +66,9 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, capfd: pytest.Capture
     with pytest.raises(CheckpointError, match="holds more than weights"):
         load_weights(tmp_path / "evil.pth")
     assert "code from a checkpoint" not in capfd.readouterr().out
+    torch.save(network(), tmp_path / "whole.pth")
+    with pytest.raises(CheckpointError, match=r"saved whole, save its state_dict\(\)"):
+        load_weights(tmp_path / "whole.pth")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +239,12 @@ def test_of_the_teachers_trained_here_the_one_of_the_students_schedule_is_taken(
     assert found(0).path == full
     add_entry(project)
     assert found(240).path == Path("checkpoints/teacher.pt")
+
+
+def test_of_the_teachers_trained_here_one_on_the_same_classes_comes_first(project: Path) -> None:
+    add_run(project, "all", 240, 95.0, config={"DATASET": {"CLASSES": []}})
+    two = add_run(project, "two", 2, 80.0, config={"DATASET": {"CLASSES": ["a", "b"]}})
+    assert find_teacher("resnet8", "digits", "", Path("output"), "", 240, {"CLASSES": ["a", "b"]}).path == two
 
 
 def test_given_weights_that_are_not_there_are_named() -> None:

@@ -34,9 +34,9 @@ from mdistiller_norm.data.webdataset import INDEX, webdataset
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.errors import CheckpointError, DataError
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import build_model
-from mdistiller_norm.runs import train
+from mdistiller_norm.runs import build_run, train
 
 CPU = torch.device("cpu")
 SMALL = ImageOptions(size=48, resize=56, mean=MEAN, std=STD, workers=0)
@@ -261,6 +261,17 @@ def test_a_damaged_file_is_replaced_reported_and_counted(copy: Path) -> None:
         epoch(image_folder(copy, replace(SMALL, max_broken=0)))
 
 
+def test_a_file_that_is_no_image_counts_once_in_all_epochs(copy: Path) -> None:
+    damaged = sorted((copy / "train").rglob("*.JPEG"))[7]
+    damaged.write_bytes(b"")
+    lines: list[str] = []
+    loader = image_folder(copy, replace(SMALL, max_broken=1)).train_loader(8, 0, CPU, warn=lines.append)
+    for number in (1, 2, 3):
+        list(loader.batches(number))
+    (line,) = lines
+    assert line.startswith(f"{damaged} (not an image that Pillow knows) cannot be read")
+
+
 def test_a_damaged_test_image_is_named_not_left_out(copy: Path) -> None:
     damaged = sorted((copy / "val").rglob("*.JPEG"))[0]
     damaged.write_bytes(b"\xff\xd8\xff\xe0 no more")
@@ -476,6 +487,49 @@ def run_config(tree: Path, out: Path, name: str, epochs: int = 2, workers: int =
             f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}",
         ],
     )  # fmt: skip
+
+
+def test_sizes_that_hide_most_of_a_test_image_are_not_silent(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        "DATASET.TYPE=image_folder", f"DATASET.ROOT={tree}", "DATASET.IMAGE_SIZE=32", "DISTILLER.STUDENT=resnet8",
+        "DATASET.NUM_WORKERS=0", "SOLVER.BATCH_SIZE=8", f"LOG.PREFIX={tmp_path}",
+    ]  # fmt: skip
+    for resize in (256, 64):
+        build_run(load_config(None, [*overrides, f"DATASET.RESIZE={resize}", f"EXPERIMENT.NAME={resize}"]))
+        seen = capsys.readouterr().out
+        wanted = "DATASET.RESIZE 256 with IMAGE_SIZE 32: of a test image no more than the middle 2% is seen"
+        assert (wanted in seen) == (resize == 256)
+        assert ("warning" in seen) == (resize == 256)
+    with pytest.raises(ConfigError, match=r"RESIZE 31 is less than DATASET\.IMAGE_SIZE 32"):
+        build_run(load_config(None, [*overrides, "DATASET.RESIZE=31"]))
+
+
+def test_a_teacher_that_saw_other_images_is_doubted_or_refused(
+    tree: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def distil(name: str, *overrides: str) -> str:
+        build_run(
+            load_config(
+                None,
+                [
+                    "DATASET.TYPE=image_folder", f"DATASET.ROOT={tree}", "DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36",
+                    "DATASET.NUM_WORKERS=0", "DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet8", "SOLVER.BATCH_SIZE=8",
+                    f"DISTILLER.TEACHER_WEIGHTS={run}/distill/whole/student_last.pt", f"LOG.PREFIX={tmp_path}",
+                    "DISTILLER.STUDENT=resnet8", f"EXPERIMENT.NAME={name}", *overrides,
+                ],
+            )
+        )  # fmt: skip
+        return "".join(line for line in capsys.readouterr().out.splitlines() if "another kind" in line)
+
+    assert distil("same") == ""
+    larger = distil("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
+    assert "another kind: image_size [32, 32] (here [40, 40])" in larger
+    assert "(here [0.1, 0.1, 0.1])" in distil("mean", "DATASET.MEAN=[0.1,0.1,0.1]", "DATASET.STD=[0.2,0.2,0.2]")
+    first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
+    with pytest.raises(CheckpointError, match=f"was trained with '{first}' as class 0, which is '{second}' here"):
+        distil("order", f"DATASET.CLASSES=[{second},{first},{third}]")
 
 
 def test_a_run_resumes_exactly_whatever_the_workers(tree: Path, run: Path) -> None:

@@ -406,6 +406,14 @@ def test_half_of_two_classes_is_chance_and_most_are_not(
     assert ("about chance" in capsys.readouterr().out) == warned
 
 
+def test_a_teacher_that_gives_nan_is_refused_before_the_training(tmp_path: Path, teacher: str) -> None:
+    weights = load(teacher.partition("=")[2])
+    weights["model"]["fc.bias"][0] = torch.nan
+    torch.save(weights, tmp_path / "diverged.pt")
+    with pytest.raises(CheckpointError, match=r"teacher .*diverged\.pt gives NaN or infinite logits"):
+        build_run(config(tmp_path, "run", "DISTILLER.TYPE=KD", f"DISTILLER.TEACHER_WEIGHTS={tmp_path}/diverged.pt"))
+
+
 def test_a_teacher_far_below_its_manifest_entry_is_a_warning(
     tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -415,7 +423,7 @@ def test_a_teacher_far_below_its_manifest_entry_is_a_warning(
     (folder / "manifest.yaml").write_text("[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99.9}]")
     monkeypatch.chdir(tmp_path)  # where the manifest is looked for first
     result = train(config(tmp_path, "run", "DISTILLER.TYPE=KD", epochs=1))
-    assert "far below the 99.90 of its manifest entry" in capsys.readouterr().out
+    assert "far below the 99.90 stated for it" in capsys.readouterr().out
     assert result["teacher"]["file"] == "checkpoints/teacher.pt"
 
 

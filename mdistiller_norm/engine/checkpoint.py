@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Real
@@ -43,6 +43,7 @@ MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # before the name of weights that torchvision publishes
 # Where mdistiller's users unpacked its teachers.
 PEER_TEACHERS = Path("download_ckpts/cifar_teachers")
+_SAME = 0.02  # means and deviations of channels that differ by less are of the same images
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -141,7 +142,10 @@ def load(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = first_line(error).split(". ")[0]
-        raise CheckpointError(f"{path} is broken or holds more than weights, and is not loaded ({reason})") from error
+        raise CheckpointError(
+            f"{path} is broken or holds more than weights, and is not loaded ({reason})"
+            ": of a network that was saved whole, save its state_dict()"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, AttributeError) as error:
         reason = first_line(error)
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): it may be cut off") from error
@@ -212,6 +216,32 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     network.load_state_dict(weights.state)
 
 
+def seen_otherwise(weights: Weights, classes: Sequence[str], seen: Mapping[str, Sequence[float]]) -> str:
+    """What tells the images that weights were trained on from others, in a line; empty where nothing does.
+
+    Args:
+        weights: a file that says nothing of its images is not doubted.
+        classes: of the others, in the order of their numbers.
+        seen: ``image_size``, ``mean`` and ``std`` of the others.
+
+    Raises:
+        CheckpointError: the classes have other numbers.
+    """
+    about = weights.about
+    for number, (theirs, ours) in enumerate(zip(about.get("classes", ()), classes, strict=False)):
+        if theirs != ours:
+            raise CheckpointError(
+                f"{weights.path} was trained with {theirs!r} as class {number}, which is {ours!r} here: set "
+                "DATASET.CLASSES as it was set there, or DISTILLER.TEACHER_WEIGHTS to another file"
+            )
+    other = [
+        f"{key} {list(about[key])} (here {list(ours)})"
+        for key, ours in seen.items()
+        if any(abs(a - b) > _SAME for a, b in zip(about.get(key, ()), ours, strict=False))
+    ]
+    return f"{weights.path} was trained on images of another kind: {', '.join(other)}" if other else ""
+
+
 @dataclass(frozen=True)
 class TeacherFile:
     """A teacher's weights on disk.
@@ -252,7 +282,13 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
 
 
 def find_teacher(
-    model: str, dataset: str, weights: str, runs: Path, train_command: str, epochs: int = 0
+    model: str,
+    dataset: str,
+    weights: str,
+    runs: Path,
+    train_command: str,
+    epochs: int = 0,
+    data: Mapping[str, Any] | None = None,
 ) -> TeacherFile:
     """The file of a teacher: the one given, the manifest's, mdistiller's download folder, or one trained here.
 
@@ -262,8 +298,10 @@ def find_teacher(
         weights: ``DISTILLER.TEACHER_WEIGHTS``: a file, ``torchvision:`` and the name of weights of its, or empty.
         runs: ``LOG.PREFIX``, whose finished runs of plain training on the whole training set are looked at last. Taken
             is the last epoch of the run that is as long as the student's, else of the longest; of several the best.
+            Runs with the same ``data`` come before all others.
         train_command: what trains it, for the message.
         epochs: of the student's schedule; a teacher trained here for fewer is in doubt. 0 if that does not matter.
+        data: keys of ``DATASET`` that say which images of the data set the student sees, and how.
 
     Raises:
         CheckpointError: there is none, and this says what trains it; or see :func:`known_teacher`.
@@ -276,7 +314,7 @@ def find_teacher(
         return TeacherFile(Path(weights), _stated_accuracy(Path(weights)))
     if known := known_teacher(model, dataset):
         return known
-    if trained := _trained_here(model, dataset, runs, epochs):
+    if trained := _trained_here(model, dataset, runs, epochs, data or {}):
         path, top1, length = trained
         doubt = (
             f"the teacher {path} trained for {length} of the {epochs} epochs that its student is to train: if another "
@@ -337,7 +375,9 @@ def published(name: str) -> TeacherFile:
     return TeacherFile(path, measured.get("acc@1"))
 
 
-def _trained_here(model: str, dataset: str, runs: Path, epochs: int) -> tuple[Path, float, int] | None:
+def _trained_here(
+    model: str, dataset: str, runs: Path, epochs: int, data: Mapping[str, Any]
+) -> tuple[Path, float, int] | None:
     """The weights, accuracy and epochs of the fitting run of plain training, see :func:`find_teacher`."""
     found = []
     for path in sorted(runs.glob("*/*/result.json")):
@@ -345,11 +385,14 @@ def _trained_here(model: str, dataset: str, runs: Path, epochs: int) -> tuple[Pa
         try:
             result = json.loads(path.read_text())
             fits = (result["method"], result["student"], result["dataset"]) == ([], model, dataset)
-            if fits and not result["config"]["DATASET"].get("VAL_SPLIT") and weights.is_file():
-                found.append((weights, float(result["last"]["top1"]), int(result["epochs"])))
+            own = result["config"]["DATASET"]
+            if fits and not own.get("VAL_SPLIT") and weights.is_file():
+                same = all(own.get(key, value) == value for key, value in data.items())
+                found.append((same, weights, float(result["last"]["top1"]), int(result["epochs"])))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not a run of ours, or one that is being written
-    return max(found, key=lambda run: (run[2] == epochs, run[2], run[1]), default=None)
+    best = max(found, key=lambda run: (run[0], run[3] == epochs, run[3], run[2]), default=None)
+    return best[1:] if best else None
 
 
 def _stated_accuracy(path: Path) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Builder, Network
 from mdistiller_norm.models.wrapped import Wrapped
 from mdistiller_norm.registry import Registry
@@ -55,10 +55,19 @@ def build_model(name: str, num_classes: int, *, variant: str = "cifar") -> Netwo
     Raises:
         ConfigError: unknown name (lists the near ones), unknown variant, fewer than two classes, not a network.
     """
+    elsewhere = [other for other, models in VARIANTS.items() if name in models]
+    if elsewhere and variant in VARIANTS and variant not in elsewhere:
+        raise ConfigError(
+            f"model {name!r} is of the variant {elsewhere[0]}, and this data set asks for networks of the variant "
+            f"{variant}: {', '.join(sorted(VARIANTS[variant]))} (image files: DATASET.VARIANT chooses)"
+        )
     builder = VARIANTS[variant][name]
     if num_classes < 2:
         raise ConfigError(f"{num_classes} classes for model {name!r}: a classifier needs at least 2")
-    network = builder(num_classes)
+    try:
+        network = builder(num_classes)
+    except OSError as error:  # published weights that it starts from
+        raise ConfigError(f"model {name!r} cannot be built: {first_line(error)}") from error
     if not isinstance(network, Network):
         raise ConfigError(f"model {name!r} is built as a {type(network).__name__}: make it a Wrapped")
     network.name = name
