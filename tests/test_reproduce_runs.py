@@ -286,6 +286,8 @@ def test_a_sweep_is_measured_on_held_out_images_and_fills_no_cell(output: Path) 
     report_main(["--smoke", "--output", str(output)])
     text = (output / "smoke" / "results" / "TABLES.md").read_text()
     assert "| NormKD | pending |" in text
+    for value in (1, 2):
+        assert f" NormKD.TEMPERATURE_NORM={value}, seed 0: best " in text
     assert text.count("on 10% of the training set, held out") == 2
 
 

@@ -44,9 +44,11 @@ def state_text(view: CellView) -> str:
 
 
 def run_name(entry: Entry) -> str:
-    """A run for people."""
-    about = entry.record["config"]["EXPERIMENT"]
-    return f"{about['PROJECT']}/{about['TAG']}, seed {entry.seed}"
+    """A run for people, with what its command set of its methods' keys."""
+    about, methods = entry.record["config"]["EXPERIMENT"], entry.record["config"]["DISTILLER"]["TYPE"]
+    nodes = [methods] if isinstance(methods, str) else methods
+    settings = [word for word in entry.record["command"].split() if "=" in word and word.split(".")[0] in nodes]
+    return " ".join([f"{about['PROJECT']}/{about['TAG']}", *settings]) + f", seed {entry.seed}"
 
 
 def measured_on(entry: Entry) -> str:
