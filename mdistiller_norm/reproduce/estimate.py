@@ -97,17 +97,20 @@ class Estimator:
         facts = load_datasets().get(pace.dataset)
         if not facts:
             return 0.0
-        try:
-            seconds = self._trial(pace.student, pace, trained=True)
-            seconds += self._trial(pace.teacher, pace, trained=False) if pace.teacher else 0.0
-        except (ConfigError, RuntimeError):  # a network of a plugin; or no memory for it
-            return 0.0
-        return seconds * facts.images / _BATCH
+        taken = [self._trial(pace.student, pace, trained=True)]
+        if pace.teacher:
+            taken.append(self._trial(pace.teacher, pace, trained=False))
+        return sum(taken) * facts.images / _BATCH if all(taken) else 0.0
 
     def _trial(self, name: str, pace: Pace, trained: bool) -> float:
         key = (name, pace.dataset, pace.precision, trained)
         if key not in self._trials:
-            self._trials[key] = trial_seconds(name, pace.dataset, pace.precision, trained, self.device)
+            try:
+                self._trials[key] = trial_seconds(name, pace.dataset, pace.precision, trained, self.device)
+            except (ConfigError, RuntimeError):  # a network of a plugin; or no memory for it
+                self._trials[key] = 0.0
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # for the runs, which are other processes
         return self._trials[key]
 
     def total(self, jobs: Sequence[Job]) -> Estimate:
@@ -145,7 +148,7 @@ class _Trial:
     def held(self) -> list[Tensor]:
         return list(self.network.buffers())
 
-    def seconds(self, at_least: int, at_most: int) -> float:
+    def seconds(self, at_most: int) -> float:
         """Of the fastest tenth of the passes: what else the machine does at this moment slows the others."""
         step: Callable[..., None] = self
         if self.device.type == "cuda":  # as a run would have it
@@ -153,7 +156,7 @@ class _Trial:
             step = CapturedStep(self, lambda _: None)
         taken: list[float] = []
         end = time.perf_counter() + 2
-        while len(taken) < at_least or (time.perf_counter() < end and len(taken) < at_most):
+        while len(taken) < 5 or (time.perf_counter() < end and len(taken) < at_most):
             start = time.perf_counter()
             step(self.images)
             if self.device.type == "cuda":
@@ -176,7 +179,7 @@ def trial_seconds(name: str, dataset: str, precision: str, trained: bool, device
         ConfigError: there is no such network.
         RuntimeError: the device has no room for it.
     """
-    return _Trial(name, dataset, precision, trained, device).seconds(5, 50)
+    return _Trial(name, dataset, precision, trained, device).seconds(50)
 
 
 def trial_rate(device: torch.device, precision: str) -> float:
@@ -186,7 +189,7 @@ def trial_rate(device: torch.device, precision: str) -> float:
         device: to be tried.
         precision: see :func:`trial_seconds`.
     """
-    seconds = _Trial("resnet20", "cifar100", precision, True, device).seconds(5, 200)
+    seconds = _Trial("resnet20", "cifar100", precision, True, device).seconds(200)
     return 3 * _BATCH * forward_flops("resnet20", "cifar100") / seconds
 
 
