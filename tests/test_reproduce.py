@@ -280,6 +280,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--table", "digits", "--launcher", "slurm", "--budget", "9m"], "--budget and --jobs are for runs here"),
         (["--table", "1", "2", "--methods", "t_1", "--pairs", "vgg13_vgg8"], "have no cell in common"),
         (["--add", str(tmp_path), "--results", str(tmp_path)], "is not a finished run"),
+        (["--add", str(tmp_path), "--results", str(tmp_path), "--dry-run"], "--dry-run is for the runs of tables"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             reproduce_main(arguments)

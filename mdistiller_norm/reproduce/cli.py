@@ -132,6 +132,9 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     if options.launcher != "here" and (options.budget or options.jobs > 1):
         raise ConfigError(f"--budget and --jobs are for runs here: with --launcher {options.launcher} see --slurm")
 
+    if options.dry_run and (options.add or options.publish):
+        raise ConfigError("--dry-run is for the runs of tables: --add and --publish would write all the same")
+
     from mdistiller_norm.reproduce import commands
 
     if options.add:
