@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torchvision.models import mnasnet0_5
 
 from mdistiller_norm.engine import checkpoint
 from mdistiller_norm.engine.checkpoint import Saver, find_teacher, load, load_into, load_weights, save_atomically
 from mdistiller_norm.errors import CheckpointError
-from mdistiller_norm.models import build_model
+from mdistiller_norm.models import Wrapped, build_model
 
 
 def network() -> nn.Module:
@@ -123,6 +124,10 @@ def test_weights_of_another_network_name_the_first_difference(tmp_path: Path) ->
         load_into(build_model("resnet14", 10), weights, "resnet14")
     with pytest.raises(CheckpointError, match=r"fc\.weight has shape \(10, 64\), not \(100, 64\)"):
         load_into(build_model("resnet8", 100), weights, "resnet8")
+    own_rule = Wrapped(mnasnet0_5(num_classes=4), 4, classifier="classifier.1")  # asks for a version, which files lack
+    torch.save(own_rule.state_dict(), tmp_path / "mnasnet.pth")
+    with pytest.raises(CheckpointError, match=r"mnasnet\.pth does not load into mnasnet: version should be set"):
+        load_into(own_rule, load_weights(tmp_path / "mnasnet.pth"), "mnasnet")
 
 
 def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:

@@ -213,7 +213,10 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
             raise CheckpointError(
                 f"{weights.path} does not fit {name}: {key} has shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
             )
-    network.load_state_dict(weights.state)
+    try:
+        network.load_state_dict(weights.state)
+    except (RuntimeError, ValueError) as error:  # a module with a rule of its own, such as torchvision's MNASNet
+        raise CheckpointError(f"{weights.path} does not load into {name}: {first_line(error)}") from error
 
 
 def seen_otherwise(weights: Weights, classes: Sequence[str], seen: Mapping[str, Sequence[float]]) -> str:
