@@ -176,7 +176,8 @@ def build_runs(
     test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
     loader = build_train_loader(cfg, dataset, device, share, say)
     left = max(_steps_left(learner, loader) for learner in learners)
-    to_compile, reason = choose(cfg.ENGINE.COMPILE, device, left)
+    steps = cfg.SOLVER.EPOCHS * loader.steps if left else 0
+    to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps)
     if reason and (taught_by or cfg.ENGINE.COMPILE == "all"):
         say(reason)
     teacher, taught = None, {}

@@ -194,6 +194,23 @@ def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str, 
         train(config(tmp_path, "none", "SOLVER.TRAINER=dot"))
 
 
+def test_a_resumed_run_is_compiled_like_the_whole_run(
+    tmp_path: Path,
+    teacher: str,
+    few: TensorDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setattr("mdistiller_norm.engine.compile.WORTHWHILE_STEPS", 10)
+    fit_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", teacher, epochs=1)
+    assert "nothing is compiled: 6 steps are fewer than the 10" in capsys.readouterr().out
+    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):  # falls back, and soon
+        fit_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", teacher, epochs=2, resume=True)
+    assert "compiling the teacher" in capsys.readouterr().out, "6 steps are left, and 12 are the run"
+
+
 def test_dot_finds_the_parameters_of_a_student_that_is_compiled(
     tmp_path: Path, teacher: str, few: TensorDataset
 ) -> None:

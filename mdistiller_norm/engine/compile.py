@@ -33,7 +33,7 @@ def choose(setting: str, device: torch.device, steps: int) -> tuple[str, str]:
     Args:
         setting: ``ENGINE.COMPILE``: auto, none, teacher or all.
         device: to compile for.
-        steps: that the run has left.
+        steps: of the whole run, so that a resumed one is compiled as it was before; 0 if none is left.
 
     Returns:
         none, teacher or all; and the line, empty where there is nothing to say.
