@@ -263,6 +263,11 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
         f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.targets)} "
         f"images, {shared.loader.steps} steps an epoch, {parameters:,} parameters and {extra:,} extra"
     )
+    if cfg.DATASET.VAL_SPLIT:
+        log.line(
+            f"what is called test here is held out of the training images: {cfg.DATASET.VAL_SPLIT:g} of each class "
+            "(DATASET.VAL_SPLIT)"
+        )
     result = {
         "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
         "seed": initial_seed(cfg), "epochs": cfg.SOLVER.EPOCHS, "extra_parameters": extra, "command": command,

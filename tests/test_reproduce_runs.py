@@ -281,6 +281,9 @@ def test_a_sweep_is_measured_on_held_out_images_and_fills_no_cell(output: Path) 
     swept = [e for e in read_ledger(output / "smoke" / "results" / "runs", smoke=True).all_runs()
              if e.record["config"]["DATASET"]["VAL_SPLIT"] == 0.1]  # fmt: skip
     assert {entry.record["config"]["NormKD"]["TEMPERATURE_NORM"] for entry in swept} == {1.0, 2.0}
+    logs = [path.read_text() for path in output.glob("smoke/digits/*VAL_SPLIT*/worklog.txt")]
+    assert len(logs) == 2
+    assert all("called test here is held out of the training images: 0.1 of each class" in log for log in logs)
     cell = TABLES["digits"].cells["normkd", "res20_res8"]
     assert cell_identity(cell, smoke=True) not in {entry.identity for entry in swept}
     report_main(["--smoke", "--output", str(output)])
