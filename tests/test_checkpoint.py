@@ -42,12 +42,15 @@ def published(kind: str, state: dict[str, torch.Tensor]) -> Any:
             "best_acc": torch.tensor(72.3),
             "accuracy": np.float32(72.3),
         },
+        "compiled": {"net": {f"_orig_mod.{key}": value for key, value in wrapped.items()}, "acc": 72.3},
+        "tutorial": {"model_state_dict": {f"module._orig_mod.{key}": value for key, value in state.items()}},
         "torchvision reference": {"state_dict": wrapped, "args": argparse.Namespace(lr=0.1), "epoch": 89},
     }[kind]
 
 
 @pytest.mark.parametrize(
-    "kind", ["bare", "mdistiller", "mdistiller distiller", "RepDistiller", "torchvision reference"]
+    "kind",
+    ["bare", "mdistiller", "mdistiller distiller", "RepDistiller", "compiled", "tutorial", "torchvision reference"],
 )
 def test_published_layouts_load_strictly(tmp_path: Path, kind: str) -> None:
     source, target = network().eval(), network().eval()

@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, read without running code, found by name.
 
 Three kinds of file are read as weights: this project's students (``student_best.pt``: the weights and what they are
-for), its run states (``latest.pt``), and those published for mdistiller and RepDistiller (a dict with ``model`` or
-``state_dict``, with or without ``module.`` prefixes) or bare state dicts.
+for), its run states (``latest.pt``), and others' state dicts: bare or under a usual key (``model`` in mdistiller and
+RepDistiller), with or without the prefixes of DataParallel and torch.compile.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,6 +39,10 @@ _HARMLESS: list[Any] = [
     np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,  # type: ignore[attr-defined]
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar") if hasattr(np, "_core") else np.core.multiarray.scalar,  # type: ignore[attr-defined]
 ]
+
+# Where the weights stand in a file that holds more; and what DataParallel and torch.compile put before their names.
+_HOLDERS = ("model", "state_dict", "trainable", "model_state_dict", "net")
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # before the name of weights that torchvision publishes
@@ -181,17 +186,17 @@ def load_weights(path: str | Path) -> Weights:
         for key, holds in _ABOUT.items():
             if key in about and not holds(about[key]):
                 raise CheckpointError(f"{path} is damaged: it says that its {key} is {about[key]!r}")
-        for key in ("model", "state_dict", "trainable"):
+        for key in _HOLDERS:
             if isinstance(content.get(key), Mapping):
                 content = content[key]
                 break
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not the weights of a network")
-    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    state = {_WRAPPERS.sub("", str(name)): value for name, value in content.items()}
     if any(name.startswith("student.") for name in state):  # a whole distiller, ours or mdistiller's
         state = {name.removeprefix("student."): v for name, v in state.items() if name.startswith("student.")}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no weights under 'model', 'state_dict' or at its top")
+        raise CheckpointError(f"{path} holds no weights under {', '.join(_HOLDERS)} or at its top")
     return Weights(state, path, about)
 
 
