@@ -27,14 +27,7 @@ from mdistiller_norm.data import (
 from mdistiller_norm.data.image_folder import ImageDataset, data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import (
-    PROJECT,
-    TeacherFile,
-    find_teacher,
-    load_into,
-    load_weights,
-    seen_otherwise,
-)
+from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep, Step
@@ -43,8 +36,10 @@ from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
+from mdistiller_norm.engine.teacher_file import TeacherFile, find_teacher, seen_otherwise
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
+from mdistiller_norm.files import PROJECT
 from mdistiller_norm.models import VARIANTS, build_model, probe
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Outputs

@@ -179,7 +179,7 @@ def eval_main(arguments: Sequence[str]) -> int:
 def _weights_file(name: str, options: argparse.Namespace) -> str:
     """The file of a checkpoint's name; mdistiller calls a teacher's published weights ``pretrain``."""
     from mdistiller_norm.builders import train_command
-    from mdistiller_norm.engine.checkpoint import TORCHVISION, find_teacher, published
+    from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
 
     if name.startswith(TORCHVISION):
         return str(published(name.removeprefix(TORCHVISION)).path)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+PROJECT = Path(__file__).resolve().parents[1]  # with configs, tools and checkpoints, where it is a checkout
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:

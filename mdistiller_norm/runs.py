@@ -32,7 +32,6 @@ from mdistiller_norm.config import Config, dump
 from mdistiller_norm.data import Dataset, EvalLoader, Share, TrainLoader
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import TeacherFile
 from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.host import choose_cuda_kernels
@@ -40,6 +39,7 @@ from mdistiller_norm.engine.logger import Record, RunLog, environment
 from mdistiller_norm.engine.optim import StepSchedule
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
+from mdistiller_norm.engine.teacher_file import TeacherFile
 from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.files import write_json

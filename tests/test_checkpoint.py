@@ -16,8 +16,9 @@ import yaml
 from torch import nn
 from torchvision.models import mnasnet0_5
 
-from mdistiller_norm.engine import checkpoint
-from mdistiller_norm.engine.checkpoint import Saver, find_teacher, load, load_into, load_weights, save_atomically
+from mdistiller_norm.engine import teacher_file
+from mdistiller_norm.engine.checkpoint import Saver, load, load_into, load_weights, save_atomically
+from mdistiller_norm.engine.teacher_file import TeacherFile, find_teacher
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.models import Wrapped, build_model
 
@@ -159,7 +160,7 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, without the real project's manifest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "PROJECT", tmp_path)
+    monkeypatch.setattr(teacher_file, "PROJECT", tmp_path)
     (tmp_path / "checkpoints").mkdir()
     return tmp_path
 
@@ -172,7 +173,7 @@ def add_entry(project: Path, **changes: Any) -> None:
     (project / "checkpoints" / "manifest.yaml").write_text(yaml.safe_dump([entry]))
 
 
-def find(weights: str = "", dataset: str = "digits") -> checkpoint.TeacherFile:
+def find(weights: str = "", dataset: str = "digits") -> TeacherFile:
     return find_teacher("resnet8", dataset, weights, Path("output"), "python tools/train.py --cfg x.yaml")
 
 
@@ -225,11 +226,11 @@ def add_run(project: Path, name: str, epochs: int, top1: float, **changes: Any) 
 
 
 def test_of_the_teachers_trained_here_the_one_of_the_students_schedule_is_taken(project: Path) -> None:
-    def found(epochs: int) -> checkpoint.TeacherFile:
+    def found(epochs: int) -> TeacherFile:
         return find_teacher("resnet8", "digits", "", Path("output"), "python tools/train.py --cfg x.yaml", epochs)
 
     smoke = add_run(project, "smoke", 2, 99.0)
-    assert found(2) == checkpoint.TeacherFile(smoke, 99.0)
+    assert found(2) == TeacherFile(smoke, 99.0)
     assert found(240).path == smoke
     assert found(240).doubt.startswith(f"the teacher {smoke} trained for 2 of the 240 epochs")
     assert "python tools/train.py --cfg x.yaml" in found(240).doubt
@@ -241,9 +242,9 @@ def test_of_the_teachers_trained_here_the_one_of_the_students_schedule_is_taken(
     add_run(project, "another", 240, 99.9, student="resnet20")
     add_run(project, "unreadable", 240, 99.9, config="")
     (project / add_run(project, "without weights", 240, 99.9)).unlink()
-    assert found(240) == checkpoint.TeacherFile(full, 95.0)
-    assert found(2) == checkpoint.TeacherFile(smoke, 99.0)
-    assert found(100) == checkpoint.TeacherFile(full, 95.0), "a longer one is no reason for doubt"
+    assert found(240) == TeacherFile(full, 95.0)
+    assert found(2) == TeacherFile(smoke, 99.0)
+    assert found(100) == TeacherFile(full, 95.0), "a longer one is no reason for doubt"
     assert found(0).path == full
     add_entry(project)
     assert found(240).path == Path("checkpoints/teacher.pt")

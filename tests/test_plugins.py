@@ -96,6 +96,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(CONFIG.format(folder=folder))
     torch.manual_seed(0)
     torch.save({"model": build_model("resnet8", 10).state_dict()}, folder / "teacher.pth")
+    import_plugin(str(folder / "mine.py"))  # once a process: not by a test that puts the registries back
     return folder
 
 

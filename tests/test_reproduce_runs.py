@@ -24,8 +24,9 @@ import yaml
 from conftest import ROOT, tool
 
 from mdistiller_norm.config import dump, load_config
-from mdistiller_norm.engine.checkpoint import find_teacher, load_into, load_weights
+from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.engine.teacher_file import find_teacher
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.cli import report_main, reproduce_main

@@ -19,10 +19,11 @@ from mdistiller_norm.builders import build_dataset, build_device, train_command
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import MemoryTrainLoader, Split, TensorDataset
 from mdistiller_norm.data.cifar import MEAN, STD
-from mdistiller_norm.engine.checkpoint import PROJECT, find_teacher
 from mdistiller_norm.engine.dot import DOT
+from mdistiller_norm.engine.teacher_file import find_teacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.files import PROJECT
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import Run, build_run
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mdistiller_norm.builders import build_device
 from mdistiller_norm.config import load_config
-from mdistiller_norm.engine.checkpoint import MANIFEST
+from mdistiller_norm.engine.teacher_file import MANIFEST
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.estimate import Estimator, clock
 from mdistiller_norm.reproduce.execution import settle

@@ -16,9 +16,9 @@ from typing import IO
 import yaml
 
 from mdistiller_norm.config import dump, load_config
-from mdistiller_norm.engine.checkpoint import PROJECT
 from mdistiller_norm.engine.logger import Record
 from mdistiller_norm.errors import DataError
+from mdistiller_norm.files import PROJECT
 from mdistiller_norm.reproduce.jobs import Job, config_path, identity
 from mdistiller_norm.reproduce.ledger import add, failed_record, finished_record
 

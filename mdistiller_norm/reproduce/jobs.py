@@ -18,9 +18,10 @@ from yacs.config import CfgNode
 from mdistiller_norm.builders import method_names
 from mdistiller_norm.config import Config, default_config, load_config
 from mdistiller_norm.distillers import DISTILLERS
-from mdistiller_norm.engine.checkpoint import PROJECT, known_teacher
 from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.engine.teacher_file import known_teacher
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.files import PROJECT
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.tables import Cell, get_table, load_datasets
 from mdistiller_norm.run_folder import NEUTRAL, run_folder

@@ -10,7 +10,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from mdistiller_norm.engine.checkpoint import MANIFEST, load_weights, read_manifest, save_atomically
+from mdistiller_norm.engine.checkpoint import load_weights, save_atomically
+from mdistiller_norm.engine.teacher_file import MANIFEST, read_manifest
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.files import write_text
 from mdistiller_norm.reproduce.jobs import cell_identity, identity
@@ -48,7 +49,7 @@ def publish(run: Path, folder: Path) -> Path:
         )
     words = [record["student"], record["dataset"], *record["method"], f"seed{record['seed']}"]
     path, manifest = folder / ("_".join(words) + ".pt"), folder / MANIFEST.name
-    entries = read_manifest(manifest) if manifest.is_file() else []
+    entries = read_manifest(manifest)
     if path.exists() or any(entry["file"] == path.name for entry in entries):
         raise ConfigError(f"{path} is there already: remove it and its entry in {manifest} to publish another")
     weights = load_weights(run / "student_last.pt")
