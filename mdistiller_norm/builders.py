@@ -82,7 +82,7 @@ def build_precision(cfg: Any, device: torch.device) -> tuple[torch.dtype | None,
     if device.type == "cpu" and dtype is not None:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if dtype is torch.float16 or not native:
-            return None, f"this processor has no fast {cfg.SOLVER.PRECISION}: training in fp32 instead"
+            return None, f"this processor has no fast {cfg.SOLVER.PRECISION}: fp32 is taken instead"
     return dtype, ""
 
 

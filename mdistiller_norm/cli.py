@@ -160,19 +160,26 @@ def eval_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--root", default="data", help="folder of the data set")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="the run's EXPERIMENT.PLUGINS")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "bf16", "fp16"),
+        help="of the passes; with a run's SOLVER.PRECISION its student's figures are those that it recorded",
+    )  # fmt: skip
     parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise ConfigError(f"-bs must be at least 1, not {options.batch_size}")
 
-    from mdistiller_norm.builders import build_device
+    from mdistiller_norm.builders import build_device, build_precision
     from mdistiller_norm.config import default_config
 
     cfg = default_config()
-    cfg.DEVICE = options.device
+    cfg.DEVICE, cfg.SOLVER.PRECISION = options.device, options.precision
     device = build_device(cfg)
+    autocast, slow = build_precision(cfg, device)
+    if slow:
+        raise ConfigError(f"--precision {options.precision}: {slow}, also by runs: leave the option out")
     for path in options.ckpt:
-        _evaluate_file(path, options, device)
+        _evaluate_file(path, options, device, autocast)
     return 0
 
 
@@ -194,7 +201,7 @@ def _weights_file(name: str, options: argparse.Namespace) -> str:
     return str(find_teacher(options.model, dataset, "", Path("output"), command).path)
 
 
-def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device) -> None:
+def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> None:
     """Evaluate one checkpoint and print what was found."""
     from mdistiller_norm.builders import open_checkpoint
     from mdistiller_norm.engine.evaluate import evaluate
@@ -202,7 +209,7 @@ def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device)
     path = _weights_file(path, options)
     network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root))
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    measured = evaluate(network, dataset.eval_loader(options.batch_size, device))
+    measured = evaluate(network, dataset.eval_loader(options.batch_size, device), autocast)
     if not math.isfinite(measured.loss):
         raise CheckpointError(
             f"{path} gives NaN or infinite logits on {dataset.name}, so that it has no accuracy: it diverged in its "
@@ -211,8 +218,8 @@ def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device)
     size = "x".join(map(str, dataset.image_size))
     print(
         f"{network.name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  "
-        f"loss {measured.loss:7.4f}  {measured.samples} images of {size}, {measured.images_per_second:.0f} images/s  "
-        f"{path}"
+        f"loss {measured.loss:7.4f}  {measured.samples} images of {size}, {options.precision}, "
+        f"{measured.images_per_second:.0f} images/s  {path}"
     )
     if options.per_class:
         for label, accuracy in zip(dataset.classes, measured.per_class.tolist(), strict=True):

@@ -190,6 +190,7 @@ def build_runs(
         )  # fmt: skip
         taught["hash"] = teacher.hash
         if isinstance(teacher, CachedTeacher):
+            taught["cache"] = cfg.DISTILLER.TEACHER_CACHE_PRECISION
             say(teacher.check_space(left))
     identity = {
         "teacher": taught.get("hash", ""), "data": dataset.fingerprint(), "precision": _PRECISIONS[autocast],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_user_error, tool
 from test_train import PAIR, SMALLER, config, teacher
 from torch import nn
 
@@ -113,10 +114,21 @@ def test_emulated_half_precision_is_a_warning_and_fp32(precision: str) -> None:
     cfg = load_config(None, [*PAIR, f"SOLVER.PRECISION={precision}"]).node
     dtype, warning = build_precision(cfg, torch.device("cpu"))
     if dtype is None:
-        assert f"no fast {precision}: training in fp32" in warning
+        assert f"no fast {precision}: fp32 is taken instead" in warning
     else:
         assert precision == "bf16", "no CPU runs fp16 convolutions fast"
         assert warning == ""
+
+
+def test_eval_finds_the_figures_that_a_run_in_bf16_recorded(tmp_path: Path) -> None:
+    result = train(config(tmp_path, "run", "SOLVER.BATCH_SIZE=64", "SOLVER.PRECISION=bf16"))
+    weights = tmp_path / "distill" / "run" / "student_last.pt"
+    fp16 = tool("eval", "-c", weights, "--precision", "fp16", "--device", "cpu", check=False)
+    assert_user_error(fp16, "--precision fp16", "no fast fp16")
+    done = tool("eval", "-c", weights, "--precision", result["precision"]).stdout
+    last = result["last"]
+    assert f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}" in done
+    assert f"{result['precision']}, " in done
 
 
 def test_wandb_that_is_not_installed_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

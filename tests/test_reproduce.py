@@ -301,6 +301,16 @@ def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert listed.count("  after cifar100_baselines/vanilla,resnet32x4, seed 0") == 2
 
 
+@pytest.mark.parametrize(("load", "noted"), [(2.5, 1), (0.2, 0)])
+def test_a_trial_on_a_busy_machine_is_said_to_be_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], load: float, noted: int
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    folders = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    assert reproduce_main(["--table", "digits", "--methods", "student", "--trials", "1", "--dry-run", *folders]) == 0
+    assert capsys.readouterr().out.count("note: this machine is busy (load average 2.5)") == noted
+
+
 def test_runs_side_by_side_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 16)

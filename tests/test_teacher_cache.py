@@ -22,6 +22,7 @@ from mdistiller_norm.engine.teacher import LiveTeacher, folded
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.models import CIFAR_MODELS, build_model
+from mdistiller_norm.reproduce.ledger import Entry, finished_record
 from mdistiller_norm.runs import build_run, train
 
 __all__ = ["teacher"]  # a fixture
@@ -191,6 +192,13 @@ def test_another_teacher_data_or_precision_has_another_table(tmp_path: Path, own
     assert len({first.table.folder, second.table.folder, third.table.folder}) == 3
     assert second.use.computed == second.use.asked, "a stale row was used"
     assert third.table.dtype == np.float16
+
+
+@pytest.mark.parametrize(("method", "told"), [("KD", "fp32, teacher cache in fp16"), ("FITNET", "fp32")])
+def test_a_record_tells_that_the_answers_were_rounded(tmp_path: Path, own_teacher: str, method: str, told: str) -> None:
+    half = ("DISTILLER.TEACHER_CACHE=lazy", "DISTILLER.TEACHER_CACHE_PRECISION=fp16")
+    train(config(tmp_path, "half", f"DISTILLER.TYPE={method}", own_teacher, *half, epochs=1))
+    assert Entry(tmp_path, finished_record(tmp_path / "distill" / "half"), "").precision == told
 
 
 def test_pooled_features_are_cached_and_maps_are_not(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,11 @@ def _print_plan(plan: Plan, todo: Sequence[Job], ledger: Ledger, estimator: Esti
     total = estimator.total(todo)
     estimated = f", about {clock(total.seconds)} one after another ({total.source})" if todo else ""
     print(f"{counted(len(plan.jobs), 'run')}: {len(plan.jobs) - len(todo)} done, {len(todo)} to run{estimated}")
+    load = os.getloadavg()[0]
+    if "short trial" in total.source and load >= 1:
+        print(
+            f"note: this machine is busy (load average {load:.1f}): a short trial on it, and so the time, is too long"
+        )
 
 
 def _print_summary(summary: Summary, estimator: Estimator, queued: bool) -> None:

@@ -70,7 +70,9 @@ class Entry:
     @property
     def precision(self) -> str:
         """That it was trained in, which is not the config's where the machine has no fast kernels for that."""
-        return str(self.record.get("precision", self.record["config"]["SOLVER"]["PRECISION"]))
+        trained = str(self.record.get("precision", self.record["config"]["SOLVER"]["PRECISION"]))
+        rounded = (self.record["teacher"] or {}).get("cache") == "fp16" != trained
+        return f"{trained}, teacher cache in fp16" if rounded else trained
 
     def top1(self, which: str) -> float:
         """Test top-1 in percent of the ``last`` or the ``best`` epoch."""
