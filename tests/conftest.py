@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # One thread: the networks here are too small for two, and other processes may want the second core.
@@ -13,9 +15,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from short_runs import config
+
+from mdistiller_norm.runs import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +56,44 @@ def facts() -> Path:
     if not (SHARED / "facts").is_dir():
         pytest.skip("the facts about the reference are not beside this checkout")
     return SHARED / "facts"
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Gives a folder that is filled once, however many processes test: by the first to ask, while the others wait.
+
+    No test may change what is in it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # which the processes share
+
+    def filled(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = base / f"once_{name}", base / f"once_{name}.done"
+        with (base / f"once_{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return filled
+
+
+@pytest.fixture(scope="session")
+def teacher(once: Once) -> str:
+    """The override that names a teacher trained for three epochs."""
+    settings = ("DISTILLER.STUDENT=resnet14", "SOLVER.BATCH_SIZE=64")
+    folder = once("teacher", lambda folder: train(config(folder, "teacher", *settings, epochs=3)))
+    return f"DISTILLER.TEACHER_WEIGHTS={folder / 'distill' / 'teacher' / 'student_last.pt'}"
+
+
+@pytest.fixture(scope="session")
+def run(once: Once) -> Path:
+    """The folder of a finished run of one epoch: a plain resnet8 on the digits."""
+    return once("run", lambda folder: train(config(folder, "run", epochs=1))) / "distill" / "run"
 
 
 def tool(name: str, *arguments: object, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

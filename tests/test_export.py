@@ -15,22 +15,11 @@ from test_models import EACH_FAMILY, build
 from torch import Tensor, nn
 
 from mdistiller_norm.builders import open_checkpoint
-from mdistiller_norm.config import load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.image_folder import MEAN, STD
 from mdistiller_norm.engine.checkpoint import load, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.export import check, export_main, open_subject
-from mdistiller_norm.runs import train
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one epoch on the digits."""
-    folder = tmp_path_factory.mktemp("runs")
-    named = ["EXPERIMENT.PROJECT=p", "EXPERIMENT.NAME=r", "DISTILLER.STUDENT=resnet8"]
-    train(load_config(None, [f"LOG.PREFIX={folder}", "DATASET.TYPE=digits", "SOLVER.EPOCHS=1", *named]))
-    return folder / "p" / "r"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, tool
-from test_train import assert_same_state, state_of
+from short_runs import assert_same_state, state_of
 from torchvision.models import VisionTransformer, mobilenet_v3_small, resnet18
 
 from mdistiller_norm.cli import train_main

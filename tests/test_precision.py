@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_user_error, tool
-from test_train import PAIR, SMALLER, config, teacher
+from short_runs import PAIR, SMALLER, config
 from torch import nn
 
 from mdistiller_norm.builders import build_precision
@@ -19,8 +19,6 @@ from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run, train
 from mdistiller_norm.types import Batch, Outputs
-
-__all__ = ["teacher"]  # a fixture
 
 
 def half_step(folder: Path, teacher: str, method: str, dtype: torch.dtype) -> TrainStep:

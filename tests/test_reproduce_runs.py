@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import ROOT, tool
+from conftest import ROOT, Once, tool
 
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
@@ -70,11 +70,9 @@ def records(folder: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(once: Once) -> Path:
     """An output folder with a finished teacher and one student of it."""
-    folder = tmp_path_factory.mktemp("trained")
-    smoke(folder, "--methods", "kd", "--trials", "1")
-    return folder
+    return once("trained", lambda folder: smoke(folder, "--methods", "kd", "--trials", "1"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, assert_user_error, tool
-from test_train import config
+from short_runs import config
 
 from mdistiller_norm.cli import run as run_tool
 from mdistiller_norm.config import load_config
@@ -23,14 +23,6 @@ from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.run_folder import LATEST, run_folder
 from mdistiller_norm.runs import build_run, train
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run of one epoch lies."""
-    out = tmp_path_factory.mktemp("out")
-    train(config(out, "run", epochs=1))
-    return out / "distill" / "run"
 
 
 def copied(run: Path, out: Path) -> Path:

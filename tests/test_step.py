@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, tool
-from test_train import SMALLER, assert_same_state, config, teacher
+from short_runs import SMALLER, assert_same_state, config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,8 +24,6 @@ from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run
 from mdistiller_norm.types import Outputs
-
-__all__ = ["teacher"]  # a fixture
 
 
 def build_step(folder: Path, name: str, *overrides: str) -> TrainStep:

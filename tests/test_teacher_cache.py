@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import assert_same_state, config, state_of, teacher
+from short_runs import assert_same_state, config, state_of
 
 from mdistiller_norm.distillers import Need
 from mdistiller_norm.engine.cache_table import DeviceRows, Table
@@ -25,7 +25,6 @@ from mdistiller_norm.models import CIFAR_MODELS, build_model
 from mdistiller_norm.reproduce.ledger import Entry, finished_record
 from mdistiller_norm.runs import build_run, train
 
-__all__ = ["teacher"]  # a fixture
 NORMKD = "DISTILLER.TYPE=NormKD"
 
 

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, tool
+from short_runs import SMALLER, assert_same_state, config, state_of
 
 from mdistiller_norm.analysis.cli import visualize_main
 from mdistiller_norm.cli import eval_main, shards_main, train_main
@@ -33,26 +33,6 @@ from mdistiller_norm.export import export_main
 from mdistiller_norm.gpu_check import main as gpu_check_main
 from mdistiller_norm.reproduce.cli import report_main
 from mdistiller_norm.runs import build_run, train
-
-# A batch of 240 makes an epoch of 6 steps, the last one short.
-SHORT = ["DATASET.TYPE=digits", "SOLVER.BATCH_SIZE=240", "SOLVER.NESTEROV=true", "SOLVER.WEIGHT_DECAY=5e-4"]
-PAIR = [*SHORT, "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
-# Defaults that are made for data sets larger than the digits.
-SMALLER = {"CRD": ["CRD.NCE.K=16"]}
-
-
-def config(folder: Path, name: str, *overrides: str, epochs: int = 2):
-    return load_config(
-        None, [*PAIR, f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", *overrides]
-    )
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The override that names a teacher trained for three epochs."""
-    folder = tmp_path_factory.mktemp("teacher")
-    train(config(folder, "teacher", "DISTILLER.STUDENT=resnet14", "SOLVER.BATCH_SIZE=64", epochs=3))
-    return f"DISTILLER.TEACHER_WEIGHTS={folder / 'distill' / 'teacher' / 'student_last.pt'}"
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +52,6 @@ def fit_few(
     run = build_run(config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs), resume, dataset=few)
     run.trainer.fit()
     run.trainer.log.close()
-
-
-def assert_same_state(a: Any, b: Any, where: str = "") -> None:
-    """Equal to the bit, whatever the nesting."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_state(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def state_of(folder: Path, name: str) -> dict[str, Any]:
-    state = load(folder / "distill" / name / "latest.pt")
-    del state["seconds"]
-    return state
 
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path, teacher: str) -> None:

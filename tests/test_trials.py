@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_user_error, tool
-from test_train import assert_same_state
+from short_runs import assert_same_state
 
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Split, TensorDataset, digits

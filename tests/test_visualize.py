@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_user_error, tool
+from conftest import Once, assert_user_error, tool
 from scipy import stats
 from sklearn.metrics import silhouette_score
 
@@ -27,16 +27,18 @@ from mdistiller_norm.runs import train
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(once: Once) -> Path:
     """A folder with three runs of two epochs: a teacher, a student alone, and one distilled."""
-    folder = tmp_path_factory.mktemp("runs")
+    return once("figures", train_three) / "p"
+
+
+def train_three(folder: Path) -> None:
     common = [f"LOG.PREFIX={folder}", "EXPERIMENT.PROJECT=p", "DATASET.TYPE=digits", "SOLVER.EPOCHS=2",
               "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]  # fmt: skip
     train(load_config(None, [*common, "EXPERIMENT.NAME=teacher", "DISTILLER.STUDENT=resnet14"]))
     train(load_config(None, [*common, "EXPERIMENT.NAME=alone"]))
     weights = f"DISTILLER.TEACHER_WEIGHTS={folder / 'p' / 'teacher' / 'student_last.pt'}"
     train(load_config(None, [*common, "EXPERIMENT.NAME=taught", "DISTILLER.TYPE=NormKD", weights]))
-    return folder / "p"
 
 
 def weights(runs: Path, name: str) -> str:
