@@ -215,7 +215,7 @@ def _start_wandb(cfg: Any, folder: Path) -> str:
     try:
         import wandb
     except ImportError:
-        return "LOG.WANDB is true and wandb is not installed (pip install 'mdistiller_norm[wandb]'): going on without"
+        return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): going on without"
     wandb.init(
         project=cfg.EXPERIMENT.PROJECT, name=folder.name, dir=str(folder), config=yaml.safe_load(dump(cfg)),
         tags=cfg.EXPERIMENT.TAG.split(","), sync_tensorboard=True,

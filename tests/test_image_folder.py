@@ -504,6 +504,8 @@ def test_sizes_that_hide_most_of_a_test_image_are_not_silent(
         assert ("warning" in seen) == (resize == 256)
     with pytest.raises(ConfigError, match=r"RESIZE 31 is less than DATASET\.IMAGE_SIZE 32"):
         build_run(load_config(None, [*overrides, "DATASET.RESIZE=31"]))
+    with pytest.raises(ConfigError, match=r"DATASET\.MEAN and DATASET\.STD .* set both, or neither"):
+        build_run(load_config(None, [*overrides, "DATASET.MEAN=[0.5,0.5,0.5]"]))
 
 
 def test_a_teacher_that_saw_other_images_is_doubted_or_refused(

@@ -295,7 +295,7 @@ def test_a_sweep_is_measured_on_held_out_images_and_fills_no_cell(output: Path) 
 
 @pytest.mark.slow
 def test_submitit_runs_jobs_and_waits_for_the_teacher(tmp_path: Path) -> None:
-    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
+    pytest.importorskip("submitit", reason="submitit is not installed: python -m pip install submitit")
     done = smoke(
         tmp_path, "--methods", "kd", "--trials", "1", "--launcher", "submitit-local", "--slurm", "timeout_min=5"
     )
@@ -308,7 +308,7 @@ def test_slurm_gets_the_options_and_the_teacher_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With programs in the place of Slurm's that keep what they are given."""
-    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
+    pytest.importorskip("submitit", reason="submitit is not installed: python -m pip install submitit")
     for name in ("sbatch", "srun"):
         (tmp_path / name).write_text(
             f"#!/bin/sh\nn=$(ls {tmp_path}/*.sh 2>/dev/null | wc -l)\n"
@@ -328,7 +328,7 @@ def test_slurm_gets_the_options_and_the_teacher_first(
 
 
 def test_slurm_without_slurm_is_one_line(output: Path) -> None:
-    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'mdistiller_norm[slurm]'")
+    pytest.importorskip("submitit", reason="submitit is not installed: python -m pip install submitit")
     if shutil.which("sbatch"):
         pytest.skip("this machine has Slurm")
     with pytest.raises(ConfigError, match="submitit cannot use slurm"):
@@ -412,6 +412,16 @@ def test_a_merged_ledger_needs_no_teacher_until_a_student_is_missing(output: Pat
     assert [job.config_file for job in pending_jobs(plan.jobs, ledger)] == [
         "configs/digits/vanilla_resnet20.yaml", "configs/digits/normkd.yaml",
     ]  # fmt: skip
+
+
+def test_a_dry_run_sees_what_finished_unwatched_and_writes_no_record(output: Path) -> None:
+    for record in records(output):
+        record.unlink()
+    said = smoke(output, "--methods", "kd", "--seeds", "0", "--dry-run").stdout
+    assert "2 runs: 2 done, 0 to run" in said
+    assert not records(output)
+    smoke(output, "--methods", "kd", "--seeds", "0")
+    assert len(records(output)) == 2
 
 
 def test_records_say_what_was_run(trained: Path) -> None:

@@ -111,7 +111,7 @@ def test_tsne_of_a_sample_a_class_shows_nothing() -> None:
 
 
 def test_opentsne_is_an_engine_too(runs: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openTSNE", reason="openTSNE is not installed: pip install 'mdistiller_norm[tsne]'")
+    pytest.importorskip("openTSNE", reason="openTSNE is not installed: python -m pip install openTSNE")
     options = ["tsne", "-c", weights(runs, "teacher"), "--samples", "60", "--engine", "opentsne", "--data"]
     visualize_main([*options, "--out", str(tmp_path / "figure")])
     assert np.isfinite(drawn(tmp_path / "figure")["networks"][0]["points"]).all()

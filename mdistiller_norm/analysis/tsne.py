@@ -46,7 +46,7 @@ def embed(features: np.ndarray[Any, Any], seed: int, perplexity: float, engine: 
         tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
         return np.asarray(tsne.fit_transform(features))
     if not importlib.util.find_spec("openTSNE"):
-        raise ConfigError("--engine opentsne needs openTSNE: pip install 'mdistiller_norm[tsne]'")
+        raise ConfigError("--engine opentsne needs openTSNE: python -m pip install openTSNE")
     import openTSNE
 
     return np.asarray(openTSNE.TSNE(perplexity=perplexity, random_state=seed).fit(features))

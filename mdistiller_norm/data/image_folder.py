@@ -74,7 +74,8 @@ class ImageDataset(Dataset):
 
     Raises:
         DataError: mean and standard deviation are to be measured, and no image can be read.
-        ConfigError: test images are made smaller than what a network sees.
+        ConfigError: test images are made smaller than what a network sees; or one of mean and standard deviation is
+            given, and the other is not.
     """
 
     def __init__(
@@ -85,11 +86,10 @@ class ImageDataset(Dataset):
                 f"DATASET.RESIZE {options.resize} is less than DATASET.IMAGE_SIZE {options.size}: test images would "
                 "have black margins; raise it"
             )
+        if bool(options.mean) != bool(options.std):
+            raise ConfigError("DATASET.MEAN and DATASET.STD are measured together on images: set both, or neither")
         self.name, self.classes, self.train, self.test, self.options = name, classes, train, test, options
-        if options.mean and options.std:
-            self.mean, self.std = options.mean, options.std
-        else:
-            self.mean, self.std = measure(train.source, options)
+        self.mean, self.std = (options.mean, options.std) if options.mean else measure(train.source, options)
         self.variant = options.variant
         if self.variant == "auto":
             self.variant = "imagenet" if options.size > 64 else "cifar"

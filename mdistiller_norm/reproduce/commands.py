@@ -13,9 +13,9 @@ from mdistiller_norm.config import load_config
 from mdistiller_norm.engine.teacher_file import MANIFEST
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.estimate import Estimator, clock
-from mdistiller_norm.reproduce.execution import settle
+from mdistiller_norm.reproduce.execution import trained_record
 from mdistiller_norm.reproduce.jobs import Job, Plan, cell_config, cell_identity, make_plan
-from mdistiller_norm.reproduce.ledger import Ledger, add, finished_record, read_ledger
+from mdistiller_norm.reproduce.ledger import Entry, Ledger, add, finished_record, read_ledger
 from mdistiller_norm.reproduce.publish import publish
 from mdistiller_norm.reproduce.runner import Runner, Summary, pending_jobs
 from mdistiller_norm.reproduce.stats import plus_minus, spread
@@ -129,11 +129,11 @@ def reproduce(
         UserError: something about the input cannot work.
     """
     plan = make_plan(cells, seeds, output=output, smoke=smoke, extra=extra, by_value=by_value)
-    known = read_ledger(folder, smoke)
-    for job in plan.jobs:
-        if job.seed not in known.of(job.identity):
-            settle(job, folder)  # a run that finished while nobody watched
     ledger = read_ledger(folder, smoke)
+    for job in plan.jobs:
+        if job.seed not in ledger.of(job.identity) and (record := trained_record(job)):
+            path = job.folder if dry_run else add(record, folder)  # finished while nobody watched
+            ledger.runs.setdefault(job.identity, {})[job.seed] = Entry(path, record, job.identity)
     todo = pending_jobs(plan.jobs, ledger)
     device = build_device(load_config(None, extra).node)
     estimator = Estimator(ledger.all_runs(), device, processes)

@@ -67,7 +67,7 @@ def launch(
         ConfigError: submitit is not installed, Slurm is not on this machine, or an option is refused.
     """
     if not importlib.util.find_spec("submitit"):
-        raise ConfigError("--launcher slurm needs submitit: pip install 'mdistiller_norm[slurm]'")
+        raise ConfigError("--launcher slurm needs submitit: python -m pip install submitit")
     import submitit
 
     try:
