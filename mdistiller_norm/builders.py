@@ -1,4 +1,4 @@
-"""From a config to the objects that run: the only code below ``config.py`` that sees the YACS node."""
+"""From a config to the objects that run; what is in ``engine``, ``data`` and ``models`` takes explicit arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from mdistiller_norm.config import default_config
+from mdistiller_norm.config import default_config, method_names
 from mdistiller_norm.data import (
     DATASETS,
     Dataset,
@@ -46,12 +46,7 @@ from mdistiller_norm.types import Outputs
 
 Say = Callable[[str], None]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def method_names(cfg: Any) -> list[str]:
-    """The distillers that ``DISTILLER.TYPE`` names; none for plain training."""
-    types = [cfg.DISTILLER.TYPE] if isinstance(cfg.DISTILLER.TYPE, str) else list(cfg.DISTILLER.TYPE)
-    return [name for name in types if name != "NONE"]
+PRECISIONS = {dtype: name for name, dtype in _DTYPES.items()}  # what an autocast dtype is called
 
 
 def build_device(cfg: Any) -> torch.device:
@@ -77,7 +72,10 @@ def build_device(cfg: Any) -> torch.device:
 
 
 def build_precision(cfg: Any, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The autocast dtype of ``SOLVER.PRECISION``, and a warning where the processor would emulate it."""
+    """The autocast dtype of ``SOLVER.PRECISION``, and a warning: None with one where a processor would emulate it.
+
+    A GPU is taken to have it.
+    """
     dtype = _DTYPES[cfg.SOLVER.PRECISION]
     if device.type == "cpu" and dtype is not None:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

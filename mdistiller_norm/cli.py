@@ -203,13 +203,12 @@ def _weights_file(name: str, options: argparse.Namespace) -> str:
 
 def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> None:
     """Evaluate one checkpoint and print what was found."""
-    from mdistiller_norm.builders import open_checkpoint
+    from mdistiller_norm.builders import open_checkpoint, placed
     from mdistiller_norm.engine.evaluate import evaluate
 
     path = _weights_file(path, options)
     network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root))
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    measured = evaluate(network, dataset.eval_loader(options.batch_size, device), autocast)
+    measured = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
     if not math.isfinite(measured.loss):
         raise CheckpointError(
             f"{path} gives NaN or infinite logits on {dataset.name}, so that it has no accuracy: it diverged in its "

@@ -1,7 +1,7 @@
 """Configuration: a YACS tree of defaults, YAML files with ``_BASE_`` inheritance on top, ``KEY VALUE`` overrides last.
 
-The keys are a superset of mdistiller's and of its NormKD fork's, so their YAML files load unchanged. Only this module
-and the builders see the tree; everything below them takes explicit arguments.
+The keys are a superset of mdistiller's and of its NormKD fork's, so their YAML files load unchanged. What is
+in ``engine``, ``data`` and ``models`` does not see the tree and takes explicit arguments.
 
 A YAML file may name its bases: ``_BASE_: ../base.yaml`` or a list, relative to the file. Later bases override earlier
 ones, the file overrides its bases; a base reached on two ways counts once, where it is reached first. Keys are nested
@@ -209,7 +209,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), o
     plugins = _import_plugins(path, overrides)
     node = default_config()
     tree = dict(_walk(node))
-    sources = {key: "default" for key, default in tree.items() if not isinstance(default, CfgNode)}
+    sources = {key: "default" for key, _ in leaves(node)}
     for source, settings in read_settings(path, overrides, tree):
         for setting in settings:
             *sections, name = setting.key.split(".")
@@ -232,8 +232,7 @@ def show(config: Config) -> str:
 
     Of the methods' nodes only those that are used or set somewhere are shown.
     """
-    types = config.node.DISTILLER.TYPE
-    used = {types} if isinstance(types, str) else set(types)
+    used = set(method_names(config.node))
     used |= {key.split(".")[0] for key, source in config.sources.items() if source != "default"}
     shown = {name: value for name, value in config.node.items() if name not in DISTILLERS or name in used}
     return _render(shown, config.sources).rstrip("\n")
@@ -246,16 +245,27 @@ def dump(node: CfgNode) -> str:
 
 def differences(a: CfgNode, b: CfgNode) -> list[str]:
     """Dotted keys whose values differ, or that one of the two trees lacks."""
-    leaves_a, leaves_b = ({k: v for k, v in _walk(x) if not isinstance(v, CfgNode)} for x in (a, b))
+    leaves_a, leaves_b = dict(leaves(a)), dict(leaves(b))
     missing = object()
     return [key for key in {**leaves_a, **leaves_b} if leaves_a.get(key, missing) != leaves_b.get(key, missing)]
+
+
+def method_names(tree: Mapping[str, Any]) -> list[str]:
+    """The distillers that ``DISTILLER.TYPE`` of a config, or of a record's, names; none for plain training."""
+    types = tree["DISTILLER"]["TYPE"]
+    return [name for name in ([types] if isinstance(types, str) else types) if name != "NONE"]
+
+
+def leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a config, or of a record's, with its value; without the sections."""
+    return ((key, value) for key, value in _walk(tree) if not isinstance(value, Mapping))
 
 
 def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key with its value, each section before what it holds."""
     for name, value in node.items():
         yield prefix + name, value
-        if isinstance(value, CfgNode):
+        if isinstance(value, Mapping):
             yield from _walk(value, f"{prefix}{name}.")
 
 

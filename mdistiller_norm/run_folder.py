@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import yaml
+from yacs.config import CfgNode
 
-from mdistiller_norm.builders import method_names
-from mdistiller_norm.config import Config, differences, dump, load_config
+from mdistiller_norm.config import Config, differences, dump, load_config, method_names
 from mdistiller_norm.data import Share
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import Record, RunLog, SilentLog
-from mdistiller_norm.errors import CheckpointError, ConfigError, UserError
+from mdistiller_norm.errors import CheckpointError, ConfigError, UserError, first_line
 from mdistiller_norm.files import write_text
 
 # Keys that do not change what is computed, only where it is kept, shown or run. Of the data and the teacher a hash is
@@ -28,6 +28,7 @@ NEUTRAL = (
     "DISTILLER.TEACHER_WEIGHTS",
 )  # fmt: skip
 LATEST, CONFIG, RESULT = "latest.pt", "config.yaml", "result.json"
+_LOCK = ".lock"
 # What a state must have, with the types.
 _STATE: dict[str, type | tuple[type, ...]] = {
     "trainable": dict, "optimizer": dict, "meters": dict, "identity": dict, "epoch": int, "steps_done": int,
@@ -79,10 +80,20 @@ def refuse_to_overwrite(config: Config, resume: bool) -> None:
     """Raise ConfigError where a run has saved something already and is not to be resumed."""
     folder = run_folder(config)
     there = any(os.path.exists(folder / name) for name in (LATEST, RESULT))  # False for impossible names, too
-    if there and not resume and not distributed.restarted():
+    if there and not _goes_on(folder, resume):
         raise ConfigError(
             f"{folder} holds a run already: --resume goes on with it, EXPERIMENT.NAME or EXPERIMENT.TAG starts another"
         )
+
+
+def _goes_on(folder: Path, resume: bool) -> bool:
+    """Whether what is there is gone on with: as asked, or begun by the launcher that started this process again."""
+    if resume or not distributed.restarted():
+        return resume
+    try:
+        return (folder / _LOCK).read_text() == distributed.launcher()
+    except (OSError, ValueError):
+        return False
 
 
 def open_folder(config: Config, resume: bool, share: Share, label: str) -> Opened:
@@ -95,11 +106,10 @@ def open_folder(config: Config, resume: bool, share: Share, label: str) -> Opene
         label: printed before the lines of the log.
 
     Raises:
-        ConfigError: it holds a run already and ``resume`` is off, or a run of another config; another process trains
-            in it; it cannot be written.
+        ConfigError: it holds a run of another config; another process trains in it; it cannot be written.
         CheckpointError: ``latest.pt`` is broken.
     """
-    opened = _open_alone(config, resume or distributed.restarted(), label) if distributed.is_first() else None
+    opened = _open_alone(config, resume, label) if distributed.is_first() else None
     resumed = distributed.agree(int(opened is not None and opened.state is not None))
     if opened:
         return opened
@@ -108,7 +118,6 @@ def open_folder(config: Config, resume: bool, share: Share, label: str) -> Opene
 
 
 def _open_alone(config: Config, resume: bool, label: str) -> Opened:
-    refuse_to_overwrite(config, resume)
     folder = run_folder(config)
     lock = _lock(folder)
     try:
@@ -129,16 +138,30 @@ def _open_locked(folder: Path, config: Config, resume: bool, label: str, lock: I
         )
     else:
         opening = f"nothing to resume in {folder}: starting" if resume else f"run folder {folder}"
+    if not state:
+        keep_config(config.node, folder)
+    warning = _start_wandb(config.node, folder) if config.node.LOG.WANDB else ""  # which sees later writers only
     try:
-        write_text(dump(config.node), folder / CONFIG)
         first = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
         log = RunLog(folder, first_epoch=first[0], first_step=first[1], label=label, lock=lock)
     except OSError as error:
         raise _unwritable(folder, error) from error
     log.line(opening)
-    if config.node.LOG.WANDB and (warning := _start_wandb(config.node, folder)):
+    if warning:
         log.line(f"warning: {warning}")
     return Opened(folder, state, log)
+
+
+def keep_config(node: CfgNode, folder: Path) -> None:
+    """Write the config of the run in a folder.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        write_text(dump(node), folder / CONFIG)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:
@@ -151,7 +174,7 @@ def _lock(folder: Path) -> IO[str]:
     """Make the folder, and keep other processes out of it while the file that is returned is open."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / _LOCK).open("a")
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
@@ -163,6 +186,9 @@ def _lock(folder: Path) -> IO[str]:
         ) from error
     except OSError:  # a file system without locks
         pass
+    lock.truncate(0)
+    lock.write(distributed.launcher())
+    lock.flush()
     return lock
 
 
@@ -211,13 +237,18 @@ def check_identity(folder: Path, saved: Mapping[str, str], now: Mapping[str, str
 
 
 def _start_wandb(cfg: Any, folder: Path) -> str:
-    """Mirror what TensorBoard gets to Weights & Biases; returns a warning where it is not installed."""
+    """Mirror what TensorBoard will get to Weights & Biases; returns a warning where that is not possible."""
     try:
         import wandb
     except ImportError:
         return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): going on without"
-    wandb.init(
-        project=cfg.EXPERIMENT.PROJECT, name=folder.name, dir=str(folder), config=yaml.safe_load(dump(cfg)),
-        tags=cfg.EXPERIMENT.TAG.split(","), sync_tensorboard=True,
-    )  # fmt: skip
+    if wandb.run is not None:
+        return f"LOG.WANDB is for one run of a process, and {wandb.run.name} is mirrored already: going on without"
+    try:
+        wandb.init(
+            project=cfg.EXPERIMENT.PROJECT, name=folder.name, dir=str(folder), config=yaml.safe_load(dump(cfg)),
+            tags=cfg.EXPERIMENT.TAG.split(","), sync_tensorboard=True,
+        )  # fmt: skip
+    except wandb.Error as error:
+        return f"LOG.WANDB is true and wandb does not start ({first_line(error)}): going on without"
     return ""

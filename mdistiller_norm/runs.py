@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from mdistiller_norm.builders import (
+    PRECISIONS,
     Say,
     build_dataset,
     build_device,
@@ -25,10 +27,9 @@ from mdistiller_norm.builders import (
     fastest,
     fastest_test,
     initial_seed,
-    method_names,
     placed,
 )
-from mdistiller_norm.config import Config, dump
+from mdistiller_norm.config import Config, dump, method_names
 from mdistiller_norm.data import Dataset, EvalLoader, Share, TrainLoader
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
@@ -44,9 +45,7 @@ from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.files import write_json
 from mdistiller_norm.models.base import Network
-from mdistiller_norm.run_folder import RESULT, check_identity, open_folder, refuse_to_overwrite
-
-_PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+from mdistiller_norm.run_folder import RESULT, check_identity, keep_config, open_folder, refuse_to_overwrite
 
 
 class Run(NamedTuple):
@@ -193,7 +192,7 @@ def build_runs(
             taught["cache"] = cfg.DISTILLER.TEACHER_CACHE_PRECISION
             say(teacher.check_space(left))
     identity = {
-        "teacher": taught.get("hash", ""), "data": dataset.fingerprint(), "precision": _PRECISIONS[autocast],
+        "teacher": taught.get("hash", ""), "data": dataset.fingerprint(), "precision": PRECISIONS[autocast],
     }  # fmt: skip
     shared = _Shared(dataset, loader, test, teacher, taught, autocast, to_compile == "all", identity)
     runs = [_build(learner, shared, command, leads=number == 0) for number, learner in enumerate(learners)]
@@ -272,10 +271,13 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
     result = {
         "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
         "seed": initial_seed(cfg), "epochs": cfg.SOLVER.EPOCHS, "extra_parameters": extra, "command": command,
-        "precision": _PRECISIONS[shared.autocast], "processes": distributed.wanted().world,
+        "precision": PRECISIONS[shared.autocast], "processes": distributed.wanted().world,
         "config": yaml.safe_load(dump(cfg)), "environment": environment(build_device(cfg)),
     }  # fmt: skip
-    return Run(trainer, learner.folder, result, trainer.epoch > cfg.SOLVER.EPOCHS)
+    finished = trainer.epoch > cfg.SOLVER.EPOCHS
+    if learner.state and not finished and distributed.is_first():
+        keep_config(cfg, learner.folder)  # not before it was clear that the state is of this run
+    return Run(trainer, learner.folder, result, finished)
 
 
 def train(config: Config, resume: bool = False, command: list[str] | None = None) -> Record:
@@ -306,21 +308,40 @@ def train(config: Config, resume: bool = False, command: list[str] | None = None
 
 
 def begin(run: Run) -> None:
-    """Write down where it runs, and say so where nothing is left to do."""
-    if distributed.is_first():
-        write_json(run.result["environment"], run.folder / "environment.json")
+    """Write down where it runs, or say that nothing is left to do."""
     if run.finished:
         run.trainer.log.line(f"{run.folder} is finished already: nothing left to train")
+    elif distributed.is_first():
+        (run.folder / RESULT).unlink(missing_ok=True)  # of fewer epochs: the weights will be others
+        write_json(run.result["environment"], run.folder / "environment.json")
 
 
 def finish(run: Run) -> Record:
-    """Write ``result.json`` of a run that reached its end; returns what it holds."""
+    """Write ``result.json`` of a run that reached its end; returns what it holds.
+
+    One that was finished before keeps its own, which says where and when it was trained.
+    """
     result = run.result | run.trainer.summary()
-    if distributed.is_first():
+    kept = _kept(run.folder / RESULT) if run.finished else {}
+    if all(kept.get(key) == result[key] for key in ("last", "best")):
+        result = kept
+    elif distributed.is_first():
         write_json(result, run.folder / RESULT)
+    teacher = run.trainer.step.teacher
+    if isinstance(teacher, CachedTeacher) and not run.finished:
+        run.trainer.log.line(teacher.told())
     last, best = result["last"], result["best"]
     run.trainer.log.line(
         f"done: last top-1 {last['top1']:.2f}, best top-1 {best['top1']:.2f} (epoch {best['epoch']}); "
         f"weights, metrics.jsonl, result.json and tensorboard/ are in {run.folder}"
     )
     return result
+
+
+def _kept(path: Path) -> Record:
+    """What a ``result.json`` holds; nothing where it is not there or damaged."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return result if isinstance(result, dict) else {}

@@ -69,8 +69,11 @@ def train_trials(cfg_file: str, overrides: Sequence[str], resume: bool, command:
 
     Raises:
         UserError: a trial failed; the others were finished.
+        ConfigError: this is one of several processes of torchrun.
         Interrupted: on SIGINT, SIGTERM or SIGUSR1, after every trial saved its state.
     """
+    if distributed.wanted().world > 1:
+        raise ConfigError("SOLVER.TRIALS makes the processes that it needs itself: start it without torchrun")
     config = load_config(cfg_file, overrides)
     names = [trial_overrides(config, trial) for trial in range(config.node.SOLVER.TRIALS)]
     configs = [load_config(cfg_file, [*overrides, *own]) for own in names]
@@ -86,8 +89,6 @@ def train_trials(cfg_file: str, overrides: Sequence[str], resume: bool, command:
 
 def _in_lockstep(configs: Sequence[Config], resume: bool, command: str) -> list[int]:
     """Train the trials in this process; returns the numbers of those that failed."""
-    if distributed.wanted().world > 1:
-        raise ConfigError("SOLVER.TRIALS_MODE lockstep trains on one process: start it without torchrun")
     cfg = configs[0].node
     runs = build_runs(configs, resume, command)
 
@@ -99,9 +100,7 @@ def _in_lockstep(configs: Sequence[Config], resume: bool, command: str) -> list[
             begin(run)
         errors = fit_together([run.trainer for run in runs], together)
         for run in runs:
-            if run.trainer in errors:
-                print(f"error: {run.folder}: {errors[run.trainer]}", file=sys.stderr)
-            else:
+            if run.trainer not in errors:
                 finish(run)
     finally:
         for run in runs:

@@ -121,6 +121,13 @@ def test_cut_off_and_missing_files_are_named(tmp_path: Path) -> None:
         load(tmp_path / "none.pth")
 
 
+@pytest.mark.parametrize("text", [b"0 epochs\n", b"\x8a\x01", b"epoch 1/2\n", b"J\n", b"{}\n", b"(l.\n", b"i\n"])
+def test_files_that_are_something_else_are_one_line(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "worklog.txt").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"worklog\.txt"):
+        load(tmp_path / "worklog.txt")
+
+
 def test_weights_of_another_network_name_the_first_difference(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "resnet8.pth")
     weights = load_weights(tmp_path / "resnet8.pth")

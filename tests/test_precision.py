@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import assert_user_error, tool
 from short_runs import PAIR, SMALLER, config
 from torch import nn
+from torch.utils.tensorboard import writer
 
 from mdistiller_norm.builders import build_precision
 from mdistiller_norm.config import load_config
@@ -127,6 +131,37 @@ def test_eval_finds_the_figures_that_a_run_in_bf16_recorded(tmp_path: Path) -> N
     last = result["last"]
     assert f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}" in done
     assert f"{result['precision']}, " in done
+
+
+def test_wandb_starts_before_the_writers_that_it_mirrors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a module in its place that patches what wandb patches: writers that were made before are not seen."""
+    stub, seen = types.ModuleType("wandb"), list[str]()
+
+    class Error(Exception):
+        pass
+
+    class Mirrored(writer.EventFileWriter):
+        def __init__(self, folder: str, *arguments: Any, **options: Any) -> None:
+            seen.append(Path(folder).name)
+            super().__init__(folder, *arguments, **options)
+
+    def init(**options: Any) -> None:
+        if options["name"] == "refused":
+            raise Error("no API key\nlog in")
+        assert options["sync_tensorboard"]
+        monkeypatch.setattr(writer, "EventFileWriter", Mirrored)
+        stub.run = types.SimpleNamespace(name=options["name"])
+
+    stub.run, stub.Error, stub.init = None, Error, init
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    for name, words in (("refused", "(no API key): going on"), ("run", ""), ("more", "run is mirrored already")):
+        build_run(config(tmp_path, name, "LOG.WANDB=true")).trainer.log.close()
+        said = capsys.readouterr().out
+        assert words in said
+        assert ("warning" in said) == bool(words)
+    assert seen[:2] == ["tensorboard", "steps"]
 
 
 def test_wandb_that_is_not_installed_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

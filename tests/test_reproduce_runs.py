@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -327,6 +328,16 @@ def test_slurm_gets_the_options_and_the_teacher_first(
     assert "--dependency" not in teacher
 
 
+def test_a_job_that_slurm_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed: python -m pip install submitit")
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: typo' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match=r"seed 0 cannot be submitted \(.*\); jobs before it: 0"):
+        smoke(tmp_path / "output", "--methods", "kd", "--trials", "1", "--launcher", "slurm")
+
+
 def test_slurm_without_slurm_is_one_line(output: Path) -> None:
     pytest.importorskip("submitit", reason="submitit is not installed: python -m pip install submitit")
     if shutil.which("sbatch"):
@@ -414,6 +425,16 @@ def test_a_merged_ledger_needs_no_teacher_until_a_student_is_missing(output: Pat
     ]  # fmt: skip
 
 
+def test_a_finished_run_with_broken_metrics_says_so(output: Path) -> None:
+    for record in records(output):
+        record.unlink()
+    metrics = run_folder(output, "kd", 0) / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().splitlines(keepends=True)[1])
+    said = smoke(output, "--methods", "kd", "--seeds", "0").stdout
+    assert "1 failed" in said
+    assert re.search(r"failed: digits/kd,resnet20,resnet8, seed 0: .*metrics", said)
+
+
 def test_a_dry_run_sees_what_finished_unwatched_and_writes_no_record(output: Path) -> None:
     for record in records(output):
         record.unlink()
@@ -438,7 +459,7 @@ def test_records_say_what_was_run(trained: Path) -> None:
     assert len(record["teacher"]["hash"]) == 64
     assert {"commit", "torch", "device", "python"} <= record["environment"].keys()
     assert record["metrics"]["epoch"] == [1, 2]
-    assert entry.milliseconds == pytest.approx(64e3 / sorted(record["metrics"]["images_per_second"])[1])
+    assert entry.milliseconds == pytest.approx(64e3 / statistics.median(record["metrics"]["images_per_second"]))
     # Smoke runs fill no cell of the real table.
     assert not read_ledger(entry.path.parent).all_runs()
     assert entry.identity != cell_identity(TABLES["digits"].cells["kd", "res20_res8"])

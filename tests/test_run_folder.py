@@ -19,10 +19,11 @@ from short_runs import config
 from mdistiller_norm.cli import run as run_tool
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import digits
+from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.run_folder import LATEST, run_folder
-from mdistiller_norm.runs import build_run, train
+from mdistiller_norm.runs import begin, build_run, train
 
 
 def copied(run: Path, out: Path) -> Path:
@@ -46,11 +47,13 @@ def test_two_processes_do_not_train_in_one_folder(run: Path, tmp_path: Path) -> 
 
 
 def test_a_run_goes_on_with_its_own_data_only(run: Path, tmp_path: Path) -> None:
-    copied(run, tmp_path)
+    folder = copied(run, tmp_path)
     changed = digits()
     changed.train.images[0, 0, 0, 0] += 1
+    before = (folder / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match="was run with another data: it cannot be resumed"):
         build_run(config(tmp_path, "run", epochs=2), resume=True, dataset=changed)
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_a_run_goes_on_in_its_own_precision_only(run: Path, tmp_path: Path) -> None:
@@ -77,6 +80,43 @@ def test_fewer_epochs_than_were_trained_are_refused(run: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"2 epochs behind it already: SOLVER\.EPOCHS 1 is too few"):
         train(config(tmp_path, "run", epochs=1), resume=True)
     assert (folder / "result.json").read_bytes() == before
+
+
+def test_a_finished_run_keeps_the_record_of_who_trained_it(run: Path, tmp_path: Path) -> None:
+    folder = copied(run, tmp_path)
+    kept = {name: (run / name).read_bytes() for name in ("result.json", "environment.json")}
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    result = train(config(tmp_path, "run", epochs=1), resume=True, command=["another"])
+    assert result == json.loads(kept["result.json"])
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+
+    longer = build_run(config(tmp_path, "run", epochs=2), resume=True)  # its weights will be others
+    begin(longer)
+    longer.trainer.log.close()
+    assert not (folder / "result.json").exists()
+    assert train(config(tmp_path, "run", epochs=2), resume=True, command=["another"])["command"] == "another"
+
+
+def test_torchrun_that_starts_it_again_goes_on_with_its_own_run_only(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(run, tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for job in ("none", "a-job"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        for known in (False, True):
+            (folder / ".lock").write_text(distributed.launcher() if known else "another")
+            if known:
+                again = build_run(config(tmp_path, "run", epochs=2))
+                assert again.trainer.epoch == 2
+                again.trainer.log.close()
+            else:
+                with pytest.raises(ConfigError, match="holds a run already"):
+                    build_run(config(tmp_path, "run", epochs=2))
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        build_run(config(tmp_path, "run", epochs=2))
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"epoch": "1"}], ids=["list", "student", "words"])

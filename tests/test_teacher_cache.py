@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from short_runs import assert_same_state, config, state_of
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from mdistiller_norm.distillers import Need
 from mdistiller_norm.engine.cache_table import DeviceRows, Table
@@ -22,8 +24,10 @@ from mdistiller_norm.engine.teacher import LiveTeacher, folded
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.models import CIFAR_MODELS, build_model
+from mdistiller_norm.models.base import Network
 from mdistiller_norm.reproduce.ledger import Entry, finished_record
 from mdistiller_norm.runs import build_run, train
+from mdistiller_norm.types import Outputs
 
 NORMKD = "DISTILLER.TYPE=NormKD"
 
@@ -82,6 +86,40 @@ def test_every_model_can_be_folded() -> None:
         assert isinstance(module, torch.fx.GraphModule)
         logits = module(torch.empty(2, 3, 32, 32, device="meta")).logits
         assert logits.shape == (2, 10)
+
+
+class _Sums(Network):
+    """Residual sums whose first terms are not fresh, or not of the sum's shape; or a forward that cannot be traced."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(10)
+        self.kind, self.stem, self.conv = kind, nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.same, self.pool, self.fc = nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Linear(16, 10)
+
+    def outputs(self, images: torch.Tensor) -> Outputs:
+        if self.kind == "untraceable":
+            assert isinstance(images, torch.Tensor)
+        x = self.stem(images)
+        if self.kind == "same":
+            y = self.same(x) + self.conv(x)
+        elif self.kind == "narrow":
+            y = self.conv(self.pool(x)) + x
+        else:
+            y = self.conv(x) + x
+        pooled = torch.cat([x, y.relu()], 1).mean((2, 3))
+        return Outputs(self.fc(pooled), (x, y), (x, y), pooled)
+
+    def norms_before_relu(self) -> tuple[None, None]:
+        return None, None
+
+
+@pytest.mark.parametrize("kind", ["same", "narrow", "fresh", "untraceable"])
+def test_folding_changes_no_sum(kind: str) -> None:
+    network, images = _Sums(kind).eval(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        wanted, got = network.outputs(images), folded(network, Need.MAPS)(images)
+    for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_what_leaves_a_teacher_can_be_saved_for_a_backward() -> None:

@@ -328,6 +328,26 @@ def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(tmp_path: P
     assert_same_state(load(folder / "best.pt")["trainable"], good["trainable"])
 
 
+def test_weights_that_are_lost_are_not_saved_in_mid_epoch(tmp_path: Path, few: TensorDataset) -> None:
+    """After a step whose loss is finite and whose update is not."""
+    run = build_run(config(tmp_path, "run", "SOLVER.BATCH_SIZE=8", "LOG.CHECKPOINT_STEPS=1"), dataset=few)
+    eager, steps = run.trainer.run_step, iter(range(6))
+
+    def poisoned(*raw: torch.Tensor) -> None:
+        eager(*raw)
+        if next(steps) == 1:
+            with torch.no_grad():
+                run.trainer.step.trainable.student.fc.weight[0, 0] = torch.inf
+
+    run.trainer.run_step = poisoned
+    with pytest.raises(NonFiniteLossError, match="the weights became NaN or infinite at step 2 of epoch 1"):
+        run.trainer.fit()
+    run.trainer.log.close()
+    saved = load(tmp_path / "distill" / "run" / "latest.pt")
+    assert saved["steps_done"] == 1
+    assert all(value.isfinite().all() for value in saved["trainable"].values())
+
+
 def test_weights_that_are_lost_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
     one_step = ("SOLVER.BATCH_SIZE=1437", "SOLVER.LR=1e30")
     with pytest.raises(NonFiniteLossError, match="the test loss became NaN or infinite after epoch 1"):

@@ -21,9 +21,10 @@ from mdistiller_norm.data import Split, TensorDataset, digits
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.lockstep import Lockstep, fit_together
 from mdistiller_norm.engine.trainer import Interrupted, Trainer
-from mdistiller_norm.errors import NonFiniteLossError
+from mdistiller_norm.errors import ConfigError, NonFiniteLossError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import Run, build_runs
+from mdistiller_norm.trials import train_trials
 
 CFG = "configs/digits/vanilla_resnet8.yaml"
 SHORT = ["SOLVER.BATCH_SIZE", "480", "SOLVER.EPOCHS", "1"]
@@ -176,6 +177,17 @@ def test_trials_in_lockstep_stop_resume_and_catch_up(tmp_path: Path, teacher: st
         assert_same_state(state_of(tmp_path / "whole", seed), state_of(tmp_path / "parts", seed))
 
 
+@pytest.mark.parametrize("mode", ["processes", "lockstep"])
+def test_trials_are_not_for_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="start it without torchrun"):
+        train_trials(
+            "configs/digits/kd.yaml", [f"LOG.PREFIX={tmp_path}", "SOLVER.TRIALS=2", f"SOLVER.TRIALS_MODE={mode}"], False
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_trial_whose_loss_becomes_nan_leaves_the_others_alone(tmp_path: Path, teacher: str) -> None:
     runs = lockstep_runs(tmp_path / "together", (0, 1), "DISTILLER.TYPE=KD", teacher)
     with torch.no_grad():
@@ -183,6 +195,7 @@ def test_a_trial_whose_loss_becomes_nan_leaves_the_others_alone(tmp_path: Path, 
     failed = fit(runs)
     assert list(failed) == [runs[0].trainer]
     assert isinstance(failed[runs[0].trainer], NonFiniteLossError)
+    assert "error: the loss ce and KD became NaN" in (tmp_path / "together" / "p" / "init0" / "worklog.txt").read_text()
     (alone,) = lockstep_runs(tmp_path / "alone", (1,), "DISTILLER.TYPE=KD", teacher)
     alone.trainer.fit()
     alone.trainer.log.close()

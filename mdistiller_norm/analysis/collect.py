@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdistiller_norm.builders import open_checkpoint
+from mdistiller_norm.builders import open_checkpoint, placed
 from mdistiller_norm.distillers.base import at_least_float32
 from mdistiller_norm.errors import CheckpointError, ConfigError
 
@@ -66,7 +66,7 @@ def collect(
     """
     device = device or torch.device("cpu")
     network, dataset = open_checkpoint(path, model, kind, root)
-    network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    network = placed(network, device).eval()
     logits, pooled, targets = [], [], []
     for images, labels in dataset.eval_loader(batch_size, device):
         outputs = network.outputs(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
@@ -76,6 +77,11 @@ class Table:
             "rows": rows, "width": width, "dtype": dtype.name, "layout": self.LAYOUT, "shard_rows": self._shard_rows,
         }  # fmt: skip
         self.writable = self._create(description)
+        if not self.writable and not (folder / "about.json").exists():
+            raise CheckpointError(
+                f"the teacher cache {folder} cannot be made: put the teacher's weights where one can write beside "
+                "them, or set DISTILLER.TEACHER_CACHE off"
+            )
         try:
             found = json.loads((folder / "about.json").read_text())
             with (folder / "checks.bin").open("r+b" if self.writable else "rb") as file:
@@ -97,9 +103,9 @@ class Table:
                         os.posix_fallocate(file.fileno(), 0, self.rows * 4)  # a full disk must not kill a later write
                     write_json(description, about)
             return True
-        except PermissionError:
-            return False
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return False
             raise CheckpointError(f"the teacher cache {self.folder} cannot be made ({error})") from error
 
     @contextmanager
@@ -129,7 +135,11 @@ class Table:
         return self._shards[number]
 
     def there(self, rows: Array) -> Array:
-        """Which of the rows ``[n]`` are there: ``[n]`` booleans."""
+        """Which of the rows ``[n]`` are there: ``[n]`` booleans.
+
+        Raises:
+            CheckpointError: a file of rows cannot be read.
+        """
         wanted: Array = self._there[rows]
         found: Array = wanted != 0
         found[found] = _checks(self.read(rows[found])) == wanted[found]
@@ -177,7 +187,11 @@ class Table:
                 os.pwrite(file.fileno(), values[first:end].data, int(rows[first]) * self.row_bytes)
 
     def read(self, rows: Array) -> Array:
-        """The values ``[n, width]`` of rows that are there; zeros, or what was left of it, for one that is not."""
+        """The values ``[n, width]`` of rows that are there; zeros, or what was left of it, for one that is not.
+
+        Raises:
+            CheckpointError: a file of rows cannot be read.
+        """
         values = np.zeros((len(rows), self.width), self.dtype)
         numbers = rows // self._shard_rows
         for number in np.unique(numbers).tolist():

@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import inspect
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -124,13 +125,19 @@ def restarted() -> bool:
     return _number("TORCHELASTIC_RESTART_COUNT") > 0
 
 
+def launcher() -> str:
+    """What started this process, and would start it again: torchrun's id of the job, else the parent process."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return job if job != "none" else f"{socket.gethostname()}:{os.getppid()}"
+
+
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes; the tensor itself where there is only one."""
+    """The sum over all processes, which all call this with one shape; the tensor itself where there is only one."""
     return _reduced(tensor, distributed.ReduceOp.SUM)
 
 
 def largest(tensor: Tensor) -> Tensor:
-    """The maximum over all processes; the tensor itself where there is only one."""
+    """The maximum over all processes, which all call this with one shape; the tensor itself where there is only one."""
     return _reduced(tensor, distributed.ReduceOp.MAX)
 
 

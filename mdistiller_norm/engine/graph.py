@@ -45,7 +45,8 @@ class _Recorder:
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._graphs and not self._refused:
             try:
-                self._graphs[shapes] = self._record(inputs)
+                with torch.cuda.device_of(inputs[0]):  # type: ignore[no-untyped-call]  # whose streams are taken
+                    self._graphs[shapes] = self._record(inputs)
             except RuntimeError as error:
                 self._refused = True
                 self.warn(f"warning: no CUDA graph, recording one failed ({first_line(error)})")

@@ -56,7 +56,8 @@ def _set_thresholds(mmap: int, trim: int) -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, mmap)
+    # Where glibc takes no larger threshold than its own largest: that one, which it would else not come to any more.
+    mallopt(_M_MMAP_THRESHOLD, mmap) or mallopt(_M_MMAP_THRESHOLD, _USUAL_MMAP_THRESHOLD)
     mallopt(_M_TRIM_THRESHOLD, trim)
 
 

@@ -89,6 +89,7 @@ class _Progress:
             except Interrupted as stop:
                 self.interrupted = stop
             except UserError as error:
+                trainer.log.line(f"error: {error}")  # now: the others may go on for hours
                 self.failed[trainer] = error
             del self.turns[trainer]
 

@@ -32,10 +32,11 @@ def environment(device: torch.device) -> Record:
             return None
         return done.stdout.strip()
 
+    ours = git("rev-parse", "--show-toplevel") == str(root)  # not the repository of somebody who installed this in it
     return {
         "mdistiller_norm": mdistiller_norm.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD") if ours else None,
+        "modified": ours and bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
@@ -126,7 +127,7 @@ class RunLog:
             self._by_step.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write out what is buffered, and let other processes into the folder."""
         self._by_epoch.close()
         self._by_step.close()
         if self._lock:

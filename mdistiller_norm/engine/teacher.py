@@ -63,6 +63,20 @@ class _Reads(nn.Module):
         return outputs
 
 
+def _is_fresh(value: object, graph: torch.fx.GraphModule) -> bool:
+    """Whether it is the output of a convolution, read once."""
+    if not (isinstance(value, torch.fx.Node) and value.op == "call_module" and len(value.users) == 1):
+        return False
+    return isinstance(graph.get_submodule(str(value.target)), nn.Conv2d)
+
+
+def _add_to(fresh: Tensor, other: Tensor) -> Tensor:
+    """The sum, in the memory of its first term where it has its shape and type."""
+    if isinstance(other, Tensor) and (other.shape, other.dtype) == (fresh.shape, fresh.dtype):
+        return fresh.add_(other)
+    return fresh + other
+
+
 def folded(network: Network, need: Need) -> nn.Module:
     """A copy of a frozen network, its batch norms folded into the convolutions before them where they directly follow.
 
@@ -79,16 +93,14 @@ def folded(network: Network, need: Need) -> nn.Module:
     whole = _Reads(copy.deepcopy(network), need).eval()
     try:
         result = fuse(whole, inplace=True, no_trace=False)
-    except (ValueError, TypeError, RuntimeError, AttributeError):  # what tracing raises
+    except Exception:  # somebody's own network under a tracer may raise anything
         return whole.requires_grad_(False)
     assert isinstance(result, torch.fx.GraphModule)
     for node in result.graph.nodes:
-        # Tracing turns the residual blocks' += into +. Where nothing else reads the sum's first term, adding in place
-        # is the same and saves a pass over the memory.
-        if node.op == "call_function" and node.target is operator.add:
-            first = node.args[0]
-            if isinstance(first, torch.fx.Node) and first.op == "call_module" and len(first.users) == 1:
-                node.target = operator.iadd
+        # Tracing turns the residual blocks' += into +. Where the sum's first term is a tensor that nothing else reads
+        # (which a module's output need not be: nn.Identity's is its input), adding in place saves a pass over memory.
+        if node.op == "call_function" and node.target is operator.add and _is_fresh(node.args[0], result):
+            node.target = _add_to
     result.recompile()
     for parameter in result.parameters():
         parameter.requires_grad_(False)

@@ -61,7 +61,7 @@ class CachedTeacher:
         dtype: of the stored numbers, ``fp32`` or ``fp16``.
 
     Raises:
-        CheckpointError: the table cannot be used, or the disk is too small for what the schedule can fill.
+        CheckpointError: the table cannot be used.
     """
 
     extra = 1
@@ -91,6 +91,11 @@ class CachedTeacher:
         """How the table was used so far."""
         return Use(self._asked, self._computed)
 
+    def told(self) -> str:
+        """A line about :attr:`use`."""
+        asked, computed = self.use
+        return f"teacher cache: {asked:,} answers read, {computed:,} computed"
+
     def check_space(self, steps: int) -> str:
         """Make sure that the disk holds what that many steps can add.
 
@@ -100,10 +105,10 @@ class CachedTeacher:
         Raises:
             CheckpointError: too little space.
         """
-        new = min(steps * self.loader.batch_size, self.table.rows - len(self.table))
+        new = min(steps * self.loader.global_batch_size, self.table.rows - len(self.table))
         # Rows are scattered: each may be the first of its block on the disk.
         row_bytes = self.table.row_bytes
-        needed = min(new * (row_bytes + 4096), self.table.rows * row_bytes)
+        needed = min(new * (row_bytes + 4096), self.table.rows * row_bytes) if self.table.writable else 0
         free = shutil.disk_usage(self.table.folder).free
         if free < needed:
             raise CheckpointError(

@@ -41,7 +41,8 @@ class TeacherFile:
 def read_manifest(path: Path) -> list[dict[str, Any]]:
     """The entries of a ``manifest.yaml``: ``file``, ``sha256``, ``model``, ``dataset``, ``top1``, ``command``.
 
-    Those with a ``method`` are distilled students, and never looked up as teachers. None where there is no such file.
+    Those with a ``method`` are distilled students, and never looked up as teachers. None (an empty list) where there is
+    no such file.
 
     Raises:
         CheckpointError: not a list of such entries.

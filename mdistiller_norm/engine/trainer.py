@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,13 +103,16 @@ class Trainer:
             ``last`` and ``best`` accuracies and the seconds it took.
 
         Raises:
-            Interrupted: on SIGINT, SIGTERM or SIGUSR1 (to any of the processes), with the state saved.
-            NonFiniteLossError: a loss became NaN or infinite.
+            Interrupted: on SIGINT, SIGTERM or SIGUSR1 (to any of the processes), with the state saved; nothing has
+                changed since the last one where the teacher's answers were being computed ahead.
+            NonFiniteLossError: a loss or a weight became NaN or infinite.
         """
         with stop_signals(self.stop):
             for _ in self.ahead:
                 if self._asked:
-                    raise Interrupted(self._asked)
+                    break
+            if stop := distributed.agree(self._asked):  # here, since the processes' shares differ in their length
+                raise Interrupted(stop)
             for _ in self.turns():
                 self.run_step(*self.next_batch())
         return self.summary()
@@ -235,6 +239,12 @@ class Trainer:
     def _save_latest(self) -> None:
         """Save the state in mid-epoch."""
         self.step.meters.read(self.epoch, together=True)  # a state with a NaN in it must not replace a good one
+        finite = [parameter.isfinite().all() for parameter in self.step.trainable.parameters()]
+        if not torch.stack(finite).all():  # of an update after the last loss
+            raise NonFiniteLossError(
+                f"the weights became NaN or infinite at step {self.steps_done} of epoch {self.epoch}: training "
+                "stopped, the last good checkpoint stays; a lower SOLVER.LR or SOLVER.PRECISION fp32 may help"
+            )
         distributed.average_batch_norms(self.step.trainable)
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
@@ -284,7 +294,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def stop_signals(request: Callable[[int], None], signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
-    """Turn the first of some signals into a request; a second acts as it would without this.
+    """Turn the first of each of some signals into a request; a second of the same acts as it would without this.
 
     Args:
         request: is called with the signal's number.

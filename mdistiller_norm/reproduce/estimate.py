@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller_norm.builders import build_precision
+from mdistiller_norm.builders import build_precision, placed
 from mdistiller_norm.config import default_config
 from mdistiller_norm.engine.graph import CapturedStep
 from mdistiller_norm.engine.host import choose_cuda_kernels
@@ -127,7 +127,7 @@ class _Trial:
     def __init__(self, name: str, dataset: str, precision: str, trained: bool, device: torch.device) -> None:
         facts = load_datasets()[dataset]
         network = build_model(name, facts.classes, variant=facts.variant).train(trained)
-        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = placed(network, device)
         shape = (_BATCH, 3, facts.size, facts.size)
         self.images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
         self.targets = torch.zeros(_BATCH, dtype=torch.int64, device=device)

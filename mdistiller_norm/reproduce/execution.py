@@ -17,6 +17,7 @@ import yaml
 
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.engine.logger import Record
+from mdistiller_norm.engine.trainer import STOP_SIGNALS
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import PROJECT
 from mdistiller_norm.reproduce.jobs import Job, config_path, identity
@@ -25,7 +26,7 @@ from mdistiller_norm.reproduce.ledger import add, failed_record, finished_record
 # Seconds between SIGTERM and SIGKILL where time is up: training stops after its step and writes its state. torchrun
 # gives its processes this time too, and itself needs some more to end after them.
 GRACE, TORCHRUN_GRACE = 30.0, 40.0
-_STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
+_STOPPED = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 
 
@@ -138,6 +139,11 @@ class Execution:
     @property
     def error(self) -> str:
         """The line that says why it failed: of several processes the first's, the others fail of its absence."""
+        if self._process and self._process.returncode == 0:  # it said that it was done, and its folder does not
+            try:
+                finished_record(self.job.folder, self.job.config_file, self.job.smoke)
+            except DataError as error:
+                return str(error)
         lines = self._lines()
         first = next((line for line in lines if line.startswith("error: ")), "")
         exceptions = [line for line in lines if _EXCEPTION.match(line)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from yacs.config import CfgNode
 
-from mdistiller_norm.builders import method_names
-from mdistiller_norm.config import Config, default_config, load_config
+from mdistiller_norm.config import Config, default_config, leaves, load_config, method_names
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher_file import known_teacher
@@ -115,14 +113,6 @@ class Plan:
     published: tuple[Cell, ...]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def identity(tree: Mapping[str, Any]) -> str:
     """What a config computes, whatever the seed: two configs with the same one fill the same cell.
 
@@ -132,11 +122,10 @@ def identity(tree: Mapping[str, Any]) -> str:
     Args:
         tree: a resolved config, as a node or as it is stored in a record.
     """
-    node = CfgNode({"DISTILLER": {"TYPE": tree["DISTILLER"]["TYPE"]}})
-    used = method_names(node)
-    defaults = dict(_leaves(default_config()))
+    used = method_names(tree)
+    defaults = dict(leaves(default_config()))
     kept = {}
-    for key, value in _leaves(tree):
+    for key, value in leaves(tree):
         unused = key.split(".")[0] in DISTILLERS and key.split(".")[0] not in used
         if unused or key.startswith(_SAME) or (key == "DISTILLER.TEACHER" and not used):
             continue
@@ -162,8 +151,7 @@ def forward_flops(model: str, dataset: str) -> float:
 
 def pace_of(tree: Mapping[str, Any]) -> Pace:
     """What the speed of a config's run depends on most; the teacher is empty where there is none."""
-    taught = method_names(CfgNode({"DISTILLER": {"TYPE": tree["DISTILLER"]["TYPE"]}}))
-    networks = tree["DISTILLER"]["STUDENT"], tree["DISTILLER"]["TEACHER"] if taught else ""
+    networks = tree["DISTILLER"]["STUDENT"], tree["DISTILLER"]["TEACHER"] if method_names(tree) else ""
     return Pace(*networks, tree["DATASET"]["TYPE"], tree["SOLVER"]["PRECISION"])
 
 

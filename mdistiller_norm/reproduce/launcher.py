@@ -64,7 +64,7 @@ def launch(
         On Slurm all jobs are ``left``: they are queued, not finished.
 
     Raises:
-        ConfigError: submitit is not installed, Slurm is not on this machine, or an option is refused.
+        ConfigError: submitit is not installed, Slurm is not on this machine, or an option or a job is refused.
     """
     if not importlib.util.find_spec("submitit"):
         raise ConfigError("--launcher slurm needs submitit: python -m pip install submitit")
@@ -87,7 +87,17 @@ def launch(
             summary.blocked.append(job)
             print(f"not run, its teacher failed: {job.name}", flush=True)
             continue
-        submitted[job.key] = executor.submit(Task(job, folder, processes))
+        try:
+            submitted[job.key] = executor.submit(Task(job, folder, processes))
+        except (
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # what sbatch says is a RuntimeError of submitit
+            raise ConfigError(
+                f"{job.name} cannot be submitted ({first_line(error)}); jobs before it: {len(submitted)}"
+            ) from error
         print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
     if cluster == "slurm":
         summary.left = list(todo)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -85,8 +86,8 @@ class Entry:
     @property
     def milliseconds(self) -> float:
         """Time of a training step: the median over the epochs."""
-        rates = sorted(self.record["metrics"]["images_per_second"])
-        return float(1000 * self.record["config"]["SOLVER"]["BATCH_SIZE"] / rates[len(rates) // 2])
+        rates = self.record["metrics"]["images_per_second"]
+        return float(1000 * self.record["config"]["SOLVER"]["BATCH_SIZE"] / statistics.median(rates))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mdistiller_norm.config import method_names
 from mdistiller_norm.engine.logger import Record
 from mdistiller_norm.reproduce.ledger import Entry
 from mdistiller_norm.reproduce.stats import Paired, plus_minus
@@ -45,8 +46,7 @@ def state_text(view: CellView) -> str:
 
 def run_name(entry: Entry) -> str:
     """A run for people, with what its command set of its methods' keys."""
-    about, methods = entry.record["config"]["EXPERIMENT"], entry.record["config"]["DISTILLER"]["TYPE"]
-    nodes = [methods] if isinstance(methods, str) else methods
+    about, nodes = entry.record["config"]["EXPERIMENT"], method_names(entry.record["config"])
     settings = [word for word in entry.record["command"].split() if "=" in word and word.split(".")[0] in nodes]
     return " ".join([f"{about['PROJECT']}/{about['TAG']}", *settings]) + f", seed {entry.seed}"
 
