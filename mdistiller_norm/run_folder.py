@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -16,8 +17,8 @@ from mdistiller_norm.data import Share
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
-from mdistiller_norm.engine.logger import Record, RunLog, SilentLog
-from mdistiller_norm.errors import CheckpointError, ConfigError, UserError, first_line
+from mdistiller_norm.engine.logger import TENSORBOARD, Record, RunLog, SilentLog
+from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
 from mdistiller_norm.files import write_text
 
 # Keys that do not change what is computed, only where it is kept, shown or run. Of the data and the teacher a hash is
@@ -119,15 +120,14 @@ def open_folder(config: Config, resume: bool, share: Share, label: str) -> Opene
 
 def _open_alone(config: Config, resume: bool, label: str) -> Opened:
     folder = run_folder(config)
-    lock = _lock(folder)
-    try:
-        return _open_locked(folder, config, resume, label, lock)
-    except UserError:
-        lock.close()
-        raise
+    with ExitStack() as held:  # and given free where anything here fails
+        held.enter_context(_lock(folder))
+        opened = _open_locked(folder, config, resume, label, held)
+        opened.log.held = held.pop_all()
+    return opened
 
 
-def _open_locked(folder: Path, config: Config, resume: bool, label: str, lock: IO[str]) -> Opened:
+def _open_locked(folder: Path, config: Config, resume: bool, label: str, held: ExitStack) -> Opened:
     state = None
     if (folder / LATEST).exists():
         state = _state_of(folder, config)
@@ -140,10 +140,10 @@ def _open_locked(folder: Path, config: Config, resume: bool, label: str, lock: I
         opening = f"nothing to resume in {folder}: starting" if resume else f"run folder {folder}"
     if not state:
         keep_config(config.node, folder)
-    warning = _start_wandb(config.node, folder) if config.node.LOG.WANDB else ""  # which sees later writers only
+    warning = _start_wandb(config.node, folder, held) if config.node.LOG.WANDB else ""  # it sees later writers only
     try:
         first = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
-        log = RunLog(folder, first_epoch=first[0], first_step=first[1], label=label, lock=lock)
+        log = RunLog(folder, first_epoch=first[0], first_step=first[1], label=label)
     except OSError as error:
         raise _unwritable(folder, error) from error
     log.line(opening)
@@ -236,7 +236,7 @@ def check_identity(folder: Path, saved: Mapping[str, str], now: Mapping[str, str
         raise ConfigError(f"{folder} was run with another {details}: it cannot be resumed so")
 
 
-def _start_wandb(cfg: Any, folder: Path) -> str:
+def _start_wandb(cfg: Any, folder: Path, held: ExitStack) -> str:
     """Mirror what TensorBoard will get to Weights & Biases; returns a warning where that is not possible."""
     try:
         import wandb
@@ -244,11 +244,14 @@ def _start_wandb(cfg: Any, folder: Path) -> str:
         return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): going on without"
     if wandb.run is not None:
         return f"LOG.WANDB is for one run of a process, and {wandb.run.name} is mirrored already: going on without"
+    wandb.tensorboard.patch(root_logdir=str(folder / TENSORBOARD))
+    held.callback(wandb.tensorboard.unpatch)
     try:
         wandb.init(
             project=cfg.EXPERIMENT.PROJECT, name=folder.name, dir=str(folder), config=yaml.safe_load(dump(cfg)),
-            tags=cfg.EXPERIMENT.TAG.split(","), sync_tensorboard=True,
+            tags=cfg.EXPERIMENT.TAG.split(","),
         )  # fmt: skip
     except wandb.Error as error:
         return f"LOG.WANDB is true and wandb does not start ({first_line(error)}): going on without"
+    held.callback(wandb.finish)
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -144,24 +145,49 @@ def test_wandb_starts_before_the_writers_that_it_mirrors(
 
     class Mirrored(writer.EventFileWriter):
         def __init__(self, folder: str, *arguments: Any, **options: Any) -> None:
-            seen.append(Path(folder).name)
+            seen.append(folder.removeprefix(root[-1]))
             super().__init__(folder, *arguments, **options)
+
+    root, original = list[str](), writer.EventFileWriter
+
+    def patch(root_logdir: str) -> None:
+        root.append(root_logdir)
+        monkeypatch.setattr(writer, "EventFileWriter", Mirrored)
+
+    def unpatch() -> None:
+        monkeypatch.setattr(writer, "EventFileWriter", original)
 
     def init(**options: Any) -> None:
         if options["name"] == "refused":
             raise Error("no API key\nlog in")
-        assert options["sync_tensorboard"]
-        monkeypatch.setattr(writer, "EventFileWriter", Mirrored)
         stub.run = types.SimpleNamespace(name=options["name"])
 
-    stub.run, stub.Error, stub.init = None, Error, init
+    def finish() -> None:
+        stub.run = None
+
+    stub.run, stub.Error, stub.init, stub.finish = None, Error, init, finish
+    stub.tensorboard = types.SimpleNamespace(patch=patch, unpatch=unpatch)
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    for name, words in (("refused", "(no API key): going on"), ("run", ""), ("more", "run is mirrored already")):
-        build_run(config(tmp_path, name, "LOG.WANDB=true")).trainer.log.close()
-        said = capsys.readouterr().out
-        assert words in said
-        assert ("warning" in said) == bool(words)
-    assert seen[:2] == ["tensorboard", "steps"]
+
+    def warnings(name: str) -> tuple[str, Callable[[], None]]:
+        close = build_run(config(tmp_path, name, "LOG.WANDB=true")).trainer.log.close
+        return "".join(line for line in capsys.readouterr().out.splitlines() if "warning" in line), close
+
+    said, close = warnings("refused")
+    assert "wandb does not start (no API key): going on without" in said
+    close()
+    seen.clear()
+    for name in ("one", "another"):
+        said, close = warnings(name)
+        assert (said, seen) == ("", ["", "/steps"])
+        aside, close_aside = warnings("aside")
+        assert f"{name} is mirrored already" in aside
+        close_aside()
+        close()
+        assert stub.run is None
+        assert writer.EventFileWriter is original
+        seen.clear()
+        shutil.rmtree(tmp_path / "distill" / "aside")
 
 
 def test_wandb_that_is_not_installed_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

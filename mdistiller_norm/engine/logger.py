@@ -6,9 +6,10 @@ import json
 import platform
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ import mdistiller_norm
 from mdistiller_norm.files import write_text
 
 Record = dict[str, Any]
+TENSORBOARD = "tensorboard"  # of a run folder
 
 
 def environment(device: torch.device) -> Record:
@@ -72,7 +74,9 @@ class RunLog:
             ``metrics.jsonl`` are damaged, the whole file is appended to ``metrics.damaged`` before, with a warning.
         first_step: likewise for the scalars by step.
         label: printed before every line, where several runs print.
-        lock: what keeps other processes out of the folder; closed with the log.
+
+    Attributes:
+        held: closed with the log: what keeps other processes out of the folder.
     """
 
     def __init__(
@@ -81,14 +85,13 @@ class RunLog:
         first_epoch: int = 1,
         first_step: int = 0,
         label: str = "",
-        lock: IO[str] | None = None,
     ) -> None:
-        self.folder, self.label, self._lock = folder, label, lock
+        self.folder, self.label, self.held = folder, label, ExitStack()
         self.metrics = folder / "metrics.jsonl"
         self._keep_metrics(first_epoch)
-        self._by_epoch = SummaryWriter(folder / "tensorboard", purge_step=first_epoch)
+        self._by_epoch = SummaryWriter(folder / TENSORBOARD, purge_step=first_epoch)
         # By step in a folder of its own: TensorBoard drops what an interrupted run left by the number of the step.
-        self._by_step = SummaryWriter(folder / "tensorboard" / "steps", purge_step=first_step)
+        self._by_step = SummaryWriter(folder / TENSORBOARD / "steps", purge_step=first_step)
 
     def _keep_metrics(self, first_epoch: int) -> None:
         """Drop the metrics of that epoch and later ones, and damaged lines after the file was kept as it was."""
@@ -130,8 +133,7 @@ class RunLog:
         """Write out what is buffered, and let other processes into the folder."""
         self._by_epoch.close()
         self._by_step.close()
-        if self._lock:
-            self._lock.close()
+        self.held.close()
 
 
 class SilentLog(RunLog):
