@@ -89,6 +89,16 @@ def placed(network: Network, device: torch.device) -> Network:
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+def image_options(cfg: Any) -> ImageOptions:
+    """How image files are read."""
+    data = cfg.DATASET
+    return ImageOptions(
+        size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
+        std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
+        max_broken=data.MAX_BROKEN, decode=data.DECODE,
+    )  # fmt: skip
+
+
 def build_dataset(cfg: Any) -> Dataset:
     """The data set of ``DATASET.TYPE``; with ``DATASET.VAL_SPLIT`` part of its training split is the test split.
 
@@ -96,12 +106,7 @@ def build_dataset(cfg: Any) -> Dataset:
         UserError: the data are missing or broken, or cannot be split.
     """
     data = cfg.DATASET
-    options = ImageOptions(
-        size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
-        std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
-        max_broken=data.MAX_BROKEN, decode=data.DECODE,
-    )  # fmt: skip
-    dataset = DATASETS[data.TYPE](Path(data.ROOT), options)
+    dataset = DATASETS[data.TYPE](Path(data.ROOT), image_options(cfg))
     if not data.VAL_SPLIT:
         return dataset
     if not isinstance(dataset, TensorDataset):
@@ -147,12 +152,14 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
     data = {key: cfg.DATASET[key] for key in ("CLASSES", "IMAGE_SIZE", "MEAN", "STD")}
     file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS, data)
     weights = load_weights(file.path)
-    trained_on = weights.about.get("dataset", dataset.name)
+    trained_on, renamed = weights.about.get("dataset", dataset.name), ""
     if trained_on != dataset.name:
-        raise CheckpointError(f"{file.path} was trained on {trained_on}, not on {dataset.name}")
+        renamed = f"{file.path} was trained on {trained_on}, not on {dataset.name}"
+        if not isinstance(dataset, ImageDataset) or list(weights.about.get("classes", ())) != list(dataset.classes):
+            raise CheckpointError(renamed)  # else the name, which is that of its folder, may be another one now
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
-    doubts = [file.doubt, seen_otherwise(weights, dataset.classes, seen)]
+    doubts = [file.doubt, renamed, seen_otherwise(weights, dataset.classes, seen)]
     return network, replace(file, doubt="; ".join(filter(None, doubts)))
 
 

@@ -34,7 +34,10 @@ _KEYS: dict[str, tuple[Any, str]] = {
     "EXPERIMENT.PLUGINS": ("", "Python file or files that register networks, data sets and methods of one's own"),
     "DATASET.TYPE": ("cifar100", "data set"),
     "DATASET.ROOT": ("data", "folder that holds the data sets; of image files, or shards, their own"),
-    "DATASET.NUM_WORKERS": (2, "processes that read images (data sets held in memory need none)"),
+    "DATASET.NUM_WORKERS": (
+        2,
+        "processes that read images in training, and as many in evaluation (data in memory: none)",
+    ),
     "DATASET.IMAGE_SIZE": (224, "image files: height and width of what the networks see"),
     "DATASET.RESIZE": (256, "image files: length of the shorter side before an evaluation's central crop"),
     "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: least and largest share of the area in a random crop"),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from mdistiller_norm.arguments import ArgumentParser
+from mdistiller_norm.arguments import ArgumentParser, check_output
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import ImageOptions, TensorDataset, digits, image_folder
 from mdistiller_norm.engine.evaluate import evaluate
@@ -21,7 +22,7 @@ from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep
 from mdistiller_norm.engine.lockstep import Lockstep, fit_together
 from mdistiller_norm.engine.logger import environment
 from mdistiller_norm.engine.trainer import Trainer
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.files import write_json
 from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run, build_runs
@@ -172,34 +173,42 @@ def _decoded(folder: Path, dataset: TensorDataset, device: torch.device) -> Chec
     return Check("JPEGs decoded by the device are close to the workers'", mean < 1, detail)
 
 
-def check_gpu(steps: int = 200) -> list[Check]:
-    """Run all checks on the first CUDA device, in deterministic mode.
+def _faster(folder: Path, dataset: TensorDataset) -> Check:
+    eager, captured = (_step_time(folder, dataset, graph) for graph in ("off", "on"))
+    line = f"median ms a step, resnet14 -> resnet8, batch 64: eager {eager:.2f}, captured {captured:.2f}"
+    return Check("a captured step is faster", captured < eager, line)
+
+
+def check_gpu(steps: int = 200) -> Iterator[Check]:
+    """Run all checks on the first CUDA device, in deterministic mode, one after another; one that breaks has failed.
 
     Args:
         steps: of each comparison.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dataset = digits()
+    methods = (
+        ("NONE",), ("KD",), ("NormKD",), ("DKD",), ("NormKD_W_DKD",), ("NormKD", "SOLVER.PRECISION=bf16"),
+        ("NormKD", "SOLVER.PRECISION=fp16"), ("NormKD", "DISTILLER.TEACHER_CACHE=lazy"), ("FITNET",), ("RKD",),
+        ("CRD", "CRD.NCE.K=128"), ("REVIEWKD",),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(1)
         torch.save({"model": build_model("resnet14", 10).state_dict()}, folder / "teacher.pth")
-        checks = [
-            _compare(folder, dataset, steps, method, *overrides)
-            for method, *overrides in (
-                ("NONE",), ("KD",), ("NormKD",), ("DKD",), ("NormKD_W_DKD",), ("NormKD", "SOLVER.PRECISION=bf16"),
-                ("NormKD", "SOLVER.PRECISION=fp16"),
-                ("NormKD", "DISTILLER.TEACHER_CACHE=lazy"), ("FITNET",), ("RKD",), ("CRD", "CRD.NCE.K=128"),
-                ("REVIEWKD",),
-            )
-        ]  # fmt: skip
-        eager, captured = (_step_time(folder, dataset, graph) for graph in ("off", "on"))
-        line = f"median ms a step, resnet14 -> resnet8, batch 64: eager {eager:.2f}, captured {captured:.2f}"
-        checks.append(Check("a captured step is faster", captured < eager, line))
-        checks += [_evaluation(folder, dataset, precision) for precision in ("fp32", "bf16")]
-        checks.append(_lockstep(folder, dataset))
-        checks.append(_decoded(folder, dataset, torch.device("cuda")))
-    return checks
+        checks: dict[str, Callable[[], Check]] = {
+            " ".join(method): partial(_compare, folder, dataset, steps, *method) for method in methods
+        }
+        checks["time of a step"] = partial(_faster, folder, dataset)
+        for precision in ("fp32", "bf16"):
+            checks[f"evaluation in {precision}"] = partial(_evaluation, folder, dataset, precision)
+        checks["lockstep"] = partial(_lockstep, folder, dataset)
+        checks["decoding"] = partial(_decoded, folder, dataset, torch.device("cuda"))
+        for what, check in checks.items():
+            try:
+                yield check()
+            except Exception as error:  # whatever it is, the others are still to be asked
+                yield Check(what, False, f"{type(error).__name__}: {first_line(error)}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -212,13 +221,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the answers to this file")
     parser.add_argument("--steps", type=int, default=200, help="steps of each comparison")
     options = parser.parse_args(arguments)
+    check_output("--json", options.json)
     if options.steps < 1:
         raise ConfigError(f"--steps must be at least 1, not {options.steps}")
     if not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here: run this on a machine with a GPU")
-    checks = check_gpu(options.steps)
-    for check in checks:
-        print(f"{'PASS' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+    checks = []
+    for check in check_gpu(options.steps):
+        print(f"{'PASS' if check.passed else 'FAIL'} {check.name}: {check.detail}", flush=True)
+        checks.append(check)
     if options.json:
         content: dict[str, Any] = {
             "environment": environment(torch.device("cuda")),

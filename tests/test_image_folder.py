@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -347,6 +348,35 @@ def test_shards_without_an_index_are_looked_through(shards: Path, tmp_path: Path
         webdataset(copy, SMALL)
 
 
+@pytest.mark.parametrize("damage", ["cut at a header", "cut in a header", "zeros", "a broken header", "no end"])
+def test_a_shard_that_tarfile_takes_for_a_shorter_one_is_refused(shards: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / "train" / INDEX).unlink()
+    shard = copy / "train" / "000001.tar"
+    with tarfile.open(shard) as tar:
+        members = tar.getmembers()
+    whole, first, last = shard.read_bytes(), members[6].offset, members[-1]
+    shard.write_bytes({
+        "cut at a header": whole[:first],
+        "cut in a header": whole[: first + 100],
+        "zeros": whole[:first] + bytes(len(whole) - first),
+        "a broken header": whole[:first] + b"x" * 512 + whole[first + 512 :],
+        "no end": whole[: last.offset_data + 512],
+    }[damage])  # fmt: skip
+    with pytest.raises(DataError, match=r"000001\.tar cannot be read \(cut off or damaged behind byte \d+\): make it"):
+        webdataset(copy, SMALL)
+
+
+@pytest.mark.parametrize("text", ["a\nb\nc\n\n\nd\n", "a\nb\nb\n", ""])
+def test_names_of_classes_that_cannot_be_are_one_line(shards: Path, tmp_path: Path, text: str) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    (copy / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=r"classes\.txt has an empty line or names a class twice"):
+        webdataset(copy, SMALL)
+    (copy / "classes.txt").write_text("a b\u2028c\nd\ne\n\n")
+    assert webdataset(copy, SMALL).classes == ("a b\u2028c", "d", "e")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -523,9 +553,11 @@ def test_a_teacher_that_saw_other_images_is_doubted_or_refused(
                 ],
             )
         )  # fmt: skip
-        return "".join(line for line in capsys.readouterr().out.splitlines() if "another kind" in line)
+        return "".join(line for line in capsys.readouterr().out.splitlines() if "was trained" in line)
 
     assert distil("same") == ""
+    (tmp_path / "moved").symlink_to(shutil.copytree(tree, tmp_path / "another"))
+    assert "was trained on tiny, not on another" in distil("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
     larger = distil("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
     assert "another kind: image_size [32, 32] (here [40, 40])" in larger
     assert "(here [0.1, 0.1, 0.1])" in distil("mean", "DATASET.MEAN=[0.1,0.1,0.1]", "DATASET.STD=[0.2,0.2,0.2]")
@@ -551,6 +583,37 @@ def test_eval_knows_how_a_student_saw_its_images(tree: Path, run: Path) -> None:
     network = build_model("resnet8", 3)
     network.load_state_dict(load(student)["model"])
     assert evaluate(network, data.eval_loader(5, CPU)).top1 == about["top1"]
+
+
+def test_a_channel_without_content_is_zero_once_normalised(tmp_path: Path) -> None:
+    for number in range(4):
+        for split in ("train", "val"):
+            (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), np.uint8)
+            pixels[:, :, 2] = 0
+            Image.fromarray(pixels).save(tmp_path / split / "a" / f"{number}.png")
+    data = image_folder(tmp_path, replace(SMALL, mean=(), std=()))
+    assert data.std[2] == 1.0
+    ((images, _),) = data.eval_loader(4, CPU)
+    assert images.isfinite().all()
+    assert not images[:, 2].any()
+
+
+def test_hidden_files_are_no_images(copy: Path) -> None:
+    for folder in (copy / "train").iterdir():
+        (folder / "._0.JPEG").write_bytes(b"of another system")
+    assert len(image_folder(copy, SMALL).targets) == 36
+
+
+def test_names_that_are_not_utf8_are_shown_by_their_bytes(copy: Path) -> None:
+    file = next((copy / "val").rglob("*.JPEG"))
+    file.rename(os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.jpg"))
+    data = image_folder(copy, SMALL)
+    assert sum(data.test.source.name(index).endswith(r"caf\udce9.jpg") for index in range(12)) == 1
+    assert len(data.unreadable()) == 0
+    (copy / "train" / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(DataError, match=r"class folder caf\\udce9 in .*train has a name that is not UTF-8: rename it"):
+        image_folder(copy, SMALL)
 
 
 def test_measuring_skips_what_cannot_be_read(copy: Path) -> None:

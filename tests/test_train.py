@@ -474,6 +474,7 @@ def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
         (export_main, ["-c"], "argument -c/--ckpt: expected one argument: see tools/export.py --help"),
         (gpu_check_main, ["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
         (gpu_check_main, ["--steps", "0"], "--steps must be at least 1, not 0"),
+        (gpu_check_main, ["--json", "nowhere/x.json"], "--json nowhere/x.json is a folder, or in one that"),
         (report_main, ["--export", "xls"], "argument --export: invalid choice: 'xls'"),
     ],
 )

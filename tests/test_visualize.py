@@ -218,6 +218,7 @@ def test_curves_of_run_folders_and_of_ledger_records(runs: Path, tmp_path: Path)
 def test_names_tell_files_apart(tmp_path: Path) -> None:
     assert short_names([Path("a/x.pt"), Path("b/x.pt")]) == ["a", "b"]
     assert short_names([Path("a/x.pt"), Path("a/y.pt")]) == ["a/x", "a/y"]
+    assert short_names([Path("p/a/x.pt"), Path("q/a/x.pt")]) == ["p/a/x.pt", "q/a/x.pt"]
     folders = [tmp_path / project / "kd,LR=0.1" for project in ("p", "q")]
     for folder in folders:
         folder.mkdir(parents=True)

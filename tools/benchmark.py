@@ -1,4 +1,4 @@
-"""Time training and evaluation: ``python tools/benchmark.py --table9 | --evaluate | --exactness | --against PATH``."""
+"""Measure speed: ``python tools/benchmark.py --table9 | --evaluate | --exactness | --against PATH | --loader DIR``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdistiller_norm.arguments import ArgumentParser
+from mdistiller_norm.arguments import ArgumentParser, check_output
 from mdistiller_norm.cli import run
-from mdistiller_norm.errors import ConfigError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,8 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     options = parser.parse_intermixed_args(arguments)
-    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise ConfigError(f"--json {options.json} is a folder, or in one that is not there: name a file in one that is")
+    check_output("--json", options.json)
 
     from mdistiller_norm import benchmark
     from mdistiller_norm.files import write_json

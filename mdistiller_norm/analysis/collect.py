@@ -38,11 +38,12 @@ class Collected(NamedTuple):
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The parts of some paths that tell them apart: the run folder, and the file's stem where folders repeat."""
+    """What tells some paths apart: the run folder; where folders repeat, the file's stem too; else the whole path."""
     folders = [path.name if path.is_dir() else path.parent.name or path.stem for path in paths]
     if len(set(folders)) == len(folders):
         return folders
-    return [f"{path.parent.name}/{path.name if path.is_dir() else path.stem}" for path in paths]
+    longer = [f"{path.parent.name}/{path.name if path.is_dir() else path.stem}" for path in paths]
+    return longer if len(set(longer)) == len(longer) else [str(path) for path in paths]
 
 
 @torch.inference_mode()

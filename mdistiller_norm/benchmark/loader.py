@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Throughput:
     """Images a second of the two ways to read a folder, in the same run.
 
     Attributes:
-        ours: of :class:`ImageTrainLoader`.
+        ours: of :class:`ImageTrainLoader`, whose images are normalised on the device that trains: not counted here.
         usual: of torchvision's ImageFolder with RandomResizedCrop, flip, ToTensor and Normalize on PIL images.
         images: read by each in a pass.
         workers: processes that each had.
@@ -34,38 +34,46 @@ class Throughput:
     workers: int
 
 
-def loader_throughput(folder: Path, *, size: int, workers: int, batch_size: int, passes: int) -> Throughput:
+def loader_throughput(folder: Path, options: ImageOptions, *, batch_size: int, passes: int) -> Throughput:
     """Measure this loader against the usual one on the class folders of ``folder``, the best of alternating passes.
+
+    Args:
+        folder: of class folders.
+        options: how the images are read; as ImageNet's where it does not say how they are normalised.
+        batch_size: of both.
+        passes: over the images, of each, besides an untimed one.
 
     Raises:
         DataError: no class folders there.
     """
-    split = scan(folder, class_folders(folder))
-    options = ImageOptions(size=size, mean=MEAN, std=STD, workers=workers)
-    dataset = ImageDataset("throughput", tuple(class_folders(folder)), split, split, options)
+    classes = class_folders(folder)
+    split = scan(folder, classes)
+    options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
+    dataset = ImageDataset("throughput", tuple(classes), split, split, options)
     ours = dataset.train_loader(batch_size, 0, torch.device("cpu"))
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(size),
+            transforms.RandomResizedCrop(options.size, options.crop_scale),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(options.mean, options.std),
         ]
     )
     usual: Any = DataLoader(
         ImageFolder(str(folder), transform),
         batch_size,
         shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
     )
     best = [float("inf")] * 2
     for epoch in range(passes + 1):  # the first one starts the workers
-        for which, batches in enumerate((ours.batches(epoch + 1), usual)):
+        contestants = [(0, ours.batches(epoch + 1)), (1, usual)]
+        for which, batches in contestants if epoch % 2 else reversed(contestants):
             start = time.perf_counter()
             for _ in batches:
                 pass
             if epoch:
                 best[which] = min(best[which], time.perf_counter() - start)
     images = len(split.source)
-    return Throughput(images / best[0], images / best[1], images, workers)
+    return Throughput(images / best[0], images / best[1], images, options.workers)

@@ -19,7 +19,7 @@ from mdistiller_norm.benchmark.loader import loader_throughput
 from mdistiller_norm.benchmark.reference import Reference, load_package, write_cifar
 from mdistiller_norm.benchmark.timing import Record, matmul_gflops, ratios, spread, take_turns
 from mdistiller_norm.benchmark.workload import Ours, load_images, memory, method_config, method_folder, teacher_weights
-from mdistiller_norm.builders import build_device, build_precision
+from mdistiller_norm.builders import build_device, build_precision, image_options
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data.class_tree import data_root
 from mdistiller_norm.engine.checkpoint import load_weights
@@ -211,10 +211,8 @@ def _loader(settings: Settings, node: Any) -> Record:
         folder = root / ("train" if (root / "train").is_dir() else "val")
     if not folder.is_dir():
         raise DataError(f"--loader: there is no folder {folder}; it must hold class folders with images")
-    found = loader_throughput(
-        folder, size=node.DATASET.IMAGE_SIZE, workers=node.DATASET.NUM_WORKERS, batch_size=node.SOLVER.BATCH_SIZE,
-        passes=settings.blocks,
-    )  # fmt: skip
+    options = image_options(node)
+    found = loader_throughput(folder, options, batch_size=node.SOLVER.BATCH_SIZE, passes=settings.blocks)
     return {"folder": str(folder), "ratio": found.ours / found.usual} | asdict(found)
 
 

@@ -25,6 +25,7 @@ from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.files import PROJECT
 from mdistiller_norm.models import build_model
+from mdistiller_norm.plugins import import_plugin
 from mdistiller_norm.runs import Run, build_run
 
 # Folders of configs/cifar100 that are not called as the method in lower case.
@@ -108,7 +109,7 @@ def teacher_weights(config: Config, dataset: TensorDataset, choice: str, folder:
             if asked:
                 raise
     torch.manual_seed(0)
-    network = build_model(node.DISTILLER.TEACHER, len(dataset.classes))
+    network = build_model(node.DISTILLER.TEACHER, len(dataset.classes), variant=dataset.variant)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the plain mean of what it sees
@@ -223,12 +224,16 @@ def memory(config: Config, synthetic: int, steps: int) -> Record:
     Returns:
         ``peak`` and ``growth`` in MB (10^6 bytes), see the package; None where this system does not tell.
     """
+    for name in config.node.EXPERIMENT.PLUGINS:
+        import_plugin(name)
     dataset, _ = load_images(config, synthetic)
     before = _resident("VmRSS")
     ours = Ours(config, dataset)
     del dataset
     with contextlib.suppress(OSError):  # the peak so far may have been reading the data: count again from now
         Path("/proc/self/clear_refs").write_text("5")
+    if ours.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ours.device)
     ours.block(steps)
     if ours.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(ours.device) / 1e6

@@ -34,7 +34,8 @@ class Source(Protocol):
 
 
 class Files:
-    """Image files under a folder. Their names are one array, which forked workers share without copying.
+    """Image files under a folder. Their names are one array, which forked workers share without copying. Messages
+    show what is not UTF-8 in a name by its bytes.
 
     Args:
         folder: that the names are relative to.
@@ -50,12 +51,20 @@ class Files:
 
     def read(self, index: int) -> bytes:
         """See :class:`Source`."""
-        with open(self.name(index), "rb") as file:
+        with open(self._path(index), "rb") as file:
             return file.read()
 
     def name(self, index: int) -> str:
         """The path."""
+        return printable(self._path(index))
+
+    def _path(self, index: int) -> str:
         return f"{self.folder}{os.sep}{os.fsdecode(bytes(self._names[index]))}"
+
+
+def printable(name: str) -> str:
+    """A file's name with the bytes in it that are no UTF-8 written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class ImageSplit(NamedTuple):
@@ -69,7 +78,7 @@ def class_folders(folder: Path) -> list[str]:
     """Names of the folders in a split's folder, sorted.
 
     Raises:
-        DataError: there is no such folder, or nothing in it.
+        DataError: there is no such folder, nothing in it, or a name that is not UTF-8.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
@@ -77,6 +86,8 @@ def class_folders(folder: Path) -> list[str]:
         raise DataError(f"{folder} cannot be read ({error.strerror}): images belong in {folder}/<class>/") from error
     if not names:
         raise DataError(f"{folder} holds no class folders: images belong in {folder}/<class>/")
+    if odd := [name for name in names if printable(name) != name]:
+        raise DataError(f"the class folder {printable(odd[0])} in {folder} has a name that is not UTF-8: rename it")
     return names
 
 
@@ -89,7 +100,8 @@ def scan(folder: Path, classes: Sequence[str]) -> ImageSplit:
     names: list[str] = []
     targets: list[int] = []
     for number, label in enumerate(classes):
-        found = sorted(entry.name for entry in os.scandir(folder / label) if entry.name.lower().endswith(EXTENSIONS))
+        entries = (entry.name for entry in os.scandir(folder / label) if entry.name[0] != ".")
+        found = sorted(name for name in entries if name.lower().endswith(EXTENSIONS))
         if not found:
             raise DataError(f"{folder / label} holds no images ({', '.join(EXTENSIONS)}): complete it or remove it")
         names += [f"{label}{os.sep}{name}" for name in found]

@@ -135,6 +135,8 @@ class ImageDataset(Dataset):
 def measure(source: Source, options: ImageOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the channels over evenly spaced images, rounded to four places.
 
+    A channel that is the same everywhere has the deviation 1: it is 0 once normalised.
+
     Raises:
         DataError: none of them can be read.
     """
@@ -150,4 +152,5 @@ def measure(source: Source, options: ImageOptions) -> tuple[tuple[float, ...], t
     if not pixels:
         raise DataError(f"none of the images like {source.name(0)} can be read: set DATASET.ROOT to another folder")
     mean, square = sums / pixels
-    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in (square - mean**2).sqrt().tolist())
+    std = (square - mean**2).clamp_min(0).sqrt()
+    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) or 1.0 for x in std.tolist())

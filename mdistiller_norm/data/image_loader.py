@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from threading import Thread
 from typing import Any, Protocol
 
@@ -57,7 +58,7 @@ def _as_is(made: Any) -> Any:
     return made
 
 
-def _start_worker(number: int) -> None:
+def _start_worker(number: int, trainer: int) -> None:
     """Leave signals to the process that trains: they reach the whole group, and it still needs its workers to save.
 
     Workers end with the loader, when they find that the process that trains is gone, or by its own SIGTERM: that is how
@@ -67,7 +68,7 @@ def _start_worker(number: int) -> None:
         signal.signal(caught, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere signals do not tell who sent them: SIGTERM ends workers at once
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_await_end, args=(os.getppid(),), daemon=True).start()
+        Thread(target=_await_end, args=(trainer,), daemon=True).start()
 
 
 def _await_end(trainer: int) -> None:
@@ -77,7 +78,7 @@ def _await_end(trainer: int) -> None:
 
 
 def _loader(reader: TrainReader, tasks: _Tasks, pin: bool) -> DataLoader[Any]:
-    transforms()  # here, not in every worker
+    transforms()  # here: forked workers have it
     workers = reader.options.workers
     return DataLoader(
         reader,
@@ -86,7 +87,7 @@ def _loader(reader: TrainReader, tasks: _Tasks, pin: bool) -> DataLoader[Any]:
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=pin,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, trainer=os.getpid()),  # which need not be a worker's parent
         persistent_workers=workers > 0,
         prefetch_factor=2 if workers else None,
     )

@@ -49,11 +49,10 @@ class Shards:
     def read(self, index: int) -> bytes:
         """See :class:`~mdistiller_norm.data.class_tree.Source`."""
         shard, first, size = self.places[index].tolist()
-        file = os.open(self.folder / self.shards[shard], os.O_RDONLY)
-        try:
-            return os.pread(file, size, first)
-        finally:
-            os.close(file)
+        with (self.folder / self.shards[shard]).open("rb") as file:
+            file.seek(first)
+            content: bytes = file.read(size)
+        return content
 
     def name(self, index: int) -> str:
         """The shard and the place in it."""
@@ -72,9 +71,11 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     parts = [open_shards(root / split) for split in (["train", "val"] if options.train else ["val"])]
     train, test = parts[0], parts[-1]
     try:
-        classes = tuple((root / CLASSES).read_text(encoding="utf-8").splitlines())
+        classes = tuple((root / CLASSES).read_text(encoding="utf-8").rstrip("\n").split("\n"))
     except (OSError, ValueError) as error:
         raise DataError(f"{root / CLASSES} cannot be read ({error}): it names the classes, one a line") from error
+    if "" in classes or len(set(classes)) < len(classes):
+        raise DataError(f"{root / CLASSES} has an empty line or names a class twice: it names the classes, one a line")
     if options.classes not in ((), classes):
         raise DataError(f"{root / CLASSES} names other classes, or in another order, than those asked for")
     numbers = torch.cat([train.targets, test.targets])
@@ -121,14 +122,21 @@ def _scan(folder: Path, shards: list[str]) -> ImageSplit:
     for number, name in enumerate(shards):
         images: dict[str, tuple[int, int]] = {}
         labels: dict[str, int] = {}
+        end = 0
         try:
             with tarfile.open(folder / name, "r:") as tar:  # not compressed: images are read by their place
-                for member in filter(tarfile.TarInfo.isfile, tar):
+                for member in tar:
                     key, extension = os.path.splitext(member.name)
-                    if extension.lower() in EXTENSIONS:
+                    if member.isfile() and extension.lower() in EXTENSIONS:
                         images[key] = member.offset_data, member.size
-                    elif extension == ".cls" and (content := tar.extractfile(member)):
+                    elif member.isfile() and extension == ".cls" and (content := tar.extractfile(member)):
                         labels[key] = int(content.read())
+                    end = member.offset_data + _padded(member.size if member.isfile() else 0)
+            with (folder / name).open("rb") as file:  # tarfile takes a header that it cannot read for the end
+                file.seek(end)
+                rest = file.read(2 * tarfile.RECORDSIZE + 1)
+            if any(rest) or not 2 * tarfile.BLOCKSIZE <= len(rest) <= 2 * tarfile.RECORDSIZE:
+                raise ValueError(f"cut off or damaged behind byte {end}")
         except (OSError, tarfile.TarError, ValueError) as error:
             raise DataError(f"the shard {folder / name} cannot be read ({error}): make it anew") from error
         if images.keys() != labels.keys():
@@ -210,4 +218,9 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
-    return tar.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return tar.offset - _padded(len(content))
+
+
+def _padded(size: int) -> int:
+    """What a file of a size takes in an archive, without its header."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -63,9 +63,9 @@ def evaluate(
     correct, seen = (torch.zeros(classes, dtype=torch.int64, device=device) for _ in range(2))
     in_top5 = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    start = time.perf_counter()
     run = forward or (_folded(network) if autocast is None else network)
     keep_freed_memory()
-    start = time.perf_counter()
     for images, targets in loader:
         # No cache: a graph would be recorded with the copies of the weights that an earlier pass left there.
         with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
