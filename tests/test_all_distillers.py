@@ -60,6 +60,12 @@ STEPS = 20
 # Elsewhere than on the machine that stored them, rounding decides DIST's later losses: its gradient is the inverse of
 # the spread of the student's probabilities, and they are all but equal at first.
 STEPS_OF_DIST = 5
+# Before rounding has grown, the first losses are equal elsewhere too: with the kernels for AVX2 and for SSE4 they were
+# within a twentieth of FIRST, but for two methods. PKT's logarithms, each rounded to 1e-7, are weighed by 30000 and
+# sum up to next to nothing; FitNet's regressor has a batch norm over few values, and a weight of 100 makes it stride.
+FIRST_STEPS = 3
+FIRST = {"rtol": 1e-4, "atol": 1e-6}
+FIRST_OF = {"PKT": {"rtol": 1e-4, "atol": 1e-3}, "FITNET": {"rtol": 1e-3, "atol": 1e-6}}
 STORED = Path(__file__).parent / "data" / "twenty_steps.json"
 
 
@@ -242,9 +248,11 @@ def test_losses_are_the_stored_ones(name: str) -> None:
     if machine() == stored["machine"]:
         assert measured == expected
     else:  # with another processor's kernels they differed by up to 2%
-        certain = slice(STEPS_OF_DIST if name == "DIST" else STEPS)
-        near = {"rtol": 5e-2, "atol": 1e-3}
-        torch.testing.assert_close(torch.tensor(measured[certain]), torch.tensor(expected[certain]), **near)
+        ours, theirs = torch.tensor(measured), torch.tensor(expected)
+        near = FIRST_OF.get(name, FIRST)
+        torch.testing.assert_close(ours[:FIRST_STEPS], theirs[:FIRST_STEPS], **near)
+        later = slice(FIRST_STEPS, STEPS_OF_DIST if name == "DIST" else STEPS)
+        torch.testing.assert_close(ours[later], theirs[later], rtol=5e-2, atol=1e-3)
 
 
 def test_no_stored_losses_are_left_over() -> None:

@@ -446,8 +446,8 @@ def test_all_negatives_can_be_drawn_and_not_one_more() -> None:
         ContrastSampler(UNEQUAL, 5, 14)
 
 
-def make_crd(**arguments: Any) -> CRD:
-    return CRD(6, 10, ContrastSampler(UNEQUAL, 5, 7), dim=8, **arguments).double()
+def make_crd(relaxed: bool = False, **arguments: Any) -> CRD:
+    return CRD(6, 10, ContrastSampler(UNEQUAL, 5, 7, relaxed), dim=8, **arguments).double()
 
 
 def crd_batch(indices: list[int], key: int, seed: int = 0) -> tuple[Outputs, Outputs, Batch]:
@@ -462,8 +462,9 @@ def crd_batch(indices: list[int], key: int, seed: int = 0) -> tuple[Outputs, Out
 class ReferenceCRD:
     """CRD with gathered rows, exponentials and autograd: section 3 of the paper, as RepDistiller orders it."""
 
-    def __init__(self, method: CRD) -> None:
+    def __init__(self, method: CRD, momentum: float, temperature: float) -> None:
         self.memory_s, self.memory_t = method.student_memory.clone(), method.teacher_memory.clone()
+        self.momentum, self.temperature = momentum, temperature
         self.z: list[Tensor] = []
         self.method = copy.deepcopy(method)
 
@@ -474,7 +475,7 @@ class ReferenceCRD:
             v = pooled @ linear.weight.T + linear.bias
             embedded.append(v / v.square().sum(1, keepdim=True).sqrt())
         exponentials = [
-            torch.exp(torch.einsum("bd,bkd->bk", v, memory[chosen]) / 0.07)
+            torch.exp(torch.einsum("bd,bkd->bk", v, memory[chosen]) / self.temperature)
             for v, memory in zip(embedded, (self.memory_t, self.memory_s), strict=True)
         ]
         self.z = self.z or [e.detach().mean() * samples for e in exponentials]
@@ -486,22 +487,27 @@ class ReferenceCRD:
         with torch.no_grad():
             for v, memory in zip(embedded, (self.memory_s, self.memory_t), strict=True):
                 for row, index in zip(v, indices.tolist(), strict=True):
-                    new = 0.5 * memory[index] + 0.5 * row
+                    new = self.momentum * memory[index] + (1 - self.momentum) * row
                     memory[index] = new / new.square().sum().sqrt()
         return total
 
 
+@pytest.mark.parametrize(("momentum", "temperature"), [(0.5, 0.07), (0.8, 0.2)])
+@pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("dense", [True, False])
-def test_crd_steps(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crd_steps(
+    dense: bool, relaxed: bool, momentum: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not dense:
         monkeypatch.setattr(crd, "DENSE_SAMPLES", 0)
         monkeypatch.setattr(crd, "CHUNK", 2 * 8 * 8)  # two anchors at a time
-    method = make_crd()
-    reference = ReferenceCRD(method)
+    method = make_crd(relaxed, momentum=momentum, temperature=temperature)
+    reference = ReferenceCRD(method, momentum, temperature)
     for step in range(3):
         student, teacher, batch = crd_batch([4, 9, 30, 0, 17], key=11 + step, seed=10 * step)
         again = student.pooled.detach().clone().requires_grad_()
         chosen = method.sampler(batch.targets, batch.indices, batch.key)
+        assert chosen[:, 0].equal(batch.indices) != relaxed  # the memory is the samples' own, whatever their positives
         expected = reference(again, teacher.pooled, chosen, batch.indices)
         value = method(student, teacher, batch)
         assert value.item() == pytest.approx(expected.item(), rel=1e-10)
@@ -708,6 +714,35 @@ def test_ofd_weighs_stages_by_halves_and_averages_the_teachers_maps() -> None:
         margin = -math.sqrt(2 / math.pi) * np.ones((1, source.shape[1], 1, 1))  # of N(0, 1)
         expected += weight * ofd_reference(source, target, margin)
     assert method(student, teacher, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ofd_keys_reach_their_arguments() -> None:
+    student, teacher, batch = real()
+    keys = {"LOSS__CE_WEIGHT": 0.37, "LOSS__FEAT_WEIGHT": 4.3, "CONNECTOR__KERNEL_SIZE": 3}
+    method = build("OFD", make_pair(), **keys)
+    assert (method.ce_weight, method.weight) == (0.37, 4.3)
+    for (channels, _), (targets, _), connector in zip(STUDENT[1:], TEACHER[1:], method.connectors, strict=True):
+        assert connector[0].weight.shape == (targets, channels, 3, 3)
+    for connector, source in zip(method.connectors, student.preacts[1:], strict=True):
+        assert connector(source).shape[2:] == source.shape[2:]
+    assert method(student, teacher, batch).isfinite()
+
+
+@pytest.mark.parametrize("mode", ["exact", "relax"])
+def test_crd_keys_reach_their_arguments(mode: str) -> None:
+    student, teacher, batch = real()
+    keys = {"NCE__K": 5, "NCE__MOMENTUM": 0.8, "NCE__TEMPERATURE": 0.2, "FEAT__DIM": 11, "MODE": mode}
+    method = build("CRD", make_pair(), **keys, LOSS__CE_WEIGHT=0.37, LOSS__FEAT_WEIGHT=4.3)
+    assert (method.ce_weight, method.weight) == (0.37, 4.3)
+    assert method.student_memory.shape == method.teacher_memory.shape == (33, 11)
+    sampler = ContrastSampler(UNEQUAL, 5, 5, relaxed=mode == "relax")
+    reference = ReferenceCRD(method, momentum=0.8, temperature=0.2)
+    for key in (torch.tensor(3), torch.tensor(4)):
+        chosen = sampler(batch.targets, batch.indices, key)
+        expected = reference(student.pooled, teacher.pooled, chosen, batch.indices)
+        torch.testing.assert_close(method(student, teacher, batch._replace(key=key)).double(), expected)
+        torch.testing.assert_close(method.student_memory, reference.memory_s)
+        torch.testing.assert_close(method.teacher_memory, reference.memory_t)
 
 
 def test_reviewkd_fuses_from_deep_to_shallow() -> None:

@@ -629,7 +629,8 @@ def like(probed: Outputs, size: int, device: str = "cpu", seed: int = 0) -> Outp
         return torch.rand(size, *x.shape[1:], device=device)
 
     features = tuple(fill(x) for x in probed.features)
-    return Outputs(4 * fill(probed.logits) - 1, features, features, fill(probed.pooled))
+    # Other values than the features, so that a method that takes the one for the other is found.
+    return Outputs(4 * fill(probed.logits) - 1, features, tuple(x - 0.3 for x in features), fill(probed.pooled))
 
 
 def leaves_of(sides: Outputs) -> list[Tensor]:
@@ -696,6 +697,122 @@ def test_class_is_its_function(name: str) -> None:
         "RLD": lambda: losses.rld_loss(s, t, y, 1.0, 8.0, 4.0, 1.0),
     }[name]
     torch.testing.assert_close(method(student, teacher, batch), by_hand())
+
+
+Call = Callable[[Outputs, Outputs, Tensor, Any], Tensor]
+WEIGHTS = {"LOSS.CE_WEIGHT": 0.37, "LOSS.KD_WEIGHT": 4.3}
+FEATURE_WEIGHTS = {"LOSS.CE_WEIGHT": 0.37, "LOSS.FEAT_WEIGHT": 4.3}
+RAMPED = {"CE_WEIGHT": 0.37, "WARMUP": 9}
+# Every hyper-parameter at a value that no other key and no default has, and the pure function that should get them.
+WIRING: dict[str, tuple[dict[str, Any], Call]] = {
+    "KD": (
+        WEIGHTS | {"TEMPERATURE": 2.9},
+        lambda s, t, y, method: losses.kd_loss(s.logits, t.logits, temperature=2.9),
+    ),
+    "NormKD": (
+        WEIGHTS | {"TEMPERATURE_NORM": 1.7, "STATISTIC": "range"},
+        lambda s, t, y, method: losses.normkd_loss(s.logits, t.logits, t_norm=1.7, statistic="range"),
+    ),
+    "LSKD": (
+        WEIGHTS | {"TEMPERATURE": 0.7},
+        lambda s, t, y, method: losses.lskd_loss(s.logits, t.logits, base_temperature=0.7),
+    ),
+    "DKD": (
+        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9},
+        lambda s, t, y, method: losses.dkd_loss(s.logits, t.logits, y, alpha=1.3, beta=2.3, temperature=2.9),
+    ),
+    "NormKD_W_DKD": (
+        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "TEMPERATURE_NORM": 1.7},
+        lambda s, t, y, method: losses.norm_dkd_loss(s.logits, t.logits, y, alpha=1.3, beta=2.3, t_norm=1.7),
+    ),
+    "LSDKD": (
+        RAMPED | {"KD_WEIGHT": 4.3, "ALPHA": 1.3, "BETA": 2.3, "TEMPERATURE": 1.7},
+        lambda s, t, y, method: losses.lsdkd_loss(s.logits, t.logits, y, alpha=1.3, beta=2.3, base_temperature=1.7),
+    ),
+    "DIST": (
+        WEIGHTS | {"TEMPERATURE": 2.9, "BETA": 1.3, "GAMMA": 2.3},
+        lambda s, t, y, method: losses.dist_loss(s.logits, t.logits, beta=1.3, gamma=2.3, temperature=2.9),
+    ),
+    "TTM": (WEIGHTS | {"GAMMA": 0.23}, lambda s, t, y, method: losses.ttm_loss(s.logits, t.logits, gamma=0.23)),
+    "WTTM": (WEIGHTS | {"GAMMA": 0.23}, lambda s, t, y, method: losses.wttm_loss(s.logits, t.logits, gamma=0.23)),
+    "NKD": (
+        WEIGHTS | {"TEMPERATURE": 2.9, "GAMMA": 1.3},
+        lambda s, t, y, method: losses.nkd_loss(s.logits, t.logits, y, gamma=1.3, temperature=2.9),
+    ),
+    "DTKD": (
+        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9},
+        lambda s, t, y, method: losses.dtkd_loss(s.logits, t.logits, alpha=1.3, beta=2.3, temperature=2.9),
+    ),
+    "CTKD": (
+        WEIGHTS | {"T_START": 1.3, "T_RANGE": 5.7, "EPOCHS": 7},
+        lambda s, t, y, method: losses.ctkd_loss(
+            s.logits, t.logits, temperature=1.3 + 5.7 * torch.sigmoid(torch.tensor(1.1))
+        ),
+    ),
+    "RLD": (
+        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9, "ALPHA_T": 1.7},
+        lambda s, t, y, method: losses.rld_loss(
+            s.logits, t.logits, y, alpha=1.3, beta=2.3, temperature=2.9, confidence_temperature=1.7
+        ),
+    ),
+    "AT": (
+        FEATURE_WEIGHTS | {"P": 3.5},
+        lambda s, t, y, method: losses.at_loss(s.features[1:], t.features[1:], p=3.5),
+    ),
+    "RKD": (
+        FEATURE_WEIGHTS | {"DISTANCE_WEIGHT": 1.3, "ANGLE_WEIGHT": 2.3, "PDIST.EPSILON": 0.5, "PDIST.SQUARED": True},
+        lambda s, t, y, method: losses.rkd_loss(
+            s.pooled, t.pooled, squared=True, eps=0.5, distance_weight=1.3, angle_weight=2.3
+        ),
+    ),
+    "NST": (FEATURE_WEIGHTS, lambda s, t, y, method: losses.nst_loss(s.features[1:], t.features[1:])),
+    "PKT": (FEATURE_WEIGHTS, lambda s, t, y, method: losses.pkt_loss(s.pooled, t.pooled)),
+    "SP": (FEATURE_WEIGHTS, lambda s, t, y, method: losses.sp_loss(s.features[-1:], t.features[-1:])),
+    "VID": (
+        FEATURE_WEIGHTS | {"EPS": 0.7, "INIT_PRED_VAR": 2.3},
+        lambda s, t, y, method: sum(
+            losses.vid_loss(regressor(a), b, torch.full((b.shape[1],), 0.1 + math.log(math.expm1(2.3 - 0.7))), eps=0.7)
+            for regressor, a, b in zip(method.regressors, s.features[1:], t.features[1:], strict=True)
+        ),
+    ),
+    "KDSVD": (
+        FEATURE_WEIGHTS | {"K": 3},
+        lambda s, t, y, method: losses.kdsvd_loss(s.features[1:], t.features[1:], k=3),
+    ),
+    "FITNET": (
+        FEATURE_WEIGHTS | {"HINT_LAYER": 3},
+        lambda s, t, y, method: losses.hint_loss(method.regressor(s.features[3]), t.features[3]),
+    ),
+}
+
+
+def keys_of(tree: dict[str, Any], within: str = "") -> set[str]:
+    """The dotted keys of a config node, empty ones left out."""
+    found = (keys_of(value, f"{key}.") if isinstance(value, dict) else {key} for key, value in tree.items())
+    return {within + key for keys in found for key in keys}
+
+
+@pytest.mark.parametrize("name", WIRING)
+def test_every_key_reaches_its_argument(name: str) -> None:
+    changes, loss = WIRING[name]
+    assert keys_of(DISTILLERS[name].defaults) - {"INPUT_SIZE"} == changes.keys()  # that one is accepted, and not needed
+    assert len({str(value) for value in changes.values()}) == len(changes)
+    node = CfgNode(DISTILLERS[name].defaults).clone()
+    node.merge_from_list([part for change in changes.items() for part in change])
+    pair, batch = small_pair(), batch_of(4)
+    method = DISTILLERS[name].from_config(node, pair)
+    student, teacher = like(pair.student, 4, seed=1), like(pair.teacher, 4, seed=2)
+    with torch.no_grad():  # away from their start, where a variance of VID's is INIT_PRED_VAR whatever EPS is
+        for parameter in method.parameters():
+            parameter += 0.1
+    expected = loss(student, teacher, batch.targets, method)
+    torch.testing.assert_close(method(student, teacher, batch), expected, rtol=1e-5, atol=0)
+    wanted = [changes.get(f"LOSS.{key}", changes.get(key)) for key in ("CE_WEIGHT", "KD_WEIGHT", "FEAT_WEIGHT")]
+    ce_weight, weight = wanted[0], wanted[1] or wanted[2] or 1.0
+    assert (method.ce_weight, method.weight, method.warmup) == (ce_weight, weight, changes.get("WARMUP", 0))
+    if name == "CTKD":
+        method.begin_epoch(3, seed=0)
+        assert method.strength.item() == pytest.approx((1 - math.cos(math.pi * 3 / 7)) / 2)
 
 
 @pytest.mark.parametrize("name", FEATURE + LOGIT)

@@ -49,10 +49,11 @@ class DOT:
         trial = copy.deepcopy(trainable)
         with torch.no_grad():
             taught = teacher.network.outputs(batch.images)
-        losses = trial(batch, taught, torch.ones(len(trainable.loss_names), device=batch.images.device))
+        # Apart, not as Losses.parts: differentiating an item of a tensor reaches, with zeros, what the others need.
+        cross_entropy, *methods = trial.parts(trial.student_outputs(batch.images), batch, taught)
         watched, parameters = ([p for p in one.parameters() if p.requires_grad] for one in (trial, trainable))
-        task = _gradients(losses.parts[0], watched, keep_graph=True)
-        distill = _gradients(losses.parts[1:].sum(), watched)
+        task = _gradients(cross_entropy, watched, keep_graph=True)
+        distill = _gradients(torch.stack(methods).sum(), watched)
         both, task_only, distill_only = (
             [p for p, a, b in zip(parameters, task, distill, strict=True) if (a is not None, b is not None) == reached]
             for reached in ((True, True), (True, False), (False, True))

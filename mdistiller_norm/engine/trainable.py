@@ -88,13 +88,19 @@ class Trainable(nn.Module):
         """
         with torch.autocast(batch.images.device.type, enabled=False):
             student = _at_least_float32(student, self.need)
+            weighted = torch.stack(self.parts(student, batch, teacher)) * factors
+        return Losses(weighted.sum(), weighted, student.logits.detach())
+
+    def parts(self, student: Outputs, batch: Batch, teacher: Outputs | None) -> list[Tensor]:
+        """The losses of ``loss_names``, not weighted, each a scalar: see :meth:`losses`."""
+        with torch.autocast(batch.images.device.type, enabled=False):
+            student = _at_least_float32(student, self.need)
             parts = [F.cross_entropy(student.logits, batch.targets)]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
                 for name, method in self.distillers.items():
                     parts.append(_usable(name, method(student, teacher, batch), parts[0]))
-            weighted = torch.stack(parts) * factors
-        return Losses(weighted.sum(), weighted, student.logits.detach())
+        return parts
 
 
 def _usable(name: str, loss: object, cross_entropy: Tensor) -> Tensor:
