@@ -89,12 +89,7 @@ def launch(
             continue
         try:
             submitted[job.key] = executor.submit(Task(job, folder, processes))
-        except (
-            OSError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # what sbatch says is a RuntimeError of submitit
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # what sbatch says is a RuntimeError
             raise ConfigError(
                 f"{job.name} cannot be submitted ({first_line(error)}); jobs before it: {len(submitted)}"
             ) from error
