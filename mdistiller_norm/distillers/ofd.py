@@ -77,8 +77,8 @@ class OFD(Distiller):
         student_channels: of the stages that are compared, shallow to deep.
         norms: the teacher's batch norms before the ReLU of those stages.
         kernel_size: of the connectors, odd.
-        teacher_train_mode: run the teacher with batch statistics, as the reference does (its running statistics drift
-            then, here those of a copy). Loss values differ a lot between the two modes.
+        teacher_train_mode: run the teacher with batch statistics, as the authors do on purpose (its running statistics
+            drift then, here those of a copy). Loss values differ a lot between the two modes.
     """
 
     defaults = {
