@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a tool: exit code 0, 2 for a mistake in its input, 128 + the signal's number when stopped."""
+    from mdistiller_norm.engine import distributed
     from mdistiller_norm.engine.trainer import Interrupted
 
     try:
@@ -43,7 +44,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         code = 128 + stop.signal_number
     except KeyboardInterrupt:
         code = 130
-    sys.exit(code)
+    distributed.leave(code)
 
 
 # What a disk or a folder says, wherever it happens.

@@ -324,3 +324,4 @@ def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    distributed.leave(0)

@@ -7,16 +7,15 @@ Who a process is comes from the environment: ``RANK``, ``WORLD_SIZE``, ``LOCAL_R
 from __future__ import annotations
 
 import atexit
-import ctypes
 import inspect
 import os
 import socket
+import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -110,6 +109,20 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code; where there were others, without taking the interpreter down.
+
+    Gloo's threads give the tensors of collectives back some time after these are done, also once the group is gone. If
+    the interpreter is ending meanwhile, the process aborts (SIGABRT) in place of its exit code.
+    """
+    if _store is None:
+        sys.exit(code)
+    atexit._run_exitfuncs()  # worker processes, and whatever else has something left to do
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def together() -> bool:
     """Whether there are other processes."""
     return distributed.is_initialized() and distributed.get_world_size() > 1
@@ -150,23 +163,8 @@ def _reduced(tensor: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tenso
     if not together():
         return tensor
     tensor = tensor.clone()
-    _recent.append(tensor)
     distributed.all_reduce(tensor, operation)
     return tensor
-
-
-# The tensors of the latest collectives.
-_recent: deque[Tensor] = deque(maxlen=8)
-
-
-@atexit.register
-def _never_free_the_recent() -> None:
-    """Gloo's thread gives a collective's tensor back some time after it is done.
-
-    If that is the last reference and the interpreter is ending meanwhile, the process aborts: it must not be the last.
-    """
-    for tensor in _recent:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
 
 
 @torch.no_grad()
