@@ -86,10 +86,9 @@ class Trainable(nn.Module):
         Raises:
             ConfigError: a method gives something else than a scalar, or one without a gradient.
         """
-        with torch.autocast(batch.images.device.type, enabled=False):
-            student = _at_least_float32(student, self.need)
-            weighted = torch.stack(self.parts(student, batch, teacher)) * factors
-        return Losses(weighted.sum(), weighted, student.logits.detach())
+        logits = at_least_float32(student.logits)
+        weighted = torch.stack(self.parts(student._replace(logits=logits), batch, teacher)) * factors
+        return Losses(weighted.sum(), weighted, logits.detach())
 
     def parts(self, student: Outputs, batch: Batch, teacher: Outputs | None) -> list[Tensor]:
         """The losses of ``loss_names``, not weighted, each a scalar: see :meth:`losses`."""
