@@ -23,6 +23,7 @@ from mdistiller_norm.data import (
     Share,
     TensorDataset,
     TrainLoader,
+    open_dataset,
 )  # fmt: skip
 from mdistiller_norm.data.image_folder import ImageDataset, data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
@@ -106,7 +107,7 @@ def build_dataset(cfg: Any) -> Dataset:
         UserError: the data are missing or broken, or cannot be split.
     """
     data = cfg.DATASET
-    dataset = DATASETS[data.TYPE](Path(data.ROOT), image_options(cfg))
+    dataset = open_dataset(data.TYPE, Path(data.ROOT), image_options(cfg))
     if not data.VAL_SPLIT:
         return dataset
     if not isinstance(dataset, TensorDataset):
@@ -208,17 +209,26 @@ def build_teacher_runner(
     device = next(network.parameters()).device
 
     def live(batch_size: int) -> LiveTeacher:
-        def compiler(module: nn.Module) -> Callable[[Tensor], Outputs]:
-            example = torch.zeros(batch_size, 3, *image_size, device=device)
-            return compile_teacher(module, example.to(memory_format=torch.channels_last), say)
+        if not compiled:
+            return LiveTeacher(network, need, autocast, train_mode)
+        # Made here: in inference mode, where it is compiled for, this would be a tensor of another kind than the
+        # batches are, and everything would be compiled once more in the first step.
+        example = torch.zeros(batch_size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
 
-        return LiveTeacher(network, need, autocast, train_mode, compiler if compiled else None)
+        def compiler(module: nn.Module) -> Callable[[Tensor], Outputs]:
+            return compile_teacher(module, example, say)
+
+        return LiveTeacher(network, need, autocast, train_mode, compiler)
 
     if cfg.DISTILLER.TEACHER_CACHE == "off":
         return live(loader.batch_size)
     if need > Need.POOLED:
         readers = [name for name, method in distillers.items() if method.need > Need.POOLED]
         say(f"no teacher cache: {' and '.join(readers)} reads the teacher's maps, which are too large to keep")
+        return live(loader.batch_size)
+    if train_mode:
+        users = [name for name, method in distillers.items() if method.teacher_in_train_mode]
+        say(f"no teacher cache: {' and '.join(users)} has the teacher's answers depend on the batch they are given in")
         return live(loader.batch_size)
     if not isinstance(loader, MemoryTrainLoader):
         say(f"no teacher cache: the augmentation of {cfg.DATASET.TYPE} has no finite number of views")
@@ -227,6 +237,7 @@ def build_teacher_runner(
     precision = cfg.DISTILLER.TEACHER_CACHE_PRECISION
     runs = live(CachedTeacher.batch_size(loader, device))
     cached = CachedTeacher(runs, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, precision)
+    cached.check_answers()
     if line := cached.hold_on_device():
         say(line)
     return cached
@@ -350,7 +361,7 @@ def build_step(
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
     optimizer = build_optimizer(cfg, trainable, loader, teacher)  # DOT copies it: before compiling
     if compiled:
-        trainable.passes = compile_student(student, say)
+        trainable.passes = compile_student(student, say, twice=isinstance(optimizer, DOT))
     meters = TrainMeters(trainable.loss_names).to(device)
     wrapped = distributed.wrap(trainable)
     return TrainStep(loader, teacher, trainable, optimizer, meters, scaler, wrapped, cfg.SOLVER.ACCUMULATE)
@@ -382,7 +393,7 @@ def open_checkpoint(
     known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
     known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
     images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
-    dataset = DATASETS[kind](data_root(root, about.get("dataset", "")), images)
+    dataset = open_dataset(kind, data_root(root, about.get("dataset", "")), images)
     network = build_model(name, len(dataset.classes), variant=dataset.variant)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     return network, dataset

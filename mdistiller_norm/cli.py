@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mdistiller_norm.arguments import ArgumentParser
-from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, UserError
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, UserError, first_line
 from mdistiller_norm.plugins import import_plugin
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        code = _refuse(str(error))
+        code = _refuse(_lost_worker(error) or str(error))
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -39,6 +39,11 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         code = _refuse(f"{where}{error.strerror}: make room, or name another place")
+    except RuntimeError as error:
+        lost = _lost_worker(error)
+        if not lost:
+            raise
+        code = _refuse(lost)
     except Interrupted as stop:
         print(f"{stop}; everything is saved: the same command with --resume goes on", file=sys.stderr)
         code = 128 + stop.signal_number
@@ -52,6 +57,22 @@ _DISK = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR,
     errno.ENAMETOOLONG,
 }  # fmt: skip
+
+
+def _lost_worker(error: BaseException | None) -> str:
+    """What to say if a process that read images is behind the error, else nothing.
+
+    PyTorch raises this from the signal's handler, wherever the process that trains is: what it was about to do there,
+    such as writing a file, may have taken it for its own failure.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):  # not what it raised
+            return (
+                f"{first_line(error).rstrip('.')}: a process that reads images was lost. If memory, or shared memory, "
+                "is short, lower DATASET.NUM_WORKERS; a run that has saved a state goes on with --resume"
+            )
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _refuse(text: str) -> int:

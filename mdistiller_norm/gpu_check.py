@@ -190,7 +190,8 @@ def check_gpu(steps: int = 200) -> Iterator[Check]:
     methods = (
         ("NONE",), ("KD",), ("NormKD",), ("DKD",), ("NormKD_W_DKD",), ("NormKD", "SOLVER.PRECISION=bf16"),
         ("NormKD", "SOLVER.PRECISION=fp16"), ("NormKD", "DISTILLER.TEACHER_CACHE=lazy"), ("FITNET",), ("RKD",),
-        ("CRD", "CRD.NCE.K=128"), ("REVIEWKD",),
+        ("CRD", "CRD.NCE.K=128"), ("REVIEWKD",), ("AT",), ("OFD", "OFD.TEACHER_TRAIN_MODE=true"),
+        ("NormKD", "SOLVER.TRAINER=dot"), ("NormKD", "SOLVER.ACCUMULATE=2"), ("NormKD", "ENGINE.COMPILE=all"),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -231,7 +231,7 @@ def check_identity(folder: Path, saved: Mapping[str, str], now: Mapping[str, str
     other = [name for name in saved if saved[name] != now.get(name, saved[name])]
     if other:
         details = ", ".join(
-            f"{name} ({saved[name]}, now {now[name]})" if name == "precision" else name for name in other
+            f"{name} ({saved[name]}, now {now[name]})" if name.startswith("precision") else name for name in other
         )
         raise ConfigError(f"{folder} was run with another {details}: it cannot be resumed so")
 

@@ -30,7 +30,7 @@ from mdistiller_norm.builders import (
     placed,
 )
 from mdistiller_norm.config import Config, dump, method_names
-from mdistiller_norm.data import Dataset, EvalLoader, Share, TrainLoader
+from mdistiller_norm.data import Dataset, EvalLoader, Share, TensorDataset, TrainLoader
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.compile import choose
@@ -161,9 +161,13 @@ def build_runs(
         choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     autocast, warning = build_precision(cfg, device)
+    if isinstance(dataset, TensorDataset):
+        dataset.check()  # as one that is opened here was
     dataset = dataset or build_dataset(cfg)
     taught_by = build_teacher(cfg, dataset) if method_names(cfg) else None
     networks = [_networks(config.node, dataset, taught_by) for config in configs]
+    if share.rank:  # from here on it draws the dropout of a plugin's network, each process's own; the weights are alike
+        torch.manual_seed(initial_seed(cfg) + share.rank)
     learners = _open(configs, networks, resume, share)
 
     def say(text: str) -> None:
@@ -179,20 +183,16 @@ def build_runs(
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps)
     if reason and (taught_by or cfg.ENGINE.COMPILE == "all"):
         say(reason)
-    teacher, taught = None, {}
+    teacher: Teacher | None = None
+    taught: Record = {}
     if taught_by:
-        network, file = placed(taught_by[0], device), taught_by[1]
-        taught = _check_teacher(network, file, cfg.DISTILLER.TEACHER, test, say)
-        teacher = build_teacher_runner(
-            cfg, network, learners[0].distillers, loader, file.path, dataset.image_size, autocast,
-            to_compile in ("teacher", "all"), say,
+        teacher, taught = _put_to_work(
+            cfg, taught_by, learners[0].distillers, dataset, loader, test, autocast,
+            to_compile in ("teacher", "all"), left, say,
         )  # fmt: skip
-        taught["hash"] = teacher.hash
-        if isinstance(teacher, CachedTeacher):
-            taught["cache"] = cfg.DISTILLER.TEACHER_CACHE_PRECISION
-            say(teacher.check_space(left))
     identity = {
         "teacher": taught.get("hash", ""), "data": dataset.fingerprint(), "precision": PRECISIONS[autocast],
+        "precision of the teacher's answers": "fp16" if taught.get("cache") == "fp16" else "as computed",
     }  # fmt: skip
     shared = _Shared(dataset, loader, test, teacher, taught, autocast, to_compile == "all", identity)
     runs = [_build(learner, shared, command, leads=number == 0) for number, learner in enumerate(learners)]
@@ -200,6 +200,23 @@ def build_runs(
         epochs = range(min(run.trainer.epoch for run in runs), cfg.SOLVER.EPOCHS + 1)
         runs[0].trainer.ahead = teacher.fill(loader.batches(epoch) for epoch in epochs)
     return runs
+
+
+def _put_to_work(
+    cfg: Any, taught_by: tuple[Network, TeacherFile], distillers: dict[str, Distiller], dataset: Dataset,
+    loader: TrainLoader, test: EvalLoader, autocast: torch.dtype | None, compiled: bool, steps_left: int, say: Say,
+) -> tuple[Teacher, Record]:  # fmt: skip
+    """The teacher in the form that trains, measured on the test split, and what a record says of it."""
+    network, file = placed(taught_by[0], build_device(cfg)), taught_by[1]
+    facts = _check_teacher(network, file, cfg.DISTILLER.TEACHER, test, say)
+    teacher = build_teacher_runner(
+        cfg, network, distillers, loader, file.path, dataset.image_size, autocast, compiled, say
+    )
+    facts["hash"] = teacher.hash
+    if isinstance(teacher, CachedTeacher):
+        facts["cache"] = cfg.DISTILLER.TEACHER_CACHE_PRECISION
+        say(teacher.check_space(steps_left))
+    return teacher, facts
 
 
 def _networks(
@@ -233,6 +250,8 @@ def _steps_left(learner: _Learner, loader: TrainLoader) -> int:
 def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run:
     """One of the runs; the one that leads shows its progress."""
     cfg, log, dataset, taught = learner.config.node, learner.log, shared.dataset, shared.taught
+    surroundings = environment(build_device(cfg))
+    where = surroundings | {"precision": PRECISIONS[shared.autocast], "processes": distributed.wanted().world}
     step = build_step(
         cfg, learner.student, learner.distillers, shared.loader, shared.teacher, shared.autocast,
         shared.compile_students, log.line,
@@ -241,7 +260,7 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
         step=step,
         schedule=StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE),
         test=shared.test, epochs=cfg.SOLVER.EPOCHS, seed=cfg.SEED, folder=learner.folder, log=log,
-        about=_about(cfg, dataset), identity=shared.identity,
+        about=_about(cfg, dataset), identity=shared.identity, where=where,
         save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ, log_every=cfg.LOG.TENSORBOARD_FREQ,
         checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS, run_step=fastest(cfg, step, step, log.line),
         run_test=fastest_test(cfg, learner.student, shared.test, log.line), show_progress=leads,
@@ -271,8 +290,8 @@ def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run
     result = {
         "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
         "seed": initial_seed(cfg), "epochs": cfg.SOLVER.EPOCHS, "extra_parameters": extra, "command": command,
-        "precision": PRECISIONS[shared.autocast], "processes": distributed.wanted().world,
-        "config": yaml.safe_load(dump(cfg)), "environment": environment(build_device(cfg)),
+        "precision": where["precision"], "processes": where["processes"], "data": shared.identity["data"],
+        "config": yaml.safe_load(dump(cfg)), "environment": surroundings,
     }  # fmt: skip
     finished = trainer.epoch > cfg.SOLVER.EPOCHS
     if learner.state and not finished and distributed.is_first():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import assert_user_error, tool
 from torch import nn
 from torchvision.models import mnasnet0_5
 
@@ -45,13 +46,27 @@ def published(kind: str, state: dict[str, torch.Tensor]) -> Any:
         },
         "compiled": {"net": {f"_orig_mod.{key}": value for key, value in wrapped.items()}, "acc": 72.3},
         "tutorial": {"model_state_dict": {f"module._orig_mod.{key}": value for key, value in state.items()}},
+        "Lightning": {
+            "state_dict": {f"model.{key}": value for key, value in state.items()},
+            "epoch": 89,
+            "pytorch-lightning_version": "2.5",
+        },
         "torchvision reference": {"state_dict": wrapped, "args": argparse.Namespace(lr=0.1), "epoch": 89},
     }[kind]
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["bare", "mdistiller", "mdistiller distiller", "RepDistiller", "compiled", "tutorial", "torchvision reference"],
+    [
+        "bare",
+        "mdistiller",
+        "mdistiller distiller",
+        "RepDistiller",
+        "compiled",
+        "tutorial",
+        "Lightning",
+        "torchvision reference",
+    ],
 )
 def test_published_layouts_load_strictly(tmp_path: Path, kind: str) -> None:
     source, target = network().eval(), network().eval()
@@ -126,6 +141,16 @@ def test_files_that_are_something_else_are_one_line(tmp_path: Path, text: bytes)
     (tmp_path / "worklog.txt").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"worklog\.txt"):
         load(tmp_path / "worklog.txt")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_programs_are_not_taken_for_damaged_files(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(3, 2), (torch.randn(4, 3),)), tmp_path / "student.pt2")
+    torch.jit.save(torch.jit.script(nn.Linear(3, 2)), tmp_path / "student.pt")
+    for name in ("student.pt2", "student.pt"):
+        done = tool("eval", "-m", "resnet8", "-c", tmp_path / name, check=False)
+        assert_user_error(done, f"{name} is a program of torch.export or TorchScript: name the checkpoint")
+        assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_weights_of_another_network_name_the_first_difference(tmp_path: Path) -> None:

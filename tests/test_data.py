@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import tarfile
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ from torchvision.datasets import CIFAR100
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
+from mdistiller_norm.config import load_config
 from mdistiller_norm.data import (
     DATASETS,
     MemoryEvalLoader,
@@ -29,6 +31,7 @@ from mdistiller_norm.data.augment import PadCropFlip, normalise
 from mdistiller_norm.data.cifar import _download
 from mdistiller_norm.data.plan import epoch_plan, share_out
 from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.runs import build_run
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +283,12 @@ def test_a_held_out_part_is_stratified_fixed_and_disjoint() -> None:
     assert (held.name, held.classes, held.flip) == (whole.name, whole.classes, whole.flip)
     with pytest.raises(ConfigError, match=r"DATASET\.VAL_SPLIT 0\.001 holds out no image of any class of digits"):
         whole.hold_out(0.001)
+
+
+def test_a_data_set_that_is_handed_over_is_checked_too(tmp_path: Path) -> None:
+    whole = digits()
+    wrong = replace(whole, train=replace(whole.train, images=whole.train.images / 255))
+    given = load_config(None, ["DATASET.TYPE=digits", "DISTILLER.TYPE=NONE", f"LOG.PREFIX={tmp_path}"])
+    with pytest.raises(DataError, match=r"its training images are a tensor \[1437, 32, 32, 3\] of float32"):
+        build_run(given, dataset=wrong)
+    assert list(tmp_path.iterdir()) == []

@@ -322,6 +322,72 @@ def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
     assert_user_error(done, "process 0 of 2 waited in vain for process 1", "--resume")
 
 
+OWN_STUDENT = """
+import torch
+from mdistiller_norm import models
+
+
+class Own(models.Network):
+    def __init__(self, num_classes, unread=False, breaks=False):
+        super().__init__(num_classes)
+        self.inner, self.drop, self.shown = models.build_model("resnet8", num_classes), torch.nn.Dropout(0.5), False
+        self.breaks, self.steps = breaks, 0
+        if unread:
+            self.unread = torch.nn.Linear(4, 4)
+
+    def outputs(self, images):
+        outputs = self.inner.outputs(images)
+        logits = self.drop(outputs.logits)
+        self.steps += self.training
+        if self.breaks and self.steps == 3 and torch.distributed.get_rank() == 1:
+            logits = logits * float("nan")
+        if self.training and not self.shown:
+            self.shown = True
+            torch.save(logits != 0, f"mask_{torch.distributed.get_rank()}.pt")
+        return outputs._replace(logits=logits)
+
+    def norms_before_relu(self):
+        return self.inner.norms_before_relu()
+
+
+models.register("dropping")(lambda num_classes: Own(num_classes))
+models.register("breaking")(lambda num_classes: Own(num_classes, breaks=True))
+models.register("unread")(lambda num_classes: Own(num_classes, unread=True))
+"""
+
+
+def own_students(folder: Path, student: str) -> list[tuple[int, str]]:
+    """Two processes that train a plugin's network for an epoch: exit code and stderr of each."""
+    (folder / "own.py").write_text(OWN_STUDENT.replace("mask_", f"{folder}/mask_"))
+    own = [f"EXPERIMENT.PLUGINS={folder / 'own.py'}", f"DISTILLER.STUDENT={student}"]
+    own += ["SOLVER.BATCH_SIZE=240", "LOG.TENSORBOARD_FREQ=1"]
+    port, arguments = free_port(), run_arguments(folder, student, *own, epochs=1)
+    return finish([start(rank, 2, port, "tools/train.py", *arguments) for rank in range(2)])
+
+
+@pytest.mark.slow
+def test_processes_drop_other_activations(tmp_path: Path) -> None:
+    for code, errors in own_students(tmp_path, "dropping"):
+        assert code == 0, errors
+    one, two = (torch.load(tmp_path / f"mask_{rank}.pt") for rank in range(2))
+    assert one.shape == two.shape
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.slow
+def test_a_parameter_that_no_loss_reaches_is_one_line(tmp_path: Path) -> None:
+    for code, errors in own_students(tmp_path, "unread"):
+        assert_user_error(subprocess.CompletedProcess([], code, "", errors), "takes no part in the loss", "remove it")
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     distributed.leave(0)
+
+
+@pytest.mark.slow
+def test_a_loss_that_one_process_alone_loses_is_told_by_all(tmp_path: Path) -> None:
+    """It reaches the other's weights by the gradients, and that one's loss a step later."""
+    for code, errors in own_students(tmp_path, "breaking"):
+        done = subprocess.CompletedProcess([], code, "", errors)
+        assert_user_error(done, "the loss ce became NaN or infinite in epoch 1, step 3", "lower SOLVER.LR")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from mdistiller_norm.builders import build_optimizer
 from mdistiller_norm.config import load_config
 from mdistiller_norm.distillers import Distiller, Need
+from mdistiller_norm.engine.compile import compile_student
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.optim import set_learning_rate
 from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.models import build_model
 from mdistiller_norm.types import Batch, Outputs
 
 RATES, MOMENTUM, DELTA, DECAY, FACTORS = (0.3, 0.3, 0.05), 0.7, 0.2, 0.11, (0.6, 1.7)
@@ -106,3 +111,20 @@ def test_dot_is_its_formula(name: str, nesterov: bool) -> None:
         set_learning_rate(optimizer.param_groups, rate)
         optimizer.step(trainable(prepare(images, targets, None), taught(features), factors).parts)
         np.testing.assert_allclose(parameters[name], expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_compiled_student_can_be_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its backward pass was compiled by a run that did so once, as one from the cache on disk may be."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    images, eager = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), build_model("resnet8", 4)
+    network = copy.deepcopy(eager)
+    with functorch.patch(donated_buffer=True):  # as it is by default, and will be for other tests
+        passes = compile_student(network, pytest.fail, twice=True)
+        passes(images).logits.sum().backward()
+        results = []
+        for student, run in ((eager, eager.outputs), (network, passes)):
+            outputs, parameters = run(images), list(student.parameters())
+            for loss, keep in ((outputs.logits.square().sum(), True), (outputs.logits[:, 0].sum(), False)):
+                results.append(torch.autograd.grad(loss, parameters, retain_graph=keep))
+    for expected, found in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(found, expected)

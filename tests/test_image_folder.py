@@ -13,8 +13,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ from torchvision import transforms as T
 from mdistiller_norm.builders import build_dataset, build_distillers
 from mdistiller_norm.cli import shards_main
 from mdistiller_norm.config import load_config
-from mdistiller_norm.data import Share
+from mdistiller_norm.data import Share, image_loader
 from mdistiller_norm.data.decode import View, decode, draw_view, eval_image, train_image
 from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset, ImageOptions, image_folder, imagenet, measure
 from mdistiller_norm.data.webdataset import INDEX, webdataset
@@ -40,6 +43,7 @@ from mdistiller_norm.models import build_model
 from mdistiller_norm.runs import build_run, train
 
 CPU = torch.device("cpu")
+SMALL_RUN = ["DATASET.TYPE=image_folder", "DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36", "SOLVER.BATCH_SIZE=12"]
 SMALL = ImageOptions(size=48, resize=56, mean=MEAN, std=STD, workers=0)
 
 
@@ -172,6 +176,24 @@ def test_mean_and_deviation_are_measured_where_they_are_not_given(tree: Path) ->
     assert data.std == pytest.approx(pixels.double().permute(1, 0, 2, 3).flatten(1).std(1).tolist(), abs=1e-3)
 
 
+def test_folders_in_a_class_count_and_hidden_ones_do_not(copy: Path) -> None:
+    before = image_folder(copy, SMALL)
+    label = before.classes[1]
+    files = sorted((copy / "train" / label).iterdir())
+    kept = {file.read_bytes() for file in files if file != files[5]}
+    for place, some in (("a/b", files[:3]), ("z", files[3:5]), (".trash", files[5:6])):
+        (copy / "train" / label / place).mkdir(parents=True)
+        for file in some:
+            file.rename(copy / "train" / label / place / file.name)
+    (copy / "train" / label / "circle").symlink_to(copy / "train" / label)
+    after = image_folder(copy, SMALL)
+    assert torch.bincount(before.targets).tolist() == [12, 12, 12]
+    assert torch.bincount(after.targets).tolist() == [12, 11, 12]
+    source = after.train.source
+    assert {source.read(index) for index in range(12, 23)} == kept
+    assert {Path(source.name(index)).parent.name for index in range(12, 23)} == {label, "b", "z"}
+
+
 def test_a_folder_that_lacks_something_is_one_line(copy: Path, tmp_path: Path) -> None:
     gone = sorted((copy / "val").iterdir())[0]
     with pytest.raises(DataError, match=f"the class {gone.name} is asked for twice"):
@@ -225,6 +247,27 @@ def test_workers_and_processes_do_not_change_a_pixel(tree: Path) -> None:
             assert torch.equal(torch.cat(pieces), tensor)
 
 
+class Placed(int):
+    def record_stream(self, stream: Any) -> None:
+        """As a tensor has it."""
+
+
+def test_all_epochs_place_their_batches_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps what a stream has freed for that stream: one an epoch and evaluation would pile it up."""
+    made: list[torch.device] = []
+    stream = SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    device = torch.device("cuda", 99)
+    for epoch in range(3):
+        batches: Any = range(epoch, epoch + 4)
+        assert list(image_loader.ahead(batches, device, lambda batch: (Placed(batch),))) == [
+            (Placed(batch),) for batch in batches
+        ]
+    assert made == [device]
+
+
 def test_a_process_that_fails_does_not_wait_for_its_workers(tree: Path) -> None:
     program = f"""
 import torch
@@ -239,6 +282,54 @@ raise RuntimeError("out of memory")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
+def test_a_worker_that_is_killed_is_one_line(tree: Path, tmp_path: Path) -> None:
+    """As a system that runs out of memory kills it."""
+    command = [sys.executable, "tools/train.py", "--cfg", "configs/digits/vanilla_resnet8.yaml", *SMALL_RUN]
+    process = subprocess.Popen(
+        [*command, f"DATASET.ROOT={tree}", f"LOG.PREFIX={tmp_path}", "EXPERIMENT.NAME=run", "SOLVER.EPOCHS=500"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    latest = tmp_path / "digits" / "run" / "latest.pt"
+    for _ in range(600):
+        if latest.exists():
+            break
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
+    done = subprocess.CompletedProcess(command, process.returncode, output, errors)
+    assert_user_error(done, "DataLoader worker (pid", "lower DATASET.NUM_WORKERS", "--resume")
+    assert load(latest)["epoch"] > 1
+
+
+def test_a_worker_that_is_killed_while_a_checkpoint_is_written_is_one_line(tree: Path, tmp_path: Path) -> None:
+    """PyTorch raises it wherever the process is, here among what may go wrong with a file."""
+    program = f"""
+import multiprocessing, os, signal, time, torch
+from pathlib import Path
+from mdistiller_norm.cli import run
+from mdistiller_norm.data import ImageOptions, image_folder
+from mdistiller_norm.engine.checkpoint import save_atomically
+
+class Slow:
+    def __reduce__(self):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(30)
+
+def main(arguments):
+    options = ImageOptions(size=48, mean=(0.5,) * 3, std=(0.5,) * 3, workers=2)
+    batches = image_folder(Path({str(tree)!r}), options).train_loader(8, 0, torch.device("cpu")).batches(1)
+    next(batches)
+    save_atomically(Slow(), Path({str(tmp_path)!r}, "latest.pt"))
+
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert_user_error(done, "is killed by signal", "lower DATASET.NUM_WORKERS")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_is_replaced_reported_and_counted(copy: Path) -> None:
@@ -290,6 +381,17 @@ def test_check_data_lists_every_unreadable_file(copy: Path) -> None:
     assert "tiny: 3 classes, 36 + 12 images" in done.stdout
     assert all(str(file) in done.stdout for file in files)
     assert "2 of its images cannot be read" in done.stdout
+
+
+def test_images_that_pillow_warns_of_are_read_in_silence(copy: Path) -> None:
+    folder = next((copy / "train").iterdir())
+    with Image.open(next(folder.iterdir())) as image:
+        image.quantize(16).save(folder / "palette.png", transparency=bytes(range(16)))
+    Image.new("1", (9500, 9500)).save(folder / "large.png")  # just above the size that Pillow doubts
+    command = ("train", "--cfg", "configs/digits/vanilla_resnet8.yaml", "--check-data", "DATASET.TYPE", "image_folder")
+    done = tool(*command, "DATASET.ROOT", copy)
+    assert "tiny: 3 classes, 38 + 12 images\n0 of its images cannot be read" in done.stdout
+    assert done.stderr == ""
 
 
 def test_the_loader_is_measured_against_the_usual_one(tree: Path) -> None:

@@ -22,7 +22,7 @@ from mdistiller_norm.distillers import DISTILLERS, Need
 from mdistiller_norm.engine.checkpoint import load, load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher import LiveTeacher
-from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, UserError
 from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS, Wrapped, build_model, probe
 from mdistiller_norm.plugins import import_plugin
 
@@ -103,6 +103,12 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, name: str, *overrides: str) -> Path:
     assert train_main(["--cfg", str(folder / "mine.yaml"), f"EXPERIMENT.NAME={name}", *overrides]) == 0
     return folder / "distill" / name
+
+
+def assert_refused(command: list[str], error: type[UserError], reason: str) -> None:
+    with pytest.raises(error, match=reason) as refused:
+        train_main(command)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("method", ["NONE", "NormKD", "FITNET", "MSE"])
@@ -271,9 +277,60 @@ def test_a_method_with_a_mistake_is_one_line(
     if not reason:
         assert train_main(command) == 0
         return
-    with pytest.raises(ConfigError, match=reason) as refused:
-        train_main(command)
-    assert "\n" not in str(refused.value)
+    assert_refused(command, ConfigError, reason)
+
+
+DATA = (
+    REGISTER
+    + """
+import torch
+
+@data.register("own_data")
+def own_data(root, options):
+    images, targets = torch.zeros(12, 8, 8, 3, dtype=torch.uint8), torch.arange(12) % 3
+    facts = {{"name": "own_data", "classes": ("a", "b", "c"), "mean": (0.3,) * 3, "std": (0.3,) * 3}}
+    train, test = (images, targets), (images[:3], targets[:3])
+    {mistake}
+    return data.TensorDataset(train=data.Split(*train), test=data.Split(*test), **facts)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "reason"),
+    [
+        ("train = (images / 255, targets)", r"own_data: its training images are a tensor \[12, 8, 8, 3\] of float32"),
+        ("test = (images.permute(0, 3, 1, 2), targets)", r"its test images are a tensor \[12, 3, 8, 8\] of uint8"),
+        ("train = (images[..., 0], targets)", r"a tensor \[12, 8, 8\] of uint8: they must be a tensor \[N, H, W, 3\]"),
+        ("test = (images[:0], targets[:0])", "its test images are .*: they must be .*, at least one image"),
+        ("train = (images.numpy(), targets)", "its training images are a ndarray"),
+        ("train = (images, targets.int())", r"its training targets are a tensor \[12\] of int32"),
+        ("train = (images, targets[:6])", r"targets are a tensor \[6\] of int64: they must be a tensor \[12\]"),
+        ("train = (images, targets.tolist())", "its training targets are a list"),
+        ("test = (images, targets + 1)", r"its test targets are 1 \.\. 3: the numbers of its 3 classes are 0 \.\. 2"),
+        ("facts['mean'] = (77.0,) * 3", r"its mean is \(77.0, 77.0, 77.0\) .* of pixels in \[0, 1\]"),
+        ("facts['std'] = (0.3, 0.3)", "must be those of the three channels"),
+        ("facts['std'] = (0.3, 0.3, 0.0)", "no std may be 0"),
+        ("facts['classes'] = (1, 2, 3)", r"its classes are \(1, 2, 3\): they must be text"),
+        ("facts['padding'] = -1", "its padding is -1"),
+        ("open('/no/database')", "data set 'own_data' cannot be opened: .*No such file"),
+        ("return train, test", "data set 'own_data' is opened as a tuple: return a TensorDataset"),
+        ("", ""),
+    ],
+)
+def test_a_data_set_with_a_mistake_is_one_line(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, reason: str
+) -> None:
+    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS))
+    (tmp_path / "own.py").write_text(DATA.format(mistake=mistake))
+    (mine / "own_data.yaml").write_text(f"_BASE_: mine.yaml\nEXPERIMENT: {{PLUGINS: [mine.py, {tmp_path}/own.py]}}\n")
+    plain = ["DATASET.TYPE=own_data", "DISTILLER.TYPE=NONE", "DISTILLER.STUDENT=resnet8"]
+    command = ["--cfg", str(mine / "own_data.yaml"), *plain, f"LOG.PREFIX={tmp_path}"]
+    if not reason:
+        assert train_main(command) == 0
+        return
+    assert_refused(command, DataError, reason)
+    assert not (tmp_path / "distill").exists()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from mdistiller_norm.reproduce.page import to_html
 from mdistiller_norm.reproduce.stats import CONTRADICTED, HOLDS, UNDECIDED, UNTESTED, Paired, paired, spread
 from mdistiller_norm.reproduce.tables import Cell, load_claims, load_tables
 from mdistiller_norm.reproduce.views import ClaimView, Comparison, Report
-from mdistiller_norm.reproduce.words import signed
+from mdistiller_norm.reproduce.words import comparison_text, signed
 
 TABLES = load_tables()
 PAIR = "res32x4_res8x4"
@@ -48,7 +48,7 @@ def made_up(cell: Cell, seed: int, last: float, best: float, teacher_hash: str =
     record: Record = {
         "format": 1, "status": "finished", "smoke": False, "config_file": cell.config, "seed": seed,
         "at": f"2026-01-0{seed + 1}T00:00:00Z", "command": f"python tools/train.py --cfg {cell.config} SEED={seed}",
-        "config": yaml.safe_load(dump(node)), "method": methods, "student": node.DISTILLER.STUDENT,
+        "config": yaml.safe_load(dump(node)) | {"SEED": seed}, "method": methods, "student": node.DISTILLER.STUDENT,
         "teacher": teacher if methods else None,
         "dataset": node.DATASET.TYPE, "epochs": epochs, "seconds": 3600.0, "extra_parameters": 0,
         "last": {"epoch": epochs, "top1": last, "top5": 90.0, "loss": 1.0},
@@ -113,6 +113,22 @@ def test_means_and_deviations_are_numpys(report: Report) -> None:
     assert spread([]) is None
 
 
+def test_the_parts_of_a_run_that_went_on_elsewhere_are_named(tmp_path: Path) -> None:
+    records = [made_up(TABLES["2"].cells["kd", PAIR], seed, 73.0, 73.0) for seed in range(3)]
+    here = records[0]["environment"] | {"precision": "fp32", "processes": 1}
+    records[0]["parts"] = [here | {"from_step": 0}]
+    records[1]["parts"] = [here | {"from_step": 0}, here | {"from_step": 700, "commit": "d" * 40}]
+    records[2]["parts"] = [here | {"from_step": 900}]
+    for record in records:
+        add(record | {"sha256": digest(record)}, tmp_path)
+    report = collect(tmp_path)
+    for text in (to_markdown(report), to_html(report).replace("&lt;", "<").replace("&gt;", ">")):
+        assert text.count("was trained in parts") == 2
+        assert "seed 1, was trained in parts: from step 0 on by Test GPU <1>, fp32" in text
+        assert re.search(r"from step 700 on by Test GPU <1>, fp32, [^;]*commit dddddddddd", text)
+        assert "seed 2, was trained in parts: what trained its first 900 steps is not recorded; from step 900" in text
+
+
 def test_a_mean_far_from_the_papers_is_outside(tmp_path: Path) -> None:
     for seed, top1 in enumerate((70.0, 70.1, 70.2)):
         add(made_up(TABLES["2"].cells["kd", PAIR], seed, top1, top1), tmp_path)
@@ -139,6 +155,9 @@ def test_paired_intervals_are_those_of_the_t_test() -> None:
     assert paired({0: 1.0, 1: 3.0, 2: 2.0}, {0: 2.0, 1: 1.0, 2: 2.5}).verdict == UNDECIDED
     two = paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})
     assert (two.n, two.mean, two.low, two.verdict) == (2, 1.5, None, UNDECIDED)
+    alike = paired({0: 0.3, 1: 0.5, 2: 0.7}, {0: 0.1, 1: 0.3, 2: 0.5})
+    assert (alike.n, alike.low, alike.verdict) == (3, None, UNDECIDED)
+    assert comparison_text(alike) == "+0.20 (n = 3: every trial differs by this, no interval)"
     assert paired({0: 1.0}, {1: 1.0}) is None
 
 
@@ -171,12 +190,13 @@ def test_the_peak_is_tested_once_all_its_rows_are(tmp_path: Path) -> None:
     table = TABLES["6"]
     for row in table.rows:
         for seed in range(3):
-            top1 = {"t_norm_1.5": 76.6, "t_norm_2": 76.5, "t_norm_4": 77.0}.get(row.key, 75.0) + 0.01 * seed
+            step = 0.02 if row.key == "t_norm_4" else 0.01
+            top1 = {"t_norm_1.5": 76.6, "t_norm_2": 76.5, "t_norm_4": 77.0}.get(row.key, 75.0) + step * seed
             add(made_up(table.cells[row.key, PAIR], seed, top1, top1), tmp_path)
     peak = collect(tmp_path).claims[2]
     assert peak.verdict == CONTRADICTED
     assert peak.comparisons[0].what == "T_norm = 1.5 \N{MINUS SIGN} T_norm = 4"
-    assert peak.comparisons[0].last.mean == pytest.approx(-0.4)
+    assert peak.comparisons[0].last.mean == pytest.approx(-0.41)
 
 
 def test_markdown_shows_every_state(report: Report) -> None:
@@ -284,6 +304,49 @@ def test_several_processes_and_several_environments_are_told_apart(tmp_path: Pat
     assert "- 1 run: Test GPU <1>, fp32" in text
 
 
+def test_runs_of_a_column_that_differ_in_how_they_were_made_are_named(tmp_path: Path) -> None:
+    for row, seed, own in (
+        ("teacher", 0, {"precision": "fp16"}),  # whose number is compared with nobody's
+        ("kd", 0, {"precision": "fp32", "processes": 1, "data": "1" * 64}),
+        ("kd", 1, {"precision": "bf16", "processes": 2, "data": "2" * 64}),
+        ("normkd", 1, {}),  # as older records are
+    ):
+        record = made_up(TABLES["2"].cells[row, PAIR], seed, 73.0, 73.2) | own
+        if row == "normkd":
+            record["config"]["SEED"] = 0  # and SOLVER.INIT_SEED 1, as of trials in lockstep
+        add(record | {"sha256": digest(record)}, tmp_path / "runs")
+    report_main(["--results", str(tmp_path)])
+    text, page = ((tmp_path / name).read_text() for name in ("TABLES.md", "report.html"))
+    for line in (
+        "precision: fp32 (2 runs), bf16 (1 run).",
+        "processes: 1 (2 runs), 2 (1 run).",
+        "training images (SHA-256): 1111111111 (1 run), 2222222222 (1 run).",
+        "order of the data: of its own seed (2 runs), of seed 0 (1 run).",
+    ):
+        assert f"- Runs of resnet32x4 → resnet8x4 differ in {line}" in text
+        assert f"Runs of resnet32x4 → resnet8x4 differ in {line}</p>" in page
+    assert not re.search(r" differ in .*fp16", text)
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("--cfg a.yaml SEED 1 NormKD.TEMPERATURE_NORM 1.25 DEVICE cpu", "NormKD.TEMPERATURE_NORM=1.25"),
+        ("--cfg a.yaml SOLVER.LR=0.1 DATASET.VAL_SPLIT=0.1 LOG.PREFIX=x", "SOLVER.LR=0.1"),
+        ("--cfg a.yaml 'SOLVER.LR_DECAY_STAGES=[9, 10]'", "SOLVER.LR_DECAY_STAGES=[9, 10]"),
+        ("--cfg a.yaml", ""),
+    ],
+)
+def test_a_run_of_no_table_says_what_its_command_changed(tmp_path: Path, command: str, shown: str) -> None:
+    record = made_up(TABLES["2"].cells["normkd", PAIR], 1, 73.0, 73.2) | {"command": f"python tools/train.py {command}"}
+    record["config"]["NormKD"]["TEMPERATURE_NORM"] = 1.25
+    record["config"]["SOLVER"] |= {"LR": 0.1, "LR_DECAY_STAGES": [9, 10]}
+    add(record | {"sha256": digest(record)}, tmp_path / "runs")
+    report_main(["--results", str(tmp_path)])
+    name = " ".join(["cifar100_baselines/normkd,res32x4,res8x4", *([shown] if shown else [])])
+    assert f"- {name}, seed 1: best 73.20" in (tmp_path / "TABLES.md").read_text()
+
+
 def test_the_tool_writes_everything(ledger: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
     options = [
@@ -343,6 +406,7 @@ def test_a_browser_opens_the_page_without_errors(report: Report, tmp_path: Path)
         "document.querySelector('#table-2 .command button').click();"
         "document.title = JSON.stringify({page: document.documentElement.scrollWidth, window: innerWidth,"
         "tables: document.querySelectorAll('table').length,"
+        "names: document.querySelector('#table-2 tbody th').getBoundingClientRect().width,"
         "charts: [...document.querySelectorAll('svg polyline')].length})})</script></body>"
     )
     page.write_text(to_html(report).replace("</body>", probe))
@@ -358,3 +422,4 @@ def test_a_browser_opens_the_page_without_errors(report: Report, tmp_path: Path)
     assert seen["tables"] >= len(TABLES) + 2
     assert seen["charts"] > 10
     assert seen["page"] <= seen["window"], "the page itself must not scroll sideways"
+    assert seen["names"] <= 0.4 * 360, "the column of names, which stays, must leave room for numbers on a phone"

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, assert_user_error, tool
 
-from mdistiller_norm.config import dump, load_config
+from mdistiller_norm.config import Config, dump, load_config
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.errors import ConfigError, UserError
@@ -29,6 +29,7 @@ from mdistiller_norm.reproduce.jobs import (
     make_plan,
 )  # fmt: skip
 from mdistiller_norm.reproduce.tables import Cell, load_claims, load_tables
+from mdistiller_norm.run_folder import run_folder
 
 TABLES = load_tables()
 CELLS = [cell for table in TABLES.values() for cell in table.cells.values()]
@@ -330,6 +331,26 @@ def test_commands_of_cells_are_runnable() -> None:
     assert command == "python tools/train.py --cfg configs/imagenet/ablation/table7/t_norm_0.5.yaml SEED=2"
     shown = tool("train", *cell_command(TABLES["digits"].cells["dkd", "res20_res8"]).split()[2:], "--show").stdout
     assert "TYPE: DKD" in shown
+
+
+def test_the_command_of_a_student_names_what_the_command_of_its_teacher_leaves() -> None:
+    """Of the tables that train their own: a teacher of that name may be published, or be there from another run."""
+
+    def made_by(command: str) -> Config:
+        *_, file, seed = command.split()
+        return load_config(ROOT / file, [seed])
+
+    teachers = {
+        (cell.column, TABLES[cell.table].dataset): run_folder(made_by(cell_command(cell))) / "student_last.pt"
+        for cell in CELLS
+        if cell.is_teacher and TABLES[cell.table].own_teacher
+    }
+    students = [cell for cell in CELLS if TABLES[cell.table].own_teacher and cell.row.key not in ("teacher", "student")]
+    assert {cell.table for cell in students} == {"digits", "short", "short_t_norm"}
+    for cell in students:
+        weights = teachers[cell.column, TABLES[cell.table].dataset]
+        assert f" DISTILLER.TEACHER_WEIGHTS={weights} " in cell_command(cell)
+    assert "WEIGHTS" not in cell_command(TABLES["short"].cells["student", "res20_res8"])
 
 
 def test_the_short_study_differs_from_the_papers_recipe_in_length_pair_and_precision_only() -> None:

@@ -25,7 +25,7 @@ import yaml
 from conftest import ROOT, Once, tool
 
 from mdistiller_norm.config import dump, load_config
-from mdistiller_norm.engine.checkpoint import load_into, load_weights
+from mdistiller_norm.engine.checkpoint import load, load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher_file import find_teacher
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
@@ -425,6 +425,20 @@ def test_a_merged_ledger_needs_no_teacher_until_a_student_is_missing(output: Pat
     ]  # fmt: skip
 
 
+def test_a_teacher_is_trained_once_whatever_the_precision(output: Path) -> None:
+    rows = ["--methods", "teacher", "kd", "dkd", "--trials", "1", "--dry-run"]
+    said = smoke(output, *rows, "SOLVER.PRECISION", "bf16").stdout
+    assert "  digits/vanilla,resnet20, seed 0: done" in said
+    assert "3 runs: 2 done, 1 to run" in said
+    cells = list(TABLES["digits"].select(["dkd"]))
+    student = make_plan(cells, [0], output=output / "smoke", smoke=True, extra=["SOLVER.PRECISION=bf16"]).jobs[-1]
+    weights = run_folder(output, "teacher", 0) / "student_last.pt"
+    assert f"DISTILLER.TEACHER_WEIGHTS={weights}" in student.overrides
+    assert "SOLVER.PRECISION=bf16" in str(student.folder), "students are looked for where they will be"
+    weights.unlink()
+    assert "3 runs: 1 done, 2 to run" in smoke(output, *rows, "SOLVER.PRECISION", "bf16").stdout
+
+
 def test_a_finished_run_with_broken_metrics_says_so(output: Path) -> None:
     for record in records(output):
         record.unlink()
@@ -433,6 +447,13 @@ def test_a_finished_run_with_broken_metrics_says_so(output: Path) -> None:
     said = smoke(output, "--methods", "kd", "--seeds", "0").stdout
     assert "1 failed" in said
     assert re.search(r"failed: digits/kd,resnet20,resnet8, seed 0: .*metrics", said)
+
+
+def test_a_ledger_that_cannot_be_written_is_refused_before_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        smoke(tmp_path / "output", "--methods", "student", "--seeds", "0", "--results", str(tmp_path / "file" / "in"))
+    assert not (tmp_path / "output").exists(), "nothing was trained"
 
 
 def test_a_dry_run_sees_what_finished_unwatched_and_writes_no_record(output: Path) -> None:
@@ -457,6 +478,7 @@ def test_records_say_what_was_run(trained: Path) -> None:
     assert record["smoke"] is True
     assert record["config_file"] == "configs/digits/kd.yaml"
     assert len(record["teacher"]["hash"]) == 64
+    assert record["data"] == load(folder / "latest.pt")["identity"]["data"]
     assert {"commit", "torch", "device", "python"} <= record["environment"].keys()
     assert record["metrics"]["epoch"] == [1, 2]
     assert entry.milliseconds == pytest.approx(64e3 / statistics.median(record["metrics"]["images_per_second"]))
@@ -555,6 +577,15 @@ def test_run_folders_made_by_hand_can_be_added(trained: Path, tmp_path: Path) ->
     assert reproduce_main(["--add", str(run_folder(trained, "kd", 0)), "--smoke", "--results", str(tmp_path)]) == 0
     (entry,) = read_ledger(tmp_path / "runs", smoke=True).all_runs()
     assert entry.record["method"] == ["KD"]
+
+
+def test_a_run_that_the_ledger_has_is_not_added_again(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = records(output)
+    runs = [str(run_folder(output, method, 0)) for method in ("teacher", "kd")]
+    os.utime(Path(runs[1], "result.json"))  # as a copy of the folder would have it
+    assert reproduce_main(["--add", *runs, "--smoke", "--output", str(output)]) == 0
+    assert capsys.readouterr().out.count("there already: ") == 2
+    assert records(output) == before
 
 
 def test_published_weights_teach_where_they_may(

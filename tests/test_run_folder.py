@@ -98,6 +98,28 @@ def test_a_finished_run_keeps_the_record_of_who_trained_it(run: Path, tmp_path: 
     assert train(config(tmp_path, "run", epochs=2), resume=True, command=["another"])["command"] == "another"
 
 
+def test_a_run_that_goes_on_elsewhere_says_where_its_parts_were_trained(run: Path, tmp_path: Path) -> None:
+    folder = copied(run, tmp_path)
+    state = load(folder / LATEST)
+    (begun,) = state["parts"]
+    assert begun["from_step"] == 0
+    assert begun["processes"] == 1
+    steps, longer = state["total_steps"], config(tmp_path, "run", epochs=2)
+    elsewhere = begun | {"device": "another"}
+    lost = begun | {"device": "a third", "from_step": steps}  # was stopped before its first step
+    for saved, expected in (
+        ([begun], [begun]),
+        ([elsewhere, lost], [elsewhere, begun | {"from_step": steps}]),
+        (None, [begun | {"from_step": steps}]),
+    ):
+        parts = {} if saved is None else {"parts": saved}
+        torch.save({key: value for key, value in state.items() if key != "parts"} | parts, folder / LATEST)
+        for _ in range(2):  # the second finds nothing to train
+            assert train(longer, resume=True)["parts"] == expected
+        assert load(folder / LATEST)["parts"] == expected
+        assert json.loads((folder / "result.json").read_text())["parts"] == expected
+
+
 def test_torchrun_that_starts_it_again_goes_on_with_its_own_run_only(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

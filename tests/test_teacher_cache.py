@@ -7,8 +7,11 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +20,12 @@ from short_runs import assert_same_state, config, state_of
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from mdistiller_norm.distillers import Need
+from mdistiller_norm.distillers import DISTILLERS, Need
 from mdistiller_norm.engine.cache_table import DeviceRows, Table
 from mdistiller_norm.engine.compile import choose, compile_student, compile_teacher, compiler_missing
 from mdistiller_norm.engine.teacher import LiveTeacher, folded
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
-from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import CIFAR_MODELS, build_model
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.reproduce.ledger import Entry, finished_record
@@ -231,6 +234,60 @@ def test_another_teacher_data_or_precision_has_another_table(tmp_path: Path, own
     assert third.table.dtype == np.float16
 
 
+def test_answers_of_other_code_with_the_same_weights_are_refused(
+    tmp_path: Path, own_teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = cached(tmp_path, "before", own_teacher, "DISTILLER.TEACHER_CACHE_PRECISION=fp16")
+    outputs = type(found.network).outputs
+    half = ["DISTILLER.TEACHER_CACHE=lazy", "DISTILLER.TEACHER_CACHE_PRECISION=fp16"]
+
+    def louder(self: Network, images: torch.Tensor) -> Outputs:
+        given = outputs(self, images)
+        return given._replace(logits=given.logits * 1.1)
+
+    monkeypatch.setattr(type(found.network), "outputs", louder)
+    with pytest.raises(CheckpointError, match=f"{found.table.folder} holds other answers than the teacher gives"):
+        train(config(tmp_path, "after", NORMKD, own_teacher, *half, epochs=1))
+    shutil.rmtree(found.table.folder)
+    train(config(tmp_path, "after", NORMKD, own_teacher, *half, "LOG.PREFIX=" + str(tmp_path / "again"), epochs=1))
+
+
+def test_answers_that_fp16_cannot_hold_are_refused(tmp_path: Path, own_teacher: str) -> None:
+    weights = own_teacher.partition("=")[2]
+    content = torch.load(weights, weights_only=True)
+    for name in ("fc.weight", "fc.bias"):
+        content["model"][name] *= 1e5
+    torch.save(content, weights)
+    lazy = "DISTILLER.TEACHER_CACHE=lazy"
+    half = config(tmp_path, "half", NORMKD, own_teacher, lazy, "DISTILLER.TEACHER_CACHE_PRECISION=fp16", epochs=1)
+    with pytest.raises(CheckpointError, match=r"too large for fp16: set DISTILLER\.TEACHER_CACHE_PRECISION fp32"):
+        train(half)
+    train(config(tmp_path, "whole", NORMKD, own_teacher, lazy, epochs=1))
+
+
+def test_answers_that_depend_on_the_batch_are_not_kept(
+    tmp_path: Path, own_teacher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(DISTILLERS["KD"], "teacher_in_train_mode", True)
+    lazy = "DISTILLER.TEACHER_CACHE=lazy"
+    train(config(tmp_path, "run", "DISTILLER.TYPE=KD", own_teacher, lazy, epochs=1))
+    assert "no teacher cache: KD has the teacher's answers depend on the batch" in capsys.readouterr().out
+    assert not (tmp_path / "teacher.pt.cache").exists(), "others would take these answers for the teacher's"
+
+
+def test_resuming_with_answers_of_another_precision_is_refused(tmp_path: Path, own_teacher: str) -> None:
+    half = ["DISTILLER.TEACHER_CACHE=lazy", "DISTILLER.TEACHER_CACHE_PRECISION=fp16"]
+    train(config(tmp_path, "half", NORMKD, own_teacher, *half, epochs=1))
+    with pytest.raises(ConfigError, match=r"another precision of the teacher's answers \(fp16, now as computed\)"):
+        train(config(tmp_path, "half", NORMKD, own_teacher), resume=True)
+    # The key says nothing of a run without a cache, which is the same with one that does not round.
+    train(config(tmp_path, "off", NORMKD, own_teacher, half[1], epochs=1))
+    with pytest.raises(ConfigError, match=r"another precision of the teacher's answers \(as computed, now fp16\)"):
+        train(config(tmp_path, "off", NORMKD, own_teacher, *half), resume=True)
+    train(config(tmp_path, "whole", NORMKD, own_teacher, epochs=1))
+    train(config(tmp_path, "whole", NORMKD, own_teacher, half[0]), resume=True)
+
+
 @pytest.mark.parametrize(("method", "told"), [("KD", "fp32, teacher cache in fp16"), ("FITNET", "fp32")])
 def test_a_record_tells_that_the_answers_were_rounded(tmp_path: Path, own_teacher: str, method: str, told: str) -> None:
     half = ("DISTILLER.TEACHER_CACHE=lazy", "DISTILLER.TEACHER_CACHE_PRECISION=fp16")
@@ -376,6 +433,28 @@ def test_the_compiled_student_learns_the_same() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(network.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
     assert said == []
+
+
+@pytest.mark.parametrize("cache", ["off", "lazy"])
+@pytest.mark.parametrize("method", ["KD", "AT"])
+def test_the_teacher_is_not_compiled_again_in_the_first_step(
+    tmp_path: Path, own_teacher: str, monkeypatch: pytest.MonkeyPatch, method: str, cache: str
+) -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr("mdistiller_norm.engine.compile.compiler_missing", lambda device: "")
+    more = (f"DISTILLER.TYPE={method}", f"DISTILLER.TEACHER_CACHE={cache}", "ENGINE.COMPILE=teacher")
+    run = build_run(config(tmp_path, "run", *more, own_teacher))
+    run.trainer.log.close()
+    assert len(compiled) == 1
+    step = run.trainer.step
+    step(*next(step.feed(step.loader.batches(1))))
+    assert len(compiled) == 1
 
 
 def test_a_compiler_that_fails_is_a_line_and_not_a_crash() -> None:

@@ -80,7 +80,7 @@ def load_images(config: Config, synthetic: int) -> tuple[TensorDataset, str]:
         )
 
     classes = tuple(f"class {number}" for number in range(100))
-    dataset = TensorDataset("cifar100", noise(count), noise(count // 5), classes, MEAN, STD)
+    dataset = TensorDataset("cifar100", noise(count), noise(max(count // 5, 1)), classes, MEAN, STD)
     return dataset, f"synthetic: {count} images of noise in the shapes of CIFAR-100"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -92,7 +92,7 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def scan(folder: Path, classes: Sequence[str]) -> ImageSplit:
-    """The images of the class folders of a split, in the order of their names.
+    """The images of the class folders of a split and of the folders in them, in the order of their names.
 
     Raises:
         DataError: a class has no images.
@@ -100,13 +100,22 @@ def scan(folder: Path, classes: Sequence[str]) -> ImageSplit:
     names: list[str] = []
     targets: list[int] = []
     for number, label in enumerate(classes):
-        entries = (entry.name for entry in os.scandir(folder / label) if entry.name[0] != ".")
-        found = sorted(name for name in entries if name.lower().endswith(EXTENSIONS))
+        found = sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}"))
         if not found:
             raise DataError(f"{folder / label} holds no images ({', '.join(EXTENSIONS)}): complete it or remove it")
-        names += [f"{label}{os.sep}{name}" for name in found]
+        names += found
         targets += [number] * len(found)
     return ImageSplit(Files(folder, names), torch.tensor(targets))
+
+
+def _images(folder: str, prefix: str) -> Iterator[str]:
+    for entry in os.scandir(folder):
+        if entry.name[0] == ".":
+            continue
+        if entry.name.lower().endswith(EXTENSIONS):
+            yield prefix + entry.name
+        elif entry.is_dir(follow_symlinks=False):  # a link could lead in a circle
+            yield from _images(entry.path, f"{prefix}{entry.name}{os.sep}")
 
 
 def same_classes(root: Path, found: dict[str, Sequence[str]], wanted: Sequence[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -100,8 +101,12 @@ def decode(content: bytes) -> Tensor:
         except ValueError:
             pass  # for Pillow to judge
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = np.array(_in_8_bits(image).convert("RGB"))
+        with warnings.catch_warnings():
+            # Of a palette's transparency, of a size that is large but allowed: two lines for an image that is right,
+            # in every worker, which do not name it.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as image:
+                pixels = np.array(_in_8_bits(image).convert("RGB"))
     except UnidentifiedImageError as error:
         raise ValueError("not an image that Pillow knows") from error  # its own words differ from call to call
     except Image.DecompressionBombError as error:

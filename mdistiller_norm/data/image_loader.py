@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from threading import Thread
 from typing import Any, Protocol
 
@@ -214,7 +214,7 @@ def ahead(batches: DataLoader[Any], device: torch.device, place: Callable[[Any],
     if device.type != "cuda":
         yield from map(place, batches)
         return
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = _side_stream(device)
     waiting: tuple[Tensors, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(side):
@@ -224,6 +224,12 @@ def ahead(batches: DataLoader[Any], device: torch.device, place: Callable[[Any],
         waiting = placed
     if waiting is not None:
         yield _arrived(*waiting, device)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one on which batches are placed, in all epochs: memory that is freed stays with the stream it was used on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _arrived(batch: Tensors, placed: torch.cuda.Event, device: torch.device) -> Tensors:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mdistiller_norm.data.augment import PadCropFlip, normalise
 from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader, Warn
 from mdistiller_norm.data.plan import ALONE, Share, epoch_plan, eval_share
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.types import Batch
 
 
@@ -66,6 +66,45 @@ class TensorDataset(Dataset):
     flip: bool = True
     variant: str = "cifar"
 
+    def check(self) -> None:
+        """See that it is as said above.
+
+        Raises:
+            DataError: it is not. Some of that would train all the same, and on something else: pixels in [0, 1] are
+                taken for black, and images behind the last target are left out.
+        """
+        if not all(isinstance(label, str) for label in self.classes):
+            raise DataError(f"{self.name}: its classes are {self.classes!r}: they must be text")
+        for word, split in (("training", self.train), ("test", self.test)):
+            self._check_split(word, split)
+        constants = [*self.mean, *self.std]
+        if not (len(self.mean) == len(self.std) == 3 and 0 <= min(constants) <= max(constants) <= 1 and min(self.std)):
+            raise DataError(
+                f"{self.name}: its mean is {self.mean} and its std {self.std}: they must be those of the three "
+                "channels, of pixels in [0, 1], and no std may be 0"
+            )
+        if self.padding < 0:
+            raise DataError(f"{self.name}: its padding is {self.padding}: it must be zero or positive")
+
+    def _check_split(self, word: str, split: Split) -> None:
+        images, targets = split.images, split.targets
+        if not (_is(images, torch.uint8) and images.ndim == 4 and images.shape[3] == 3 and images.numel()):
+            raise DataError(
+                f"{self.name}: its {word} images are {_kind(images)}: they must be a tensor [N, H, W, 3] of uint8, "
+                "at least one image"
+            )
+        if not (_is(targets, torch.int64) and targets.shape == images.shape[:1]):
+            raise DataError(
+                f"{self.name}: its {word} targets are {_kind(targets)}: they must be a tensor [{len(images)}] of "
+                "int64, a class for each image"
+            )
+        least, largest = (int(end) for end in targets.aminmax())
+        if least < 0 or largest >= len(self.classes):
+            raise DataError(
+                f"{self.name}: its {word} targets are {least} .. {largest}: the numbers of its {len(self.classes)} "
+                f"classes are 0 .. {len(self.classes) - 1}"
+            )
+
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images."""
@@ -118,6 +157,17 @@ class TensorDataset(Dataset):
     def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> MemoryEvalLoader:
         """See :class:`Dataset`."""
         return MemoryEvalLoader(replace(self, test=self.test.to(device)), batch_size, share)
+
+
+def _is(value: object, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype
+
+
+def _kind(value: object) -> str:
+    """What an error calls it."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
 
 
 class MemoryTrainLoader(TrainLoader):

@@ -1,8 +1,8 @@
 """KDSVD: how the leading singular vectors of a stage relate to those of the stage before it.
 
 Source: Lee et al., "Self-Supervised Knowledge Distillation Using Singular Value Decomposition" (ECCV 2018).
-The paper decomposes a map as ``[H * W, D]``. mdistiller, whose results are those in the tables, decomposes it as
-``[D * H, W]``, so the vectors run over the columns of the image: that is what is computed here, with three repairs.
+The paper decomposes a map as ``[H * W, D]``, and so does RepDistiller. mdistiller decomposes it as ``[D * H, W]``, so
+the vectors run over the columns of the image: that is what is computed here, with three repairs.
 The sign of a singular vector is arbitrary and changes the loss: the teacher's components sum to something positive, and
 the student's follow the teacher's. The gradient is finite for equal and for zero singular values. Where the two maps
 differ in size, the larger is averaged down (mdistiller stops with an error).

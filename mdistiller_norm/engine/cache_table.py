@@ -200,6 +200,10 @@ class Table:
                 values[mine] = shard[rows[mine] - number * self._shard_rows]
         return values
 
+    def written(self) -> Array:
+        """The rows that were written, in ascending order; :meth:`there` tells whether they arrived."""
+        return np.flatnonzero(self._there)
+
     def __len__(self) -> int:
         """How many rows were written."""
         return int(np.count_nonzero(self._there))

@@ -11,6 +11,7 @@ import argparse
 import copy
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -123,15 +124,30 @@ def _on_host(value: Any) -> Any:
     return value
 
 
+def _is_program(path: Path) -> bool:
+    """Whether it is an exported network: ``torch.load`` takes the one for a damaged file, and warns of the other."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except Exception:  # not a zip file, or a damaged one, which torch.load judges
+        return False
+    return not names.isdisjoint(("archive_format", "constants.pkl"))
+
+
 def load(path: str | Path) -> Any:
     """Read a checkpoint onto the CPU with ``weights_only``: data, never code.
 
     Raises:
-        CheckpointError: missing, broken, or holding types that no checkpoint needs.
+        CheckpointError: missing, broken, a program, or holding types that no checkpoint needs.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
+    if _is_program(path):
+        raise CheckpointError(
+            f"{path} is a program of torch.export or TorchScript: name the checkpoint that it was made of, or save its "
+            "state_dict()"
+        )
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -190,6 +206,14 @@ def load_weights(path: str | Path) -> Weights:
     return Weights(state, path, about)
 
 
+def _without_holder(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the network's own names, where all of them lie in one module of another, as Lightning saves them."""
+    first = next(iter(expected), "")
+    holders = {name.removesuffix(first) for name in state if name.endswith(f".{first}")}
+    inside = [holder for holder in holders if all(name.startswith(holder) for name in state)]
+    return {name.removeprefix(inside[0]): value for name, value in state.items()} if inside else state
+
+
 def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     """Load weights strictly: every name and shape must fit.
 
@@ -197,8 +221,9 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
         CheckpointError: they are of another network; names the first difference.
     """
     expected = network.state_dict()
-    for key in [*expected, *weights.state]:
-        wanted, got = expected.get(key), weights.state.get(key)
+    state = _without_holder(weights.state, expected)
+    for key in [*expected, *state]:
+        wanted, got = expected.get(key), state.get(key)
         if got is None and key.endswith("num_batches_tracked"):
             continue  # files older than PyTorch 0.4.1 lack the counter, which nothing here reads
         if wanted is None or got is None:
@@ -209,6 +234,6 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
                 f"{weights.path} does not fit {name}: {key} has shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
             )
     try:
-        network.load_state_dict(weights.state)
+        network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:  # a module with a rule of its own, such as torchvision's MNASNet
         raise CheckpointError(f"{weights.path} does not load into {name}: {first_line(error)}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from mdistiller_norm.errors import first_line
 from mdistiller_norm.models.base import Network
@@ -68,13 +69,18 @@ def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], No
     return compiled
 
 
-def compile_student(network: Network, warn: Callable[[str], None]) -> Callable[[Tensor], Outputs]:
+def compile_student(network: Network, warn: Callable[[str], None], twice: bool = False) -> Callable[[Tensor], Outputs]:
     """The passes of a network that trains, compiled at the first of each shape; as they are once that failed.
 
     Args:
         network: stays as it is, and shares its weights.
         warn: is told why it failed, in a line.
+        twice: each pass is differentiated more than once, as DOT does.
     """
+    if twice:
+        # A backward pass may be one that another run left on disk, and write over what the next one has to read:
+        # PyTorch then raises. It looks at this setting when it compiles and in every backward pass.
+        functorch.donated_buffer = False
     compiled, failed = torch.compile(network.outputs, dynamic=False), False
 
     def passes(images: Tensor) -> Outputs:

@@ -213,10 +213,16 @@ def watched() -> Iterator[None]:
 
     Raises:
         LostProcessError: a process hangs, has died, or cannot be reached.
+        ConfigError: a parameter, of a plugin's network or method, has no gradient to be exchanged.
     """
     try:
         yield
     except RuntimeError as error:
+        if "did not receive grad" in str(error):  # DistributedDataParallel's words, of which it needs a dozen lines
+            raise ConfigError(
+                "a parameter of the student or of a method takes no part in the loss, which several processes cannot "
+                "train with: remove it or set its requires_grad to False (TORCH_DISTRIBUTED_DEBUG=INFO names it)"
+            ) from error
         if not together() or not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
             raise
         raise LostProcessError(_roll_call(error)) from error

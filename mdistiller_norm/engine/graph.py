@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -45,7 +46,9 @@ class _Recorder:
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._graphs and not self._refused:
             try:
-                with torch.cuda.device_of(inputs[0]):  # type: ignore[no-untyped-call]  # whose streams are taken
+                # Whose streams are taken; and the current one comes back: a recording that fails leaves its own.
+                device = torch.cuda.device_of(inputs[0])  # type: ignore[no-untyped-call]
+                with device, torch.cuda.stream(torch.cuda.current_stream(inputs[0].device)):
                     self._graphs[shapes] = self._record(inputs)
             except RuntimeError as error:
                 self._refused = True
@@ -74,6 +77,8 @@ class _Recorder:
             with torch.no_grad():
                 for tensor, saved in zip(state, before, strict=True):
                     tensor.copy_(saved)
+        # A graph of an earlier run that waits to be collected must not be destroyed in the middle of a recording.
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
         # Other threads may wait for the device meanwhile: the teacher cache's writer does.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

@@ -40,7 +40,7 @@ def environment(device: torch.device) -> Record:
         "commit": git("rev-parse", "HEAD") if ours else None,
         "modified": ours and bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain one, which a state can hold
         "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "platform": platform.platform(),

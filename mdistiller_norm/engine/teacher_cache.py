@@ -32,6 +32,9 @@ from mdistiller_norm.types import Batch, Outputs
 
 # Steps whose rows are looked up together: enough to gather misses into full batches, few enough to stop in between.
 AHEAD = 16
+# How far the answers of a table may be from its teacher's, in shares of their size: half precision comes to a
+# hundredth, another kernel or a compiler to much less.
+SAME = 0.05
 # Images that a GPU's teacher sees at once at least: with fewer, starting its kernels takes longer than they run.
 GPU_BATCH = 256
 
@@ -119,6 +122,28 @@ class CachedTeacher:
             f"teacher cache {self.table.folder}: {len(self.table):,} of {self.table.rows:,} rows of {row_bytes} bytes "
             f"are there, at most {needed / 1e9:.2f} GB more on disk"
         )
+
+    def check_answers(self) -> None:
+        """Compare a batch of the table's rows with what the teacher says of them now.
+
+        The table is named by the teacher's weights, and the code that they run in may have changed since.
+
+        Raises:
+            CheckpointError: they are another network's answers.
+        """
+        written = self.table.written()
+        size = self.batch_size(self.loader, self._device)
+        rows = written[:: -(-len(written) // size)] if len(written) else written
+        rows = rows[self.table.there(rows)]
+        if not len(rows):
+            return
+        kept = self.table.read(rows).astype(np.float64)
+        said = self._answers(rows).cpu().numpy().astype(np.float64)
+        if not np.linalg.norm(kept - said) <= SAME * np.linalg.norm(said):
+            raise CheckpointError(
+                f"the teacher cache {self.table.folder} holds other answers than the teacher gives: its network's code "
+                "has changed, or it is another network with these weights; remove the folder"
+            )
 
     def hold_on_device(self) -> str:
         """Copy the table to the device of the teacher, where that is another one than the host's and has the room.
@@ -225,10 +250,26 @@ class CachedTeacher:
         self.device_rows.bring(self.device_rows.absent(rows))
 
     def _compute(self, rows: Array) -> Tensor:
-        """What the teacher says of these rows, in batches of one size; the table will have it soon."""
+        """What the teacher says of these rows, in batches of one size; the table will have it soon.
+
+        Raises:
+            CheckpointError: it is too large for the table's numbers.
+        """
         if not len(rows):
             return torch.empty(0, self.table.width, dtype=self.table.torch_dtype, device=self._device)
         self._computed += len(rows)
+        values = self._answers(rows)
+        # In float32 only a diverged teacher's are not finite, which is refused before.
+        if values.dtype is torch.float16 and not values.isfinite().all():
+            raise CheckpointError(
+                "the teacher's answers are too large for fp16: set DISTILLER.TEACHER_CACHE_PRECISION fp32"
+            )
+        if self._writer:
+            self._writer.add(rows, values)
+        return values
+
+    def _answers(self, rows: Array) -> Tensor:
+        """What the teacher says of at least one row, in the table's type."""
         size, results = self.batch_size(self.loader, self._device), []
         key = torch.zeros((), dtype=torch.int64, device=self._device)
         for first in range(0, len(rows), size):
@@ -237,7 +278,4 @@ class CachedTeacher:
             outputs = self.live.run(self.loader.prepare(filled // self._views, filled % self._views, key).images)
             wide = [outputs.logits, outputs.pooled] if self.table.width > self.classes else [outputs.logits]
             results.append(torch.cat([part.float() for part in wide], 1))
-        values = torch.cat(results)[: len(rows)].to(self.table.torch_dtype)
-        if self._writer:
-            self._writer.add(rows, values)
-        return values
+        return torch.cat(results)[: len(rows)].to(self.table.torch_dtype)

@@ -51,6 +51,7 @@ class Trainer:
         log: of the run.
         about: facts kept beside the student's weights (its name, classes, data set, normalisation).
         identity: what a checkpoint must agree with to be resumed (the config, the teacher's hash).
+        where: versions, device and processes of this part of the training, for its record.
         save_every: epochs between the students that are kept (``student_<epoch>.pt``).
         log_every: steps between scalars by step.
         checkpoint_steps: steps between two states of ``latest.pt`` within an epoch; 0 for none.
@@ -72,6 +73,7 @@ class Trainer:
         log: RunLog,
         about: Record,
         identity: Record,
+        where: Record,
         save_every: int,
         log_every: int,
         checkpoint_steps: int = 0,
@@ -89,6 +91,7 @@ class Trainer:
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0  # where training goes on
         self.best: Record = {}
         self.last: Record = {}
+        self.parts: list[Record] = [{"from_step": 0, **where}]  # one where nothing changed when it was resumed
         self._asked = self._stop = 0  # the signal that came; and the one that all processes know of
         self._since = time.perf_counter()  # what of the epoch's time is not yet in seconds
         self._waited = 0.0  # for the data of the epoch
@@ -122,8 +125,8 @@ class Trainer:
         self._asked = signal_number
 
     def summary(self) -> Record:
-        """``last`` and ``best`` accuracies and the seconds it took."""
-        return {"last": self.last, "best": self.best, "seconds": self.seconds}
+        """``last`` and ``best`` accuracies, the seconds it took, and the parts that it was trained in."""
+        return {"last": self.last, "best": self.best, "seconds": self.seconds, "parts": self.parts}
 
     def turns(self) -> Iterator[None]:
         """Everything from here to the end of the training but its steps: for each of them it yields once.
@@ -200,13 +203,20 @@ class Trainer:
             bar.update()
             done = (self.epoch - 1) * loader.steps + self.steps_done
             due = done % self.log_every == 0
+            lost = False
             if due or time.perf_counter() - looked > 1.0:  # the only places that wait for the device
-                averages = meters.read(self.epoch)
-                bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
-                if due:
-                    self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, done)
+                try:
+                    averages = meters.read(self.epoch)
+                except NonFiniteLossError:
+                    lost = True
+                else:
+                    bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
+                    if due:
+                        self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, done)
                 looked = time.perf_counter()
-            self._stop = distributed.agree(self._asked)  # all stop after the same step
+            self._stop = distributed.agree(LOST if lost else self._asked)  # all stop after the same step
+            if self._stop == LOST:
+                meters.read(self.epoch, together=True)  # says so in all of them, whoever saw it first
             within = self.steps_done < loader.steps and not self._stop
             if self.checkpoint_steps and within and self.steps_done % self.checkpoint_steps == 0:
                 self._save_latest()
@@ -271,6 +281,7 @@ class Trainer:
             "seconds": self.seconds,
             "best": self.best,
             "last": self.last,
+            "parts": self.parts,
             "identity": self.identity,
             "about": self.about,
         }
@@ -287,8 +298,14 @@ class Trainer:
         self.step.meters.load_everyones(state["meters"])
         self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
         self.best, self.last = state["best"], state["last"]
+        done = state["total_steps"]
+        parts = [part for part in state.get("parts", []) if part["from_step"] < done]  # an older state has none
+        here = self.parts[0] | {"from_step": done}
+        same = parts and parts[-1] | {"from_step": done} == here
+        self.parts = parts if same or self.epoch > self.epochs else [*parts, here]
 
 
+LOST = 1 << 20  # stands for a loss that is not finite where a signal's number would stand
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

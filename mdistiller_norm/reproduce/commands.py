@@ -14,8 +14,8 @@ from mdistiller_norm.engine.teacher_file import MANIFEST
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.estimate import Estimator, clock
 from mdistiller_norm.reproduce.execution import trained_record
-from mdistiller_norm.reproduce.jobs import Job, Plan, cell_config, cell_identity, make_plan
-from mdistiller_norm.reproduce.ledger import Entry, Ledger, add, finished_record, read_ledger
+from mdistiller_norm.reproduce.jobs import Job, Plan, cell_config, cell_identity, identity, make_plan
+from mdistiller_norm.reproduce.ledger import Entry, Ledger, add, check_writable, finished_record, read_ledger
 from mdistiller_norm.reproduce.publish import publish
 from mdistiller_norm.reproduce.runner import Runner, Summary, pending_jobs
 from mdistiller_norm.reproduce.stats import plus_minus, spread
@@ -98,13 +98,19 @@ def print_sweep(cells: Sequence[Cell], folder: Path, smoke: bool) -> None:
 
 
 def add_folders(runs: Sequence[Path], folder: Path, smoke: bool) -> int:
-    """Take finished run folders into the ledger.
+    """Take finished run folders into the ledger; a run that it has already stays one run.
 
     Raises:
         DataError: one of them is not a finished run.
     """
+    ledger = read_ledger(folder, smoke)
     for record in [finished_record(run, smoke=smoke) for run in runs]:
-        print(f"added {add(record, folder)}")
+        known = ledger.of(identity(record["config"])).get(record["seed"])
+        # Another record of it may have another time, of a copied folder, and the name of the cell's config file.
+        if known and known.record["metrics"] == record["metrics"]:
+            print(f"there already: {known.path}")
+        else:
+            print(f"added {add(record, folder)}")
     return 0
 
 
@@ -140,6 +146,7 @@ def reproduce(
     _print_plan(plan, todo, ledger, estimator, verbose=dry_run)
     if dry_run or not todo:
         return 0
+    check_writable(folder)
     if launcher == "here":
         summary = Runner(todo, folder, jobs=jobs, processes=processes, deadline=deadline).run()
     else:

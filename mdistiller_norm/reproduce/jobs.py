@@ -18,7 +18,7 @@ from mdistiller_norm.config import Config, default_config, leaves, load_config, 
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher_file import known_teacher
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.files import PROJECT
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.tables import Cell, get_table, load_datasets
@@ -31,7 +31,7 @@ _FEATURE_METHODS = {"fitnet", "at", "rkd", "crd", "ofd", "reviewkd"}
 # Keys of the config that reproduce sets itself.
 _OURS = ("EXPERIMENT.", "LOG.PREFIX", "SEED", "SOLVER.INIT_SEED", "SOLVER.TRIALS", "DISTILLER.TEACHER_WEIGHTS")
 # Keys that do not make it another computation: those that resuming ignores, but for the epochs, and these.
-_SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.INIT_SEED", "SOLVER.PRECISION")
+SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.INIT_SEED", "SOLVER.PRECISION")
 
 
 class Pace(NamedTuple):
@@ -127,7 +127,7 @@ def identity(tree: Mapping[str, Any]) -> str:
     kept = {}
     for key, value in leaves(tree):
         unused = key.split(".")[0] in DISTILLERS and key.split(".")[0] not in used
-        if unused or key.startswith(_SAME) or (key == "DISTILLER.TEACHER" and not used):
+        if unused or key.startswith(SAME) or (key == "DISTILLER.TEACHER" and not used):
             continue
         value = list(value) if isinstance(value, tuple) else value
         if key == "DISTILLER.TYPE":
@@ -198,8 +198,13 @@ def cell_identity(cell: Cell, smoke: bool = False) -> str | None:
 
 
 def cell_command(cell: Cell, seed: int = 0) -> str:
-    """The command that makes one run of a cell, to copy."""
-    return " ".join(["python tools/train.py --cfg", cell.config, *cell.overrides, f"SEED={seed}"])
+    """The command that makes one run of a cell, to copy; where its table has a teacher of its own, after that one's."""
+    words = ["python tools/train.py --cfg", cell.config, *cell.overrides]
+    table, config = get_table(cell.table), cell_config(cell)
+    if table.own_teacher and config and method_names(config.node):
+        teacher = run_folder(_load(table.teacher_config(cell.column), (f"SEED={TEACHER_SEED}",)))
+        words.append(f"DISTILLER.TEACHER_WEIGHTS={teacher / 'student_last.pt'}")
+    return " ".join([*words, f"SEED={seed}"])
 
 
 def queue_rank(cell: Cell) -> int:
@@ -216,7 +221,7 @@ def _check_extra(extra: Sequence[str]) -> None:
     for key, source in load_config(None, extra).sources.items():
         if source == "command line" and key.startswith(_OURS):
             raise ConfigError(f"{key} is set by reproduce itself: see --seeds and --output")
-        if source == "command line" and not key.startswith(_SAME):
+        if source == "command line" and not key.startswith(SAME):
             raise ConfigError(
                 f"{key} would change what is computed, and the runs would not be the table's: only keys like DEVICE, "
                 "DATASET.ROOT, SOLVER.PRECISION can be set here"
@@ -235,6 +240,21 @@ def _job(
         folder=run_folder(config), epochs=config.node.SOLVER.EPOCHS, cost=cost(config.node), pace=pace_of(config.node),
         device=config.node.DEVICE, smoke=smoke, **fields,
     )  # fmt: skip
+
+
+def _finished(output: Path) -> dict[tuple[str, int], Path]:
+    """The folders of finished runs of plain training, by identity and seed."""
+    from mdistiller_norm.reproduce.ledger import finished_record  # which needs this module
+
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(output.glob("*/*/result.json")):
+        try:
+            record = finished_record(path.parent)
+        except DataError:
+            continue  # of another tool, or being written
+        if not record["method"] and path.with_name("student_last.pt").is_file():
+            found.setdefault((identity(record["config"]), record["seed"]), path.parent)
+    return found
 
 
 def make_plan(
@@ -260,12 +280,16 @@ def make_plan(
     common = (f"LOG.PREFIX={output}", *extra)
     jobs: dict[tuple[str, int], Job] = {}
     published: list[Cell] = []
+    finished = _finished(output)
 
     def add(job: Job) -> Job:
         known = jobs.get(job.key)
         if known:
             cells_of_both = tuple(dict.fromkeys((*known.cells, *job.cells)))
             job = dataclasses.replace(known, cells=cells_of_both, queue=min(known.queue, job.queue))
+        elif job.key in finished and not (job.folder / "result.json").is_file():
+            # In another precision, say, which the folder's name tells: a second teacher would split its students.
+            job = dataclasses.replace(job, folder=finished[job.key])
         jobs[job.key] = job
         return job
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -39,6 +40,10 @@ _FINISHED: _Types = {
     "config.DATASET.TYPE": str, "config.DISTILLER.STUDENT": str, "config.DISTILLER.TEACHER": str,
     "config.SOLVER.EPOCHS": int, "config.SOLVER.BATCH_SIZE": int, "config.SOLVER.PRECISION": str,
     "config.SOLVER.LR": _NUMBER,
+}  # fmt: skip
+_PART: _Types = {
+    "from_step": int, "device": str, "precision": str, "processes": int, "torch": str, "python": str, "platform": str,
+    "commit": (str, type(None)), "modified": bool,
 }  # fmt: skip
 _TAUGHT: _Types = {"teacher.name": str, "teacher.top1": _NUMBER, "teacher.hash": str}
 _FAILED: _Types = {"error": str, "log": list}
@@ -153,6 +158,8 @@ def check(record: Any) -> None:
         return
     if record["teacher"]:
         _check_types(record, _TAUGHT)
+    for part in record.get("parts", []):  # older records have none
+        _check_types(part, _PART)
     held_out = record["config"]["DATASET"].get("VAL_SPLIT", 0)  # older records do not know the key
     if not isinstance(held_out, int | float):
         raise DataError(f"config.DATASET.VAL_SPLIT is {held_out!r}, of the wrong type")
@@ -273,6 +280,24 @@ def failed_record(
     return record | {"sha256": digest(record)}
 
 
+def check_writable(folder: Path) -> None:
+    """Make the ledger's folder, before anything is trained for it.
+
+    Raises:
+        DataError: no record could be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"the ledger {folder} cannot be written ({error})")
+
+
 def add(record: Record, folder: Path) -> Path:
     """Write a record under a name of its own; the same record twice is one file.
 
@@ -291,7 +316,7 @@ def add(record: Record, folder: Path) -> Path:
             write_text(_render(record), mine)
             mine.replace(path)
     except OSError as error:
-        raise DataError(f"the ledger {folder} cannot be written ({error})") from error
+        raise _unwritable(folder, error) from error
     return path
 
 

@@ -10,9 +10,11 @@ from mdistiller_norm.reproduce.words import (
     comparison_text,
     counted,
     delta_rows,
+    differences,
     environment_text,
     measured_on,
     narrow_rows,
+    parts_text,
     run_name,
     signed,
     state_text,
@@ -64,7 +66,7 @@ def _measured_table(view: TableView) -> list[str]:
         header = ["", *(column.name for column in view.table.columns)]
         rows = [[row.name, *(_in_short(cell) for cell in view.row(row.key))] for row in view.table.rows]
         lines += _table(header, [*rows, *delta_rows(view)])
-    notes = [f"- {note}" for note in view.table.notes]
+    notes = [f"- {note}" for note in (*differences(view), *view.table.notes)]
     return [*lines, "", *notes]
 
 
@@ -118,6 +120,7 @@ def to_markdown(report: Report) -> str:
     environments = [
         f"- {counted(count, 'run')}: {environment_text(environment)}" for environment, count in report.environments
     ]
+    environments += [f"- {text}" for text in map(parts_text, report.runs) if text]
     out += _section("Environment", environments)
     out += _section("Failed runs", [f"- {run_name(entry)}: {entry.record['error']}" for entry in ledger.failures])
     out += _section("Files left out", [f"- `{path.name}`: {reason}" for path, reason in ledger.left_out])

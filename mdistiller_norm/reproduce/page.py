@@ -19,7 +19,7 @@ def to_html(report: Report) -> str:
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.undefined = jinja2.StrictUndefined
     names = ("signed", "comparison_text", "environment_text", "run_name", "measured_on", "state_text", "narrow_rows",
-             "delta_rows", "counted")  # fmt: skip
+             "delta_rows", "differences", "counted", "parts_text")  # fmt: skip
     functions = {name: getattr(words, name) for name in names} | {
         "plus_minus": plus_minus, "clock": clock, "safe": Markup, "uncorrected": words.UNCORRECTED,
     }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from scipy import stats
 
+ALIKE = 1e-6  # accuracies, in percent, that differ by rounding only
 HOLDS, CONTRADICTED, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "not tested yet"
 
 
@@ -31,7 +32,8 @@ class Paired(NamedTuple):
     Attributes:
         n: seeds.
         mean: difference.
-        low: of the 95% interval of the mean by Student's t; None with fewer than 3 seeds.
+        low: of the 95% interval of the mean by Student's t; None with fewer than 3 seeds, and where all differences are
+            alike: a few test images make that a coincidence of their steps, and the interval would have no width.
         high: likewise.
     """
 
@@ -61,7 +63,7 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Paired | 
     differences = spread(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys()))
     if not differences:
         return None
-    if differences.n < 3 or differences.std is None:
+    if differences.n < 3 or differences.std is None or differences.std < ALIKE:
         return Paired(differences.n, differences.mean, None, None)
     half = float(stats.t.ppf(0.975, differences.n - 1)) * differences.std / differences.n**0.5
     return Paired(differences.n, differences.mean, differences.mean - half, differences.mean + half)

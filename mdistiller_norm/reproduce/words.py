@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
-from mdistiller_norm.config import method_names
+from mdistiller_norm.config import leaves
 from mdistiller_norm.engine.logger import Record
+from mdistiller_norm.reproduce.jobs import SAME, SMOKE
 from mdistiller_norm.reproduce.ledger import Entry
 from mdistiller_norm.reproduce.stats import Paired, plus_minus
 from mdistiller_norm.reproduce.views import CellView, TableView
@@ -15,6 +17,21 @@ UNCORRECTED = (
     "Each interval stands alone: none is corrected for the number of comparisons, nor for the choice of a peak's two "
     "rows by the same runs."
 )
+
+
+def _order(entry: Entry) -> str:
+    """Whose it is: trials in lockstep share one."""
+    seed = entry.record["config"].get("SEED", entry.seed)
+    return "of its own seed" if seed == entry.seed else f"of seed {seed}"
+
+
+# What does not make it another run, and yet may move its number.
+_CONDITIONS: dict[str, Callable[[Entry], str]] = {
+    "precision": lambda entry: entry.precision,
+    "processes": lambda entry: str(entry.record.get("processes", 1)),
+    "training images (SHA-256)": lambda entry: str(entry.record.get("data", ""))[:10],
+    "order of the data": _order,
+}
 
 
 def signed(value: float) -> str:
@@ -33,7 +50,8 @@ def comparison_text(comparison: Paired | None) -> str:
     if comparison is None:
         return "no common seeds"
     if comparison.low is None or comparison.high is None:
-        return f"{signed(comparison.mean)} (n = {comparison.n}: fewer than 3 trials, no interval)"
+        why = "fewer than 3 trials" if comparison.n < 3 else "every trial differs by this"
+        return f"{signed(comparison.mean)} (n = {comparison.n}: {why}, no interval)"
     return f"{signed(comparison.mean)} [{signed(comparison.low)}, {signed(comparison.high)}] (n = {comparison.n})"
 
 
@@ -45,9 +63,17 @@ def state_text(view: CellView) -> str:
 
 
 def run_name(entry: Entry) -> str:
-    """A run for people, with what its command set of its methods' keys."""
-    about, nodes = entry.record["config"]["EXPERIMENT"], method_names(entry.record["config"])
-    settings = [word for word in entry.record["command"].split() if "=" in word and word.split(".")[0] in nodes]
+    """A run for people, with what its command set of what is computed; held-out images are :func:`measured_on`'s."""
+    config = entry.record["config"]
+    named = {word.strip("'\"").partition("=")[0] for word in entry.record["command"].split()}
+    settings = [
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in leaves(config)
+        if key in named and key != "DATASET.VAL_SPLIT" and not key.startswith(SAME)
+    ]
+    if entry.record["smoke"]:
+        settings = [setting for setting in settings if setting not in SMOKE]
+    about = config["EXPERIMENT"]
     return " ".join([f"{about['PROJECT']}/{about['TAG']}", *settings]) + f", seed {entry.seed}"
 
 
@@ -55,6 +81,30 @@ def measured_on(entry: Entry) -> str:
     """What a run's accuracy was measured on, if not on the test set."""
     fraction = entry.record["config"]["DATASET"].get("VAL_SPLIT", 0)
     return f" on {fraction:.0%} of the training set, held out" if fraction else ""
+
+
+def differences(view: TableView) -> list[str]:
+    """What the students' runs of a column do not have in common though they are compared, a line each."""
+    lines = []
+    for column in view.table.columns:
+        cells = [view.cells[row.key, column.key] for row in view.table.rows if row.key != "teacher"]
+        for what, of in _CONDITIONS.items():
+            counts = Counter(of(entry) for cell in cells for entry in cell.runs.values())
+            del counts[""]  # older records do not say
+            if len(counts) > 1:
+                listed = ", ".join(f"{value} ({counted(number, 'run')})" for value, number in counts.most_common())
+                lines.append(f"Runs of {column.name} differ in {what}: {listed}.")
+    return lines
+
+
+def parts_text(entry: Entry) -> str:
+    """Where the parts of a run were trained that was resumed elsewhere; empty if it was not, or nothing is known."""
+    parts: list[Record] = entry.record.get("parts", [])
+    if not parts or (len(parts) == 1 and not parts[0]["from_step"]):
+        return ""
+    unknown = [f"what trained its first {parts[0]['from_step']} steps is not recorded"] if parts[0]["from_step"] else []
+    known = [f"from step {part['from_step']} on by {environment_text(part)}" for part in parts]
+    return f"{run_name(entry)}, was trained in parts: {'; '.join([*unknown, *known])}"
 
 
 def environment_text(environment: Record) -> str:
