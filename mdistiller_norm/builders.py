@@ -368,7 +368,7 @@ def build_step(
 
 
 def open_checkpoint(
-    path: str | Path, model: str = "", kind: str = "", root: Path = Path("data")
+    path: str | Path, model: str = "", kind: str = "", root: Path = Path("data"), dataset: Dataset | None = None
 ) -> tuple[Network, Dataset]:
     """The network of a weights file, and the data set it was trained on.
 
@@ -377,6 +377,7 @@ def open_checkpoint(
         model: its name; a ``student_*.pt`` knows it.
         kind: of the data set; a ``student_*.pt`` knows it, else cifar100.
         root: folder of the data sets.
+        dataset: an opened one, whatever the file says of its own.
 
     Raises:
         UserError: the file, the name or the data cannot be used, or do not fit each other.
@@ -387,13 +388,15 @@ def open_checkpoint(
     if not name:
         raise ConfigError(f"{path} does not say what network it is: add -m, for example -m resnet20")
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
-    if about.get("plugins") and (kind not in DATASETS or name not in chain(*VARIANTS.values())):
+    known_data = dataset is not None or kind in DATASETS
+    if about.get("plugins") and not (known_data and name in chain(*VARIANTS.values())):
         wanted = " ".join(about["plugins"])
         raise CheckpointError(f"{path} is of {name} on {kind}, which a plugin brings: add --plugin {wanted}")
-    known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
-    known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
-    images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
-    dataset = open_dataset(kind, data_root(root, about.get("dataset", "")), images)
+    if dataset is None:
+        known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
+        known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
+        images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
+        dataset = open_dataset(kind, data_root(root, about.get("dataset", "")), images)
     network = build_model(name, len(dataset.classes), variant=dataset.variant)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     return network, dataset

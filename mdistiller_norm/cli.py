@@ -178,8 +178,12 @@ def eval_main(arguments: Sequence[str]) -> int:
         help="checkpoint files; pretrain: the weights that would teach as -m on -d; torchvision:NAME: its weights",
     )  # fmt: skip
     parser.add_argument("-d", "--dataset", default="", help="data set; a student_*.pt knows it; else cifar100")
+    parser.add_argument(
+        "--cfg", metavar="FILE",
+        help="a config whose data set it is, DATASET.*, in place of -d and --root: for weights that know none",
+    )  # fmt: skip
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
-    parser.add_argument("--root", default="data", help="folder of the data set")
+    parser.add_argument("--root", default="", help="folder of the data set; data, when not given")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="the run's EXPERIMENT.PLUGINS")
     parser.add_argument(
@@ -191,9 +195,13 @@ def eval_main(arguments: Sequence[str]) -> int:
     if options.batch_size < 1:
         raise ConfigError(f"-bs must be at least 1, not {options.batch_size}")
 
-    from mdistiller_norm.builders import build_device, build_precision
-    from mdistiller_norm.config import default_config
+    if options.cfg and (options.dataset or options.root):
+        raise ConfigError("--cfg names the data set: leave -d and --root out")
 
+    from mdistiller_norm.builders import build_dataset, build_device, build_precision
+    from mdistiller_norm.config import default_config, load_config
+
+    told = build_dataset(load_config(options.cfg).node) if options.cfg else None
     cfg = default_config()
     cfg.DEVICE, cfg.SOLVER.PRECISION = options.device, options.precision
     device = build_device(cfg)
@@ -201,11 +209,11 @@ def eval_main(arguments: Sequence[str]) -> int:
     if slow:
         raise ConfigError(f"--precision {options.precision}: {slow}, also by runs: leave the option out")
     for path in options.ckpt:
-        _evaluate_file(path, options, device, autocast)
+        _evaluate_file(path, options, told, device, autocast)
     return 0
 
 
-def _weights_file(name: str, options: argparse.Namespace) -> str:
+def _weights_file(name: str, options: argparse.Namespace, told: Dataset | None) -> str:
     """The file of a checkpoint's name; mdistiller calls a teacher's published weights ``pretrain``."""
     from mdistiller_norm.builders import train_command
     from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
@@ -216,20 +224,22 @@ def _weights_file(name: str, options: argparse.Namespace) -> str:
         return name
     if not options.model:
         raise ConfigError("-c pretrain does not say what network it is: add -m, for example -m resnet32x4")
-    dataset = options.dataset or "cifar100"
+    dataset = told.name if told is not None else options.dataset or "cifar100"
     if dataset == "imagenet":
         return str(published(f"{options.model}_Weights.IMAGENET1K_V1").path)
     command = train_command(dataset, options.model)
     return str(find_teacher(options.model, dataset, "", Path("output"), command).path)
 
 
-def _evaluate_file(path: str, options: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> None:
-    """Evaluate one checkpoint and print what was found."""
+def _evaluate_file(
+    path: str, options: argparse.Namespace, told: Dataset | None, device: torch.device, autocast: torch.dtype | None
+) -> None:
+    """Evaluate one checkpoint, on the data set that was told or its own, and print what was found."""
     from mdistiller_norm.builders import open_checkpoint, placed
     from mdistiller_norm.engine.evaluate import evaluate
 
-    path = _weights_file(path, options)
-    network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root))
+    path = _weights_file(path, options, told)
+    network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root or "data"), told)
     measured = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
     if not math.isfinite(measured.loss):
         raise CheckpointError(

@@ -30,7 +30,7 @@ from torchvision import transforms as T
 
 from mdistiller_norm.builders import build_dataset, build_distillers
 from mdistiller_norm.cli import shards_main
-from mdistiller_norm.config import load_config
+from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.data import Share, image_loader
 from mdistiller_norm.data.decode import View, decode, draw_view, eval_image, train_image
 from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset, ImageOptions, image_folder, imagenet, measure
@@ -685,6 +685,20 @@ def test_eval_knows_how_a_student_saw_its_images(tree: Path, run: Path) -> None:
     network = build_model("resnet8", 3)
     network.load_state_dict(load(student)["model"])
     assert evaluate(network, data.eval_loader(5, CPU)).top1 == about["top1"]
+
+
+def test_eval_shows_others_weights_the_images_of_a_config(tree: Path, run: Path, tmp_path: Path) -> None:
+    student = load(run / "distill" / "whole" / "student_last.pt")
+    torch.save(student["model"], tmp_path / "theirs.pth")
+    (tmp_path / "data.yaml").write_text(dump(run_config(tree, run, "any").node))
+    command = ["-m", "resnet8", "--cfg", tmp_path / "data.yaml", "-c", tmp_path / "theirs.pth"]
+    shown = tool("eval", *command).stdout
+    about = student["about"]
+    assert f"top-1 {about['top1']:6.2f}" in shown
+    assert f"loss {about['loss']:7.4f}" in shown
+    assert "images of 32x32" in shown
+    assert_user_error(tool("eval", *command, "-d", "digits", check=False), "--cfg", "leave -d and --root out")
+    assert_user_error(tool("eval", *command, "--root", tree, check=False), "--cfg", "leave -d and --root out")
 
 
 def test_a_channel_without_content_is_zero_once_normalised(tmp_path: Path) -> None:
