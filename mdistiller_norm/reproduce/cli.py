@@ -77,7 +77,9 @@ def _reproduce_parser() -> ArgumentParser:
         epilog="example: python tools/reproduce.py --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3\n"
         "exit code: 0 all is done, 1 a run failed, 2 wrong input, 3 something is left to do, 130/143 stopped",
     )  # fmt: skip
-    parser.add_argument("--table", nargs="+", default=[], metavar="ID", help="1 to 9, digits, short, short_t_norm, short16")
+    parser.add_argument(
+        "--table", nargs="+", default=[], metavar="ID", help="1 to 9, digits, short, short_t_norm, short16"
+    )
     parser.add_argument("--pairs", nargs="+", default=[], metavar="PAIR", help="columns of the table; all by default")
     parser.add_argument("--methods", nargs="+", default=[], metavar="ROW", help="rows of the table; all by default")
     trials = parser.add_mutually_exclusive_group()
