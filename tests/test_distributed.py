@@ -380,14 +380,14 @@ def test_a_parameter_that_no_loss_reaches_is_one_line(tmp_path: Path) -> None:
         assert_user_error(subprocess.CompletedProcess([], code, "", errors), "takes no part in the loss", "remove it")
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    distributed.leave(0)
-
-
 @pytest.mark.slow
 def test_a_loss_that_one_process_alone_loses_is_told_by_all(tmp_path: Path) -> None:
     """It reaches the other's weights by the gradients, and that one's loss a step later."""
     for code, errors in own_students(tmp_path, "breaking"):
         done = subprocess.CompletedProcess([], code, "", errors)
         assert_user_error(done, "the loss ce became NaN or infinite in epoch 1, step 3", "lower SOLVER.LR")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    distributed.leave(0)

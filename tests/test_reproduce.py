@@ -353,11 +353,14 @@ def test_the_command_of_a_student_names_what_the_command_of_its_teacher_leaves()
     assert "WEIGHTS" not in cell_command(TABLES["short"].cells["student", "res20_res8"])
 
 
-def test_the_short_study_differs_from_the_papers_recipe_in_length_pair_and_precision_only() -> None:
+@pytest.mark.parametrize(("study", "stages"), [("short", [160, 200, 220]), ("short16", [150, 180, 210])])
+def test_short_studies_differ_from_the_papers_recipe_in_length_pair_and_precision_only(
+    study: str, stages: list[int]
+) -> None:
     for method in ("kd", "normkd", "dkd", "dkd_normkd"):
-        short = load_config(ROOT / f"configs/cifar100/short/{method}.yaml").node
+        short = load_config(ROOT / f"configs/cifar100/{study}/{method}.yaml").node
         full = load_config(ROOT / f"configs/cifar100/{method}/res56_res20.yaml").node
-        assert [240 * stage / 12 for stage in short.SOLVER.LR_DECAY_STAGES] == [160, 200, 220]
+        assert [240 * stage / short.SOLVER.EPOCHS for stage in short.SOLVER.LR_DECAY_STAGES] == stages
         short, full = short.clone(), full.clone()
         for node in (short, full):
             node.defrost()
