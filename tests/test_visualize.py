@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Once, assert_user_error, tool
+from conftest import ROOT, Once, assert_user_error, tool
 from scipy import stats
 from sklearn.metrics import silhouette_score
 
@@ -223,6 +223,7 @@ def test_names_tell_files_apart(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir(parents=True)
     assert short_names(folders) == ["p/kd,LR=0.1", "q/kd,LR=0.1"]
+    assert short_names([ROOT / "checkpoints" / "resnet20_cifar100_seed0.pt"]) == ["resnet20_cifar100_seed0"]
 
 
 def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:

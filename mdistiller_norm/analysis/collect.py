@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mdistiller_norm.builders import open_checkpoint, placed
 from mdistiller_norm.distillers.base import at_least_float32
+from mdistiller_norm.engine.teacher_file import MANIFEST
 from mdistiller_norm.errors import CheckpointError, ConfigError
 
 
@@ -38,12 +39,22 @@ class Collected(NamedTuple):
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """What tells some paths apart: the run folder; where folders repeat, the file's stem too; else the whole path."""
-    folders = [path.name if path.is_dir() else path.parent.name or path.stem for path in paths]
+    """What tells some paths apart: the run folder; where folders repeat, the file's stem too; else the whole path.
+
+    Published weights lie together in a folder, which says nothing of them: they go by their stem.
+    """
+    folders = [_folder_name(path) for path in paths]
     if len(set(folders)) == len(folders):
         return folders
     longer = [f"{path.parent.name}/{path.name if path.is_dir() else path.stem}" for path in paths]
     return longer if len(set(longer)) == len(longer) else [str(path) for path in paths]
+
+
+def _folder_name(path: Path) -> str:
+    if path.is_dir():
+        return path.name
+    published = (path.parent / MANIFEST.name).is_file()
+    return path.stem if published or not path.parent.name else path.parent.name
 
 
 @torch.inference_mode()

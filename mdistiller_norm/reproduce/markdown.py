@@ -52,7 +52,7 @@ def _opening(report: Report) -> list[str]:
         "the same with learning curves: `report.html`.", "",
         "Top-1 in percent on the test set, mean ± sample standard deviation over n seeds. *Best* is the best epoch on "
         "the test set, which is what the paper's code reports; *last* is the last epoch, selected by nothing. The "
-        "difference is ours (best) minus the paper's; in wide tables a cell reads *paper → ours*. Δ1 and Δ2 are paired "
+        "difference is ours (best) minus the paper's; in wide tables a cell reads *paper → ours*. Each Δ is paired "
         "over seeds, of the best epochs, with a 95% interval.", "",
     ]  # fmt: skip
 
