@@ -49,7 +49,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         code = 128 + stop.signal_number
     except KeyboardInterrupt:
         code = 130
-    distributed.leave(code)
+    distributed.exit_process(code)
 
 
 # What a disk or a folder says, wherever it happens.
@@ -96,21 +96,22 @@ def train_main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     options = parser.parse_intermixed_args(arguments)
 
-    from mdistiller_norm import builders, config, runs
+    from mdistiller_norm import build, config
+    from mdistiller_norm import run as run_module
 
     resolved = config.load_config(options.cfg, options.overrides)
     if options.show:
         print(config.show(resolved))
         return 0
     if options.check_data:
-        return _check_data(builders.build_dataset(resolved.node))
+        return _check_data(build.build_dataset(resolved.node))
     command = [*_starter(), "tools/train.py", *arguments]
     if resolved.node.SOLVER.TRIALS > 1:
         from mdistiller_norm.trials import train_trials
 
         train_trials(options.cfg, options.overrides, options.resume, command)
         return 0
-    runs.train(resolved, options.resume, command)
+    run_module.train(resolved, options.resume, command)
     return 0
 
 
@@ -198,7 +199,7 @@ def eval_main(arguments: Sequence[str]) -> int:
     if options.cfg and (options.dataset or options.root):
         raise ConfigError("--cfg names the data set: leave -d and --root out")
 
-    from mdistiller_norm.builders import build_dataset, build_device, build_precision
+    from mdistiller_norm.build import build_dataset, build_device, build_precision
     from mdistiller_norm.config import default_config, load_config
 
     told = build_dataset(load_config(options.cfg).node) if options.cfg else None
@@ -215,7 +216,7 @@ def eval_main(arguments: Sequence[str]) -> int:
 
 def _weights_file(name: str, options: argparse.Namespace, told: Dataset | None) -> str:
     """The file of a checkpoint's name; mdistiller calls a teacher's published weights ``pretrain``."""
-    from mdistiller_norm.builders import train_command
+    from mdistiller_norm.build import train_command
     from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
 
     if name.startswith(TORCHVISION):
@@ -235,7 +236,7 @@ def _evaluate_file(
     path: str, options: argparse.Namespace, told: Dataset | None, device: torch.device, autocast: torch.dtype | None
 ) -> None:
     """Evaluate one checkpoint, on the data set that was told or its own, and print what was found."""
-    from mdistiller_norm.builders import open_checkpoint, placed
+    from mdistiller_norm.build import open_checkpoint, placed
     from mdistiller_norm.engine.evaluate import evaluate
 
     path = _weights_file(path, options, told)

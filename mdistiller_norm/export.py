@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.arguments import ArgumentParser
-from mdistiller_norm.builders import open_checkpoint
+from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import whole_file
@@ -88,13 +88,13 @@ def open_subject(path: Path, model: str, kind: str, root: Path, count: int) -> S
 
     Args:
         path: the weights file.
-        model: see :func:`~mdistiller_norm.builders.open_checkpoint`, as the next two.
+        model: see :func:`~mdistiller_norm.build.open_checkpoint`, as the next two.
         kind: of the data set.
         root: folder of the data sets.
         count: images wanted; fewer where the test split has fewer.
 
     Raises:
-        UserError: see :func:`~mdistiller_norm.builders.open_checkpoint`.
+        UserError: see :func:`~mdistiller_norm.build.open_checkpoint`.
     """
     weights = load_weights(path)
     about, known = weights.about, all(key in weights.about for key in _KNOWN)

@@ -25,7 +25,7 @@ from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.files import write_json
 from mdistiller_norm.models import build_model
-from mdistiller_norm.runs import build_run, build_runs
+from mdistiller_norm.run import build_run, build_runs
 
 
 @dataclass(frozen=True)

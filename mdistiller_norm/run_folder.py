@@ -111,7 +111,7 @@ def open_folder(config: Config, resume: bool, share: Share, label: str) -> Opene
         CheckpointError: ``latest.pt`` is broken.
     """
     opened = _open_alone(config, resume, label) if distributed.is_first() else None
-    resumed = distributed.agree(int(opened is not None and opened.state is not None))
+    resumed = distributed.all_reduce_max(int(opened is not None and opened.state is not None))
     if opened:
         return opened
     folder = run_folder(config)

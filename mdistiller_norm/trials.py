@@ -23,16 +23,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller_norm.builders import build_device, fastest, initial_seed
+from mdistiller_norm.build import build_device, fastest, initial_seed
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.host import slot_environment
 from mdistiller_norm.engine.lockstep import Lockstep, fit_together
+from mdistiller_norm.engine.runtime import slot_environment
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.trainer import Interrupted, stop_signals
 from mdistiller_norm.errors import ConfigError, UserError
+from mdistiller_norm.run import begin, build_runs, finish
 from mdistiller_norm.run_folder import run_folder
-from mdistiller_norm.runs import begin, build_runs, finish
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "train.py"
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from short_runs import config
 
-from mdistiller_norm.runs import train
+from mdistiller_norm.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -23,7 +23,7 @@ import torch
 from conftest import ROOT
 
 from mdistiller_norm import functional
-from mdistiller_norm.builders import build_distillers, build_optimizer, build_student
+from mdistiller_norm.build import build_distillers, build_optimizer, build_student
 from mdistiller_norm.config import default_config, load_config
 from mdistiller_norm.data.cifar import cifar100
 from mdistiller_norm.data.digits import digits

@@ -264,8 +264,8 @@ def test_of_the_teachers_trained_here_the_one_of_the_students_schedule_is_taken(
     smoke = add_run(project, "smoke", 2, 99.0)
     assert found(2) == TeacherFile(smoke, 99.0)
     assert found(240).path == smoke
-    assert found(240).doubt.startswith(f"the teacher {smoke} trained for 2 of the 240 epochs")
-    assert "python tools/train.py --cfg x.yaml" in found(240).doubt
+    assert found(240).warning.startswith(f"the teacher {smoke} trained for 2 of the 240 epochs")
+    assert "python tools/train.py --cfg x.yaml" in found(240).warning
     add_run(project, "worse", 240, 90.0)
     full = add_run(project, "full", 240, 95.0)
     # None of these is a plain run of the whole training set, or of this model.

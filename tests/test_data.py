@@ -31,7 +31,7 @@ from mdistiller_norm.data.augment import PadCropFlip, normalise
 from mdistiller_norm.data.cifar import _download
 from mdistiller_norm.data.plan import epoch_plan, share_out
 from mdistiller_norm.errors import ConfigError, DataError
-from mdistiller_norm.runs import build_run
+from mdistiller_norm.run import build_run
 
 
 @pytest.fixture(scope="module")

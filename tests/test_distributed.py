@@ -30,7 +30,7 @@ from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
-from mdistiller_norm.runs import build_run
+from mdistiller_norm.run import build_run
 from mdistiller_norm.types import Batch
 
 # 1437 training samples: the last of 180 batches of 8 has 5, which two processes cannot share evenly.
@@ -390,4 +390,4 @@ def test_a_loss_that_one_process_alone_loses_is_told_by_all(tmp_path: Path) -> N
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    distributed.leave(0)
+    distributed.exit_process(0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from mdistiller_norm.builders import build_optimizer
+from mdistiller_norm.build import build_optimizer
 from mdistiller_norm.config import load_config
 from mdistiller_norm.distillers import Distiller, Need
 from mdistiller_norm.engine.compile import compile_student

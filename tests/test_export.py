@@ -14,7 +14,7 @@ from conftest import assert_user_error, tool
 from test_models import EACH_FAMILY, build
 from torch import Tensor, nn
 
-from mdistiller_norm.builders import open_checkpoint
+from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.image_folder import MEAN, STD
 from mdistiller_norm.engine.checkpoint import load, load_weights

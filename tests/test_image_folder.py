@@ -28,7 +28,7 @@ from conftest import ROOT, assert_user_error, tool, unpacked
 from PIL import Image
 from torchvision import transforms as T
 
-from mdistiller_norm.builders import build_dataset, build_distillers
+from mdistiller_norm.build import build_dataset, build_distillers
 from mdistiller_norm.cli import shards_main
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.data import Share, image_loader
@@ -40,7 +40,7 @@ from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import build_model
-from mdistiller_norm.runs import build_run, train
+from mdistiller_norm.run import build_run, train
 
 CPU = torch.device("cpu")
 SMALL_RUN = ["DATASET.TYPE=image_folder", "DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36", "SOLVER.BATCH_SIZE=12"]

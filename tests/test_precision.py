@@ -16,13 +16,13 @@ from short_runs import PAIR, SMALLER, config
 from torch import nn
 from torch.utils.tensorboard import writer
 
-from mdistiller_norm.builders import build_precision
+from mdistiller_norm.build import build_precision
 from mdistiller_norm.config import load_config
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.models import build_model
-from mdistiller_norm.runs import build_run, train
+from mdistiller_norm.run import build_run, train
 from mdistiller_norm.types import Batch, Outputs
 
 

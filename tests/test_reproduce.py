@@ -14,7 +14,7 @@ from conftest import ROOT, assert_user_error, tool
 
 from mdistiller_norm.config import Config, dump, load_config
 from mdistiller_norm.distillers import DISTILLERS
-from mdistiller_norm.engine.host import slot_environment
+from mdistiller_norm.engine.runtime import slot_environment
 from mdistiller_norm.errors import ConfigError, UserError
 from mdistiller_norm.reproduce.cli import parse_duration, reproduce_main
 from mdistiller_norm.reproduce.commands import select_cells

@@ -22,8 +22,8 @@ from mdistiller_norm.data import digits
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.run import begin, build_run, train
 from mdistiller_norm.run_folder import LATEST, run_folder
-from mdistiller_norm.runs import begin, build_run, train
 
 
 def copied(run: Path, out: Path) -> Path:

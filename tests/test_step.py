@@ -19,10 +19,10 @@ from mdistiller_norm.data import digits
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.graph import CapturedStep
-from mdistiller_norm.engine.host import choose_cuda_kernels
+from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.models import build_model
-from mdistiller_norm.runs import build_run
+from mdistiller_norm.run import build_run
 from mdistiller_norm.types import Outputs
 
 
@@ -96,7 +96,7 @@ def test_the_scale_of_fp16_gradients_can_be_put_back(tmp_path: Path) -> None:
     plain = build_step(tmp_path, "run")
     scaler = torch.amp.GradScaler("cpu", growth_interval=1)
     step = TrainStep(plain.loader, None, plain.trainable, plain.optimizer, plain.meters, scaler)
-    state = step.held()
+    state = step.state_tensors()
     before = [tensor.detach().clone() for tensor in state]
     for raw in list(step.loader.batches(1))[:3]:
         step(*raw)
@@ -123,7 +123,7 @@ def test_everything_a_step_changes_can_be_put_back(tmp_path: Path, teacher: str,
     steps = [build_step(tmp_path, name, *extra) for name in ("straight", "restored")]
     raws = list(steps[0].loader.batches(1))[:3]
     captured = CapturedStep(steps[1])
-    state = captured.step.held()
+    state = captured.step.state_tensors()
     addresses = [tensor.data_ptr() for tensor in state]
     before = [tensor.detach().clone() for tensor in state]
     for raw in raws[1:]:
@@ -138,7 +138,7 @@ def test_everything_a_step_changes_can_be_put_back(tmp_path: Path, teacher: str,
         for buffer, tensor in zip(static, raw, strict=True):
             buffer.copy_(tensor)
         steps[1](*static)
-    assert addresses == [tensor.data_ptr() for tensor in captured.step.held()]
+    assert addresses == [tensor.data_ptr() for tensor in captured.step.state_tensors()]
     assert_same_state(steps[0].trainable.state_dict(), steps[1].trainable.state_dict())
     assert_same_state(steps[0].optimizer.state_dict(), steps[1].optimizer.state_dict())
     assert_same_state(dict(steps[0].meters.state_dict()), dict(steps[1].meters.state_dict()))

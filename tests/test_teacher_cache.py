@@ -29,7 +29,7 @@ from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import CIFAR_MODELS, build_model
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.reproduce.ledger import Entry, finished_record
-from mdistiller_norm.runs import build_run, train
+from mdistiller_norm.run import build_run, train
 from mdistiller_norm.types import Outputs
 
 NORMKD = "DISTILLER.TYPE=NormKD"

@@ -32,7 +32,7 @@ from mdistiller_norm.errors import CheckpointError, ConfigError, NonFiniteLossEr
 from mdistiller_norm.export import export_main
 from mdistiller_norm.gpu_check import main as gpu_check_main
 from mdistiller_norm.reproduce.cli import report_main
-from mdistiller_norm.runs import build_run, train
+from mdistiller_norm.run import build_run, train
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from mdistiller_norm.engine.lockstep import Lockstep, fit_together
 from mdistiller_norm.engine.trainer import Interrupted, Trainer
 from mdistiller_norm.errors import ConfigError, NonFiniteLossError
 from mdistiller_norm.models import build_model
-from mdistiller_norm.runs import Run, build_runs
+from mdistiller_norm.run import Run, build_runs
 from mdistiller_norm.trials import train_trials
 
 CFG = "configs/digits/vanilla_resnet8.yaml"

@@ -20,10 +20,10 @@ from mdistiller_norm.analysis.softening import compute as soften
 from mdistiller_norm.analysis.softening import entropy
 from mdistiller_norm.analysis.tsne import choose_samples, embed
 from mdistiller_norm.analysis.tsne import compute as tsne
-from mdistiller_norm.builders import open_checkpoint
+from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.config import load_config
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, UserError
-from mdistiller_norm.runs import train
+from mdistiller_norm.run import train
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdistiller_norm.builders import open_checkpoint, placed
+from mdistiller_norm.build import open_checkpoint, placed
 from mdistiller_norm.distillers.base import at_least_float32
 from mdistiller_norm.engine.teacher_file import MANIFEST
 from mdistiller_norm.errors import CheckpointError, ConfigError
@@ -67,7 +67,7 @@ def collect(
     Args:
         path: weights file.
         name: for people.
-        model: see :func:`~mdistiller_norm.builders.open_checkpoint`, as the next two.
+        model: see :func:`~mdistiller_norm.build.open_checkpoint`, as the next two.
         kind: of the data set.
         root: folder of the data sets.
         batch_size: images at a time.

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mdistiller_norm.analysis import correlation, curves, softening, tsne
 from mdistiller_norm.analysis.collect import Collected, collect, short_names
 from mdistiller_norm.analysis.figures import save, styled
-from mdistiller_norm.builders import build_device
+from mdistiller_norm.build import build_device
 from mdistiller_norm.config import default_config
 from mdistiller_norm.errors import ConfigError
 

@@ -28,7 +28,7 @@ from yacs.config import CfgNode
 
 from mdistiller_norm.benchmark.timing import clock
 from mdistiller_norm.data import Split, TensorDataset
-from mdistiller_norm.engine.host import freed_memory_as_usual
+from mdistiller_norm.engine.runtime import freed_memory_as_usual
 from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.models import build_model, probe
 

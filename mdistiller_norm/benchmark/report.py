@@ -19,7 +19,7 @@ from mdistiller_norm.benchmark.loader import loader_throughput
 from mdistiller_norm.benchmark.reference import Reference, load_package, write_cifar
 from mdistiller_norm.benchmark.timing import Record, matmul_gflops, ratios, spread, take_turns
 from mdistiller_norm.benchmark.workload import Ours, load_images, memory, method_config, method_folder, teacher_weights
-from mdistiller_norm.builders import build_device, build_precision, image_options
+from mdistiller_norm.build import build_device, build_precision, image_options
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data.class_tree import data_root
 from mdistiller_norm.engine.checkpoint import load_weights

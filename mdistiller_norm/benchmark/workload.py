@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.benchmark.timing import Record, clock
-from mdistiller_norm.builders import build_dataset, build_device, train_command
+from mdistiller_norm.build import build_dataset, build_device, train_command
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import MemoryTrainLoader, Split, TensorDataset
 from mdistiller_norm.data.cifar import MEAN, STD
@@ -26,7 +26,7 @@ from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.files import PROJECT
 from mdistiller_norm.models import build_model
 from mdistiller_norm.plugins import import_plugin
-from mdistiller_norm.runs import Run, build_run
+from mdistiller_norm.run import Run, build_run
 
 # Folders of configs/cifar100 that are not called as the method in lower case.
 _FOLDERS = {"NormKD_W_DKD": "dkd_normkd"}

@@ -109,7 +109,7 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process with an exit code; where there were others, without taking the interpreter down.
 
     Gloo's threads give the tensors of collectives back some time after these are done, also once the group is gone. If
@@ -154,7 +154,7 @@ def largest(tensor: Tensor) -> Tensor:
     return _reduced(tensor, distributed.ReduceOp.MAX)
 
 
-def agree(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of all processes' numbers; all of them wait here, on the CPU, not for their GPUs."""
     return int(largest(torch.tensor(number))) if together() else number
 
@@ -208,7 +208,7 @@ def synchronise_batch_norms(module: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def collective_errors() -> Iterator[None]:
     """Turn the failure of a collective into one line that names the missing processes.
 
     Raises:
@@ -225,10 +225,10 @@ def watched() -> Iterator[None]:
             ) from error
         if not together() or not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
             raise
-        raise LostProcessError(_roll_call(error)) from error
+        raise LostProcessError(_missing_ranks(error)) from error
 
 
-def _roll_call(error: RuntimeError) -> str:
+def _missing_ranks(error: RuntimeError) -> str:
     """Who does not answer within a few seconds, all the others having failed at about the same time."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     reason = first_line(error)

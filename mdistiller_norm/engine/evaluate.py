@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.distillers.base import Need, at_least_float32
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.host import keep_freed_memory
+from mdistiller_norm.engine.runtime import keep_freed_memory
 from mdistiller_norm.engine.teacher import folded
 from mdistiller_norm.models.base import Network
 

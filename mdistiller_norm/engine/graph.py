@@ -20,7 +20,7 @@ class Step(Protocol):
     def __call__(self, *raw: Tensor) -> None:
         """Train on the batch that ``raw`` names."""
 
-    def held(self) -> list[Tensor]:
+    def state_tensors(self) -> list[Tensor]:
         """Every tensor that it writes to."""
 
 
@@ -36,7 +36,7 @@ class _Recorder:
     WARMUP = 3
 
     def __init__(self, function: Callable[..., Any], held: Callable[[], list[Tensor]], warn: Warn) -> None:
-        self.function, self.held, self.warn = function, held, warn
+        self.function, self.state_tensors, self.warn = function, held, warn
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
         self._refused = False
@@ -64,7 +64,7 @@ class _Recorder:
     def _record(self, inputs: Raw) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         """Run it a few times on a side stream, as capturing requires, put back what that changed, and record it."""
         static = [tensor.clone() for tensor in inputs]
-        state = self.held()
+        state = self.state_tensors()
         before = [tensor.detach().clone() for tensor in state]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -100,7 +100,7 @@ class CapturedStep:
 
     def __init__(self, step: Step, warn: Warn = print) -> None:
         self.step = step
-        self._run = _Recorder(step, step.held, warn)
+        self._run = _Recorder(step, step.state_tensors, warn)
 
     def __call__(self, *raw: Tensor) -> None:
         """Train on the batch that ``raw`` names."""

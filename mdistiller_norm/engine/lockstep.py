@@ -56,9 +56,9 @@ class Lockstep:
         with torch.cuda.stream(stream):
             yield
 
-    def held(self) -> list[Tensor]:
+    def state_tensors(self) -> list[Tensor]:
         """Every tensor that the steps write to."""
-        return [tensor for step in self.steps for tensor in step.held()]
+        return [tensor for step in self.steps for tensor in step.state_tensors()]
 
 
 class _Progress:

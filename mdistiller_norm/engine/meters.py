@@ -74,14 +74,14 @@ class TrainMeters(nn.Module):
             buffer.zero_()
         self.first_bad.fill_(-1)
 
-    def everyones(self) -> dict[str, Tensor]:
+    def all_reduced_state(self) -> dict[str, Tensor]:
         """The state of all processes together; all of them must ask for it."""
         own = self.state_dict()
         joined = {name: distributed.total(own[name]) for name in ("sums", "correct", "samples")}
         return own | joined | {name: distributed.largest(own[name]) for name in ("step", "first_bad")}
 
-    def load_everyones(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`everyones` gave, so that together the processes have it once."""
+    def load_all_reduced_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`all_reduced_state` gave, so that together the processes have it once."""
         self.load_state_dict(state)
         if not distributed.is_first():
             for buffer in (self.sums, self.correct, self.samples):
@@ -97,7 +97,7 @@ class TrainMeters(nn.Module):
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; names it, the epoch and the step (counted from 1).
         """
-        state = self.everyones() if together else self.state_dict()
+        state = self.all_reduced_state() if together else self.state_dict()
         bad = {name: step for name, step in zip(self.names, state["first_bad"].tolist(), strict=True) if step > 0}
         if bad:
             step = min(bad.values())

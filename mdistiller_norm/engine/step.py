@@ -135,7 +135,7 @@ class TrainStep:
         else:
             self.optimizer.step()
 
-    def held(self) -> list[Tensor]:
+    def state_tensors(self) -> list[Tensor]:
         """Every tensor that a step writes to: weights, statistics, momenta, metrics, the scale of fp16 gradients."""
         modules: list[nn.Module] = [self.trainable, self.meters]
         states = [module.state_dict(keep_vars=True) for module in modules]

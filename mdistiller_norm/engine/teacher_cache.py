@@ -94,7 +94,7 @@ class CachedTeacher:
         """How the table was used so far."""
         return Use(self._asked, self._computed)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """A line about :attr:`use`."""
         asked, computed = self.use
         return f"teacher cache: {asked:,} answers read, {computed:,} computed"

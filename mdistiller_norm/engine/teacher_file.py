@@ -30,12 +30,12 @@ class TeacherFile:
     Attributes:
         path: the file.
         top1: the accuracy that the manifest or its run states for it, in percent; None if none does.
-        doubt: a line that says why it may not be the teacher that is meant, or empty.
+        warning: a line that says why it may not be the teacher that is meant, or empty.
     """
 
     path: Path
     top1: float | None = None
-    doubt: str = ""
+    warning: str = ""
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ def _roots() -> Iterable[Path]:
     return dict.fromkeys((Path(), PROJECT))
 
 
-def seen_otherwise(weights: Weights, classes: Sequence[str], seen: Mapping[str, Sequence[float]]) -> str:
+def check_preprocessing(weights: Weights, classes: Sequence[str], seen: Mapping[str, Sequence[float]]) -> str:
     """What tells the images that weights were trained on from others, in a line; empty where nothing does.
 
     Args:

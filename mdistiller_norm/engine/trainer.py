@@ -22,9 +22,9 @@ from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import Saver
 from mdistiller_norm.engine.evaluate import Evaluation, evaluate
-from mdistiller_norm.engine.host import keep_freed_memory
 from mdistiller_norm.engine.logger import Record, RunLog
 from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
+from mdistiller_norm.engine.runtime import keep_freed_memory
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Raw
 from mdistiller_norm.errors import NonFiniteLossError
@@ -114,7 +114,9 @@ class Trainer:
             for _ in self.ahead:
                 if self._asked:
                     break
-            if stop := distributed.agree(self._asked):  # here, since the processes' shares differ in their length
+            if stop := distributed.all_reduce_max(
+                self._asked
+            ):  # here, since the processes' shares differ in their length
                 raise Interrupted(stop)
             for _ in self.turns():
                 self.run_step(*self.next_batch())
@@ -172,7 +174,7 @@ class Trainer:
                 "seconds": self.seconds,
             }  # fmt: skip
             self._end_epoch(record, test)
-            self._stop = distributed.agree(self._asked)
+            self._stop = distributed.all_reduce_max(self._asked)
             if self._stop and self.epoch <= self.epochs:
                 raise Interrupted(self._stop)
 
@@ -214,7 +216,7 @@ class Trainer:
                     if due:
                         self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, done)
                 looked = time.perf_counter()
-            self._stop = distributed.agree(LOST if lost else self._asked)  # all stop after the same step
+            self._stop = distributed.all_reduce_max(LOST if lost else self._asked)  # all stop after the same step
             if self._stop == LOST:
                 meters.read(self.epoch, together=True)  # says so in all of them, whoever saw it first
             within = self.steps_done < loader.steps and not self._stop
@@ -274,7 +276,7 @@ class Trainer:
             "trainable": self.step.trainable.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict() if self.step.scaler else {},
-            "meters": self.step.meters.everyones(),
+            "meters": self.step.meters.all_reduced_state(),
             "epoch": self.epoch,
             "steps_done": self.steps_done,
             "total_steps": (self.epoch - 1) * self.step.loader.steps + self.steps_done,
@@ -295,7 +297,7 @@ class Trainer:
             group["lr"] = rate  # the very tensor that a captured step reads; its value is set by the epoch
         if self.step.scaler:
             self.step.scaler.load_state_dict(state["scaler"])
-        self.step.meters.load_everyones(state["meters"])
+        self.step.meters.load_all_reduced_state(state["meters"])
         self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
         self.best, self.last = state["best"], state["last"]
         done = state["total_steps"]

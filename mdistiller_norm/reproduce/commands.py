@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mdistiller_norm.builders import build_device
+from mdistiller_norm.build import build_device
 from mdistiller_norm.config import load_config
 from mdistiller_norm.engine.teacher_file import MANIFEST
 from mdistiller_norm.errors import ConfigError

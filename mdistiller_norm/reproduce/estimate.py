@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller_norm.builders import build_precision, placed
+from mdistiller_norm.build import build_precision, placed
 from mdistiller_norm.config import default_config
 from mdistiller_norm.engine.graph import CapturedStep
-from mdistiller_norm.engine.host import choose_cuda_kernels
 from mdistiller_norm.engine.logger import environment, read_metrics
+from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.jobs import Job, Pace, cost, forward_flops, pace_of
@@ -145,7 +145,7 @@ class _Trial:
         if self.trained:
             torch.autograd.backward(loss)
 
-    def held(self) -> list[Tensor]:
+    def state_tensors(self) -> list[Tensor]:
         return list(self.network.buffers())
 
     def seconds(self, at_most: int) -> float:

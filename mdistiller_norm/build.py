@@ -37,7 +37,7 @@ from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
-from mdistiller_norm.engine.teacher_file import TeacherFile, find_teacher, seen_otherwise
+from mdistiller_norm.engine.teacher_file import TeacherFile, check_preprocessing, find_teacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
 from mdistiller_norm.files import PROJECT
@@ -160,8 +160,8 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
             raise CheckpointError(renamed)  # else the name, which is that of its folder, may be another one now
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
-    doubts = [file.doubt, renamed, seen_otherwise(weights, dataset.classes, seen)]
-    return network, replace(file, doubt="; ".join(filter(None, doubts)))
+    doubts = [file.warning, renamed, check_preprocessing(weights, dataset.classes, seen)]
+    return network, replace(file, warning="; ".join(filter(None, doubts)))
 
 
 def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> dict[str, Distiller]:

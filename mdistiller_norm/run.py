@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from mdistiller_norm.builders import (
+from mdistiller_norm.build import (
     PRECISIONS,
     Say,
     build_dataset,
@@ -35,9 +35,9 @@ from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.evaluate import evaluate
-from mdistiller_norm.engine.host import choose_cuda_kernels
 from mdistiller_norm.engine.logger import Record, RunLog, environment
 from mdistiller_norm.engine.optim import StepSchedule
+from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.teacher_file import TeacherFile
@@ -70,8 +70,8 @@ def _check_teacher(network: Network, file: TeacherFile, name: str, test: EvalLoa
     if not math.isfinite(measured.loss):
         raise CheckpointError(f"the teacher {file.path} gives NaN or infinite logits: it diverged, or is damaged")
     say(f"teacher {name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
-    if file.doubt:
-        say(f"warning: {file.doubt}")
+    if file.warning:
+        say(f"warning: {file.warning}")
     seen, chance = f"warning: the teacher reaches {measured.top1:.2f} top-1", 100 / network.num_classes
     if file.top1 is not None and measured.top1 < file.top1 - 1:
         say(f"{seen}, far below the {file.top1:.2f} stated for it")
@@ -314,7 +314,7 @@ def train(config: Config, resume: bool = False, command: list[str] | None = None
         UserError: see :func:`build_run`; NonFiniteLossError in training; LostProcessError with several processes.
         Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the state was saved.
     """
-    with distributed.watched():
+    with distributed.collective_errors():
         run = build_run(config, resume, shlex.join(command or []))
         try:
             begin(run)
@@ -348,7 +348,7 @@ def finish(run: Run) -> Record:
         write_json(result, run.folder / RESULT)
     teacher = run.trainer.step.teacher
     if isinstance(teacher, CachedTeacher) and not run.finished:
-        run.trainer.log.line(teacher.told())
+        run.trainer.log.line(teacher.summary())
     last, best = result["last"], result["best"]
     run.trainer.log.line(
         f"done: last top-1 {last['top1']:.2f}, best top-1 {best['top1']:.2f} (epoch {best['epoch']}); "
