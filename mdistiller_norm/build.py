@@ -31,7 +31,7 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.dot import DOT
-from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep, Step
+from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.step import TrainStep
@@ -115,19 +115,13 @@ def build_dataset(cfg: Any) -> Dataset:
     return dataset.hold_out(data.VAL_SPLIT)
 
 
-def initial_seed(cfg: Any) -> int:
-    """The seed of the initial weights, which is what tells the trials of a config from each other."""
-    seed: int = cfg.SEED if cfg.SOLVER.INIT_SEED < 0 else cfg.SOLVER.INIT_SEED
-    return seed
-
-
 def build_student(cfg: Any, dataset: Dataset) -> Network:
-    """The student with its initial weights, a function of ``SOLVER.INIT_SEED``, or else of ``SEED``, alone.
+    """The student with its initial weights, a function of ``SEED`` alone.
 
     Raises:
         ConfigError: there is no such network, or it cannot take the data set's images.
     """
-    torch.manual_seed(initial_seed(cfg))
+    torch.manual_seed(cfg.SEED)
     student = build_model(cfg.DISTILLER.STUDENT, len(dataset.classes), variant=dataset.variant)
     probe(student, dataset.image_size)
     return student
@@ -243,23 +237,16 @@ def build_teacher_runner(
     return cached
 
 
-def fastest(cfg: Any, step: Step, like: TrainStep, say: Say) -> Callable[..., None]:
-    """A step as a CUDA graph, where it can be one; else as it is.
-
-    Args:
-        cfg: the config node.
-        step: one student's, or several students' together.
-        like: the step of one of its students, which tells whether it can be captured.
-        say: is told why not.
-    """
-    device, why = like.factors.device, ""
+def fastest(cfg: Any, step: TrainStep, say: Say) -> Callable[..., None]:
+    """A step as a CUDA graph, where it can be one; else as it is."""
+    device, why = step.factors.device, ""
     if device.type != "cuda":
         why = "there is no CUDA device" if cfg.ENGINE.CUDA_GRAPH == "on" else "off"
-    elif slow := [name for name, method in like.trainable.distillers.items() if not method.capturable]:
+    elif slow := [name for name, method in step.trainable.distillers.items() if not method.capturable]:
         why = f"{' and '.join(slow)} waits for the host in every step"
     elif distributed.together():
         why = "several processes exchange gradients in it"
-    elif not isinstance(like.loader, MemoryTrainLoader):
+    elif not isinstance(step.loader, MemoryTrainLoader):
         why = "the images of this data set come from the host"
     if cfg.ENGINE.CUDA_GRAPH == "off" or why:
         if why not in ("", "off"):

@@ -106,11 +106,6 @@ def train_main(arguments: Sequence[str]) -> int:
     if options.check_data:
         return _check_data(build.build_dataset(resolved.node))
     command = [*_starter(), "tools/train.py", *arguments]
-    if resolved.node.SOLVER.TRIALS > 1:
-        from mdistiller_norm.trials import train_trials
-
-        train_trials(options.cfg, options.overrides, options.resume, command)
-        return 0
     run_module.train(resolved, options.resume, command)
     return 0
 

@@ -18,14 +18,13 @@ from mdistiller_norm.arguments import ArgumentParser, check_output
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import ImageOptions, TensorDataset, digits, image_folder
 from mdistiller_norm.engine.evaluate import evaluate
-from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep
-from mdistiller_norm.engine.lockstep import Lockstep, fit_together
+from mdistiller_norm.engine.graph import CapturedNetwork
 from mdistiller_norm.engine.logger import environment
 from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.files import write_json
 from mdistiller_norm.models import build_model
-from mdistiller_norm.run import build_run, build_runs
+from mdistiller_norm.run import build_run
 
 
 @dataclass(frozen=True)
@@ -106,29 +105,6 @@ def _evaluation(folder: Path, dataset: TensorDataset, precision: str) -> Check:
     return Check(name, equal, f"top-1, top-5, loss by eager and captured: {seen}")
 
 
-def _lockstep(folder: Path, dataset: TensorDataset) -> Check:
-    """Two trials in one captured step, on a stream each, against each of them alone."""
-    common = ("DISTILLER.TYPE=NormKD", "ENGINE.CUDA_GRAPH=on", "SOLVER.EPOCHS=2", "SOLVER.LR_DECAY_STAGES=[1]")
-    seeds = [f"SOLVER.INIT_SEED={seed}" for seed in (0, 7)]
-    alone = [_trainer(folder, f"alone{number}", dataset, *common, seed) for number, seed in enumerate(seeds)]
-    for trainer in alone:
-        trainer.fit()
-    runs = build_runs(
-        [_config(folder, f"together{number}", *common, seed) for number, seed in enumerate(seeds)], dataset=dataset
-    )
-    together = [run.trainer for run in runs]
-    refused: list[str] = []
-    failed = fit_together(together, lambda steps: CapturedStep(Lockstep(steps), refused.append))
-    different = 0
-    for one, other in zip(alone, together, strict=True):
-        states = [trainer.step.trainable.state_dict() for trainer in (one, other)]
-        different += sum(not torch.equal(states[0][key], states[1][key]) for key in states[0])
-        one.log.close()
-        other.log.close()
-    detail = "; ".join([f"2 trials, 2 epochs, {different} tensors differ, {len(failed)} trials failed", *refused])
-    return Check("trials in lockstep equal trials alone", not (different or failed or refused), detail)
-
-
 def _step_time(folder: Path, dataset: TensorDataset, graph: str) -> float:
     more = ("DISTILLER.TYPE=NormKD", f"ENGINE.CUDA_GRAPH={graph}", "ENGINE.DETERMINISTIC=false")
     trainer = _trainer(folder, f"time{graph}", dataset, *more)
@@ -203,7 +179,6 @@ def check_gpu(steps: int = 200) -> Iterator[Check]:
         checks["time of a step"] = partial(_faster, folder, dataset)
         for precision in ("fp32", "bf16"):
             checks[f"evaluation in {precision}"] = partial(_evaluation, folder, dataset, precision)
-        checks["lockstep"] = partial(_lockstep, folder, dataset)
         checks["decoding"] = partial(_decoded, folder, dataset, torch.device("cuda"))
         for what, check in checks.items():
             try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +25,15 @@ from mdistiller_norm.build import (
     build_train_loader,
     fastest,
     fastest_test,
-    initial_seed,
     placed,
 )
 from mdistiller_norm.config import Config, dump, method_names
-from mdistiller_norm.data import Dataset, EvalLoader, Share, TensorDataset, TrainLoader
+from mdistiller_norm.data import Dataset, EvalLoader, TensorDataset, TrainLoader
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.evaluate import evaluate
-from mdistiller_norm.engine.logger import Record, RunLog, environment
+from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.optim import StepSchedule
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher import Teacher
@@ -86,43 +84,8 @@ def _about(cfg: Any, dataset: Dataset) -> Record:
         "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
         "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
         "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
-        "seed": initial_seed(cfg), "plugins": list(cfg.EXPERIMENT.PLUGINS),
+        "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS),
     }  # fmt: skip
-
-
-class _Shared(NamedTuple):
-    """What runs that are built together have in common.
-
-    Attributes:
-        dataset: trained on.
-        loader: of its training batches.
-        test: of what is evaluated.
-        teacher: None for plain training.
-        taught: what the records say of the teacher.
-        autocast: the networks' dtype, None for float32.
-        compile_students: with ENGINE.COMPILE all.
-        identity: what the config does not name and what yet decides what is computed.
-    """
-
-    dataset: Dataset
-    loader: TrainLoader
-    test: EvalLoader
-    teacher: Teacher | None
-    taught: Record
-    autocast: torch.dtype | None
-    compile_students: bool
-    identity: dict[str, str]
-
-
-class _Learner(NamedTuple):
-    """What is one run's own: a student with its methods, and its folder."""
-
-    config: Config
-    student: Network
-    distillers: dict[str, Distiller]
-    folder: Path
-    state: Record | None
-    log: RunLog
 
 
 def build_run(config: Config, resume: bool = False, command: str = "", dataset: Dataset | None = None) -> Run:
@@ -137,25 +100,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     Raises:
         UserError: anything about config, data, weights, device or run folder that cannot work.
     """
-    (run,) = build_runs([config], resume, command, dataset)
-    return run
-
-
-def build_runs(
-    configs: Sequence[Config], resume: bool = False, command: str = "", dataset: Dataset | None = None
-) -> list[Run]:
-    """Runs with one data set, one loader and one teacher between them.
-
-    Args:
-        configs: differ in ``SOLVER.INIT_SEED`` and in where they write, in nothing else.
-        resume: see :func:`build_run`, as the next two.
-        command: for the records.
-        dataset: in place of the configs' own.
-
-    Raises:
-        UserError: see :func:`build_run`.
-    """
-    cfg = configs[0].node
+    cfg = config.node
     device = build_device(cfg)
     if device.type == "cuda":
         choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
@@ -165,41 +110,83 @@ def build_runs(
         dataset.check()  # as one that is opened here was
     dataset = dataset or build_dataset(cfg)
     taught_by = build_teacher(cfg, dataset) if method_names(cfg) else None
-    networks = [_networks(config.node, dataset, taught_by) for config in configs]
+    student = build_student(cfg, dataset)
+    distillers = build_distillers(cfg, student, taught_by[0], dataset) if taught_by else {}
     if share.rank:  # from here on it draws the dropout of a plugin's network, each process's own; the weights are alike
-        torch.manual_seed(initial_seed(cfg) + share.rank)
-    learners = _open(configs, networks, resume, share)
-
-    def say(text: str) -> None:
-        for number, learner in enumerate(learners):
-            learner.log.line(text, aside=number > 0)
-
+        torch.manual_seed(cfg.SEED + share.rank)
+    if distributed.is_first():
+        refuse_to_overwrite(config, resume)
+    folder, state, log = open_folder(config, resume, share)
     if warning:
-        say(f"warning: {warning}")
+        log.line(f"warning: {warning}")
     test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
-    loader = build_train_loader(cfg, dataset, device, share, say)
-    left = max(_steps_left(learner, loader) for learner in learners)
+    loader = build_train_loader(cfg, dataset, device, share, log.line)
+    left = cfg.SOLVER.EPOCHS * loader.steps - (state["total_steps"] if state else 0)
     steps = cfg.SOLVER.EPOCHS * loader.steps if left else 0
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps)
     if reason and (taught_by or cfg.ENGINE.COMPILE == "all"):
-        say(reason)
+        log.line(reason)
     teacher: Teacher | None = None
     taught: Record = {}
     if taught_by:
         teacher, taught = _put_to_work(
-            cfg, taught_by, learners[0].distillers, dataset, loader, test, autocast,
-            to_compile in ("teacher", "all"), left, say,
+            cfg, taught_by, distillers, dataset, loader, test, autocast,
+            to_compile in ("teacher", "all"), left, log.line,
         )  # fmt: skip
     identity = {
         "teacher": taught.get("hash", ""), "data": dataset.fingerprint(), "precision": PRECISIONS[autocast],
         "precision of the teacher's answers": "fp16" if taught.get("cache") == "fp16" else "as computed",
     }  # fmt: skip
-    shared = _Shared(dataset, loader, test, teacher, taught, autocast, to_compile == "all", identity)
-    runs = [_build(learner, shared, command, leads=number == 0) for number, learner in enumerate(learners)]
+    surroundings = environment(device)
+    where = surroundings | {"precision": PRECISIONS[autocast], "processes": distributed.wanted().world}
+    step = build_step(cfg, student, distillers, loader, teacher, autocast, to_compile == "all", log.line)
+    trainer = Trainer(
+        step=step,
+        schedule=StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE),
+        test=test, epochs=cfg.SOLVER.EPOCHS, seed=cfg.SEED, folder=folder, log=log,
+        about=_about(cfg, dataset), identity=identity, where=where,
+        save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ, log_every=cfg.LOG.TENSORBOARD_FREQ,
+        checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS, run_step=fastest(cfg, step, log.line),
+        run_test=fastest_test(cfg, student, test, log.line),
+    )  # fmt: skip
+    if state:
+        _load_state(trainer, state, folder)
+    names = method_names(cfg)
+    extra = sum(method.extra_parameters() for method in distillers.values())
+    parameters = sum(p.numel() for p in student.parameters())
+    log.line(
+        f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.targets)} "
+        f"images, {loader.steps} steps an epoch, {parameters:,} parameters and {extra:,} extra"
+    )
+    if cfg.DATASET.VAL_SPLIT:
+        log.line(
+            f"what is called test here is held out of the training images: {cfg.DATASET.VAL_SPLIT:g} of each class "
+            "(DATASET.VAL_SPLIT)"
+        )
+    result = {
+        "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
+        "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS, "extra_parameters": extra, "command": command,
+        "precision": where["precision"], "processes": where["processes"], "data": identity["data"],
+        "config": yaml.safe_load(dump(cfg)), "environment": surroundings,
+    }  # fmt: skip
+    finished = trainer.epoch > cfg.SOLVER.EPOCHS
+    if state and not finished and distributed.is_first():
+        keep_config(cfg, folder)  # not before it was clear that the state is of this run
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
-        epochs = range(min(run.trainer.epoch for run in runs), cfg.SOLVER.EPOCHS + 1)
-        runs[0].trainer.ahead = teacher.fill(loader.batches(epoch) for epoch in epochs)
-    return runs
+        trainer.ahead = teacher.fill(loader.batches(epoch) for epoch in range(trainer.epoch, cfg.SOLVER.EPOCHS + 1))
+    return Run(trainer, folder, result, finished)
+
+
+def _load_state(trainer: Trainer, state: Record, folder: Path) -> None:
+    check_identity(folder, state["identity"], trainer.identity)
+    try:
+        trainer.load_state(state)
+    except (RuntimeError, ValueError, LookupError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"the state in {folder} does not fit this run ({reason}): a network or method of a plugin has "
+            "changed, or the state is damaged"
+        ) from error
 
 
 def _put_to_work(
@@ -217,86 +204,6 @@ def _put_to_work(
         facts["cache"] = cfg.DISTILLER.TEACHER_CACHE_PRECISION
         say(teacher.check_space(steps_left))
     return teacher, facts
-
-
-def _networks(
-    cfg: Any, dataset: Dataset, taught_by: tuple[Network, TeacherFile] | None
-) -> tuple[Network, dict[str, Distiller]]:
-    """A student and its methods, as the seed of the initial weights has them."""
-    student = build_student(cfg, dataset)
-    return student, build_distillers(cfg, student, taught_by[0], dataset) if taught_by else {}
-
-
-def _open(
-    configs: Sequence[Config], networks: Sequence[tuple[Network, dict[str, Distiller]]], resume: bool, share: Share
-) -> list[_Learner]:
-    """The runs with their folders; none is made where one of them is refused."""
-    if distributed.is_first():
-        for config in configs:
-            refuse_to_overwrite(config, resume)
-    learners = []
-    for config, (student, distillers) in zip(configs, networks, strict=True):
-        label = f"[seed {initial_seed(config.node)}] " if len(configs) > 1 else ""
-        learners.append(_Learner(config, student, distillers, *open_folder(config, resume, share, label)))
-    return learners
-
-
-def _steps_left(learner: _Learner, loader: TrainLoader) -> int:
-    done: int = learner.state["total_steps"] if learner.state else 0
-    left: int = learner.config.node.SOLVER.EPOCHS * loader.steps - done
-    return left
-
-
-def _build(learner: _Learner, shared: _Shared, command: str, leads: bool) -> Run:
-    """One of the runs; the one that leads shows its progress."""
-    cfg, log, dataset, taught = learner.config.node, learner.log, shared.dataset, shared.taught
-    surroundings = environment(build_device(cfg))
-    where = surroundings | {"precision": PRECISIONS[shared.autocast], "processes": distributed.wanted().world}
-    step = build_step(
-        cfg, learner.student, learner.distillers, shared.loader, shared.teacher, shared.autocast,
-        shared.compile_students, log.line,
-    )  # fmt: skip
-    trainer = Trainer(
-        step=step,
-        schedule=StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE),
-        test=shared.test, epochs=cfg.SOLVER.EPOCHS, seed=cfg.SEED, folder=learner.folder, log=log,
-        about=_about(cfg, dataset), identity=shared.identity, where=where,
-        save_every=cfg.LOG.SAVE_CHECKPOINT_FREQ, log_every=cfg.LOG.TENSORBOARD_FREQ,
-        checkpoint_steps=cfg.LOG.CHECKPOINT_STEPS, run_step=fastest(cfg, step, step, log.line),
-        run_test=fastest_test(cfg, learner.student, shared.test, log.line), show_progress=leads,
-    )  # fmt: skip
-    if learner.state:
-        check_identity(learner.folder, learner.state["identity"], trainer.identity)
-        try:
-            trainer.load_state(learner.state)
-        except (RuntimeError, ValueError, LookupError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(
-                f"the state in {learner.folder} does not fit this run ({reason}): a network or method of a plugin has "
-                "changed, or the state is damaged"
-            ) from error
-    names = method_names(cfg)
-    extra = sum(method.extra_parameters() for method in learner.distillers.values())
-    parameters = sum(p.numel() for p in learner.student.parameters())
-    log.line(
-        f"{'+'.join(names) or 'plain training'}: {cfg.DISTILLER.STUDENT} on {dataset.name}, {len(dataset.targets)} "
-        f"images, {shared.loader.steps} steps an epoch, {parameters:,} parameters and {extra:,} extra"
-    )
-    if cfg.DATASET.VAL_SPLIT:
-        log.line(
-            f"what is called test here is held out of the training images: {cfg.DATASET.VAL_SPLIT:g} of each class "
-            "(DATASET.VAL_SPLIT)"
-        )
-    result = {
-        "method": names, "student": cfg.DISTILLER.STUDENT, "teacher": taught or None, "dataset": dataset.name,
-        "seed": initial_seed(cfg), "epochs": cfg.SOLVER.EPOCHS, "extra_parameters": extra, "command": command,
-        "precision": where["precision"], "processes": where["processes"], "data": shared.identity["data"],
-        "config": yaml.safe_load(dump(cfg)), "environment": surroundings,
-    }  # fmt: skip
-    finished = trainer.epoch > cfg.SOLVER.EPOCHS
-    if learner.state and not finished and distributed.is_first():
-        keep_config(cfg, learner.folder)  # not before it was clear that the state is of this run
-    return Run(trainer, learner.folder, result, finished)
 
 
 def train(config: Config, resume: bool = False, command: list[str] | None = None) -> Record:

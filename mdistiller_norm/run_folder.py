@@ -97,20 +97,19 @@ def _goes_on(folder: Path, resume: bool) -> bool:
         return False
 
 
-def open_folder(config: Config, resume: bool, share: Share, label: str) -> Opened:
+def open_folder(config: Config, resume: bool, share: Share) -> Opened:
     """Make the run folder, or find the state to go on from. The first process of several does so for all.
 
     Args:
         config: of the run.
         resume: go on from ``latest.pt``, if there is one.
         share: this process among those that train together.
-        label: printed before the lines of the log.
 
     Raises:
         ConfigError: it holds a run of another config; another process trains in it; it cannot be written.
         CheckpointError: ``latest.pt`` is broken.
     """
-    opened = _open_alone(config, resume, label) if distributed.is_first() else None
+    opened = _open_alone(config, resume) if distributed.is_first() else None
     resumed = distributed.all_reduce_max(int(opened is not None and opened.state is not None))
     if opened:
         return opened
@@ -118,16 +117,16 @@ def open_folder(config: Config, resume: bool, share: Share, label: str) -> Opene
     return Opened(folder, load(folder / LATEST) if resumed else None, SilentLog(share.rank))
 
 
-def _open_alone(config: Config, resume: bool, label: str) -> Opened:
+def _open_alone(config: Config, resume: bool) -> Opened:
     folder = run_folder(config)
     with ExitStack() as held:  # and given free where anything here fails
         held.enter_context(_lock(folder))
-        opened = _open_locked(folder, config, resume, label, held)
+        opened = _open_locked(folder, config, resume, held)
         opened.log.held = held.pop_all()
     return opened
 
 
-def _open_locked(folder: Path, config: Config, resume: bool, label: str, held: ExitStack) -> Opened:
+def _open_locked(folder: Path, config: Config, resume: bool, held: ExitStack) -> Opened:
     state = None
     if (folder / LATEST).exists():
         state = _state_of(folder, config)
@@ -143,7 +142,7 @@ def _open_locked(folder: Path, config: Config, resume: bool, label: str, held: E
     warning = _start_wandb(config.node, folder, held) if config.node.LOG.WANDB else ""  # it sees later writers only
     try:
         first = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
-        log = RunLog(folder, first_epoch=first[0], first_step=first[1], label=label)
+        log = RunLog(folder, first_epoch=first[0], first_step=first[1])
     except OSError as error:
         raise _unwritable(folder, error) from error
     log.line(opening)

@@ -73,7 +73,6 @@ class RunLog:
         first_epoch: metrics of this epoch and later ones, left by an interrupted run, are dropped. Where lines of
             ``metrics.jsonl`` are damaged, the whole file is appended to ``metrics.damaged`` before, with a warning.
         first_step: likewise for the scalars by step.
-        label: printed before every line, where several runs print.
 
     Attributes:
         held: closed with the log: what keeps other processes out of the folder.
@@ -84,9 +83,8 @@ class RunLog:
         folder: Path,
         first_epoch: int = 1,
         first_step: int = 0,
-        label: str = "",
     ) -> None:
-        self.folder, self.label, self.held = folder, label, ExitStack()
+        self.folder, self.held = folder, ExitStack()
         self.metrics = folder / "metrics.jsonl"
         self._keep_metrics(first_epoch)
         self._by_epoch = SummaryWriter(folder / TENSORBOARD, purge_step=first_epoch)
@@ -104,16 +102,10 @@ class RunLog:
         kept = (json.dumps(record) + "\n" for record in records if record and record["epoch"] < first_epoch)
         write_text("".join(kept), self.metrics)
 
-    def line(self, text: str, aside: bool = False) -> None:
-        """Print a line, and keep it in ``worklog.txt``.
-
-        Args:
-            text: without the label.
-            aside: only keep it: another run's log prints the same line.
-        """
-        if not aside:
-            tqdm.write(f"{self.label}{text}", file=sys.stdout)
-            sys.stdout.flush()
+    def line(self, text: str) -> None:
+        """Print a line and append it to ``worklog.txt``."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
         append_line(self.folder / "worklog.txt", text)
 
     def epoch(self, record: Record) -> None:
@@ -142,7 +134,7 @@ class SilentLog(RunLog):
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def line(self, text: str, aside: bool = False) -> None:
+    def line(self, text: str) -> None:
         """Print a warning; drop anything else."""
         if text.startswith("warning:"):
             print(f"process {self.rank}: {text}", file=sys.stderr, flush=True)
