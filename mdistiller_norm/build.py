@@ -96,7 +96,7 @@ def image_options(cfg: Any) -> ImageOptions:
     return ImageOptions(
         size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
         std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
-        max_broken=data.MAX_BROKEN, decode=data.DECODE,
+        max_broken=data.MAX_BROKEN,
     )  # fmt: skip
 
 
@@ -314,7 +314,7 @@ def _doubtful(cfg: Any, dataset: Dataset) -> list[str]:
         asked, defaults = cfg.DATASET, default_config().DATASET
         seen = {  # a plugin may have heeded these
             "IMAGE_SIZE": dataset.image_size[0], "MEAN": dataset.mean, "STD": dataset.std, "CLASSES": dataset.classes,
-            "VARIANT": dataset.variant, "RESIZE": None, "CROP_SCALE": None, "DECODE": None,
+            "VARIANT": dataset.variant, "RESIZE": None, "CROP_SCALE": None,
         }  # fmt: skip
         for key, value in seen.items():
             typed = tuple(asked[key]) if isinstance(asked[key], list) else asked[key]

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mdistiller_norm.arguments import ArgumentParser, check_output
 from mdistiller_norm.config import Config, load_config
-from mdistiller_norm.data import ImageOptions, TensorDataset, digits, image_folder
+from mdistiller_norm.data import TensorDataset, digits
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.graph import CapturedNetwork
 from mdistiller_norm.engine.logger import environment
@@ -121,34 +120,6 @@ def _step_time(folder: Path, dataset: TensorDataset, graph: str) -> float:
     return statistics.median(times[2:])
 
 
-def _write_jpegs(root: Path, dataset: TensorDataset, count: int) -> None:
-    """A tree of JPEGs of 320 x 240 pixels: three digits on top of each other, one in each colour."""
-    pixels = dataset.train.images[..., 0]
-    for number in range(count):
-        for folder in (root / split / str(number % 2) for split in ("train", "val")):
-            folder.mkdir(parents=True, exist_ok=True)
-            colours = torch.stack([pixels[3 * number + channel] for channel in range(3)], dim=2)
-            Image.fromarray(colours.numpy()).resize((320, 240)).save(folder / f"{number}.jpg", quality=90)
-
-
-def _decoded(folder: Path, dataset: TensorDataset, device: torch.device) -> Check:
-    """Batches that the device decodes, against those of the workers."""
-    _write_jpegs(folder / "jpegs", dataset, 128)
-    batches, seconds = {}, {}
-    for decode in ("cpu", "device"):
-        options = ImageOptions(mean=(0.5,) * 3, std=(0.5,) * 3, workers=2, decode=decode)
-        loader = image_folder(folder / "jpegs", options).train_loader(32, 0, device)
-        batches[decode] = list(loader.batches(1))  # starts the workers and the decoder
-        start = time.perf_counter()
-        last = [images[0, 0, 0, 0].item() for images, *_ in loader.batches(1)]
-        seconds[decode] = (time.perf_counter() - start) / (32 * len(last))
-    differences = torch.stack([(a[0].int() - b[0].int()).abs() for a, b in zip(*batches.values(), strict=True)]).float()
-    mean, largest = differences.mean().item(), int(differences.max())
-    rates = ", ".join(f"{1 / value:.0f} images/s decoded by {name}" for name, value in seconds.items())
-    detail = f"mean difference {mean:.3f}, largest {largest} of 255 levels; with 2 workers {rates}"
-    return Check("JPEGs decoded by the device are close to the workers'", mean < 1, detail)
-
-
 def _faster(folder: Path, dataset: TensorDataset) -> Check:
     eager, captured = (_step_time(folder, dataset, graph) for graph in ("off", "on"))
     line = f"median ms a step, resnet14 -> resnet8, batch 64: eager {eager:.2f}, captured {captured:.2f}"
@@ -179,7 +150,6 @@ def check_gpu(steps: int = 200) -> Iterator[Check]:
         checks["time of a step"] = partial(_faster, folder, dataset)
         for precision in ("fp32", "bf16"):
             checks[f"evaluation in {precision}"] = partial(_evaluation, folder, dataset, precision)
-        checks["decoding"] = partial(_decoded, folder, dataset, torch.device("cuda"))
         for what, check in checks.items():
             try:
                 yield check()

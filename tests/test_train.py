@@ -230,7 +230,6 @@ def test_the_warm_up_ramps_the_distillation_loss(tmp_path: Path, teacher: str, f
         ("DATASET.STD=[0.376,0.376,0.376]", ""),  # what it is anyway
         ("DATASET.CLASSES=[a,b]", "DATASET.CLASSES has no effect on digits"),
         ("DATASET.IMAGE_SIZE=64", "DATASET.IMAGE_SIZE has no effect on digits"),
-        ("DATASET.DECODE=device", "DATASET.DECODE has no effect on digits"),
         ("DATASET.RESIZE=256", ""),
     ],
 )

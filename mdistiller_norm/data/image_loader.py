@@ -24,7 +24,7 @@ from mdistiller_norm.data.class_tree import ImageSplit
 from mdistiller_norm.data.decode import transforms
 from mdistiller_norm.data.image_reader import CheckReader, EvalReader, ImageOptions, Made, Task, TrainReader
 from mdistiller_norm.data.plan import ALONE, Share, epoch_plan, eval_share
-from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.errors import DataError
 from mdistiller_norm.types import Batch
 
 # A batch on the device: its tensors.
@@ -101,11 +101,7 @@ def unreadable(split: ImageSplit, options: ImageOptions) -> list[str]:
 
 
 class ImageTrainLoader(TrainLoader):
-    """Augmented training batches, one ahead on the device. The last, short batch of an epoch is kept.
-
-    Raises:
-        ConfigError: a GPU is to decode the images, and there is none, or torchvision cannot.
-    """
+    """Augmented training batches, one ahead on the device. The last, short batch of an epoch is kept."""
 
     def __init__(
         self,
@@ -118,20 +114,9 @@ class ImageTrainLoader(TrainLoader):
     ) -> None:
         super().__init__(len(dataset.train.source), batch_size, seed, share)
         options = dataset.options
-        if options.decode == "cuda" and device.type != "cuda":
-            raise ConfigError(
-                f"DATASET.DECODE cuda decodes on a GPU, and this run is on the {device.type}: set it to cpu, or DEVICE "
-                "to cuda on a machine that has one"
-            )
         self.device, self.warn, self.max_broken = device, warn, options.max_broken
         self._tasks = _Tasks()
         self._reader = TrainReader(dataset.train, options)
-        self._decoder: Callable[[Any], Made] | None = None
-        if options.decode != "cpu":
-            from mdistiller_norm.data.device_decode import DeviceDecoder, EncodedReader
-
-            self._reader = EncodedReader(dataset.train, options)
-            self._decoder = DeviceDecoder(self._reader, device, warn)
         self._loader = _loader(self._reader, self._tasks, device.type == "cuda")
         self._mean, self._std = torch.tensor(dataset.mean, device=device), torch.tensor(dataset.std, device=device)
         self._broken: set[str] = set()
@@ -152,8 +137,7 @@ class ImageTrainLoader(TrainLoader):
 
         return ahead(self._loader, self.device, place)
 
-    def _place(self, given: Any) -> Tensors:
-        made: Made = self._decoder(given) if self._decoder else given
+    def _place(self, made: Made) -> Tensors:
         self._count(made.broken)
         return to_device(made[:3], self.device)
 

@@ -44,9 +44,6 @@ class ImageOptions:
         workers: processes that read images; 0 to read them in the process that trains.
         max_broken: unreadable training files that are replaced by other samples before the run fails.
         train: whether the training split is needed.
-        decode: who decodes training images: "cpu", the workers, one by one; "device", the device that trains, by the
-            batch; "cuda", likewise, and the run fails where that is no GPU. The test split is always decoded by the
-            workers, so that its figures do not depend on it.
     """
 
     size: int = 224
@@ -59,7 +56,6 @@ class ImageOptions:
     workers: int = 2
     max_broken: int = 10
     train: bool = True
-    decode: str = "cpu"
 
 
 # What a worker is asked for: the key of the epoch and the numbers of the samples.
