@@ -330,8 +330,8 @@ def test_same_seed_same_weights() -> None:
     [
         ("resnet65", 100, "cifar", "resnet56"),
         ("shufflev3", 100, "cifar", "ShuffleV1"),
-        ("MobileNetV1", 100, "cifar", "'MobileNetV1' is of the variant imagenet.*MobileNetV2"),
-        ("resnet8x4", 3, "imagenet", "'resnet8x4' is of the variant cifar.*ResNet34.*DATASET.VARIANT"),
+        ("MobileNetV1", 100, "cifar", "'MobileNetV1' requires DATASET.VARIANT imagenet.*MobileNetV2"),
+        ("resnet8x4", 3, "imagenet", "'resnet8x4' requires DATASET.VARIANT cifar.*ResNet34"),
         ("ResNet18", 100, "imagnet", "imagenet"),
         ("resnet20", 1, "cifar", "at least 2"),
     ],

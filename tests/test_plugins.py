@@ -335,14 +335,14 @@ def test_a_data_set_with_a_mistake_is_one_line(
     ("name", "network", "reason"),
     [
         ("offline", "open('/no/weights')", "model 'offline' cannot be built: .*No such file"),
-        ("bare", "resnet18(num_classes=n)", "model 'bare' is built as a ResNet: make it a Wrapped"),
+        ("bare", "resnet18(num_classes=n)", "model 'bare' must be a Network or Wrapped, got ResNet"),
         ("thousand", "models.Wrapped(resnet18(), n, classifier='fc')", "thousand gives 1000 logits for 10 classes"),
         ("layer9", "models.Wrapped(resnet18(), n, classifier='fc', features=['layer9'])", "did you mean layer4 or"),
         ("fcc", "models.Wrapped(resnet18(), n, classifier='fcc')", "ResNet has no submodule 'fcc': did you mean fc?"),
         (
             "flat",
             "models.Wrapped(resnet18(num_classes=n), n, classifier='fc', features=['fc'])",
-            r"is of shape \[2, 10\]",
+            r"got shape \[2, 10\]",
         ),
         (
             "large",

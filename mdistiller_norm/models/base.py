@@ -1,4 +1,4 @@
-"""What every network is, the two registries, and the pieces that more than one family uses."""
+"""Base class of the networks, the model registries and the layers that several families share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mdistiller_norm.types import Outputs
 
 
 class Network(nn.Module, abc.ABC):
-    """An image classifier that shows its intermediate maps.
+    """Image classifier that returns its intermediate feature maps.
 
     Attributes:
         num_classes: number of classes C.
-        name: what it was built as; the name of its class until :func:`~mdistiller_norm.models.build_model` sets it.
+        name: registered name, set by :func:`~mdistiller_norm.models.build_model`; defaults to the class name.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -27,18 +27,18 @@ class Network(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def outputs(self, images: Tensor) -> Outputs:
-        """Logits and all maps of ``images`` ``[B, 3, H, W]``, in one pass."""
+        """Return the logits and all maps of ``images`` ``[B, 3, H, W]`` from one forward pass."""
 
     @abc.abstractmethod
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        """For each entry of ``outputs(...).preacts`` the batch norm that sets its distribution (OFD's margins).
+        """Return the batch norm before each entry of ``outputs(...).preacts`` (OFD computes its margins from them).
 
-        It is the norm whose output the map is; at the end of a residual stage, the last norm of the last block, as in
-        OFD. None where there is no such norm, and always for the stem, which OFD leaves out.
+        For a residual stage it is the last norm of the last block, as in OFD. An entry is None if no norm covers all
+        channels of the map, and for the stem, which OFD does not use.
         """
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of ``images`` ``[B, 3, H, W]``."""
+        """Return the logits ``[B, C]`` of ``images`` ``[B, 3, H, W]``."""
         return self.outputs(images).logits
 
 
@@ -48,23 +48,22 @@ CIFAR_MODELS: Registry[Builder] = Registry("CIFAR model")
 IMAGENET_MODELS: Registry[Builder] = Registry("ImageNet model")
 
 
-class Block(nn.Module, abc.ABC):
-    """A block that ends in a ReLU and leaves it to its :class:`Stage`: it returns the pre-activation."""
+class Block(nn.Module):
+    """Block that returns the pre-activation of its output; the :class:`Stage` applies the final ReLU."""
 
     @property
-    @abc.abstractmethod
     def norm(self) -> nn.BatchNorm2d | None:
-        """The block's last norm, if it has a channel for each of the block's output."""
+        """Last norm of the block, None if it does not cover all output channels."""
+        return None
 
 
 class Stage(nn.Sequential):
-    """Blocks with a ReLU after each."""
+    """Sequence of blocks with a ReLU after each; returns the last map after and before its ReLU."""
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         super().__init__(*blocks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The stage's last map after its ReLU, and before it."""
         *inner, last = self
         for block in inner:
             x = F.relu(block(x), inplace=True)
@@ -73,29 +72,30 @@ class Stage(nn.Sequential):
 
     @property
     def norm(self) -> nn.BatchNorm2d | None:
-        """The last norm of the last block."""
+        """Last norm of the last block."""
         last = self[-1]
         assert isinstance(last, Block)
         return last.norm
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution without bias, padded so that stride 1 keeps the size."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    """Create a convolution without bias, padded so that stride 1 keeps the size."""
+    padding = kernel // 2
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=padding, groups=groups, bias=False)
 
 
 def global_pool(x: Tensor) -> Tensor:
-    """Mean over the pixels: ``[B, D, H, W]`` to ``[B, D]``, at any size."""
+    """Average ``[B, D, H, W]`` over the pixels to ``[B, D]``."""
     return x.mean((2, 3))
 
 
 def last_norm(module: nn.Module) -> nn.BatchNorm2d:
-    """The batch norm that comes last in ``module``, in the order of registration."""
+    """Return the last batch norm of ``module`` in registration order."""
     return [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)][-1]
 
 
 def init_convs(network: nn.Module) -> None:
-    """Weights from ``N(0, 2 / (k * k * out_channels))`` (He et al., 2015, fan-out), biases zero."""
+    """Initialise convolutions from ``N(0, 2 / (k * k * out_channels))`` (He et al., 2015, fan-out), biases to zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -104,6 +104,6 @@ def init_convs(network: nn.Module) -> None:
 
 
 def init_classifier(linear: nn.Linear) -> None:
-    """Weights from ``N(0, 0.01 ** 2)``, bias zero."""
+    """Initialise the weights from ``N(0, 0.01 ** 2)`` and the bias to zero."""
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)

@@ -1,8 +1,8 @@
-"""Residual networks: for CIFAR with three stages (resnet8 ... resnet32x4) or four (ResNet18 ...), and for ImageNet.
+"""Residual networks for CIFAR, with three stages (resnet8 ... resnet32x4) or four (ResNet18 ...), and for ImageNet.
 
-Source: He et al., "Deep Residual Learning for Image Recognition" (2016); in bottlenecks the stride is on the 3x3
-convolution, as in torchvision. Parameter names are those of the public checkpoints: RepDistiller's and mdistiller's for
-CIFAR, torchvision's for ImageNet.
+Source: He et al., "Deep Residual Learning for Image Recognition" (2016). Bottlenecks have the stride in the 3x3
+convolution, as in torchvision. Parameter names match the public checkpoints: RepDistiller's and mdistiller's for CIFAR,
+torchvision's for ImageNet.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mdistiller_norm.types import Outputs
 
 
 class ResidualBlock(Block):
-    """Base of the two blocks: an identity path, projected where the branch changes the shape."""
+    """Base of the two blocks: adds the identity, projected if the block changes the shape."""
 
     expansion = 1
 
     def _add_projection(self, name: str, in_channels: int, out_channels: int, stride: int) -> None:
-        """Called last by the constructors: the public checkpoints have the projection after the branch."""
+        """Register the projection; call it last, because checkpoints store it after the convolutions."""
         self.projection = name if stride != 1 or in_channels != out_channels else ""
         if self.projection:
             projection = nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
             self.add_module(self.projection, projection)
 
     def identity(self, x: Tensor) -> Tensor:
-        """``x``, or its projection."""
+        """Return ``x`` or its projection."""
         return self.get_submodule(self.projection)(x) if self.projection else x
 
 
@@ -48,8 +48,8 @@ class BasicBlock(ResidualBlock):
 
     Args:
         in_channels: channels of the input.
-        width: channels inside; the output has ``width * expansion``.
-        stride: of the block.
+        width: inner channels; the output has ``width * expansion``.
+        stride: stride of the block.
         projection: parameter name of the projection.
     """
 
@@ -62,7 +62,6 @@ class BasicBlock(ResidualBlock):
         self._add_projection(projection, in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The pre-activation of the block's output."""
         out: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         out += self.identity(x)
@@ -70,12 +69,11 @@ class BasicBlock(ResidualBlock):
 
     @property
     def norm(self) -> nn.BatchNorm2d:
-        """See :class:`Block`."""
         return self.bn2
 
 
 class Bottleneck(ResidualBlock):
-    """A 3x3 convolution between two 1x1; arguments as :class:`BasicBlock`."""
+    """1x1, 3x3 and 1x1 convolutions; same arguments as :class:`BasicBlock`."""
 
     expansion = 4
 
@@ -91,7 +89,6 @@ class Bottleneck(ResidualBlock):
         self._add_projection(projection, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The pre-activation of the block's output."""
         out: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
@@ -100,23 +97,22 @@ class Bottleneck(ResidualBlock):
 
     @property
     def norm(self) -> nn.BatchNorm2d:
-        """See :class:`Block`."""
         return self.bn3
 
 
 class ResNet(Network):
-    """A stem, then stages that halve the size from the second on.
+    """Stem and stages; every stage but the first halves the size.
 
-    ``features`` are the stem and the end of each stage after the ReLU; ``preacts`` the same before it, except that the
-    stem of a CIFAR network appears after its ReLU in both, as in mdistiller.
+    ``features`` are the stem and the end of each stage after the ReLU; ``preacts`` are the same maps before it, except
+    for the stem of a CIFAR network, which is after its ReLU in both (as in mdistiller).
 
     Args:
         num_classes: number of classes.
-        block: the kind of block.
+        block: class of the blocks.
         depths: number of blocks of each stage.
         widths: channels of each stage, before the block's expansion.
         stem_width: channels of the stem.
-        large_images: a 7x7 stem with stride 2 and max-pooling (ImageNet), not 3x3 with stride 1 (CIFAR).
+        large_images: use ImageNet's stem (7x7, stride 2, max-pooling) instead of CIFAR's (3x3, stride 1).
         projection: parameter name of the projections.
         classifier: parameter name of the classifier.
     """
@@ -152,14 +148,11 @@ class ResNet(Network):
         init_convs(self)
 
     def outputs(self, images: Tensor) -> Outputs:
-        """See :class:`Network`."""
         preact = self.bn1(self.conv1(images))
+        x = F.relu(preact, inplace=not self.large_images)
+        features, preacts = [x], [preact if self.large_images else x]
         if self.large_images:
-            features, preacts = [F.relu(preact)], [preact]
-            x = F.max_pool2d(features[0], 3, stride=2, padding=1)
-        else:
-            x = F.relu(preact, inplace=True)
-            features, preacts = [x], [x]
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
         for stage in self.stages:
             x, preact = self.get_submodule(stage)(x)
             features.append(x)
@@ -169,11 +162,10 @@ class ResNet(Network):
         return Outputs(logits, tuple(features), tuple(preacts), pooled)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        """See :class:`Network`."""
         return (None, *(getattr(self, stage).norm for stage in self.stages))
 
 
-# CIFAR, three stages of basic blocks: the number in the name is the depth, 6 * blocks + 2; "x4" is four times as wide.
+# CIFAR with three stages: the depth in the name is 6 * blocks + 2; "x4" networks are four times as wide.
 for _depth in (8, 14, 20, 32, 44, 56, 110):
     CIFAR_MODELS.register(f"resnet{_depth}")(
         partial(ResNet, block=BasicBlock, depths=[(_depth - 2) // 6] * 3, widths=(16, 32, 64), stem_width=16)
@@ -183,7 +175,7 @@ for _depth in (8, 32):
         partial(ResNet, block=BasicBlock, depths=[(_depth - 2) // 6] * 3, widths=(64, 128, 256), stem_width=32)
     )
 
-# ImageNet's four stages; for CIFAR (18 to 50) with a small stem and other parameter names.
+# Four stages: ImageNet, and (18 to 50) CIFAR with a small stem and other parameter names.
 _LARGE: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "ResNet18": (BasicBlock, (2, 2, 2, 2)),
     "ResNet34": (BasicBlock, (3, 4, 6, 3)),

@@ -1,7 +1,7 @@
-"""VGG with batch norm, for CIFAR.
+"""VGG with batch norm and one linear layer, for CIFAR.
 
-Source: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (2015); the variant
-with one linear layer and its parameter names as in RepDistiller.
+Source: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (2015); variant and
+parameter names as in RepDistiller.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 def _block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
-    """``depth`` times 3x3 convolution, BN, ReLU, without the last ReLU."""
+    """Repeat 3x3 convolution, BN and ReLU ``depth`` times; omit the last ReLU."""
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels)]
@@ -30,22 +30,22 @@ def _block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
 
 
 def _fourth_pool(x: Tensor, image_height: int) -> Tensor:
-    """The last block sees 4x4 maps at 32 pixels and at 64: only the latter need a fourth pooling."""
+    """Pool maps of 64-pixel images, so that the last block has 4x4 maps at 32 and at 64 pixels."""
     return F.max_pool2d(x, 2) if image_height == 64 else x
 
 
-torch.fx.wrap("_fourth_pool")  # a branch on a size: symbolic tracing keeps the call whole
+torch.fx.wrap("_fourth_pool")  # symbolic tracing cannot follow a branch on a size
 
 
 class VGG(Network):
-    """Five blocks, max-pooling after the first three; after the fourth as well for images 64 pixels high.
+    """Five blocks with max-pooling after the first three, and after the fourth for images of 64 pixels.
 
-    ``features`` are the ends of the blocks after the ReLU, before pooling; ``preacts`` the same before the ReLU, except
-    that the first block appears after it in both, as in mdistiller.
+    ``features`` are the ends of the blocks after the ReLU and before pooling; ``preacts`` are the same maps before the
+    ReLU, except for the first block, which is after it in both (as in mdistiller).
 
     Args:
         num_classes: number of classes.
-        depths: number of convolutions of each block.
+        depths: number of convolutions per block.
     """
 
     def __init__(self, num_classes: int, *, depths: Sequence[int]) -> None:
@@ -59,26 +59,18 @@ class VGG(Network):
         init_classifier(self.classifier)
 
     def outputs(self, images: Tensor) -> Outputs:
-        """See :class:`Network`."""
-        feature0 = F.relu(self.block0(images), inplace=True)
-        preact1 = self.block1(F.max_pool2d(feature0, 2))
-        feature1 = F.relu(preact1)
-        preact2 = self.block2(F.max_pool2d(feature1, 2))
-        feature2 = F.relu(preact2)
-        preact3 = self.block3(F.max_pool2d(feature2, 2))
-        feature3 = F.relu(preact3)
-        preact4 = self.block4(_fourth_pool(feature3, images.shape[2]))
-        feature4 = F.relu(preact4)
-        pooled = global_pool(feature4)
-        return Outputs(
-            logits=self.classifier(pooled),
-            features=(feature0, feature1, feature2, feature3, feature4),
-            preacts=(feature0, preact1, preact2, preact3, preact4),
-            pooled=pooled,
-        )
+        x = F.relu(self.block0(images), inplace=True)
+        features, preacts = [x], [x]
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            x = _fourth_pool(x, images.shape[2]) if block is self.block4 else F.max_pool2d(x, 2)
+            preact = block(x)
+            x = F.relu(preact)
+            features.append(x)
+            preacts.append(preact)
+        pooled = global_pool(x)
+        return Outputs(self.classifier(pooled), tuple(features), tuple(preacts), pooled)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        """See :class:`Network`."""
         blocks = (self.block1, self.block2, self.block3, self.block4)
         return (None, *(last_norm(block) for block in blocks))
 

@@ -15,10 +15,9 @@ from mdistiller_norm.types import Outputs
 
 
 class PreactBlock(nn.Module):
-    """BN, ReLU, 3x3 convolution, twice, plus the identity.
+    """Two times BN, ReLU and 3x3 convolution, plus the identity; returns the output and ``bn1(x)``.
 
-    Where the number of channels changes, the identity path is a 1x1 convolution of the first ReLU's output; elsewhere
-    it is the raw input.
+    If the number of channels changes, the identity is a 1x1 convolution of the first ReLU's output.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -30,7 +29,6 @@ class PreactBlock(nn.Module):
         self.convShortcut = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output, and the pre-activation of its *input*: ``bn1(x)``."""
         preact = self.bn1(x)
         activation = F.relu(preact)
         out = F.relu(self.bn2(self.conv1(activation)), inplace=True)
@@ -40,7 +38,7 @@ class PreactBlock(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks of one width; only the first changes shape."""
+    """Blocks of one width; returns the output and the pre-activation of the group's input."""
 
     def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int) -> None:
         super().__init__()
@@ -49,13 +47,12 @@ class Group(nn.Module):
 
     @property
     def first_norm(self) -> nn.BatchNorm2d:
-        """The norm of the group's input."""
+        """Batch norm of the group's input."""
         first = self.layer[0]
         assert isinstance(first, PreactBlock)
         return first.bn1
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The group's output, and the pre-activation of its input."""
         first, *rest = self.layer
         x, preact = first(x)
         for block in rest:
@@ -64,17 +61,17 @@ class Group(nn.Module):
 
 
 class WideResNet(Network):
-    """A convolution, then three groups, then BN and ReLU.
+    """Convolution, three groups, BN and ReLU.
 
-    ``features`` are the raw outputs of the convolution and of the groups (no activation: they can be negative), as in
-    mdistiller. ``preacts`` are the convolution's output as it is, and for each group the output of the batch norm that
-    comes next: the first of the following group, or the last of the network. So ``relu(preact) != feature`` here.
-    Each batch norm runs once a forward; mdistiller runs those three twice and moves their statistics twice.
+    ``features`` are the outputs of the convolution and of the groups without an activation (as in mdistiller); they can
+    be negative. ``preacts`` are the output of the convolution and, for each group, of the batch norm that follows it:
+    the first of the next group or the last of the network. So ``relu(preact) != feature``. Each batch norm runs once
+    per forward pass; mdistiller runs these three twice and updates their statistics twice.
 
     Args:
         num_classes: number of classes.
         depth: ``6 * blocks + 4``.
-        widen: channels are 16, then 16, 32 and 64 times this.
+        widen: multiplies the channels 16, 32 and 64 of the groups.
     """
 
     def __init__(self, num_classes: int, *, depth: int, widen: int) -> None:
@@ -90,7 +87,6 @@ class WideResNet(Network):
         nn.init.zeros_(self.fc.bias)
 
     def outputs(self, images: Tensor) -> Outputs:
-        """See :class:`Network`."""
         stem = self.conv1(images)
         group1, _ = self.block1(stem)
         group2, preact1 = self.block2(group1)
@@ -101,7 +97,6 @@ class WideResNet(Network):
         return Outputs(logits, (stem, group1, group2, group3), (stem, preact1, preact2, preact3), pooled)
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        """See :class:`Network`."""
         return (None, self.block2.first_norm, self.block3.first_norm, self.bn1)
 
 

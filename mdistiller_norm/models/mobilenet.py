@@ -1,0 +1,144 @@
+"""MobileNetV1 for ImageNet and MobileNetV2 of half width for CIFAR.
+
+Sources: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications" (2017),
+parameter names as in mdistiller; Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (2018) in
+RepDistiller's variant (ReLU instead of ReLU6, one stride fewer) with its parameter names.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mdistiller_norm.models.base import (
+    CIFAR_MODELS,
+    IMAGENET_MODELS,
+    Network,
+    conv,
+    global_pool,
+    init_classifier,
+    init_convs,
+    last_norm,
+)
+from mdistiller_norm.types import Outputs
+
+# V1: channels and stride of blocks 1 to 13, and the blocks whose outputs are features (the last of each size).
+V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+V1_FEATURES = (3, 5, 11, 13)
+# V2: expansion, channels, depth and stride of each group, and the groups whose outputs are features.
+V2_GROUPS = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
+V2_FEATURES = (1, 2, 4, 6)
+V2_STEM, V2_HEAD = 16, 1280
+
+
+def _conv_bn_relu(ins: int, outs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    return [conv(ins, outs, kernel, stride, groups), nn.BatchNorm2d(outs), nn.ReLU(inplace=True)]
+
+
+def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """Depthwise separable convolution without its last ReLU."""
+    return nn.Sequential(
+        *_conv_bn_relu(in_channels, in_channels, 3, stride, groups=in_channels),
+        conv(in_channels, out_channels, 1),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class MobileNetV1(Network):
+    """3x3 convolution with stride 2, then thirteen depthwise separable blocks.
+
+    ``features`` are the maps after the ReLU at 1/4, 1/8, 1/16 and 1/32 of the image size, without a stem (as in
+    mdistiller); ``preacts`` are the same maps before it. Weights use PyTorch's default initialisation.
+
+    Args:
+        num_classes: number of classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        channels = 32
+        blocks = [nn.Sequential(conv(3, channels, 3, stride=2), nn.BatchNorm2d(channels))]
+        for width, stride in V1_BLOCKS:
+            blocks.append(_separable(channels, width, stride))
+            channels = width
+        self.model = nn.Sequential(*blocks)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def outputs(self, images: Tensor) -> Outputs:
+        x, features, preacts = images, [], []
+        for index, block in enumerate(self.model):
+            preact = block(x)
+            x = F.relu(preact, inplace=index not in V1_FEATURES)
+            if index in V1_FEATURES:
+                features.append(x)
+                preacts.append(preact)
+        pooled = global_pool(x)
+        return Outputs(self.fc(pooled), tuple(features), tuple(preacts), pooled)
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
+        return tuple(last_norm(self.model[index]) for index in V1_FEATURES)
+
+
+class InvertedResidual(nn.Module):
+    """Expand (1x1), filter (depthwise 3x3), project (1x1, linear); residual if the shape is unchanged."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        width = in_channels * expansion
+        self.residual = stride == 1 and in_channels == out_channels
+        self.conv = nn.Sequential(
+            *_conv_bn_relu(in_channels, width, 1),
+            *_conv_bn_relu(width, width, 3, stride, groups=width),
+            conv(width, out_channels, 1),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        if self.residual:
+            out += x
+        return out
+
+
+class MobileNetV2(Network):
+    """Stem with stride 2, seven groups of inverted residuals, 1x1 head.
+
+    ``features`` are the stem after its ReLU and the outputs of groups 1, 2, 4 and 6, which are linear and can be
+    negative (as in mdistiller). ``preacts`` are the same maps.
+
+    Args:
+        num_classes: number of classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.conv1 = nn.Sequential(*_conv_bn_relu(3, V2_STEM, 3, stride=2))
+        self.blocks = nn.ModuleList()
+        channels = V2_STEM
+        for expansion, width, depth, stride in V2_GROUPS:
+            blocks = [InvertedResidual(channels, width, stride, expansion)]
+            blocks += [InvertedResidual(width, width, 1, expansion) for _ in range(depth - 1)]
+            self.blocks.append(nn.Sequential(*blocks))
+            channels = width
+        self.conv2 = nn.Sequential(*_conv_bn_relu(channels, V2_HEAD, 1))
+        linear = nn.Linear(V2_HEAD, num_classes)
+        self.classifier = nn.Sequential(linear)
+        init_convs(self)
+        init_classifier(linear)
+
+    def outputs(self, images: Tensor) -> Outputs:
+        x = self.conv1(images)
+        features = [x]
+        for index, group in enumerate(self.blocks):
+            x = group(x)
+            if index in V2_FEATURES:
+                features.append(x)
+        pooled = global_pool(self.conv2(x))
+        return Outputs(self.classifier(pooled), tuple(features), tuple(features), pooled)
+
+    def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
+        return (None, *(last_norm(self.blocks[index]) for index in V2_FEATURES))
+
+
+IMAGENET_MODELS.register("MobileNetV1")(MobileNetV1)
+CIFAR_MODELS.register("MobileNetV2")(MobileNetV2)
