@@ -1,28 +1,38 @@
-"""Errors a user can mend: one line that says what, where and what to do. The tools print it and exit with code 2."""
+"""Errors with a message for the user. The command line prints it on one line and exits with code 2."""
 
 from __future__ import annotations
 
+import signal
+
 
 def first_line(error: BaseException) -> str:
-    """What somebody else's error says, in one line: its first that is not empty, or the name of its type."""
+    """Return the first non-empty line of an error's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class UserError(Exception):
-    """Base of every error whose cause is an input: a config, a file, a name, a device."""
+    """Base class of errors caused by an input: a config, a file, a name or a device."""
 
 
 class ConfigError(UserError):
-    """A config file, key, type or value that cannot be used."""
+    """A config file, key, type or value cannot be used."""
 
 
 class DataError(UserError):
-    """A data set that is missing, incomplete or not what it claims to be."""
+    """A data set is missing or broken."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, broken or made for something else."""
+    """A checkpoint is missing, broken or does not fit."""
 
 
 class NonFiniteLossError(UserError):
-    """A loss became NaN or infinite; training stopped before it reached a checkpoint."""
+    """A loss became NaN or infinite; training stopped before the next checkpoint."""
+
+
+class Interrupted(Exception):  # noqa: N818 - a requested stop, not an error
+    """A signal stopped training after the state was saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number

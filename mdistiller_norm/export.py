@@ -5,16 +5,16 @@ Every file is loaded again and compared with the network before it gets its name
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
@@ -258,12 +258,11 @@ _FORMS: dict[str, tuple[Callable[[nn.Module, dict[str, Any]], bytes], Callable[[
 }
 
 
-def export_main(arguments: Sequence[str]) -> int:
-    """``tools/export.py``."""
-    parser = ArgumentParser(
-        prog="tools/export.py", description="Write a trained network as a file that needs nothing of this package.",
-        epilog="example: python tools/export.py -c output/digits/student_normkd/student_best.pt --with-normalisation",
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``export``."""
+    parser.epilog = (
+        "example: python tools/export.py -c output/digits/student_normkd/student_best.pt --with-normalisation"
+    )
     parser.add_argument("-c", "--ckpt", required=True, type=Path, help="checkpoint file")
     parser.add_argument("-o", "--out", type=Path, help="file to write; else beside the checkpoint")
     parser.add_argument("--format", default="", help="pt2, onnx or state_dict; else that of -o's suffix, else pt2")
@@ -274,7 +273,10 @@ def export_main(arguments: Sequence[str]) -> int:
     parser.add_argument("-bs", "--batch-size", type=int, default=64, help="real images that the file is checked on")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data set")
     parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="the run's EXPERIMENT.PLUGINS")
-    options = parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command ``export``."""
     if options.batch_size < 1:
         raise ConfigError(f"-bs must be at least 1, not {options.batch_size}")
     form = _format(options.format, options.out)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mdistiller_norm.arguments import ArgumentParser, check_output
+from mdistiller_norm.cli import ArgumentParser, check_output
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import TensorDataset, digits
 from mdistiller_norm.engine.evaluate import evaluate

@@ -15,11 +15,12 @@ from test_models import EACH_FAMILY, build
 from torch import Tensor, nn
 
 from mdistiller_norm.build import open_checkpoint
+from mdistiller_norm.cli import execute
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.image_folder import MEAN, STD
 from mdistiller_norm.engine.checkpoint import load, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError
-from mdistiller_norm.export import check, export_main, open_subject
+from mdistiller_norm.export import check, open_subject
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def student(run: Path) -> Path:
 
 
 def export(*arguments: object) -> None:
-    assert export_main([str(argument) for argument in arguments]) == 0
+    assert execute(["export", *map(str, arguments)]) == 0
 
 
 def pixels() -> Tensor:

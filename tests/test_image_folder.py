@@ -29,7 +29,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from mdistiller_norm.build import build_dataset, build_distillers
-from mdistiller_norm.cli import shards_main
+from mdistiller_norm.cli import execute
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.data import Share, image_loader
 from mdistiller_norm.data.decode import View, decode, draw_view, eval_image, train_image
@@ -308,7 +308,7 @@ def test_a_worker_that_is_killed_is_one_line(tree: Path, tmp_path: Path) -> None
 def test_a_worker_that_is_killed_while_a_checkpoint_is_written_is_one_line(tree: Path, tmp_path: Path) -> None:
     """PyTorch raises it wherever the process is, here among what may go wrong with a file."""
     program = f"""
-import multiprocessing, os, signal, time, torch
+import multiprocessing, os, signal, sys, time, torch
 from pathlib import Path
 from mdistiller_norm.cli import run
 from mdistiller_norm.data import ImageOptions, image_folder
@@ -325,7 +325,7 @@ def main(arguments):
     next(batches)
     save_atomically(Slow(), Path({str(tmp_path)!r}, "latest.pt"))
 
-run(main)
+sys.exit(run(lambda: main([])))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert_user_error(done, "is killed by signal", "lower DATASET.NUM_WORKERS")
@@ -380,7 +380,7 @@ def test_check_data_lists_every_unreadable_file(copy: Path) -> None:
     assert done.returncode == 2
     assert "tiny: 3 classes, 36 + 12 images" in done.stdout
     assert all(str(file) in done.stdout for file in files)
-    assert "2 of its images cannot be read" in done.stdout
+    assert "2 images cannot be read" in done.stdout
 
 
 def test_images_that_pillow_warns_of_are_read_in_silence(copy: Path) -> None:
@@ -390,7 +390,7 @@ def test_images_that_pillow_warns_of_are_read_in_silence(copy: Path) -> None:
     Image.new("1", (9500, 9500)).save(folder / "large.png")  # just above the size that Pillow doubts
     command = ("train", "--cfg", "configs/digits/vanilla_resnet8.yaml", "--check-data", "DATASET.TYPE", "image_folder")
     done = tool(*command, "DATASET.ROOT", copy)
-    assert "tiny: 3 classes, 38 + 12 images\n0 of its images cannot be read" in done.stdout
+    assert "tiny: 3 classes, 38 + 12 images\n0 images cannot be read" in done.stdout
     assert done.stderr == ""
 
 
@@ -527,7 +527,7 @@ def test_shards_of_other_making_are_judged(shards: Path, tmp_path: Path) -> None
 
 def test_shards_are_made_whole_or_not_at_all(copy: Path, shards: Path, tmp_path: Path) -> None:
     def pack(out: Path) -> None:
-        shards_main(["--root", str(copy), "--out", str(out), "--per-shard", "10", "--workers", "0"])
+        execute(["shards", "--root", str(copy), "--out", str(out), "--per-shard", "10", "--workers", "0"])
 
     before = sorted(shards.rglob("*"))
     with pytest.raises(DataError, match=r"tiny_shards/train is there already: choose another folder"):
@@ -557,7 +557,7 @@ def test_unreadable_images_are_not_packed(copy: Path, tmp_path: Path, capsys: py
     damaged = sorted((copy / "val").rglob("*.JPEG"))[0]
     damaged.write_bytes(b"not an image")
     with pytest.raises(DataError, match=rf"{copy}: 1 images cannot be read \(listed above\): replace or remove"):
-        shards_main(["--root", str(copy), "--out", str(tmp_path / "out"), "--workers", "0"])
+        execute(["shards", "--root", str(copy), "--out", str(tmp_path / "out"), "--workers", "0"])
     assert str(damaged) in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 

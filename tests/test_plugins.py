@@ -15,7 +15,7 @@ from conftest import ROOT, assert_user_error, tool
 from short_runs import assert_same_state, state_of
 from torchvision.models import VisionTransformer, mobilenet_v3_small, resnet18
 
-from mdistiller_norm.cli import train_main
+from mdistiller_norm.cli import execute
 from mdistiller_norm.config import load_config, show
 from mdistiller_norm.data import DATASETS, ImageOptions
 from mdistiller_norm.distillers import DISTILLERS, Need
@@ -101,13 +101,13 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, name: str, *overrides: str) -> Path:
-    assert train_main(["--cfg", str(folder / "mine.yaml"), f"EXPERIMENT.NAME={name}", *overrides]) == 0
+    assert execute(["train", "--cfg", str(folder / "mine.yaml"), f"EXPERIMENT.NAME={name}", *overrides]) == 0
     return folder / "distill" / name
 
 
 def assert_refused(command: list[str], error: type[UserError], reason: str) -> None:
     with pytest.raises(error, match=reason) as refused:
-        train_main(command)
+        execute(["train", *command])
     assert "\n" not in str(refused.value)
 
 
@@ -200,7 +200,7 @@ def test_a_plugin_that_cannot_be_imported_is_one_line(tmp_path: Path, text: str,
     (tmp_path / "broken.py").write_text(text)
     (tmp_path / "own.yaml").write_text("SEED: 1\nEXPERIMENT:\n  PLUGINS: broken.py\n")
     with pytest.raises(ConfigError) as refused:
-        train_main(["--cfg", str(tmp_path / "own.yaml")])
+        execute(["train", "--cfg", str(tmp_path / "own.yaml")])
     for word in ["own.yaml:3: EXPERIMENT.PLUGINS: plugin broken.py cannot be imported", *words]:
         assert word in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -273,7 +273,7 @@ def test_a_method_with_a_mistake_is_one_line(
     (mine / "own.yaml").write_text(f"_BASE_: mine.yaml\nEXPERIMENT: {{PLUGINS: [mine.py, {tmp_path}/own.py]}}\n")
     command = ["--cfg", str(mine / "own.yaml"), "DISTILLER.TYPE=Own", f"LOG.PREFIX={tmp_path}"]
     if not reason:
-        assert train_main(command) == 0
+        assert execute(["train", *command]) == 0
         return
     assert_refused(command, ConfigError, reason)
 
@@ -325,7 +325,7 @@ def test_a_data_set_with_a_mistake_is_one_line(
     plain = ["DATASET.TYPE=own_data", "DISTILLER.TYPE=NONE", "DISTILLER.STUDENT=resnet8"]
     command = ["--cfg", str(mine / "own_data.yaml"), *plain, f"LOG.PREFIX={tmp_path}"]
     if not reason:
-        assert train_main(command) == 0
+        assert execute(["train", *command]) == 0
         return
     assert_refused(command, DataError, reason)
     assert not (tmp_path / "distill").exists()
@@ -360,7 +360,7 @@ def test_a_network_that_cannot_be_used_is_refused_before_the_first_step(
     )
     (mine / "both.yaml").write_text(f"_BASE_: mine.yaml\nEXPERIMENT: {{PLUGINS: [mine.py, {tmp_path}/own.py]}}\n")
     with pytest.raises(ConfigError, match=reason):
-        train_main(["--cfg", str(mine / "both.yaml"), f"DISTILLER.STUDENT={name}", f"LOG.PREFIX={tmp_path}"])
+        execute(["train", "--cfg", str(mine / "both.yaml"), f"DISTILLER.STUDENT={name}", f"LOG.PREFIX={tmp_path}"])
     assert not (tmp_path / "distill").exists()
 
 
@@ -425,5 +425,5 @@ def test_a_network_without_maps_takes_methods_that_read_none(mine: Path, tmp_pat
     (mine / "blind.yaml").write_text(f"_BASE_: mine.yaml\nEXPERIMENT: {{PLUGINS: [mine.py, {tmp_path}/own.py]}}\n")
     command = ["--cfg", str(mine / "blind.yaml"), "DISTILLER.STUDENT=blind", f"LOG.PREFIX={tmp_path}"]
     with pytest.raises(ConfigError, match="SP reads maps, and blind shows none"):
-        train_main([*command, "DISTILLER.TYPE=SP"])
-    assert train_main([*command, "DISTILLER.TYPE=PKT"]) == 0
+        execute(["train", *command, "DISTILLER.TYPE=SP"])
+    assert execute(["train", *command, "DISTILLER.TYPE=PKT"]) == 0

@@ -16,11 +16,11 @@ import yaml
 from scipy import stats as scipy_stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mdistiller_norm.cli import execute
 from mdistiller_norm.config import dump
 from mdistiller_norm.engine.logger import Record
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.charts import Line, line_chart, nice_ticks
-from mdistiller_norm.reproduce.cli import report_main
 from mdistiller_norm.reproduce.collect import collect
 from mdistiller_norm.reproduce.jobs import cell_config
 from mdistiller_norm.reproduce.ledger import add, digest, failed_record
@@ -315,7 +315,7 @@ def test_runs_of_a_column_that_differ_in_how_they_were_made_are_named(tmp_path: 
         if row == "normkd":
             record["config"]["SEED"] = 0  # and SOLVER.INIT_SEED 1, as of trials in lockstep
         add(record | {"sha256": digest(record)}, tmp_path / "runs")
-    report_main(["--results", str(tmp_path)])
+    execute(["report", "--results", str(tmp_path)])
     text, page = ((tmp_path / name).read_text() for name in ("TABLES.md", "report.html"))
     for line in (
         "precision: fp32 (2 runs), bf16 (1 run).",
@@ -342,7 +342,7 @@ def test_a_run_of_no_table_says_what_its_command_changed(tmp_path: Path, command
     record["config"]["NormKD"]["TEMPERATURE_NORM"] = 1.25
     record["config"]["SOLVER"] |= {"LR": 0.1, "LR_DECAY_STAGES": [9, 10]}
     add(record | {"sha256": digest(record)}, tmp_path / "runs")
-    report_main(["--results", str(tmp_path)])
+    execute(["report", "--results", str(tmp_path)])
     name = " ".join(["cifar100_baselines/normkd,res32x4,res8x4", *([shown] if shown else [])])
     assert f"- {name}, seed 1: best 73.20" in (tmp_path / "TABLES.md").read_text()
 
@@ -359,7 +359,7 @@ def test_the_tool_writes_everything(ledger: Path, tmp_path: Path) -> None:
         "--hparams",
         str(tmp_path / "hp"),
     ]
-    assert report_main(options) == 0
+    assert execute(["report", *options]) == 0
     assert "old" not in (tmp_path / "README.md").read_text()
     assert (
         "Table 2 (CIFAR-100, teacher and student of one family): 5 of 66 cells" in (tmp_path / "README.md").read_text()
@@ -379,19 +379,19 @@ def test_the_tool_writes_everything(ledger: Path, tmp_path: Path) -> None:
     reached.Reload()
     assert reached.Scalars("best_top1")[0].value == pytest.approx(76.5)
     before = (tmp_path / "report.html").read_bytes()
-    report_main(options[:4])
+    execute(["report", *options[:4]])
     assert (tmp_path / "report.html").read_bytes() == before, "the same ledger must give the same page"
 
 
 def test_an_empty_ledger_says_pending_everywhere(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    report_main(["--results", str(tmp_path)])
+    execute(["report", "--results", str(tmp_path)])
     text = (tmp_path / "TABLES.md").read_text()
     assert "0 runs in the ledger" in text
     assert text.count("not tested yet") >= 7
     assert "nan" not in (tmp_path / "report.html").read_text().lower().replace("nand", "")
     with pytest.raises(ConfigError, match="there is no ledger"):
-        report_main(["--results", str(tmp_path / "nowhere")])
+        execute(["report", "--results", str(tmp_path / "nowhere")])
 
 
 def test_a_browser_opens_the_page_without_errors(report: Report, tmp_path: Path) -> None:

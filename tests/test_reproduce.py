@@ -12,11 +12,12 @@ import torch
 import yaml
 from conftest import ROOT, assert_user_error, tool
 
+from mdistiller_norm.cli import execute
 from mdistiller_norm.config import Config, dump, load_config
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.runtime import slot_environment
 from mdistiller_norm.errors import ConfigError, UserError
-from mdistiller_norm.reproduce.cli import parse_duration, reproduce_main
+from mdistiller_norm.reproduce.cli import parse_duration
 from mdistiller_norm.reproduce.commands import select_cells
 from mdistiller_norm.reproduce.estimate import Estimator, trial_rate, trial_seconds
 from mdistiller_norm.reproduce.jobs import (
@@ -238,16 +239,16 @@ def test_config_keys_behind_a_list_are_overrides(tmp_path: Path, capsys: pytest.
         ["SOLVER.PRECISION=bf16", "--seeds", "0", "1", "--methods", "student", "--dry-run", "--table", "digits"],
         ["--dry-run", "--seeds", "0", "1", "--table", "digits", "--methods", "student", "SOLVER.PRECISION=bf16"],
     ):
-        assert reproduce_main([*where, *words]) == 0
+        assert execute(["reproduce", *where, *words]) == 0
         printed = capsys.readouterr().out
         assert "2 runs: 0 done, 2 to run" in printed
         assert "bf16 pace" in printed
     with pytest.raises(ConfigError, match=r"unknown key SOLVER\.PRECISON: did you mean SOLVER\.PRECISION"):
-        reproduce_main([*where, "--table", "digits", "--seeds", "0", "SOLVER.PRECISON", "bf16", "--dry-run"])
+        execute(["reproduce", *where, "--table", "digits", "--seeds", "0", "SOLVER.PRECISON", "bf16", "--dry-run"])
     with pytest.raises(ConfigError, match="invalid int value: 'kd'"):
-        reproduce_main([*where, "--table", "digits", "--seeds", "0", "kd", "--dry-run"])
+        execute(["reproduce", *where, "--table", "digits", "--seeds", "0", "kd", "--dry-run"])
     with pytest.raises(ConfigError, match="no row of Table 2 called 'KD': did you mean kd"):
-        reproduce_main([*where, "--table", "2", "--methods", "KD", "NormKD", "DEVICE", "cpu", "--dry-run"])
+        execute(["reproduce", *where, "--table", "2", "--methods", "KD", "NormKD", "DEVICE", "cpu", "--dry-run"])
 
 
 def test_durations() -> None:
@@ -272,7 +273,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--table", "digits", "--trials", "99999999999"], "--trials must be in 1 .. 1000, not 99999999999"),
         (["--table", "digits", "--trials", "0"], "--trials must be in 1 .. 1000, not 0"),
         (["--table", "digits", "--seeds", "99999999999999999999"], "SEED (seed of all that is random"),
-        (["--table", "digits", "--budget", "-5m"], "argument --budget: expected one argument: see tools/reproduce.py"),
+        (["--table", "digits", "--budget", "-5m"], "argument --budget: expected one argument: see mdistiller-norm"),
         (["--table", "digits", "--launcher", "foo"], "argument --launcher: invalid choice: 'foo'"),
         (["--table", "digits", "--jobs", "0"], "--jobs and --processes must be at least 1"),
         (["--table", "digits", "--slurm", "timeout"], "NAME=VALUE, not 'timeout'"),
@@ -284,20 +285,20 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--add", str(tmp_path), "--results", str(tmp_path), "--dry-run"], "--dry-run is for the runs of tables"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
-            reproduce_main(arguments)
+            execute(["reproduce", *arguments])
 
 
 def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
-    assert reproduce_main(["--table", "4", "digits", "--trials", "1", "--dry-run", *folders]) == 0
+    assert execute(["reproduce", "--table", "4", "digits", "--trials", "1", "--dry-run", *folders]) == 0
     listed = capsys.readouterr().out
     assert "digits/normkd,resnet20,resnet8, seed 0: about" in listed
     assert "after digits/vanilla,resnet20, seed 0" in listed
     assert "table 4, Teacher, ResNet34 → ResNet18" in listed
     assert "one after another (from operations counted" in listed
     assert not list(tmp_path.iterdir())
-    reproduce_main(["--table", "2", "3", "--methods", "kd", "teacher", "--pairs", "res32x4_res8x4", "res32x4_shuv1",
-                    "--trials", "1", "--dry-run", *folders])  # fmt: skip
+    execute(["reproduce", "--table", "2", "3", "--methods", "kd", "teacher", "--pairs", "res32x4_res8x4",
+             "res32x4_shuv1", "--trials", "1", "--dry-run", *folders])  # fmt: skip
     listed = capsys.readouterr().out
     assert listed.count("  after cifar100_baselines/vanilla,resnet32x4, seed 0") == 2
 
@@ -308,7 +309,9 @@ def test_a_trial_on_a_busy_machine_is_said_to_be_too_long(
 ) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
     folders = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
-    assert reproduce_main(["--table", "digits", "--methods", "student", "--trials", "1", "--dry-run", *folders]) == 0
+    assert (
+        execute(["reproduce", "--table", "digits", "--methods", "student", "--trials", "1", "--dry-run", *folders]) == 0
+    )
     assert capsys.readouterr().out.count("note: this machine is busy (load average 2.5)") == noted
 
 

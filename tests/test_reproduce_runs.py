@@ -24,13 +24,13 @@ import torch
 import yaml
 from conftest import ROOT, Once, tool
 
+from mdistiller_norm.cli import execute
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.engine.checkpoint import load, load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher_file import find_teacher
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import build_model
-from mdistiller_norm.reproduce.cli import report_main, reproduce_main
 from mdistiller_norm.reproduce.estimate import Estimator
 from mdistiller_norm.reproduce.execution import Execution
 from mdistiller_norm.reproduce.jobs import (
@@ -62,7 +62,7 @@ def smoke(folder: Path, *more: str) -> Done:
     """Run a smoke table in this process; its trainings are processes of their own all the same."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = reproduce_main(arguments(folder, *more))
+        code = execute(["reproduce", *arguments(folder, *more)])
     return Done(code, said.getvalue())
 
 
@@ -182,7 +182,7 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(output: Path) -> None:
     (failure,) = ledger.failures
     assert failure.record["error"].startswith("error: ")
     assert failure.record["error"].endswith("(exit code 2)")
-    assert report_main(["--smoke", "--output", str(output)]) == 0
+    assert execute(["report", "--smoke", "--output", str(output)]) == 0
     text = (output / "smoke" / "results" / "TABLES.md").read_text()
     assert "| NormKD | failed |" in text
     assert "## Failed runs" in text
@@ -256,13 +256,13 @@ def test_a_run_of_two_processes_stops_resumes_and_fails_like_any_other(tmp_path:
 
     whole = (run / "latest.pt").read_bytes()
     (run / "latest.pt").write_bytes(b"not a checkpoint")
-    assert reproduce_main(options) == 1
+    assert execute(["reproduce", *options]) == 1
     (failure,) = read_ledger(tmp_path / "results" / "runs").failures
     assert failure.record["error"].startswith(f"error: {run}/latest.pt")
     assert failure.record["command"].startswith("torchrun --standalone --nproc-per-node 2 tools/train.py --cfg ")
 
     (run / "latest.pt").write_bytes(whole)
-    assert reproduce_main(options) == 0
+    assert execute(["reproduce", *options]) == 0
     (entry,) = read_ledger(tmp_path / "results" / "runs").all_runs()
     assert entry.record["processes"] == 2
     assert entry.record["command"].startswith("torchrun --standalone --nproc-per-node 2 tools/train.py --cfg ")
@@ -286,7 +286,7 @@ def test_a_sweep_is_measured_on_held_out_images_and_fills_no_cell(output: Path) 
     assert all("called test here is held out of the training images: 0.1 of each class" in log for log in logs)
     cell = TABLES["digits"].cells["normkd", "res20_res8"]
     assert cell_identity(cell, smoke=True) not in {entry.identity for entry in swept}
-    report_main(["--smoke", "--output", str(output)])
+    execute(["report", "--smoke", "--output", str(output)])
     text = (output / "smoke" / "results" / "TABLES.md").read_text()
     assert "| NormKD | pending |" in text
     for value in (1, 2):
@@ -318,7 +318,7 @@ def test_slurm_gets_the_options_and_the_teacher_first(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     options = ["--launcher", "slurm", "--slurm", "slurm_additional_parameters={constraint: a100}", "timeout_min=7"]
-    assert reproduce_main(arguments(tmp_path / "output", "--methods", "kd", "--trials", "1", *options)) == 3
+    assert execute(["reproduce", *arguments(tmp_path / "output", "--methods", "kd", "--trials", "1", *options)]) == 3
     assert "2 runs queued on Slurm; the same command with --dry-run says what is done" in capsys.readouterr().out
     teacher, student = ((tmp_path / f"{n}.sh").read_text() for n in (0, 1))
     for script in (teacher, student):
@@ -574,7 +574,9 @@ def test_a_record_names_no_folder_of_the_machine(output: Path) -> None:
 
 
 def test_run_folders_made_by_hand_can_be_added(trained: Path, tmp_path: Path) -> None:
-    assert reproduce_main(["--add", str(run_folder(trained, "kd", 0)), "--smoke", "--results", str(tmp_path)]) == 0
+    assert (
+        execute(["reproduce", "--add", str(run_folder(trained, "kd", 0)), "--smoke", "--results", str(tmp_path)]) == 0
+    )
     (entry,) = read_ledger(tmp_path / "runs", smoke=True).all_runs()
     assert entry.record["method"] == ["KD"]
 
@@ -583,7 +585,7 @@ def test_a_run_that_the_ledger_has_is_not_added_again(output: Path, capsys: pyte
     before = records(output)
     runs = [str(run_folder(output, method, 0)) for method in ("teacher", "kd")]
     os.utime(Path(runs[1], "result.json"))  # as a copy of the folder would have it
-    assert reproduce_main(["--add", *runs, "--smoke", "--output", str(output)]) == 0
+    assert execute(["reproduce", "--add", *runs, "--smoke", "--output", str(output)]) == 0
     assert capsys.readouterr().out.count("there already: ") == 2
     assert records(output) == before
 
@@ -612,15 +614,15 @@ def test_published_weights_teach_where_they_may(
 
     monkeypatch.chdir(tmp_path)
     runs = run("kd"), run("student")
-    assert reproduce_main(["--publish", str(runs[0])]) == 0
+    assert execute(["reproduce", "--publish", str(runs[0])]) == 0
     manifest = tmp_path / "checkpoints" / "manifest.yaml"
     manifest.write_text(manifest.read_text().rstrip())  # as some editors leave it
-    assert reproduce_main(["--publish", str(runs[1])]) == 0
+    assert execute(["reproduce", "--publish", str(runs[1])]) == 0
     assert "published checkpoints/resnet8x4_cifar100_seed0.pt" in capsys.readouterr().out
     text = manifest.read_text()
     manifest.write_text(text.replace("resnet8x4", "resnet32x4"))
     with pytest.raises(CheckpointError, match="which is not there"):  # no 240 epochs of training in its place
-        reproduce_main(["--table", "6", "--dry-run"])
+        execute(["reproduce", "--table", "6", "--dry-run"])
     manifest.write_text(text)
     teacher = find_teacher("resnet8x4", "cifar100", "", tmp_path, "")
     assert teacher.path == Path("checkpoints/resnet8x4_cifar100_seed0.pt"), "a distilled one is no teacher"
@@ -634,8 +636,8 @@ def test_published_weights_teach_where_they_may(
     torch.testing.assert_close(again.eval()(images), network.eval()(images), rtol=0.02, atol=0.02)
 
     with pytest.raises(ConfigError, match="is there already"):
-        reproduce_main(["--publish", str(runs[0])])
+        execute(["reproduce", "--publish", str(runs[0])])
     with pytest.raises(ConfigError, match="fills no cell of the paper's tables"):
-        reproduce_main(["--publish", str(run_folder(trained, "kd", 0))])
+        execute(["reproduce", "--publish", str(run_folder(trained, "kd", 0))])
     with pytest.raises(DataError, match="is not a finished run"):
-        reproduce_main(["--publish", str(tmp_path)])
+        execute(["reproduce", "--publish", str(tmp_path)])

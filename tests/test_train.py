@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +17,7 @@ import torch
 from conftest import ROOT, assert_user_error, tool
 from short_runs import SMALLER, assert_same_state, config, state_of
 
-from mdistiller_norm.analysis.cli import visualize_main
-from mdistiller_norm.cli import eval_main, shards_main, train_main
+from mdistiller_norm.cli import execute
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
@@ -29,9 +27,6 @@ from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.trainer import Interrupted
 from mdistiller_norm.errors import CheckpointError, ConfigError, NonFiniteLossError
-from mdistiller_norm.export import export_main
-from mdistiller_norm.gpu_check import main as gpu_check_main
-from mdistiller_norm.reproduce.cli import report_main
 from mdistiller_norm.run import build_run, train
 
 
@@ -462,26 +457,23 @@ def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "words"),
+    ("command", "arguments", "words"),
     [
-        (train_main, ["--cfg"], "argument --cfg: expected one argument: see tools/train.py --help"),
-        (train_main, ["--cfg", "x.yaml", "--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (eval_main, ["-c", "x.pt", "-bs", "x"], "argument -bs/--batch-size: invalid int value: 'x': see tools/eval.py"),
-        (shards_main, ["--root", "x"], "the following arguments are required: --out"),
-        (visualize_main, [], "the following arguments are required: FIGURE: see tools/visualize.py --help"),
-        (visualize_main, ["tsne"], "required: -c/--ckpt: see tools/visualize.py tsne --help"),
-        (export_main, ["-c"], "argument -c/--ckpt: expected one argument: see tools/export.py --help"),
-        (gpu_check_main, ["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
-        (gpu_check_main, ["--steps", "0"], "--steps must be at least 1, not 0"),
-        (gpu_check_main, ["--json", "nowhere/x.json"], "--json nowhere/x.json is a folder, or in one that"),
-        (report_main, ["--export", "xls"], "argument --export: invalid choice: 'xls'"),
+        ("train", ["--cfg"], "argument --cfg: expected one argument: see tools/train.py --help"),
+        ("train", ["--cfg", "x.yaml", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        ("eval", ["-c", "x.pt", "-bs", "x"], "argument -bs/--batch-size: invalid int value: 'x': see tools/eval.py"),
+        ("shards", ["--root", "x"], "the following arguments are required: --out"),
+        ("visualize", [], "the following arguments are required: FIGURE: see tools/visualize.py --help"),
+        ("visualize", ["tsne"], "required: -c/--ckpt: see tools/visualize.py tsne --help"),
+        ("export", ["-c"], "argument -c/--ckpt: expected one argument: see tools/export.py --help"),
+        ("report", ["--export", "xls"], "argument --export: invalid choice: 'xls'"),
     ],
 )
 def test_a_mistyped_command_line_is_one_line(
-    main: Callable[[list[str]], int], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    command: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        main(arguments)
+        execute([command, *arguments], f"tools/{'make_shards' if command == 'shards' else command}.py")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr() == ("", "")

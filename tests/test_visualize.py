@@ -13,7 +13,6 @@ from conftest import ROOT, Once, assert_user_error, tool
 from scipy import stats
 from sklearn.metrics import silhouette_score
 
-from mdistiller_norm.analysis.cli import visualize_main
 from mdistiller_norm.analysis.collect import Collected, collect, short_names
 from mdistiller_norm.analysis.correlation import correlation_matrix
 from mdistiller_norm.analysis.softening import compute as soften
@@ -21,6 +20,7 @@ from mdistiller_norm.analysis.softening import entropy
 from mdistiller_norm.analysis.tsne import choose_samples, embed
 from mdistiller_norm.analysis.tsne import compute as tsne
 from mdistiller_norm.build import open_checkpoint
+from mdistiller_norm.cli import execute
 from mdistiller_norm.config import load_config
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, UserError
 from mdistiller_norm.run import train
@@ -76,7 +76,7 @@ def test_tsne(runs: Path, tmp_path: Path) -> None:
     stem = tmp_path / "new" / "tsne.v1"
     paths = [weights(runs, "teacher"), weights(runs, "taught")]
     options = ["tsne", "-c", *paths, "--samples", "120", "--classes", "4", "--seed", "3", "--data", "--out"]
-    visualize_main([*options, str(stem)])
+    execute(["visualize", *options, str(stem)])
     data = drawn(stem)
     _, pooled, targets = outputs(paths[1])
     chosen = data["samples"]
@@ -89,7 +89,7 @@ def test_tsne(runs: Path, tmp_path: Path) -> None:
     assert student["silhouette"] == pytest.approx(silhouette_score(pooled[chosen], targets[chosen]), abs=1e-4)
     assert np.asarray(student["points"]).shape == (120, 2)
     assert teacher["points"] != student["points"]
-    visualize_main([*options, str(tmp_path / "again")])
+    execute(["visualize", *options, str(tmp_path / "again")])
     assert drawn(tmp_path / "again") == data, "the seed fixes the picture"
     names = ("tsne.v1.svg", "again.svg")
     first, second = ((stem.parent if i == 0 else tmp_path).joinpath(name).read_bytes() for i, name in enumerate(names))
@@ -113,7 +113,7 @@ def test_tsne_of_a_sample_a_class_shows_nothing() -> None:
 def test_opentsne_is_an_engine_too(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("openTSNE", reason="openTSNE is not installed: python -m pip install openTSNE")
     options = ["tsne", "-c", weights(runs, "teacher"), "--samples", "60", "--engine", "opentsne", "--data"]
-    visualize_main([*options, "--out", str(tmp_path / "figure")])
+    execute(["visualize", *options, "--out", str(tmp_path / "figure")])
     assert np.isfinite(drawn(tmp_path / "figure")["networks"][0]["points"]).all()
 
 
@@ -129,7 +129,7 @@ def test_the_choice_of_samples_is_a_function_of_the_seed() -> None:
 def test_correlation(runs: Path, tmp_path: Path) -> None:
     stem = tmp_path / "correlation"
     students = [weights(runs, "alone"), weights(runs, "taught")]
-    visualize_main(["correlation", "-t", weights(runs, "teacher"), "-c", *students, "--data", "--out", str(stem)])
+    execute(["visualize", "correlation", "-t", weights(runs, "teacher"), "-c", *students, "--data", "--out", str(stem)])
     data = drawn(stem)
     matrices = {}
     for name in ("teacher", "alone", "taught"):
@@ -158,7 +158,7 @@ def test_a_network_correlates_with_itself_and_constant_logits_with_nothing() -> 
 def test_logits(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stem = tmp_path / "logits"
     options = ["logits", "-c", weights(runs, "teacher"), "--sample", "5", "--temperatures", "1", "3", "--fixed", "3"]
-    visualize_main([*options, "--t-norm", "1.5", "--tolerance", "1.1", "--data", "--out", str(stem)])
+    execute(["visualize", *options, "--t-norm", "1.5", "--tolerance", "1.1", "--data", "--out", str(stem)])
     data = drawn(stem)
     logits, _, targets = outputs(weights(runs, "teacher"))
     spread = logits.std(1, ddof=1)
@@ -200,7 +200,9 @@ def test_entropy_and_counts_at_known_points() -> None:
 
 
 def test_curves_of_run_folders_and_of_ledger_records(runs: Path, tmp_path: Path) -> None:
-    visualize_main(["curves", str(runs / "alone"), str(runs / "taught"), "--data", "--out", str(tmp_path / "curves")])
+    execute(
+        ["visualize", "curves", str(runs / "alone"), str(runs / "taught"), "--data", "--out", str(tmp_path / "curves")]
+    )
     data = drawn(tmp_path / "curves")
     assert [run["name"] for run in data["runs"]] == ["alone", "taught"]
     for run in data["runs"]:
@@ -211,7 +213,7 @@ def test_curves_of_run_folders_and_of_ledger_records(runs: Path, tmp_path: Path)
     assert "loss_NormKD" in data["runs"][1]["metrics"]
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"metrics": data["runs"][0]["metrics"]}))
-    visualize_main(["curves", str(record), "--names", "mine", "--data", "--out", str(tmp_path / "again")])
+    execute(["visualize", "curves", str(record), "--names", "mine", "--data", "--out", str(tmp_path / "again")])
     assert drawn(tmp_path / "again")["runs"][0] == data["runs"][0] | {"name": "mine"}
 
 
@@ -253,7 +255,7 @@ def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
     ]
     for arguments, kind, words in cases:
         with pytest.raises(kind, match=words):
-            visualize_main(arguments)
+            execute(["visualize", *arguments])
     line = (runs / "alone" / "metrics.jsonl").read_text().splitlines()[0]
     for content, words in (
         (b"\x80\x00\xff\n", "has no metrics.jsonl with a finished epoch"),
@@ -264,10 +266,10 @@ def test_mistakes_are_one_line(runs: Path, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "metrics.jsonl").write_bytes(content)
         with pytest.raises(DataError, match=words):
-            visualize_main(["curves", str(tmp_path / "run"), *out])
+            execute(["visualize", "curves", str(tmp_path / "run"), *out])
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        visualize_main(["curves", str(runs / "alone"), "--out", str(tmp_path / "file" / "x")])
+        execute(["visualize", "curves", str(runs / "alone"), "--out", str(tmp_path / "file" / "x")])
     assert not (tmp_path / "x.png").exists()
 
 
@@ -275,6 +277,6 @@ def test_figures_leave_the_style_of_the_process_alone(runs: Path, tmp_path: Path
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    visualize_main(["curves", str(runs / "alone"), "--out", str(tmp_path / "x")])
+    execute(["visualize", "curves", str(runs / "alone"), "--out", str(tmp_path / "x")])
     assert dict(mpl.rcParams) == before
     assert not (tmp_path / "x.json").exists()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdistiller_norm.arguments import ArgumentParser, check_output
-from mdistiller_norm.cli import run
+from mdistiller_norm.cli import ArgumentParser, check_output, run
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,4 +61,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(lambda: main(sys.argv[1:])))

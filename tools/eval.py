@@ -1,6 +1,8 @@
-"""Evaluate weights: ``python tools/eval.py -c FILE [-m MODEL] [-d DATASET] [-bs N] [--per-class]``."""
+"""Evaluate weights: the command ``mdistiller-norm eval``."""
 
-from mdistiller_norm.cli import eval_main, run
+import sys
+
+from mdistiller_norm.cli import main
 
 if __name__ == "__main__":
-    run(eval_main)
+    sys.exit(main(["eval", *sys.argv[1:]], prog="tools/eval.py"))

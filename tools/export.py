@@ -1,7 +1,8 @@
-"""Export weights for use elsewhere: ``python tools/export.py -c FILE [-o FILE] [--format pt2|onnx|state_dict]``."""
+"""Export weights: the command ``mdistiller-norm export``."""
 
-from mdistiller_norm.cli import run
-from mdistiller_norm.export import export_main
+import sys
+
+from mdistiller_norm.cli import main
 
 if __name__ == "__main__":
-    run(export_main)
+    sys.exit(main(["export", *sys.argv[1:]], prog="tools/export.py"))

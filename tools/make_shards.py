@@ -1,6 +1,8 @@
-"""Pack a class-folder tree into shards: ``python tools/make_shards.py --root FOLDER --out FOLDER [--per-shard N]``."""
+"""Pack class folders into shards: the command ``mdistiller-norm shards``."""
 
-from mdistiller_norm.cli import run, shards_main
+import sys
+
+from mdistiller_norm.cli import main
 
 if __name__ == "__main__":
-    run(shards_main)
+    sys.exit(main(["shards", *sys.argv[1:]], prog="tools/make_shards.py"))

@@ -1,7 +1,8 @@
-"""Report the measured runs: ``python tools/report.py [--export csv] [--hparams DIR]``."""
+"""Write the report: the command ``mdistiller-norm report``."""
 
-from mdistiller_norm.cli import run
-from mdistiller_norm.reproduce.cli import report_main
+import sys
+
+from mdistiller_norm.cli import main
 
 if __name__ == "__main__":
-    run(report_main)
+    sys.exit(main(["report", *sys.argv[1:]], prog="tools/report.py"))

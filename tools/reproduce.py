@@ -1,7 +1,8 @@
-"""Fill the tables: ``python tools/reproduce.py --table ID [--pairs ...] [--methods ...] [--trials N] [--dry-run]``."""
+"""Train the runs of the paper's tables: the command ``mdistiller-norm reproduce``."""
 
-from mdistiller_norm.cli import run
-from mdistiller_norm.reproduce.cli import reproduce_main
+import sys
+
+from mdistiller_norm.cli import main
 
 if __name__ == "__main__":
-    run(reproduce_main)
+    sys.exit(main(["reproduce", *sys.argv[1:]], prog="tools/reproduce.py"))

@@ -1,6 +1,8 @@
-"""Train a student: ``python tools/train.py --cfg FILE [--resume] [--show] [KEY VALUE ...]``."""
+"""Train a student: the command ``mdistiller-norm train``."""
 
-from mdistiller_norm.cli import run, train_main
+import sys
+
+from mdistiller_norm.cli import main
 
 if __name__ == "__main__":
-    run(train_main)
+    sys.exit(main(["train", *sys.argv[1:]], prog="tools/train.py"))

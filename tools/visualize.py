@@ -1,7 +1,8 @@
-"""The paper's figures: ``python tools/visualize.py {tsne,correlation,logits,curves} ... [--out STEM] [--data]``."""
+"""Draw the paper's figures: the command ``mdistiller-norm visualize``."""
 
-from mdistiller_norm.analysis.cli import visualize_main
-from mdistiller_norm.cli import run
+import sys
+
+from mdistiller_norm.cli import main
 
 if __name__ == "__main__":
-    run(visualize_main)
+    sys.exit(main(["visualize", *sys.argv[1:]], prog="tools/visualize.py"))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
-from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.plugins import import_plugin
 
 
-def _add_network_options(parser: ArgumentParser) -> None:
+def _add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", default="", help="name of the networks; a student_*.pt knows it")
     parser.add_argument("-d", "--dataset", default="", help="data set; a student_*.pt knows it; else cifar100")
     parser.add_argument("-bs", "--batch-size", type=int, default=250)
@@ -19,9 +18,8 @@ def _add_network_options(parser: ArgumentParser) -> None:
     parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="the runs' EXPERIMENT.PLUGINS")
 
 
-def visualize_main(arguments: Sequence[str]) -> int:
-    """``tools/visualize.py``."""
-    parser = ArgumentParser(prog="tools/visualize.py", description="The paper's figures from checkpoints.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``visualize``."""
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     tsne = figures.add_parser("tsne", help="t-SNE of pooled features (Fig. 4)")
     tsne.add_argument("-c", "--ckpt", nargs="+", required=True, help="weights files, side by side")
@@ -49,8 +47,10 @@ def visualize_main(arguments: Sequence[str]) -> int:
         sub.add_argument("--names", nargs="+", default=[], help="labels, one each")
     for sub in (tsne, correlation, logits):
         _add_network_options(sub)
-    options = parser.parse_args(arguments)
 
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command ``visualize``."""
     paths = [Path(path) for path in (options.runs if options.figure == "curves" else _as_list(options.ckpt))]
     if options.names and len(options.names) != len(paths):
         raise ConfigError(f"--names has {len(options.names)} names for {len(paths)} files")

@@ -27,15 +27,8 @@ from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
 from mdistiller_norm.engine.runtime import keep_freed_memory
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Raw
+from mdistiller_norm.errors import Interrupted as Interrupted
 from mdistiller_norm.errors import NonFiniteLossError
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it, and everything is saved
-    """Training stopped on a signal, after it saved its state."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
 
 
 class Trainer:

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from mdistiller_norm.arguments import ArgumentParser
 from mdistiller_norm.errors import ConfigError, first_line
 
 _LEDGER = "results"
@@ -44,39 +43,34 @@ def _slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse, with config keys behind a list option's values as overrides: ``--seeds 0 1 SOLVER.PRECISION bf16``."""
+def _move_overrides(options: argparse.Namespace) -> None:
+    """Move config keys behind the values of a list option to the overrides: ``--seeds 0 1 SOLVER.PRECISION bf16``."""
     from mdistiller_norm.config import default_config
 
-    lists = {name for action in parser._actions if action.nargs == "+" for name in action.option_strings}
-    # A section's name alone is a value of the list: KD for the row kd.
+    # The name of a section alone is a value of the list: KD for the row kd.
     keys = [rf"{name}\.[\w.]*" if isinstance(value, dict) else name for name, value in default_config().items()]
     key = re.compile(rf"(?:{'|'.join(keys)})(?:=.*)?", re.DOTALL)
-    kept: list[str] = []
-    overrides: list[str] = []
-    in_list, into = False, kept
-    for place, word in enumerate(arguments):
-        if word == "--":
-            kept += arguments[place:]
-            break
-        if word.startswith("-") and not re.fullmatch(r"-[\d.]+", word):
-            in_list, into = word in lists, kept
-        elif in_list and key.fullmatch(word):
-            into = overrides
-        into.append(word)
-    options = parser.parse_intermixed_args(kept)
-    options.overrides += overrides
-    return options
+    for name in ("table", "pairs", "methods", "seeds", "slurm", "add", "publish"):
+        words = getattr(options, name) or []
+        end = next((place for place, word in enumerate(words) if key.fullmatch(word)), len(words))
+        options.overrides += words[end:]
+        setattr(options, name, words[:end])
+    for word in options.seeds:
+        if not re.fullmatch(r"-?\d+", word):
+            raise ConfigError(f"argument --seeds: invalid int value: {word!r}: see tools/reproduce.py --help")
 
 
-def _reproduce_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="tools/reproduce.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run what fills the paper's tables. Finished runs are skipped, interrupted ones go on, a failing "
-        "one is\nrecorded and the rest goes on. tools/report.py makes the report.",
-        epilog="example: python tools/reproduce.py --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3\n"
-        "exit code: 0 all is done, 1 a run failed, 2 wrong input, 3 something is left to do, 130/143 stopped",
-    )  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``reproduce``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Run what fills the paper's tables. Finished runs are skipped, interrupted ones go on, a failing one is\n"
+        "recorded and the rest goes on. tools/report.py makes the report."
+    )
+    parser.epilog = (
+        "example: python tools/reproduce.py --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3\n"
+        "exit code: 0 all is done, 1 a run failed, 2 wrong input, 3 something is left to do, 130/143 stopped"
+    )
     parser.add_argument(
         "--table", nargs="+", default=[], metavar="ID", help="1 to 9, digits, short, short_t_norm, short16"
     )
@@ -86,7 +80,7 @@ def _reproduce_parser() -> ArgumentParser:
     trials.add_argument(
         "--trials", type=int, default=3, help="runs of each cell, with the seeds 0, 1, ... (default: 3)"
     )
-    trials.add_argument("--seeds", nargs="+", type=int, help="the seeds, instead of --trials")
+    trials.add_argument("--seeds", nargs="+", help="the seeds, instead of --trials")
     parser.add_argument("--queue", action="store_true", help="in the order of value; without --table all of CIFAR-100")
     parser.add_argument("--sweep", default="", metavar="KEY=A,B,C", help="runs with each value, on held-out images")
     parser.add_argument("--val-split", type=float, default=0.1, help="what a sweep holds out (default: 0.1)")
@@ -110,12 +104,11 @@ def _reproduce_parser() -> ArgumentParser:
     parser.add_argument("--output", default="output", metavar="DIR", help="folder of the run folders (default: output)")
     parser.add_argument("--results", default="", metavar="DIR", help=f"folder of the ledger (default: {_LEDGER})")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys of how runs are executed")
-    return parser
 
 
-def reproduce_main(arguments: Sequence[str]) -> int:
-    """``tools/reproduce.py``."""
-    options = _parse(_reproduce_parser(), arguments)
+def main(options: argparse.Namespace) -> int:
+    """Run the command ``reproduce``."""
+    _move_overrides(options)
     output = Path(options.output, _SMOKE) if options.smoke else Path(options.output)
     results = Path(options.results) if options.results else output / "results" if options.smoke else Path(_LEDGER)
 
@@ -123,7 +116,7 @@ def reproduce_main(arguments: Sequence[str]) -> int:
 
     if not 1 <= options.trials <= MOST_TRIALS:
         raise ConfigError(f"--trials must be in 1 .. {MOST_TRIALS}, not {options.trials}")
-    seeds = options.seeds if options.seeds is not None else list(range(options.trials))
+    seeds = [int(word) for word in options.seeds] or list(range(options.trials))
     if min(options.jobs, options.processes) < 1 or min(seeds) < 0:
         raise ConfigError("--jobs and --processes must be at least 1, --seeds zero or positive")
     budget = parse_duration(options.budget) if options.budget else float("inf")
@@ -154,31 +147,3 @@ def reproduce_main(arguments: Sequence[str]) -> int:
     if options.sweep:
         commands.print_sweep(cells, results / "runs", options.smoke)
     return code
-
-
-def report_main(arguments: Sequence[str]) -> int:
-    """``tools/report.py``."""
-    parser = ArgumentParser(
-        prog="tools/report.py", description="Write TABLES.md and report.html from the ledger of measured runs.",
-        epilog="example: python tools/report.py --export csv",
-    )  # fmt: skip
-    parser.add_argument("--results", default="", metavar="DIR", help=f"folder of the ledger (default: {_LEDGER})")
-    parser.add_argument("--out", default="", metavar="DIR", help="where to write (default: the folder of the ledger)")
-    parser.add_argument("--smoke", action="store_true", help="report the runs of reproduce.py --smoke instead")
-    parser.add_argument("--output", default="output", metavar="DIR", help="as in reproduce.py, for --smoke")
-    parser.add_argument("--export", choices=["csv"], help="write runs.csv too, a line each run")
-    parser.add_argument("--hparams", default="", metavar="DIR", help="write TensorBoard's hparams view there")
-    options = parser.parse_args(arguments)
-    default = Path(options.output, _SMOKE, "results") if options.smoke else Path(_LEDGER)
-    results = Path(options.results) if options.results else default
-    if not (results / "runs").is_dir():
-        raise ConfigError(f"there is no ledger {results / 'runs'}: tools/reproduce.py makes one")
-
-    from mdistiller_norm.reproduce.report import write_report
-
-    for path in write_report(
-        results / "runs", Path(options.out or results), smoke=options.smoke, csv=options.export == "csv",
-        hparams=Path(options.hparams) if options.hparams else None,
-    ):  # fmt: skip
-        print(f"wrote {path}")
-    return 0

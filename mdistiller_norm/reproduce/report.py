@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from mdistiller_norm.errors import DataError
+from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.files import write_text
 from mdistiller_norm.reproduce.collect import collect
 from mdistiller_norm.reproduce.exports import write_csv, write_hparams
@@ -68,3 +69,28 @@ def write_report(folder: Path, out: Path, *, smoke: bool, csv: bool, hparams: Pa
     except OSError as error:
         raise DataError(f"the report cannot be written to {out} ({error})") from error
     return written
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``report``."""
+    parser.epilog = "example: python tools/report.py --export csv"
+    parser.add_argument("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
+    parser.add_argument("--out", default="", metavar="DIR", help="where to write (default: the folder of the ledger)")
+    parser.add_argument("--smoke", action="store_true", help="report the runs of reproduce.py --smoke instead")
+    parser.add_argument("--output", default="output", metavar="DIR", help="as in reproduce.py, for --smoke")
+    parser.add_argument("--export", choices=["csv"], help="write runs.csv too, a line each run")
+    parser.add_argument("--hparams", default="", metavar="DIR", help="write TensorBoard's hparams view there")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command ``report``."""
+    default = Path(options.output, "smoke", "results") if options.smoke else Path("results")
+    results = Path(options.results) if options.results else default
+    if not (results / "runs").is_dir():
+        raise ConfigError(f"there is no ledger {results / 'runs'}: tools/reproduce.py makes one")
+    for path in write_report(
+        results / "runs", Path(options.out or results), smoke=options.smoke, csv=options.export == "csv",
+        hparams=Path(options.hparams) if options.hparams else None,
+    ):  # fmt: skip
+        print(f"wrote {path}")
+    return 0

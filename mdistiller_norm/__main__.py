@@ -1,0 +1,8 @@
+"""Run the command line: ``python -m mdistiller_norm COMMAND ...``."""
+
+import sys
+
+from mdistiller_norm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The command ``eval``: evaluate weights on a test split."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from mdistiller_norm.build import (
+    build_dataset,
+    build_device,
+    build_precision,
+    open_checkpoint,
+    placed,
+    train_command,
+)
+from mdistiller_norm.config import default_config, load_config
+from mdistiller_norm.data import Dataset
+from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
+from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.plugins import import_plugin
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``eval``."""
+    parser.epilog = "example: python tools/eval.py -c output/digits/student_normkd/student_last.pt"
+    parser.add_argument("-m", "--model", default="", help="model name; default: the name stored in student_*.pt")
+    parser.add_argument(
+        "-c", "--ckpt", required=True, nargs="+",
+        help="checkpoint files; pretrain: the teacher weights found for -m and -d; torchvision:NAME: published weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "-d", "--dataset", default="", help="data set; default: the one stored in student_*.pt, else cifar100"
+    )
+    parser.add_argument("--cfg", metavar="FILE", help="config whose DATASET.* to use instead of -d and --root")
+    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    parser.add_argument("--root", default="", help="folder of the data sets (default: data)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the run")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "bf16", "fp16"),
+        help="precision of the networks; use a run's SOLVER.PRECISION to get its recorded accuracy",
+    )  # fmt: skip
+    parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Evaluate the checkpoints and print a line for each."""
+    if options.batch_size < 1:
+        raise ConfigError(f"-bs must be at least 1, got {options.batch_size}")
+    if options.cfg and (options.dataset or options.root):
+        raise ConfigError("--cfg sets the data set: remove -d and --root")
+    dataset = build_dataset(load_config(options.cfg).node) if options.cfg else None
+    cfg = default_config()
+    cfg.DEVICE, cfg.SOLVER.PRECISION = options.device, options.precision
+    device = build_device(cfg)
+    autocast, slow = build_precision(cfg, device)
+    if slow:
+        raise ConfigError(f"--precision {options.precision}: {slow}, also in training: remove the option")
+    for name in options.ckpt:
+        _evaluate(_find_weights(name, options, dataset), options, dataset, device, autocast)
+    return 0
+
+
+def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | None) -> str:
+    """Return the file of a checkpoint name; ``pretrain`` is mdistiller's name for a teacher's published weights."""
+    if name.startswith(TORCHVISION):
+        return str(published(name.removeprefix(TORCHVISION)).path)
+    if name != "pretrain" or Path(name).exists():
+        return name
+    if not options.model:
+        raise ConfigError("-c pretrain requires the model name: add -m, for example -m resnet32x4")
+    kind = dataset.name if dataset else options.dataset or "cifar100"
+    if kind == "imagenet":
+        return str(published(f"{options.model}_Weights.IMAGENET1K_V1").path)
+    return str(find_teacher(options.model, kind, "", Path("output"), train_command(kind, options.model)).path)
+
+
+def _evaluate(
+    path: str, options: argparse.Namespace, data: Dataset | None, device: torch.device, autocast: torch.dtype | None
+) -> None:
+    network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root or "data"), data)
+    measured = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
+    if not math.isfinite(measured.loss):
+        raise CheckpointError(
+            f"{path} gives NaN or infinite logits on {dataset.name}: its training diverged, or the file is damaged"
+        )
+    size = "x".join(map(str, dataset.image_size))
+    print(
+        f"{network.name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  "
+        f"loss {measured.loss:7.4f}  {measured.samples} images of {size}, {options.precision}, "
+        f"{measured.images_per_second:.0f} images/s  {path}"
+    )
+    if options.per_class:
+        for label, accuracy in zip(dataset.classes, measured.per_class.tolist(), strict=True):
+            print(f"  {label}: {accuracy:.2f}")
