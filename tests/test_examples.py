@@ -1,0 +1,70 @@
+"""The files in examples/ train for one epoch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torchvision.models import ResNet34_Weights, resnet34
+
+from mdistiller_norm import cli
+
+SHORT = ["SOLVER.EPOCHS", "1", "SOLVER.LR_DECAY_STAGES", "[]", "DATASET.NUM_WORKERS", "0", "DEVICE", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write class folders with noise images; return the folder."""
+    root = tmp_path_factory.mktemp("data") / "birds"
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("robin", "wren"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return root
+
+
+def train(path: str, output: Path, *overrides: str) -> Path:
+    """Train a config for one epoch and return its run folder."""
+    words = ["train", "--cfg", str(ROOT / path), *SHORT, "LOG.PREFIX", str(output), *overrides]
+    assert cli.main(words) == 0
+    (folder,) = {file.parent for file in output.glob("*/*/result.json")}
+    return folder
+
+
+def test_image_folders(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["DATASET.ROOT", str(birds), "DATASET.IMAGE_SIZE", "32", "DATASET.RESIZE", "36", "SOLVER.BATCH_SIZE", "4"]
+    monkeypatch.chdir(tmp_path)
+    teacher = train("examples/birds.yaml", tmp_path / "teacher", *small)
+    weights = ["DISTILLER.TEACHER_WEIGHTS", str(teacher / "student_last.pt")]
+    train("examples/kd.yaml", tmp_path / "kd", *small, *weights)
+
+
+def test_data_in_memory(tmp_path: Path) -> None:
+    plugin = ["EXPERIMENT.PLUGINS", str(ROOT / "examples/three_digits.py"), "DATASET.TYPE", "three_digits"]
+    train("configs/digits/vanilla_resnet8.yaml", tmp_path, *plugin)
+
+
+def test_method(tmp_path: Path) -> None:
+    teacher = train("configs/digits/vanilla_resnet20.yaml", tmp_path / "teacher")
+    train("examples/mse.yaml", tmp_path / "mse", "DISTILLER.TEACHER_WEIGHTS", str(teacher / "student_last.pt"))
+
+
+def test_networks(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet34's published weights are replaced by random ones in the cache of downloads."""
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(resnet34().state_dict(), tmp_path / "hub/checkpoints" / Path(ResNet34_Weights.IMAGENET1K_V1.url).name)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    small = ["DATASET.ROOT", str(birds), "DATASET.IMAGE_SIZE", "32", "DATASET.RESIZE", "36", "SOLVER.BATCH_SIZE", "4"]
+    teacher = train("examples/finetune.yaml", tmp_path / "teacher", *small)
+    student = train(
+        "examples/mobile.yaml", tmp_path / "mobile", *small,
+        "DISTILLER.TEACHER_WEIGHTS", str(teacher / "student_last.pt"),
+    )  # fmt: skip
+    plugin = str(ROOT / "examples/networks.py")
+    assert cli.main(["eval", "-c", str(student / "student_last.pt"), "--plugin", plugin, "--root", str(birds)]) == 0
