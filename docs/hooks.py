@@ -8,7 +8,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "results/*.md", "results/h100/*.json", "checkpoints/README.md")
+PAGES = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "results/*.md",
+    "results/h100/*.json",
+    "checkpoints/README.md",
+)
 INTRODUCTION = """# Configuration
 
 A config file sets the keys that differ from these defaults. `_BASE_: other.yaml`, or a list, includes other files,

@@ -1,5 +1,6 @@
 """The files in examples/ train for one epoch."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +69,12 @@ def test_networks(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     plugin = str(ROOT / "examples/networks.py")
     assert cli.main(["eval", "-c", str(student / "student_last.pt"), "--plugin", plugin, "--root", str(birds)]) == 0
+
+
+def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(ROOT)
+    cells = json.loads((ROOT / "examples/digits.ipynb").read_text())["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    exec(source.replace("epochs = 12", "epochs = 1").replace("output/notebook", str(tmp_path)), {})
+    assert len(list(tmp_path.glob("digits/*/result.json"))) == 4
