@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, tool
 from short_runs import SMALLER, assert_same_state, config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,12 +142,6 @@ def test_everything_a_step_changes_can_be_put_back(tmp_path: Path, teacher: str,
     assert_same_state(dict(steps[0].meters.state_dict()), dict(steps[1].meters.state_dict()))
 
 
-def test_the_gpu_check_says_when_there_is_no_gpu() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU, and -m cuda: the next test runs the check")
-    assert_user_error(tool("gpu_check", check=False), "no CUDA device")
-
-
 def test_kernels_are_the_fastest_or_those_that_repeat_their_bits() -> None:
     try:
         choose_cuda_kernels(deterministic=True)
@@ -159,15 +151,6 @@ def test_kernels_are_the_fastest_or_those_that_repeat_their_bits() -> None:
         choose_cuda_kernels(deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark
-
-
-@pytest.mark.cuda
-def test_captured_steps_are_eager_steps() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device, or not asked for by -m cuda")
-    done = subprocess.run(["bash", "scripts/gpu_check.sh", "--steps", "50"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAIL" not in done.stdout
 
 
 class _Untraceable(type(build_model("resnet8", 2))):

@@ -1,60 +1,270 @@
-"""Measure speed: ``python tools/benchmark.py --table9 | --evaluate | --exactness | --against PATH | --loader DIR``."""
+"""Measure speed: ``python tools/benchmark.py --table9 | --evaluate | --against CHECKOUT | --loader FOLDER``.
+
+In each round every contestant runs one block of steps, in an order that is reversed from round to round. Ratios are
+computed within a round, so a machine that changes its speed changes the times but hardly the ratios.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import shlex
+import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from benchmark_sides import Ours, Reference, load_images, memory, write_cifar
+from torch.optim.swa_utils import update_bn
+from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from mdistiller_norm.build import build_device, build_precision, image_options
 from mdistiller_norm.cli import ArgumentParser, check_output, run
+from mdistiller_norm.config import Config, load_config
+from mdistiller_norm.data import MemoryTrainLoader
+from mdistiller_norm.data.class_tree import class_folders, data_root, scan
+from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset
+from mdistiller_norm.engine.checkpoint import load_weights
+from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.logger import environment
+from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.files import PROJECT, write_json
+from mdistiller_norm.models import build_model
+
+TABLE9 = "KD,RKD,FITNET,OFD,CRD,REVIEWKD,DKD,NormKD,NormKD_W_DKD,AT"
+Record = dict[str, Any]
+
+
+def spread(values: Sequence[float], by: Sequence[float] | None = None) -> Record:
+    """Return median, quartiles (inclusive method), number and list of the values, or of their quotients by ``by``."""
+    values = [a / b for a, b in zip(values, by, strict=True)] if by else list(values)
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return {"median": median, "q1": q1, "q3": q3, "n": len(values), "values": values}
+
+
+def show(found: Record | None, digits: int) -> str:
+    """Return the median and, in parentheses, the quartiles of a spread as text."""
+    return f"{found['median']:.{digits}f} ({found['q1']:.{digits}f}-{found['q3']:.{digits}f})" if found else "-"
+
+
+def interleave(sides: Mapping[str, Callable[[], float]], rounds: int, scale: float = 1.0) -> dict[str, list[float]]:
+    """Call each side once a round, reversing the order from round to round; return the results times ``scale``."""
+    results: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            results[name].append(scale * sides[name]())
+    return results
+
+
+class Bench:
+    """The data, the teacher's weights and the configs that the measurements share."""
+
+    def __init__(self, options: Any, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        if options.against:
+            Reference.load_package(options.against)
+        first = self.load(options.methods[0])
+        self.node = first.node
+        self.dataset, self.data = load_images(first, options.synthetic)
+        if len(self.dataset.train) < self.node.SOLVER.BATCH_SIZE:
+            raise ConfigError(f"SOLVER.BATCH_SIZE must be <= {len(self.dataset.train)}, the number of training images")
+        self.teacher = self.weights = options.teacher or self.node.DISTILLER.TEACHER_WEIGHTS or "random"
+        if self.teacher == "random":
+            torch.manual_seed(0)
+            network = build_model(self.node.DISTILLER.TEACHER, len(self.dataset.classes))
+            loader = MemoryTrainLoader(self.dataset, 64, seed=0)
+            update_bn([loader.prepare(*next(loader.batches(1))).images], network)  # else the activations overflow
+            self.weights = str(folder / "teacher.pth")
+            torch.save({"model": network.state_dict()}, self.weights)
+
+    def load(self, method: str, *more: str) -> Config:
+        """Return the config of a method: the pair's file, or that of ``--cfg`` with this method."""
+        options, overrides = self.options, [*self.options.overrides, *more]
+        if options.cfg:
+            return load_config(options.cfg, [*overrides, f"DISTILLER.TYPE={method}"], options.methods)
+        folder = PROJECT / "configs" / "cifar100" / ("dkd_normkd" if method == "NormKD_W_DKD" else method.lower())
+        return load_config(folder / f"{options.pair}.yaml", overrides, options.methods)
+
+    def config(self, method: str, name: str) -> Config:
+        """Return the config of a run of the method in a subfolder of that name."""
+        where = [f"LOG.PREFIX={self.folder / name}", f"EXPERIMENT.NAME={method}", "LOG.WANDB=false"]
+        return self.load(method, f"DISTILLER.TEACHER_WEIGHTS={self.weights}", *where)
+
+    def reference(self, method: str, ours: Ours) -> Reference:
+        """Return the reference's run of the method, which starts with the current weights of ours."""
+        node = self.config(method, "reference").node
+        root = Path(node.DATASET.ROOT)
+        if not self.data.startswith("real"):
+            write_cifar(self.dataset, root := self.folder / "data")
+        weights = [ours.step.trainable.student.state_dict(), load_weights(self.weights).state]
+        return Reference(node, root, weights, self.folder / "reference", ours.device)
+
+    def step_times(self, sides: Mapping[str, Ours | Reference]) -> dict[str, list[float]]:
+        """Return the milliseconds of a step of each side in each round, after a warm-up."""
+        steps = self.options.steps
+        for side in sides.values():
+            side.block(max(self.options.warmup, steps) if self.options.replay else self.options.warmup)
+        return interleave({name: partial(side.block, steps) for name, side in sides.items()}, self.options.blocks, 1000)
+
+
+def measure_table9(bench: Bench) -> Record:
+    """Measure time, memory and extra parameters of the methods."""
+    methods = bench.options.methods
+    # The compiled losses of many methods exceed the default limit.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(methods))
+    ours = {method: Ours(bench.config(method, "timed"), bench.dataset, bench.options.replay) for method in methods}
+    times = bench.step_times(ours)
+    print(f"{'':14}{'ms a step':>24}{'x KD':>20}{'memory MB':>11}{'parameters':>12}")
+    table: Record = {}
+    for method, side in ours.items():
+        ms, kd = spread(times[method]), spread(times[method], times["KD"]) if "KD" in times else None
+        extra = sum(part.extra_parameters() for part in side.step.trainable.methods())
+        # A separate process: this one's allocator keeps the memory of the other methods.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            peak = pool.submit(memory, bench.config(method, "memory"), bench.options.synthetic).result()
+        print(f"{method:14}{show(ms, 1):>24}{show(kd, 3):>20}{peak:>11.0f}{extra:>12,}")
+        table[method] = {"ms": ms, "ratio_to_kd": kd, "extra_parameters": extra, "memory_mb": peak, "log": side.log}
+    return table
+
+
+def measure_against(bench: Bench, method: str) -> Record:
+    """Time training steps of the reference and of ours."""
+    ours = Ours(bench.config(method, "against"), bench.dataset, bench.options.replay)
+    times = bench.step_times({"reference": bench.reference(method, ours), "ours": ours})
+    record: Record = {f"{name}_ms": spread(values) for name, values in times.items()} | {"log": ours.log}
+    record["ratio"] = spread(times["reference"], times["ours"])
+    line = ", ".join(f"{name} {show(record[f'{name}_ms'], 1)} ms" for name in times)
+    print(f"{method:14}{line}, reference / ours {show(record['ratio'], 2)}")
+    return record
+
+
+def measure_evaluation(bench: Bench) -> Record:
+    """Measure images/s of evaluating our student on the test split, and the reference's with ``--against``."""
+    method = bench.options.methods[0]
+    ours = Ours(bench.config(method, "evaluate"), bench.dataset)
+    trainable = ours.step.trainable
+    loader = bench.dataset.eval_loader(bench.node.DATASET.TEST.BATCH_SIZE, ours.device)
+    sides = {"ours": lambda: evaluate(trainable.student, loader, trainable.autocast).images_per_second}
+    if bench.options.against:
+        sides["reference"] = bench.reference(method, ours).images_per_second
+    interleave(sides, 1)  # warm up
+    rates = interleave(sides, bench.options.blocks)
+    record: Record = {"images": len(loader)} | {name: spread(values) for name, values in rates.items()}
+    record["ratio"] = spread(rates["ours"], rates["reference"]) if "reference" in rates else None
+    line = ", ".join(f"{name} {show(record[name], 0)}" for name in rates)
+    print(f"evaluation of {len(loader)} images, images/s: {line}, ours / reference {show(record['ratio'], 2)}")
+    return record
+
+
+def measure_loader(node: Any, name: str, passes: int) -> Record:
+    """Measure images/s of reading class folders with our loader and with torchvision's ImageFolder, best of passes."""
+    folder = Path(name) if name != "imagenet" else data_root(Path(node.DATASET.ROOT), "imagenet") / "train"
+    if not folder.is_dir():
+        raise DataError(f"--loader: the folder {folder} does not exist; it must have one folder of images per class")
+    options, size = image_options(node), node.SOLVER.BATCH_SIZE
+    options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
+    split = scan(folder, classes := class_folders(folder))
+    ours = ImageDataset("throughput", tuple(classes), split, split, options).train_loader(size, 0, torch.device("cpu"))
+    steps = [transforms.RandomResizedCrop(options.size, options.crop_scale), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
+    workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
+    usual: Any = DataLoader(ImageFolder(str(folder), transforms.Compose(steps)), size, shuffle=True, **workers)
+    epochs, images = iter(range(1, passes + 2)), len(split.source)
+
+    def rate(kind: str) -> float:
+        start = time.perf_counter()
+        for _ in ours.batches(next(epochs)) if kind == "ours" else usual:
+            pass
+        return images / (time.perf_counter() - start)
+
+    sides = {kind: partial(rate, kind) for kind in ("ours", "usual")}
+    interleave(sides, 1)  # start the workers
+    best = {kind: max(rates) for kind, rates in interleave(sides, passes).items()}
+    ratio = best["ours"] / best["usual"]
+    print(f"loading {images} images of {folder}, {options.workers} workers, best of {passes} passes: "
+          f"{best['ours']:.0f} images/s, torchvision {best['usual']:.0f}, ratio {ratio:.2f}")  # fmt: skip
+    return best | {"ratio": ratio, "folder": str(folder), "images": images, "workers": options.workers}
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """Parse and check the command line."""
+    example = "example: python tools/benchmark.py --table9 --methods KD,NormKD --json table9.json ENGINE.COMPILE none"
+    parser = ArgumentParser(prog="tools/benchmark.py", description="Measure speed.", epilog=example)
+    add = parser.add_argument
+    add("--table9", action="store_true", help="time, memory and extra parameters of the methods")
+    add("--evaluate", action="store_true", help="images/s of evaluating the student on the test split")
+    add("--against", type=Path, metavar="PATH", help="compare with the checkout of a reference")
+    add("--loader", default="", metavar="FOLDER", help="images/s of reading class folders, or: imagenet")
+    add("--methods", default="", metavar="A,B", help="DISTILLER.TYPEs; default: those of Table 9, or NormKD")
+    add("--pair", default="res32x4_res8x4", help="stem of the config files in configs/cifar100/METHOD")
+    add("--cfg", default="", metavar="FILE", help="config file to use instead of the pair's")
+    add("--blocks", type=int, default=7, help="rounds, the n of medians and quartiles")
+    add("--steps", type=int, default=5, help="steps of a block")
+    add("--warmup", type=int, default=3, help="untimed steps before")
+    add("--batch-size", type=int, help="short for SOLVER.BATCH_SIZE")
+    add("--teacher", default="", metavar="FILE", help="the teacher's weights (default: random ones)")
+    add("--synthetic", type=int, default=0, metavar="N", help="use N images of noise instead of real ones")
+    add("--replay", action="store_true", help="train on the same batches in all blocks (teacher cache: all hits)")
+    add("--json", type=Path, metavar="FILE", help="write all numbers: median, q1, q3, n, values over the rounds")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
+    options = parser.parse_intermixed_args(arguments)
+    check_output("--json", options.json)
+    for name in ("blocks", "steps", "warmup"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} must be >= 1, got {getattr(options, name)}")
+    if not (options.table9 or options.evaluate or options.against or options.loader):
+        raise ConfigError("nothing to measure: add --table9, --evaluate, --against PATH or --loader FOLDER")
+    methods = options.methods or (TABLE9 if options.table9 else "NormKD")
+    options.methods = list(dict.fromkeys(methods.split(",")))
+    if options.batch_size is not None:
+        options.overrides.append(f"SOLVER.BATCH_SIZE={options.batch_size}")
+    return options
+
+
+def measure(options: Any, record: Record, folder: Path) -> None:
+    """Run the requested measurements, print their results and add all numbers to the record."""
+    training = options.table9 or options.evaluate or options.against
+    plain = load_config(options.cfg or None, options.overrides, options.methods).node
+    bench = Bench(options, folder) if training else None
+    device = build_device(plain)
+    size, dtype = 8192 if device.type == "cuda" else 2048, build_precision(plain, device)[0] or torch.float32
+    matrix, threads = torch.rand(size, size, device=device).to(dtype), torch.get_num_threads()
+    timer = Timer("a @ a", globals={"a": matrix}, num_threads=threads)
+    peak = 2e-9 * size**3 / min(timer.timeit(1).mean for _ in range(10))
+    machine = record["machine"] = environment(device) | {"matmul_gflops": peak}
+    print(f"machine: {machine['device']}, {threads} threads, PyTorch {machine['torch']}, {peak:.0f} GFLOP/s")
+    if options.loader:
+        record["loader"] = measure_loader(plain, options.loader, options.blocks)
+    if bench is None:
+        return
+    names, size = bench.node.DISTILLER, bench.node.SOLVER.BATCH_SIZE
+    record["data"] = bench.data
+    record["pair"] = {"teacher": names.TEACHER, "student": names.STUDENT, "batch_size": size, "weights": bench.teacher}
+    print(f"{names.TEACHER} -> {names.STUDENT}, batch {size}\nteacher's weights: {bench.teacher}\ndata: {bench.data}\n"
+          f"blocks of {options.steps} steps, n = {options.blocks}; median (quartiles)")  # fmt: skip
+    if options.table9:
+        record["table9"] = measure_table9(bench)
+    if options.evaluate:
+        record["evaluate"] = measure_evaluation(bench)
+    elif options.against:
+        record["against"] = {method: measure_against(bench, method) for method in options.methods}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, measure, print."""
-    parser = ArgumentParser(
-        prog="tools/benchmark.py", description="Time the steps of training and the evaluation.",
-        epilog="example: python tools/benchmark.py --table9 --methods KD,NormKD --json table9.json ENGINE.COMPILE none",
-    )  # fmt: skip
-    parser.add_argument("--table9", action="store_true", help="time, memory and extra parameters of the methods")
-    parser.add_argument("--evaluate", action="store_true", help="images/s of evaluating the student on the test split")
-    parser.add_argument(
-        "--exactness", action="store_true", help="what compiling and caching the teacher change in --steps steps"
-    )
-    parser.add_argument("--against", type=Path, metavar="PATH", help="compare with the checkout of a reference")
-    parser.add_argument(
-        "--loader", default="", metavar="FOLDER", help="images/s of reading class folders, or: imagenet"
-    )
-    parser.add_argument("--methods", default="", metavar="A,B", help="DISTILLER.TYPEs; default: Table 9's, or NormKD")
-    parser.add_argument("--pair", default="res32x4_res8x4", help="stem of the config files in configs/cifar100/METHOD")
-    parser.add_argument("--cfg", default="", metavar="FILE", help="config file in place of the pair's")
-    parser.add_argument("--blocks", type=int, default=7, help="rounds, the n of medians and quartiles")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a block")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before")
-    parser.add_argument("--batch-size", type=int, help="short for SOLVER.BATCH_SIZE")
-    parser.add_argument("--teacher", default="", metavar="FILE", help="the teacher's weights, or the word random")
-    parser.add_argument("--synthetic", type=int, default=0, metavar="N", help="use N images of noise, not real ones")
-    parser.add_argument(
-        "--replay", action="store_true", help="all blocks on the same batches (teacher cache: all hits)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
-    options = parser.parse_intermixed_args(arguments)
-    check_output("--json", options.json)
-
-    from mdistiller_norm import benchmark
-    from mdistiller_norm.files import write_json
-
-    batch = [] if options.batch_size is None else [f"SOLVER.BATCH_SIZE={options.batch_size}"]
-    settings = benchmark.Settings(
-        table9=options.table9, evaluation=options.evaluate, exactness=options.exactness, against=options.against,
-        loader=options.loader, methods=[name for name in options.methods.split(",") if name], pair=options.pair,
-        cfg=options.cfg, blocks=options.blocks, steps=options.steps, warmup=options.warmup, teacher=options.teacher,
-        synthetic=options.synthetic, replay=options.replay, overrides=[*options.overrides, *batch],
-        command=shlex.join(["python", "tools/benchmark.py", *arguments]),
-    )  # fmt: skip
-    record = benchmark.run(settings)
-    print(benchmark.show(record))
+    """Parse the command line, measure, and write the numbers."""
+    options = parse(arguments)
+    record: Record = {"command": shlex.join(["tools/benchmark.py", *arguments])}
+    with tempfile.TemporaryDirectory(prefix="mdistiller_norm_benchmark_") as folder:
+        measure(options, record, Path(folder))
     if options.json:
         write_json(record, options.json)
     return 0
