@@ -241,7 +241,7 @@ def test_settings_without_effect_are_warnings(
 @pytest.mark.parametrize(
     ("method", "override", "words"),
     [
-        ("NormKD", "NormKD.TEMPERATURE_NORM=0", "NormKD: a temperature must be positive and finite, not 0.0"),
+        ("NormKD", "NormKD.TEMPERATURE_NORM=0", "NormKD: the temperature must be positive and finite, got 0.0"),
         ("[FITNET,KD]", "KD.LOSS.CE_WEIGHT=-1", r"KD: the weight of the cross entropy \(-1.0\)"),
         ("AT", "AT.P=0", "^AT.P is 0"),
     ],

@@ -1,4 +1,4 @@
-"""What every distillation method is: two networks' outputs and a batch in, one loss out."""
+"""Base class and registry of the distillation methods."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from mdistiller_norm.types import Batch, Outputs
 
 
 class Need(enum.IntEnum):
-    """How much of the networks' outputs a method reads.
+    """Network outputs that a method reads; each level includes the ones before it.
 
-    What no method needs of the teacher is not computed, or may be cached; what none needs of the student stays in the
-    precision of its pass.
+    Teacher outputs above the level are not computed or not cached. Student outputs above it are not converted to fp32.
     """
 
     NOTHING = 0
@@ -30,13 +29,13 @@ class Need(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Pair:
-    """What a method may learn of its two networks before training, found without running either.
+    """Shapes and data that a method can use to build its modules; neither network has run.
 
     Attributes:
-        student: the student's outputs as meta tensors of batch size 2: shapes without values.
-        teacher: the teacher's, likewise.
-        teacher_network: the teacher in eval mode, to read weights from (OFD's margins); never to run or change.
-        targets: ``[N]`` int64, the class of every training sample (CRD's negatives).
+        student: outputs of the student as meta tensors for a batch of 2.
+        teacher: outputs of the teacher, likewise.
+        teacher_network: the teacher in eval mode, for reading its weights (OFD's margins).
+        targets: ``[N]`` int64, class of every training sample (CRD's negatives).
         num_classes: number of classes C.
     """
 
@@ -48,22 +47,19 @@ class Pair:
 
 
 class Distiller(nn.Module):
-    """A distillation method: the thin class around a pure loss function.
+    """Base class of the distillation methods: a module around a pure loss function.
 
-    Cross entropy, ``weight`` and the warm-up ramp are applied outside, once for all methods:
+    The cross entropy, the weight and the warm-up are applied outside, once for all methods:
     ``total = ce_weight * CE + min(epoch / warmup, 1) * weight * distiller(student, teacher, batch)``.
 
     Attributes:
-        defaults: the method's config node with its default values (mdistiller's names).
-        need: what it reads of the two networks.
+        defaults: config node of the method with its default values (mdistiller's names).
+        need: network outputs that the method reads.
+        capturable: whether a step can be captured in a CUDA graph; False if it synchronises with the host.
+        teacher_in_train_mode: run the teacher with batch statistics, as OFD's authors do.
         ce_weight: weight of the cross entropy.
         weight: weight of the distillation loss.
-        teacher_in_train_mode: run the teacher with batch statistics, as OFD's reference does.
-        capturable: whether a step can be recorded as a CUDA graph; not where it waits for the host.
-        warmup: epochs over which the distillation loss is ramped up linearly, counted from 1; 0 or 1 for none.
-
-    Raises:
-        ConfigError: a weight or the warm-up is negative.
+        warmup: number of epochs of the linear warm-up of the distillation loss; 0 or 1 for none.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
@@ -73,37 +69,34 @@ class Distiller(nn.Module):
 
     def __init__(self, *, ce_weight: float = 1.0, weight: float = 1.0, warmup: int = 0) -> None:
         super().__init__()
-        if min(ce_weight, weight, warmup) < 0:
-            raise ConfigError(
-                f"the weight of the cross entropy ({ce_weight}), that of the method's loss "
-                f"({weight}) and the epochs of warm-up ({warmup}) must be zero or positive"
-            )
         self.ce_weight = float(ce_weight)
         self.weight = float(weight)
         self.warmup = int(warmup)
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Distiller:
-        """Build the method from its config node and the probed pair of networks.
+        """Build the method from its config node and the shapes of the two networks.
+
+        The default passes the loss weights only; override it for methods with other arguments.
 
         Raises:
-            ConfigError: a value that makes no sense, or a pair that cannot work (names both shapes).
+            ConfigError: a value is invalid, or the method does not support this pair.
         """
-        raise ConfigError(f"{cls.__name__} does not say how it is built: it needs a from_config")
+        return cls(**loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The distillation loss, a scalar, unweighted; float32 or float64."""
-        raise ConfigError(f"{type(self).__name__} does not say what its loss is: it needs a forward")
+        """Compute the unweighted distillation loss, a scalar in float32 or float64."""
+        raise ConfigError(f"{type(self).__name__} requires a forward method")
 
     def begin_epoch(self, epoch: int, seed: int) -> None:
-        """Called before every epoch (counted from 1): write what changes with it into buffers, in place."""
+        """Update in place the buffers that depend on the epoch (counted from 1); called before every epoch."""
 
     def extra_parameters(self) -> int:
-        """Number of parameters the method adds, as Table 9 counts them (CRD adds its memory)."""
+        """Return the number of parameters that the method adds, counted as in Table 9 of the NormKD paper."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def ramp(self, epoch: int) -> float:
-        """Factor of the distillation loss in this epoch, counted from 1 (mdistiller's linear warm-up)."""
+        """Return the factor of the linear warm-up in this epoch (counted from 1)."""
         return min(epoch / self.warmup, 1.0) if self.warmup > 1 else 1.0
 
 
@@ -113,7 +106,7 @@ D = TypeVar("D", bound=type[Distiller])
 
 
 def register(name: str) -> Callable[[D], D]:
-    """Class decorator: file a distiller under its ``DISTILLER.TYPE``, which is the name of its config node too."""
+    """Register a distiller under its ``DISTILLER.TYPE``, which is also the name of its config node (decorator)."""
 
     def add(cls: D) -> D:
         if not (isinstance(cls, type) and issubclass(cls, Distiller)):
@@ -124,17 +117,23 @@ def register(name: str) -> Callable[[D], D]:
     return add
 
 
-def refuse_negative(**values: float) -> None:
-    """Refuse hyper-parameters below zero, given by the names of their config keys.
+def loss_weights(node: Any) -> dict[str, Any]:
+    """Return the arguments ``ce_weight``, ``weight`` and ``warmup`` of :class:`Distiller` from a config node.
+
+    They are ``CE_WEIGHT``, ``KD_WEIGHT`` or ``FEAT_WEIGHT``, and ``WARMUP``, in the node or its section ``LOSS``, and
+    default to 1, 1 and 0.
 
     Raises:
-        ConfigError: names the first of them.
+        ConfigError: a number of the node is negative.
     """
+    values = {**node, **node.get("LOSS", {})}
     for key, value in values.items():
-        if value < 0:
-            raise ConfigError(f"{key} is {value:g}: it must be zero or positive")
+        if isinstance(value, (int, float)) and value < 0:
+            raise ConfigError(f"{key} must be >= 0, got {value}")
+    weight = values.get("KD_WEIGHT", values.get("FEAT_WEIGHT", 1.0))
+    return {"ce_weight": values.get("CE_WEIGHT", 1.0), "weight": weight, "warmup": values.get("WARMUP", 0)}
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
+    """Convert half precision to float32; return float32 and float64 unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

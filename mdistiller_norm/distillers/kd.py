@@ -1,7 +1,7 @@
-"""KD, with one temperature or several.
+"""KD with one temperature or several.
 
-Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); NormKD paper, Eq. 2 (one temperature) and
-Eq. 3-4, Table 1 (several).
+Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); NormKD paper, Eq. 2 (one temperature), Eq.
+3-4 and Table 1 (several).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, register
+from mdistiller_norm.distillers.base import Distiller, Pair, loss_weights, register
 from mdistiller_norm.distillers.temperature import Temperature
 from mdistiller_norm.types import Batch, Outputs, Softened
 
 
 def kl_divergence(softened: Softened) -> Tensor:
-    """Mean over the batch of ``weight * KL(teacher || student)`` of softened logits; a scalar."""
+    """Average ``weight * KL(teacher || student)`` of softened logits over the batch."""
     log_student, log_teacher = softened.student.log_softmax(1), softened.teacher.log_softmax(1)
     divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1)
     return (softened.weight * divergence).mean()
@@ -27,23 +27,18 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     """``T^2 * KL(p_t || p_s)`` of logits divided by T, averaged over the batch (Eq. 2).
 
     Args:
-        student_logits: ``[B, C]``.
-        teacher_logits: ``[B, C]``.
-        temperature: T; a sequence means that both sides' probabilities are averaged over its temperatures before the
-            one divergence, which is multiplied by ``max(T)^2`` (Eq. 3-4).
-
-    Returns:
-        A scalar in at least float32.
+        student_logits, teacher_logits: ``[B, C]``.
+        temperature: T. For a sequence, the probabilities are averaged over its temperatures before the divergence,
+            which is multiplied by ``max(T)^2`` (Eq. 3-4).
     """
     return kl_divergence(Temperature(temperature).soften(student_logits, teacher_logits))
 
 
 @register("KD")
 class KD(Distiller):
-    """Knowledge distillation with a fixed temperature, or with several (multi-temperature KD)."""
+    """Knowledge distillation with one fixed temperature or several."""
 
     defaults = {"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
-    need = Need.LOGITS
 
     def __init__(self, temperature: Temperature, **weights: Any) -> None:
         super().__init__(**weights)
@@ -51,9 +46,7 @@ class KD(Distiller):
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> KD:
-        """See :class:`Distiller`."""
-        return cls(Temperature(node.TEMPERATURE), ce_weight=node.LOSS.CE_WEIGHT, weight=node.LOSS.KD_WEIGHT)
+        return cls(Temperature(node.TEMPERATURE), **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See :class:`Distiller`."""
         return kl_divergence(self.temperature.soften(student.logits, teacher.logits))

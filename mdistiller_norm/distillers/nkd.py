@@ -1,11 +1,11 @@
-"""NKD: soft cross entropy of the target class, and of the others after both sides are normalised without it.
+"""NKD: soft cross entropy of the target class, and of the other classes normalised without it.
 
 Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized
-Loss and Customized Soft Labels" (ICCV 2023), and the authors' code (yzd-v/cls_KD, ``dis_losses/nkd.py``): the target
+Loss and Customized Soft Labels" (ICCV 2023), and the authors' code (yzd-v/cls_KD, ``dis_losses/nkd.py``). The target
 part has no temperature and no logarithm of the teacher, so the loss is not 0 for equal logits.
 
-Hyper-parameters: the authors publish none for resnet32x4 -> resnet8x4. The defaults are those of their one CIFAR-100
-file (ResNet34 -> ResNet18): gamma 3.5, temperature 3; their ImageNet files have gamma 1.5, temperature 1.
+Defaults: the authors' CIFAR-100 file (ResNet34 -> ResNet18): gamma 3.5, temperature 3; their ImageNet files have gamma
+1.5, temperature 1. They publish none for resnet32x4 -> resnet8x4.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, refuse_negative, register
+from mdistiller_norm.distillers.base import Distiller, Pair, at_least_float32, loss_weights, register
 from mdistiller_norm.distillers.dkd import split_target
 from mdistiller_norm.distillers.temperature import Temperature
 from mdistiller_norm.types import Batch, Outputs
@@ -26,14 +26,9 @@ def nkd_loss(
     """``-p_t[y] log p_s[y] - gamma * T^2 * sum over i != y of q_t[i] log q_s[i]``, averaged over the batch.
 
     Args:
-        student_logits: ``[B, C]``.
-        teacher_logits: ``[B, C]``.
-        targets: ``[B]``, int64 class numbers y.
-        gamma: weight of the non-target part.
+        student_logits, teacher_logits: ``[B, C]``.
+        targets: ``[B]``, int64 class indices y.
         temperature: T of q, the probabilities of the classes other than y among themselves; p has none.
-
-    Returns:
-        A scalar in at least float32.
     """
     softened = Temperature(temperature).soften(student_logits, teacher_logits)
     (_, others_s), (_, others_t) = split_target(softened.student, targets), split_target(softened.teacher, targets)
@@ -47,23 +42,18 @@ def nkd_loss(
 
 @register("NKD")
 class NKD(Distiller):
-    """Normalised knowledge distillation."""
+    """Normalized knowledge distillation."""
 
     defaults = {"TEMPERATURE": 3.0, "GAMMA": 3.5, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 1.0}}
-    need = Need.LOGITS
 
     def __init__(self, gamma: float, temperature: float, **weights: Any) -> None:
         super().__init__(**weights)
-        Temperature(temperature)  # refuses a bad one now, not in the first step
-        refuse_negative(GAMMA=gamma)
+        Temperature(temperature)  # validates it
         self.gamma, self.temperature = float(gamma), float(temperature)
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> NKD:
-        """See :class:`Distiller`."""
-        weights = {"ce_weight": node.LOSS.CE_WEIGHT, "weight": node.LOSS.KD_WEIGHT}
-        return cls(node.GAMMA, node.TEMPERATURE, **weights)
+        return cls(node.GAMMA, node.TEMPERATURE, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See :class:`Distiller`."""
         return nkd_loss(student.logits, teacher.logits, batch.targets, self.gamma, self.temperature)

@@ -1,7 +1,8 @@
-"""NormKD: each sample's temperature is the spread of its own logits.
+"""NormKD and DKD+NormKD: KD and DKD with a temperature for each sample, the standard deviation of its logits.
 
-Source: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation" (2023), Eq. 5-7 and Algorithm 1; the other
-statistics are those of its Table 8.
+Source: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation" (2023), Eq. 5-7, Algorithm 1 and, for the
+other statistics, Table 8. DKD+NormKD: section 4; the paper has no formula, this is the published code's: the standard
+deviation is over all classes and shared by both parts of DKD.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Pair, register
+from mdistiller_norm.distillers.base import Pair, loss_weights, register
+from mdistiller_norm.distillers.dkd import DKD, decoupled_divergence
 from mdistiller_norm.distillers.kd import KD, kl_divergence
 from mdistiller_norm.distillers.temperature import Temperature
 
@@ -20,26 +22,52 @@ def normkd_loss(
 ) -> Tensor:
     """``(T_norm * sigma_t)^2 * KL(p_t || p_s)`` of logits divided by ``T_norm * sigma``, averaged over the batch.
 
-    Args:
-        student_logits: ``[B, C]``; gradient flows through their standard deviation.
-        teacher_logits: ``[B, C]``.
-        t_norm: T_norm (Eq. 6), 2.0 for CIFAR-100 and 1.0 for ImageNet in the paper.
-        statistic: ``std`` (unbiased), or Table 8's ``max`` and ``range``.
+    A sample with constant logits is uniform in the student and has weight 0 in the teacher.
 
-    Returns:
-        A scalar in at least float32. A sample with constant logits is uniform as a student and counts 0 as a teacher.
+    Args:
+        student_logits, teacher_logits: ``[B, C]``. Gradients include the student's standard deviation.
+        t_norm: T_norm (Eq. 6); the paper uses 2.0 for CIFAR-100 and 1.0 for ImageNet.
+        statistic: ``std`` (unbiased), or ``max`` or ``range`` of Table 8.
     """
     return kl_divergence(Temperature(t_norm, statistic).soften(student_logits, teacher_logits))
 
 
+def norm_dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    beta: float,
+    t_norm: float = 2.0,
+) -> Tensor:
+    """``(T_norm * sigma_t)^2 * (alpha * TCKD + beta * NCKD)`` of logits divided by ``T_norm * sigma``, batch mean.
+
+    Args:
+        student_logits, teacher_logits: ``[B, C]``.
+        targets: ``[B]``, int64 class indices.
+    """
+    softened = Temperature(t_norm, "std").soften(student_logits, teacher_logits)
+    return decoupled_divergence(softened, targets, alpha, beta)
+
+
 @register("NormKD")
 class NormKD(KD):
-    """KD whose temperature is ``TEMPERATURE_NORM * STATISTIC(logits)`` for each sample, on both sides."""
+    """KD with the temperature ``TEMPERATURE_NORM * STATISTIC(logits)`` for each sample and network."""
 
     defaults = {"TEMPERATURE_NORM": 2.0, "STATISTIC": "std", "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> NormKD:
-        """See :class:`Distiller`."""
-        temperature = Temperature(node.TEMPERATURE_NORM, node.STATISTIC)
-        return cls(temperature, ce_weight=node.LOSS.CE_WEIGHT, weight=node.LOSS.KD_WEIGHT)
+        return cls(Temperature(node.TEMPERATURE_NORM, node.STATISTIC), **loss_weights(node))
+
+
+@register("NormKD_W_DKD")
+class NormKDWithDKD(DKD):
+    """DKD with NormKD's temperature."""
+
+    # LOSS is unused; configs of mdistiller's fork may contain it.
+    defaults = {"TEMPERATURE_NORM": 2.0, "LOSS": {}, "CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "WARMUP": 20}
+
+    @classmethod
+    def from_config(cls, node: Any, pair: Pair) -> NormKDWithDKD:
+        return cls(Temperature(node.TEMPERATURE_NORM, "std"), node.ALPHA, node.BETA, **loss_weights(node))

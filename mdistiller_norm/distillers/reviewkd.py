@@ -1,7 +1,7 @@
-"""ReviewKD: each of the teacher's stages teaches a fusion of the student's stages from there on down.
+"""ReviewKD: each stage of the teacher guides a fusion of the student's stages from there on.
 
-Source: Chen et al., "Distilling Knowledge via Knowledge Review" (CVPR 2021): attention based fusion (ABF, section 3.3),
-hierarchical context loss (HCL, section 3.4).
+Source: Chen et al., "Distilling Knowledge via Knowledge Review" (CVPR 2021): attention based fusion (ABF, section 3.3)
+and hierarchical context loss (HCL, section 3.4).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
-from mdistiller_norm.distillers.maps import Maps, check_typed, pool_to, require_preacts, shapes
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
+from mdistiller_norm.distillers.common import Maps, check_typed, pool_to, require_preacts, shapes
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -23,16 +23,13 @@ MAX_MID_CHANNELS = 512
 
 
 def hcl_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor]) -> Tensor:
-    """Mean squared difference of maps and of their averages on a 4x4, 2x2 and 1x1 grid, summed over the maps.
+    """Mean squared difference of maps and of their averages on 4x4, 2x2 and 1x1 grids, summed over the maps.
 
-    Each grid smaller than the map counts half of the level before it; weights add up to 1 for each map.
+    Each grid smaller than the map has half the weight of the level before it; the weights of a map sum to 1.
 
     Args:
-        list_s: the student's fused maps ``[B, D_i, H_i, W_i]``.
-        list_t: the teacher's, of the same shapes.
-
-    Returns:
-        A scalar in at least float32.
+        list_s: fused maps of the student, ``[B, D_i, H_i, W_i]``.
+        list_t: maps of the teacher, of the same shapes.
     """
     losses = []
     for student, teacher in zip(list_s, list_t, strict=True):
@@ -49,23 +46,18 @@ def hcl_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor]) -> Tensor:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that takes a single value per channel too, by its running statistics (PyTorch's refuses it)."""
+    """Batch norm that uses its running statistics for a single value per channel, which PyTorch's refuses."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, D, H, W]`` to the same."""
         if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
 
 class AttentionFusion(nn.Module):
-    """ABF: a student's map and what comes from the deeper ones, mixed by two spatial attention maps.
+    """ABF: mixes a map of the student with the fusion of the deeper ones by two spatial attention maps.
 
-    Args:
-        in_channels: of the student's map.
-        mid_channels: of what is passed on.
-        out_channels: of the teacher's map.
-        fuse: false for the deepest, which has nothing to be mixed with.
+    Channels are those of the student's, the fused and the teacher's map; the deepest map has nothing to fuse.
     """
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
@@ -79,21 +71,16 @@ class AttentionFusion(nn.Module):
         self.attention = nn.Conv2d(2 * mid_channels, 2, 1) if fuse else None
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fuse.
-
-        Args:
-            x: the student's map ``[B, in_channels, H, W]``.
-            deeper: what the next deeper fusion passed on, ``[B, mid_channels, H', W']``; None for the deepest.
-            size: height and width of the teacher's map.
+        """Fuse the student's map with the fused map of the next deeper level, None for the deepest.
 
         Returns:
-            ``[B, out_channels, *size]`` to compare with the teacher, and ``[B, mid_channels, *size]`` to pass on.
+            The map to compare with the teacher's and the fused map for the next level, both of ``size``.
         """
         x = self.inner(x)
         if self.attention is not None and deeper is not None:
             deeper = _resize(deeper, x.shape[-2:])
-            own, others = self.attention(torch.cat([x, deeper], 1)).sigmoid().split(1, 1)
-            x = own * x + others * deeper
+            this, other = self.attention(torch.cat([x, deeper], 1)).sigmoid().split(1, 1)
+            x = this * x + other * deeper
         x = _resize(x, size)
         return self.outer(x), x
 
@@ -109,27 +96,20 @@ def _levels(maps: Maps, pooled: Tensor) -> Maps:
 
 @register("REVIEWKD")
 class ReviewKD(Distiller):
-    """Knowledge review.
+    """Knowledge review of the teacher's stages before their ReLU and of its pooled features.
 
-    The teacher's stages before their ReLU (its stem is left out) and its pooled features teach as many of the
-    student's maps, counted from the deepest; a map of another size is resized to the teacher's.
-
-    Args:
-        in_channels: the student's, shallow to deep, the pooled features last.
-        out_channels: the teacher's, likewise.
-        student_preact: read the student's maps before their ReLU.
+    They are matched with as many maps of the student, from the deepest; those are resized to the teacher's.
     """
 
+    # The four lists are probed, and checked if a config contains them. MAX_MID_CHANNEL is unused, as in mdistiller.
     defaults = {
         "CE_WEIGHT": 1.0,
         "REVIEWKD_WEIGHT": 1.0,
         "WARMUP_EPOCHS": 20,
-        # Probed; checked where a file names them.
         "SHAPES": [1, 8, 16, 32],
         "OUT_SHAPES": [1, 8, 16, 32],
         "IN_CHANNELS": [64, 128, 256, 256],
         "OUT_CHANNELS": [64, 128, 256, 256],
-        # mdistiller's files name it and its code never uses it: the middle has min(512, last of IN_CHANNELS) channels.
         "MAX_MID_CHANNEL": MAX_MID_CHANNELS,
         "STU_PREACT": False,
     }
@@ -149,30 +129,30 @@ class ReviewKD(Distiller):
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> ReviewKD:
-        """See :class:`Distiller`."""
         require_preacts(teacher=pair.teacher.preacts, **({"student": pair.student.preacts} if node.STU_PREACT else {}))
         students = pair.student.preacts if node.STU_PREACT else pair.student.features
         teachers = pair.teacher.preacts[1:]
         count = min(len(students), len(teachers))
         if count < 1:
-            raise ConfigError(f"REVIEWKD: student maps are {shapes(students)}, teacher stages {shapes(teachers)}")
-        student = _levels(students[-count:], pair.student.pooled)
-        teacher = _levels(teachers[-count:], pair.teacher.pooled)
-        for sizes, channels, levels in (("SHAPES", "IN_CHANNELS", student), ("OUT_SHAPES", "OUT_CHANNELS", teacher)):
-            probed = {sizes: [level.shape[2] for level in levels[::-1]], channels: [level.shape[1] for level in levels]}
-            for key, value in probed.items():
-                check_typed(f"REVIEWKD.{key}", getattr(node, key), cls.defaults[key], value)
-        return cls(
-            [level.shape[1] for level in student],
-            [level.shape[1] for level in teacher],
-            bool(node.STU_PREACT),
-            ce_weight=node.CE_WEIGHT,
-            weight=node.REVIEWKD_WEIGHT,
-            warmup=node.WARMUP_EPOCHS,
-        )
+            raise ConfigError(
+                f"REVIEWKD requires at least one stage, got student maps {shapes(students)} and teacher stages "
+                f"{shapes(teachers)}"
+            )
+        channels = []
+        for maps, pooled, prefixes in (
+            (students, pair.student.pooled, ("", "IN_")),
+            (teachers, pair.teacher.pooled, ("OUT_", "OUT_")),
+        ):
+            levels = _levels(maps[-count:], pooled)
+            probed = [level.shape[2] for level in levels[::-1]], [level.shape[1] for level in levels]
+            for prefix, name, value in zip(prefixes, ("SHAPES", "CHANNELS"), probed, strict=True):
+                key = prefix + name
+                check_typed(f"REVIEWKD.{key}", node[key], cls.defaults[key], value)
+            channels.append(probed[1])
+        weights = loss_weights(node) | {"weight": node.REVIEWKD_WEIGHT, "warmup": node.WARMUP_EPOCHS}
+        return cls(channels[0], channels[1], bool(node.STU_PREACT), **weights)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See :class:`Distiller`."""
         count = len(self.fusions) - 1
         maps = student.preacts if self.student_preact else student.features
         sources = _levels(maps[-count:], student.pooled)

@@ -1,8 +1,8 @@
-"""VID: the student's maps predict the teacher's, with a learned uncertainty for each channel.
+"""VID: prediction of the teacher's maps with a learned variance for each channel.
 
-Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer" (CVPR 2019): negative log
-likelihood of a Gaussian with learned mean and one learned variance a channel, without its constant. mdistiller keeps
-the variances at their first value (they are in neither its optimizer nor its checkpoints); here they are parameters.
+Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer" (CVPR 2019): negative log likelihood
+of a Gaussian with learned mean and variance, without its constant. mdistiller leaves the variances at their initial
+values (they are not in its optimizer or checkpoints); here they are parameters.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, register
-from mdistiller_norm.distillers.maps import matched_stages, same_size
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
+from mdistiller_norm.distillers.common import matched_stages, same_size
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
 
 def vid_loss(mean: Tensor, f_t: Tensor, log_scale: Tensor, eps: float = 1e-5) -> Tensor:
-    """``((mean - f_t)^2 / variance + log(variance)) / 2``, averaged over all elements; a scalar, may be negative.
+    """``((mean - f_t)^2 / variance + log(variance)) / 2``, averaged over all elements; can be negative.
 
     Args:
-        mean: what the student predicts of the teacher's map, ``[B, D, H, W]``.
-        f_t: the teacher's map, of the same shape.
-        log_scale: ``[D]``; a channel's variance is ``softplus(log_scale) + eps``.
+        mean: predicted map of the teacher, ``[B, D, H, W]``.
+        f_t: map of the teacher, of the same shape.
+        log_scale: ``[D]``; the variance of a channel is ``softplus(log_scale) + eps``.
         eps: smallest variance.
     """
     variance = (F.softplus(at_least_float32(log_scale)) + eps).view(1, -1, 1, 1)
@@ -36,22 +36,16 @@ def vid_loss(mean: Tensor, f_t: Tensor, log_scale: Tensor, eps: float = 1e-5) ->
 
 
 def _regressor(channels: int, targets: int) -> nn.Sequential:
-    """From the student's channels to the teacher's, pixel by pixel."""
+    """Map the student's channels to the teacher's, pixel by pixel."""
     first, second, third = (nn.Conv2d(width, targets, 1, bias=False) for width in (channels, targets, targets))
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
 
 @register("VID")
 class VID(Distiller):
-    """Variational information distillation of the stages (:mod:`~mdistiller_norm.distillers.maps` says which meet).
+    """Variational information distillation of matched stages."""
 
-    Args:
-        channels: the student's channels at each stage.
-        targets: the teacher's.
-        initial_variance: what every variance starts from.
-        eps: smallest variance.
-    """
-
+    # INPUT_SIZE is unused; mdistiller's configs may contain it.
     defaults = {
         "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}, "EPS": 1e-5, "INIT_PRED_VAR": 5.0, "INPUT_SIZE": [32, 32],
     }  # fmt: skip
@@ -62,9 +56,9 @@ class VID(Distiller):
     ) -> None:
         super().__init__(**weights)
         if not 0 < eps < initial_variance:
-            raise ConfigError(f"VID.INIT_PRED_VAR is {initial_variance} and VID.EPS {eps}: they must be 0 < EPS < INIT")
+            raise ConfigError(f"VID.EPS must be > 0 and < VID.INIT_PRED_VAR, got {eps} and {initial_variance}")
         self.eps = eps
-        # The inverse of softplus; expm1 keeps its digits where the variance is small, and nothing overflows.
+        # Inverse of softplus, without overflow and accurate for small variances.
         start = initial_variance - eps
         start += math.log(-math.expm1(-start))
         self.regressors = nn.ModuleList(_regressor(s, t) for s, t in zip(channels, targets, strict=True))
@@ -72,14 +66,11 @@ class VID(Distiller):
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> VID:
-        """See :class:`Distiller`. ``INPUT_SIZE`` is accepted for mdistiller's files and not needed."""
         students, teachers = matched_stages(pair.student.features, pair.teacher.features)
         channels, targets = [maps.shape[1] for maps in students], [maps.shape[1] for maps in teachers]
-        weights = {"ce_weight": node.LOSS.CE_WEIGHT, "weight": node.LOSS.FEAT_WEIGHT}
-        return cls(channels, targets, node.INIT_PRED_VAR, node.EPS, **weights)
+        return cls(channels, targets, node.INIT_PRED_VAR, node.EPS, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See :class:`Distiller`."""
         losses = []
         stages = zip(*matched_stages(student.features, teacher.features), strict=True)
         for stage, regressor, log_scale in zip(stages, self.regressors, self.log_scales, strict=True):

@@ -65,8 +65,8 @@ class WideResNet(Network):
 
     ``features`` are the outputs of the convolution and of the groups without an activation (as in mdistiller); they can
     be negative. ``preacts`` are the output of the convolution and, for each group, of the batch norm that follows it:
-    the first of the next group or the last of the network. So ``relu(preact) != feature``. Each batch norm runs once
-    per forward pass; mdistiller runs these three twice and updates their statistics twice.
+    the first of the next group or the last of the network. So ``relu(preact) != feature``. Unlike in mdistiller, each
+    batch norm runs once per forward pass.
 
     Args:
         num_classes: number of classes.
