@@ -1,18 +1,19 @@
-"""From a config to the objects that run; what is in ``engine``, ``data`` and ``models`` takes explicit arguments."""
+"""Build the parts of a run from its config."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from yacs.config import CfgNode
 
-from mdistiller_norm.config import default_config, method_names
+from mdistiller_norm.config import method_names
 from mdistiller_norm.data import (
     DATASETS,
     Dataset,
@@ -43,55 +44,45 @@ from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
 from mdistiller_norm.files import PROJECT
 from mdistiller_norm.models import VARIANTS, build_model, probe
 from mdistiller_norm.models.base import Network
-from mdistiller_norm.types import Outputs
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = {dtype: name for name, dtype in _DTYPES.items()}  # what an autocast dtype is called
+PRECISIONS = {dtype: name for name, dtype in _DTYPES.items()}  # names of autocast dtypes
 
 
-def build_device(cfg: Any) -> torch.device:
-    """The device of ``DEVICE``; ``auto`` is CUDA where there is one.
-
-    Raises:
-        ConfigError: not a device, or not on this machine.
-    """
-    if cfg.DEVICE == "auto":
-        return distributed.local_device() if torch.cuda.is_available() else torch.device("cpu")
-    if cfg.DEVICE == "cuda" and torch.cuda.is_available():
+def build_device(name: str) -> torch.device:
+    """Return the device of that name; ``auto`` is CUDA if available."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
         return distributed.local_device()
     try:
-        device = torch.device(cfg.DEVICE)
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"DEVICE {cfg.DEVICE!r} cannot be used here ({first_line(error)}): choose auto, cpu or cuda"
-        ) from error
+        raise ConfigError(f"DEVICE must be auto, cpu or cuda, got {name!r} ({first_line(error)})") from error
     if device.type == "cuda" and distributed.wanted().world > 1:
-        raise ConfigError(f"DEVICE {cfg.DEVICE} puts all processes on one GPU: choose cuda, which gives each its own")
+        raise ConfigError(f"DEVICE must be cuda with several processes, to give each its own GPU; got {name}")
     return device
 
 
-def build_precision(cfg: Any, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The autocast dtype of ``SOLVER.PRECISION``, and a warning: None with one where a processor would emulate it.
-
-    A GPU is taken to have it.
-    """
-    dtype = _DTYPES[cfg.SOLVER.PRECISION]
+def build_precision(name: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """Return the autocast dtype and a warning: None (fp32) with a warning where a CPU would emulate the dtype."""
+    dtype = _DTYPES[name]
     if device.type == "cpu" and dtype is not None:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if dtype is torch.float16 or not native:
-            return None, f"this processor has no fast {cfg.SOLVER.PRECISION}: fp32 is taken instead"
+            return None, f"this processor has no fast {name}: using fp32"
     return dtype, ""
 
 
 def placed(network: Network, device: torch.device) -> Network:
-    """The network on its device, in the memory layout that is fast there."""
+    """Move a network to the device, in channels-last memory format."""
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def image_options(cfg: Any) -> ImageOptions:
-    """How image files are read."""
+    """Return the options for reading image files."""
     data = cfg.DATASET
     return ImageOptions(
         size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
@@ -101,34 +92,26 @@ def image_options(cfg: Any) -> ImageOptions:
 
 
 def build_dataset(cfg: Any) -> Dataset:
-    """The data set of ``DATASET.TYPE``; with ``DATASET.VAL_SPLIT`` part of its training split is the test split.
-
-    Raises:
-        UserError: the data are missing or broken, or cannot be split.
-    """
+    """Open the data set; with ``DATASET.VAL_SPLIT``, part of the training split replaces the test split."""
     data = cfg.DATASET
     dataset = open_dataset(data.TYPE, Path(data.ROOT), image_options(cfg))
     if not data.VAL_SPLIT:
         return dataset
     if not isinstance(dataset, TensorDataset):
-        raise ConfigError(f"DATASET.VAL_SPLIT is for data sets in memory, not for {data.TYPE}: split its folders")
+        raise ConfigError(f"DATASET.VAL_SPLIT requires a data set in memory, got {data.TYPE}: split its folders")
     return dataset.hold_out(data.VAL_SPLIT)
 
 
-def build_student(cfg: Any, dataset: Dataset) -> Network:
-    """The student with its initial weights, a function of ``SEED`` alone.
-
-    Raises:
-        ConfigError: there is no such network, or it cannot take the data set's images.
-    """
-    torch.manual_seed(cfg.SEED)
-    student = build_model(cfg.DISTILLER.STUDENT, len(dataset.classes), variant=dataset.variant)
+def build_student(name: str, dataset: Dataset, seed: int) -> Network:
+    """Return the student with its initial weights, a function of the seed."""
+    torch.manual_seed(seed)
+    student = build_model(name, len(dataset.classes), variant=dataset.variant)
     probe(student, dataset.image_size)
     return student
 
 
 def train_command(kind: str, model: str) -> str:
-    """The command that trains this network as a teacher, on a data set of that ``DATASET.TYPE``."""
+    """Return the command that trains a network as a teacher on a data set of that ``DATASET.TYPE``."""
     file = Path("configs", kind, f"vanilla_{model}.yaml" if kind == "digits" else f"vanilla/{model}.yaml")
     if (PROJECT / file).is_file():
         return f"python tools/train.py --cfg {file}"
@@ -136,11 +119,7 @@ def train_command(kind: str, model: str) -> str:
 
 
 def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
-    """The teacher with its trained weights.
-
-    Raises:
-        CheckpointError: its weights are missing (says what trains them) or do not fit.
-    """
+    """Return the teacher with its trained weights."""
     name = cfg.DISTILLER.TEACHER
     network = build_model(name, len(dataset.classes), variant=dataset.variant)
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
@@ -151,182 +130,128 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
     if trained_on != dataset.name:
         renamed = f"{file.path} was trained on {trained_on}, not on {dataset.name}"
         if not isinstance(dataset, ImageDataset) or list(weights.about.get("classes", ())) != list(dataset.classes):
-            raise CheckpointError(renamed)  # else the name, which is that of its folder, may be another one now
+            raise CheckpointError(renamed)  # otherwise the folder, which names the data set, may have been renamed
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
-    doubts = [file.warning, renamed, check_preprocessing(weights, dataset.classes, seen)]
-    return network, replace(file, warning="; ".join(filter(None, doubts)))
+    warnings = [file.warning, renamed, check_preprocessing(weights, dataset.classes, seen)]
+    return network, replace(file, warning="; ".join(filter(None, warnings)))
 
 
 def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> dict[str, Distiller]:
-    """The methods of ``DISTILLER.TYPE`` for this pair of networks, by name.
-
-    Raises:
-        ConfigError: a method does not work for them.
-    """
+    """Return the methods of ``DISTILLER.TYPE`` by name."""
     size = dataset.image_size
     pair = Pair(probe(student, size), probe(teacher, size), teacher, dataset.targets, len(dataset.classes))
+    distillers = {}
     for name in method_names(cfg):
         for network, outputs in ((student, pair.student), (teacher, pair.teacher)):
             if DISTILLERS[name].need is Need.MAPS and not outputs.features:
-                raise ConfigError(f"{name} reads maps, and {network.name} shows none: name its features, or choose KD")
-    return {name: _build_distiller(name, cfg, pair) for name in method_names(cfg)}
+                raise ConfigError(f"{name} requires feature maps, which {network.name} lacks: list its features")
+        try:
+            distillers[name] = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)
+        except ConfigError as error:
+            raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
+        if not isinstance(distillers[name], Distiller):
+            raise ConfigError(f"{name}: from_config must return a Distiller, got {type(distillers[name]).__name__}")
+    return distillers
 
 
-def _build_distiller(name: str, cfg: Any, pair: Pair) -> Distiller:
-    try:
-        method = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)  # no node: a method without keys
-    except ConfigError as error:
-        if str(error).startswith(name):
-            raise
-        raise ConfigError(f"{name}: {error}") from error
-    if not isinstance(method, Distiller):
-        raise ConfigError(f"{name}: its from_config gives a {type(method).__name__}, not the method")
-    return method
+def build_loader(
+    dataset: Dataset, batch_size: int, seed: int, device: torch.device, share: Share, accumulate: int, log: Log
+) -> TrainLoader:
+    """Return the training batches of this process.
+
+    Args:
+        dataset: its training split is used.
+        batch_size: over all processes.
+        seed: of order and augmentation.
+        device: of the batches.
+        share: rank and number of processes.
+        accumulate: micro-batches of a batch.
+        log: receives warnings.
+    """
+    loader = dataset.train_loader(batch_size, seed, device, share, warn=lambda text: log(f"warning: {text}"))
+    if loader.batch_size % accumulate:
+        raise ConfigError(f"SOLVER.ACCUMULATE {accumulate} does not divide a process's batch of {loader.batch_size}")
+    return loader
 
 
 def build_teacher_runner(
-    cfg: Any,
     network: Network,
     distillers: Mapping[str, Distiller],
     loader: TrainLoader,
-    checkpoint: Path,
     image_size: tuple[int, int],
+    checkpoint: Path,
     autocast: torch.dtype | None,
     compiled: bool,
-    say: Say,
+    cached: str,
+    log: Log,
 ) -> Teacher:
-    """The teacher as a step uses it: run in every step, or its answers kept in a cache."""
+    """Return the teacher as a step uses it: run in every step, or cached.
+
+    Args:
+        network: with trained weights, on its device.
+        distillers: methods that read its outputs.
+        loader: training batches.
+        image_size: height and width.
+        checkpoint: of the network; the cache is stored beside it.
+        autocast: dtype of the forward pass, None for float32.
+        compiled: compile the network.
+        cached: precision of the cached outputs, empty for no cache.
+        log: receives the reason if the outputs cannot be cached.
+    """
+    device = next(network.parameters()).device
+    if cached and (reason := _no_cache_reason(distillers, loader)):
+        log(f"no teacher cache: {reason}")
+        cached = ""
+    compiler = None
+    if compiled:
+        size = CachedTeacher.batch_size(loader, device) if cached else loader.batch_size
+        # Created outside inference mode: an inference tensor would cause a second compilation in the first step.
+        example = torch.zeros(size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
+        compiler = partial(compile_teacher, example=example, warn=log)
     need = max(method.need for method in distillers.values())
     train_mode = any(method.teacher_in_train_mode for method in distillers.values())
-
-    device = next(network.parameters()).device
-
-    def live(batch_size: int) -> LiveTeacher:
-        if not compiled:
-            return LiveTeacher(network, need, autocast, train_mode)
-        # Made here: in inference mode, where it is compiled for, this would be a tensor of another kind than the
-        # batches are, and everything would be compiled once more in the first step.
-        example = torch.zeros(batch_size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
-
-        def compiler(module: nn.Module) -> Callable[[Tensor], Outputs]:
-            return compile_teacher(module, example, say)
-
-        return LiveTeacher(network, need, autocast, train_mode, compiler)
-
-    if cfg.DISTILLER.TEACHER_CACHE == "off":
-        return live(loader.batch_size)
-    if need > Need.POOLED:
-        readers = [name for name, method in distillers.items() if method.need > Need.POOLED]
-        say(f"no teacher cache: {' and '.join(readers)} reads the teacher's maps, which are too large to keep")
-        return live(loader.batch_size)
-    if train_mode:
-        users = [name for name, method in distillers.items() if method.teacher_in_train_mode]
-        say(f"no teacher cache: {' and '.join(users)} has the teacher's answers depend on the batch they are given in")
-        return live(loader.batch_size)
-    if not isinstance(loader, MemoryTrainLoader):
-        say(f"no teacher cache: the augmentation of {cfg.DATASET.TYPE} has no finite number of views")
-        return live(loader.batch_size)
+    live = LiveTeacher(network, need, autocast, train_mode, compiler)
+    if not cached or not isinstance(loader, MemoryTrainLoader):
+        return live
     pooled = probe(network, image_size).pooled.shape[1]
-    precision = cfg.DISTILLER.TEACHER_CACHE_PRECISION
-    runs = live(CachedTeacher.batch_size(loader, device))
-    cached = CachedTeacher(runs, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, precision)
-    cached.check_answers()
-    if line := cached.hold_on_device():
-        say(line)
-    return cached
+    teacher = CachedTeacher(live, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, cached)
+    teacher.check_answers()
+    if line := teacher.hold_on_device():
+        log(line)
+    return teacher
 
 
-def fastest(cfg: Any, step: TrainStep, say: Say) -> Callable[..., None]:
-    """A step as a CUDA graph, where it can be one; else as it is."""
-    device, why = step.factors.device, ""
-    if device.type != "cuda":
-        why = "there is no CUDA device" if cfg.ENGINE.CUDA_GRAPH == "on" else "off"
-    elif slow := [name for name, method in step.trainable.distillers.items() if not method.capturable]:
-        why = f"{' and '.join(slow)} waits for the host in every step"
-    elif distributed.together():
-        why = "several processes exchange gradients in it"
-    elif not isinstance(step.loader, MemoryTrainLoader):
-        why = "the images of this data set come from the host"
-    if cfg.ENGINE.CUDA_GRAPH == "off" or why:
-        if why not in ("", "off"):
-            say(f"no CUDA graph: {why}")
-        return step
-    return CapturedStep(step, say)
-
-
-def fastest_test(cfg: Any, network: Network, test: EvalLoader, say: Say) -> Callable[[Tensor], Tensor] | None:
-    """The network as CUDA graphs for evaluation, where the images lie on a CUDA device; else None."""
-    device = next(network.parameters()).device
-    held = isinstance(test, MemoryEvalLoader)
-    return CapturedNetwork(network, say) if cfg.ENGINE.CUDA_GRAPH != "off" and device.type == "cuda" and held else None
+def _no_cache_reason(distillers: Mapping[str, Distiller], loader: TrainLoader) -> str:
+    for name, method in distillers.items():
+        if method.need > Need.POOLED:
+            return f"{name} requires the teacher's maps, which are too large to store"
+        if method.teacher_in_train_mode:
+            return f"{name} runs the teacher in training mode, where its outputs depend on the whole batch"
+    if not isinstance(loader, MemoryTrainLoader):
+        return "the augmentation of this data set has no finite number of views"
+    return ""
 
 
 def build_optimizer(
     cfg: Any, trainable: Trainable, loader: TrainLoader, teacher: Teacher | None
 ) -> torch.optim.Optimizer | DOT:
-    """SGD, or DOT's two where ``SOLVER.TRAINER`` says so.
-
-    Raises:
-        ConfigError: DOT without a teacher, with fp16, whose gradients need a scale, or on several processes.
-    """
+    """Return SGD, or DOT if ``SOLVER.TRAINER`` is dot."""
     solver = cfg.SOLVER
     sgd = {
         "lr": solver.LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY, "nesterov": solver.NESTEROV,
     }  # fmt: skip
     if not solver.TRAINER.endswith("dot"):
         return build_sgd(trainable.parameters(), **sgd)
-    if teacher is None or trainable.autocast is torch.float16:
-        why = "a distillation loss: DISTILLER.TYPE is NONE" if teacher is None else "SOLVER.PRECISION fp32 or bf16"
-        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} needs {why}")
-    if distributed.together() or solver.ACCUMULATE > 1:
-        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} trains on one process, and with SOLVER.ACCUMULATE 1")
+    if teacher is None:
+        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} requires a distillation loss: DISTILLER.TYPE is NONE")
+    if trainable.autocast is torch.float16 or distributed.together() or solver.ACCUMULATE > 1:
+        raise ConfigError(
+            f"SOLVER.TRAINER {solver.TRAINER} requires SOLVER.PRECISION fp32 or bf16, one process and "
+            "SOLVER.ACCUMULATE 1"
+        )
     batch = loader.prepare(*next(loader.batches(1)))
     return DOT(trainable, batch, teacher, solver.DOT.DELTA, **sgd)
-
-
-def build_train_loader(cfg: Any, dataset: Dataset, device: torch.device, share: Share, say: Say) -> TrainLoader:
-    """Training batches of ``SOLVER.BATCH_SIZE`` over all processes.
-
-    Raises:
-        ConfigError: they cannot be shared out, or ``SOLVER.ACCUMULATE`` does not divide a share.
-    """
-    size, parts = cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE
-    if share.rank == 0:
-        for warning in _doubtful(cfg, dataset):
-            say(f"warning: {warning}")
-    loader = dataset.train_loader(size, cfg.SEED, device, share, warn=lambda text: say(f"warning: {text}"))
-    if loader.batch_size % parts:
-        raise ConfigError(
-            f"SOLVER.BATCH_SIZE {size} over {share.world} processes is {loader.batch_size} images each, which "
-            f"SOLVER.ACCUMULATE {parts} does not divide"
-        )
-    return loader
-
-
-def _doubtful(cfg: Any, dataset: Dataset) -> list[str]:
-    """Settings that this data set makes nothing of, or hardly what was meant, a line each."""
-    size, images = cfg.SOLVER.BATCH_SIZE, len(dataset.targets)
-    lines = []
-    if size > images:
-        lines.append(f"SOLVER.BATCH_SIZE {size} is more than the {images} training images: an epoch is one step of all")
-    if isinstance(dataset, TensorDataset):
-        asked, defaults = cfg.DATASET, default_config().DATASET
-        seen = {  # a plugin may have heeded these
-            "IMAGE_SIZE": dataset.image_size[0], "MEAN": dataset.mean, "STD": dataset.std, "CLASSES": dataset.classes,
-            "VARIANT": dataset.variant, "RESIZE": None, "CROP_SCALE": None,
-        }  # fmt: skip
-        for key, value in seen.items():
-            typed = tuple(asked[key]) if isinstance(asked[key], list) else asked[key]
-            if asked[key] != defaults[key] and typed != value:
-                lines.append(f"DATASET.{key} has no effect on {dataset.name}, which is held in memory")
-    elif isinstance(dataset, ImageDataset) and 2 * cfg.DATASET.IMAGE_SIZE < cfg.DATASET.RESIZE:
-        size, resize = cfg.DATASET.IMAGE_SIZE, cfg.DATASET.RESIZE
-        lines.append(
-            f"DATASET.RESIZE {resize} with IMAGE_SIZE {size}: of a test image no more than the middle "
-            f"{(size / resize) ** 2:.0%} is seen; usual would be {round(size * 8 / 7)}"
-        )
-    return lines
 
 
 def build_step(
@@ -336,49 +261,71 @@ def build_step(
     loader: TrainLoader,
     teacher: Teacher | None,
     autocast: torch.dtype | None,
+    device: torch.device,
     compiled: bool,
-    say: Say,
+    log: Log,
 ) -> TrainStep:
-    """The training step of a student and its methods, on the loader's device."""
-    device = build_device(cfg)
+    """Return the training step of a student and its methods."""
     ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
     trainable = Trainable(placed(student, device), distillers, ce_weight, autocast).to(device)
     if cfg.SOLVER.SYNC_BN:
         distributed.synchronise_batch_norms(trainable, device)
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
-    optimizer = build_optimizer(cfg, trainable, loader, teacher)  # DOT copies it: before compiling
+    optimizer = build_optimizer(cfg, trainable, loader, teacher)  # DOT copies the student: before compiling
     if compiled:
-        trainable.passes = compile_student(student, say, twice=isinstance(optimizer, DOT))
+        trainable.forward_student = compile_student(student, log, twice=isinstance(optimizer, DOT))
     meters = TrainMeters(trainable.loss_names).to(device)
     wrapped = distributed.wrap(trainable)
     return TrainStep(loader, teacher, trainable, optimizer, meters, scaler, wrapped, cfg.SOLVER.ACCUMULATE)
 
 
+def capture_step(step: TrainStep, setting: str, log: Log) -> Callable[..., None]:
+    """Return the step as a CUDA graph if ``ENGINE.CUDA_GRAPH`` and the device allow it, else the step."""
+    on_gpu, reason = step.loss_weights.is_cuda, ""
+    if setting == "off" or (setting == "auto" and not on_gpu):
+        return step
+    if not on_gpu:
+        reason = "there is no CUDA device"
+    elif slow := [name for name, method in step.trainable.distillers.items() if not method.capturable]:
+        reason = f"{' and '.join(slow)} synchronises with the host in every step"
+    elif distributed.together():
+        reason = "several processes exchange gradients"
+    elif not isinstance(step.loader, MemoryTrainLoader):
+        reason = "the images of this data set come from the host"
+    if reason:
+        log(f"no CUDA graph: {reason}")
+        return step
+    return CapturedStep(step, log)
+
+
+def capture_network(network: Network, test: EvalLoader, setting: str, log: Log) -> Callable[[Tensor], Tensor] | None:
+    """Return the network as CUDA graphs for evaluation if the test images are on a GPU, else None."""
+    on_gpu = next(network.parameters()).is_cuda and isinstance(test, MemoryEvalLoader)
+    return CapturedNetwork(network, log) if on_gpu and setting != "off" else None
+
+
 def open_checkpoint(
     path: str | Path, model: str = "", kind: str = "", root: Path = Path("data"), dataset: Dataset | None = None
 ) -> tuple[Network, Dataset]:
-    """The network of a weights file, and the data set it was trained on.
+    """Return the network of a weights file and the data set that it was trained on.
 
     Args:
-        path: any of the files that :func:`~mdistiller_norm.engine.checkpoint.load_weights` reads.
-        model: its name; a ``student_*.pt`` knows it.
-        kind: of the data set; a ``student_*.pt`` knows it, else cifar100.
+        path: a file that :func:`~mdistiller_norm.engine.checkpoint.load_weights` reads.
+        model: name of the network; stored in a ``student_*.pt``.
+        kind: type of the data set; stored in a ``student_*.pt``, defaults to cifar100.
         root: folder of the data sets.
-        dataset: an opened one, whatever the file says of its own.
-
-    Raises:
-        UserError: the file, the name or the data cannot be used, or do not fit each other.
+        dataset: an open data set to use instead.
     """
     weights = load_weights(path)
     about = weights.about
     name = model or about.get("name", "")
     if not name:
-        raise ConfigError(f"{path} does not say what network it is: add -m, for example -m resnet20")
+        raise ConfigError(f"{path} does not name its network: add -m, for example -m resnet20")
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
     known_data = dataset is not None or kind in DATASETS
     if about.get("plugins") and not (known_data and name in chain(*VARIANTS.values())):
-        wanted = " ".join(about["plugins"])
-        raise CheckpointError(f"{path} is of {name} on {kind}, which a plugin brings: add --plugin {wanted}")
+        plugins = " ".join(about["plugins"])
+        raise CheckpointError(f"{path} is {name} on {kind}, registered by a plugin: add --plugin {plugins}")
     if dataset is None:
         known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
         known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}

@@ -16,7 +16,7 @@ from mdistiller_norm.build import (
     placed,
     train_command,
 )
-from mdistiller_norm.config import default_config, load_config
+from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
@@ -54,10 +54,8 @@ def main(options: argparse.Namespace) -> int:
     if options.cfg and (options.dataset or options.root):
         raise ConfigError("--cfg sets the data set: remove -d and --root")
     dataset = build_dataset(load_config(options.cfg).node) if options.cfg else None
-    cfg = default_config()
-    cfg.DEVICE, cfg.SOLVER.PRECISION = options.device, options.precision
-    device = build_device(cfg)
-    autocast, slow = build_precision(cfg, device)
+    device = build_device(options.device)
+    autocast, slow = build_precision(options.precision, device)
     if slow:
         raise ConfigError(f"--precision {options.precision}: {slow}, also in training: remove the option")
     for name in options.ckpt:

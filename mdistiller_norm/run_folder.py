@@ -1,28 +1,28 @@
-"""The folder of a run: where it is, whose it is, and the state in it to go on from."""
+"""The folder of a run: its path, its lock and its saved state."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import yaml
-from yacs.config import CfgNode
 
 from mdistiller_norm.config import Config, differences, dump, load_config, method_names
-from mdistiller_norm.data import Share
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import TENSORBOARD, Record, RunLog, SilentLog
+from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
-from mdistiller_norm.files import write_text
+from mdistiller_norm.files import write_json, write_text
 
-# Keys that do not change what is computed, only where it is kept, shown or run. Of the data and the teacher a hash is
-# compared instead, and of the precision what came of it on the machine.
+# Keys that do not change the computation. Hashes of the data and the teacher and the precision in use are compared
+# instead (identity).
 NEUTRAL = (
     "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
     "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "SOLVER.TRIALS", "ENGINE.", "DISTILLER.TEACHER_CACHE",
@@ -30,34 +30,16 @@ NEUTRAL = (
 )  # fmt: skip
 LATEST, CONFIG, RESULT = "latest.pt", "config.yaml", "result.json"
 _LOCK = ".lock"
-# What a state must have, with the types.
-_STATE: dict[str, type | tuple[type, ...]] = {
-    "trainable": dict, "optimizer": dict, "meters": dict, "identity": dict, "epoch": int, "steps_done": int,
-    "total_steps": int,
-}  # fmt: skip
-
-
-class Opened(NamedTuple):
-    """A run folder that this process may write to.
-
-    Attributes:
-        folder: its path.
-        state: of ``latest.pt``, or None.
-        log: of the run; closing it gives the folder free.
-    """
-
-    folder: Path
-    state: Record | None
-    log: RunLog
+_STATE_KEYS = {"trainable", "optimizer", "meters", "identity", "epoch", "steps_done", "total_steps"}
 
 
 def run_folder(config: Config) -> Path:
-    """``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``, with what the command line changed about the computation."""
+    """Return ``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``; overrides of the computation are appended to the TAG."""
     cfg = config.node
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
     if not cfg.EXPERIMENT.NAME:
         for key, source in config.sources.items():
-            if source == "command line" and not _neutral(key, cfg):
+            if source == "command line" and not _is_neutral(key, cfg):
                 value = cfg
                 for part in key.split("."):
                     value = value[part]
@@ -65,124 +47,135 @@ def run_folder(config: Config) -> Path:
     return Path(str(cfg.LOG.PREFIX), str(cfg.EXPERIMENT.PROJECT), name)
 
 
-def _neutral(key: str, cfg: Any) -> bool:
-    if key == "DISTILLER.TEACHER_CACHE_PRECISION":  # rounds what the student is taught
+def _is_neutral(key: str, cfg: Any) -> bool:
+    if key == "DISTILLER.TEACHER_CACHE_PRECISION":  # rounds the teacher's outputs
         return bool(cfg.DISTILLER.TEACHER_CACHE == "off")
     return key.startswith(NEUTRAL)
 
 
-def _matters(key: str, cfg: Any) -> bool:
-    """Whether another value of that key makes another computation; the nodes of unused methods do not."""
-    section = key.split(".")[0]
-    return not _neutral(key, cfg) and (section not in DISTILLERS or section in method_names(cfg))
+class RunFolder:
+    """The folder of a run, locked by the first process until it is closed.
+
+    Attributes:
+        path: of the folder.
+        state: content of ``latest.pt``, None for a new run.
+        log: writes to the folder in the first process.
+    """
+
+    def __init__(self, path: Path, state: Record | None, log: RunLog) -> None:
+        self.path, self.state, self.log = path, state, log
+
+    @classmethod
+    def open(cls, config: Config, resume: bool, rank: int) -> RunFolder:
+        """Create the folder, or load its state to resume. A collective operation.
+
+        Raises:
+            ConfigError: the folder holds another run or is locked, or cannot be written.
+            CheckpointError: ``latest.pt`` is broken.
+        """
+        folder = _open_first(config, resume) if distributed.is_first() else None
+        resumed = distributed.all_reduce_max(int(folder is not None and folder.state is not None))
+        path = run_folder(config)
+        return folder or cls(path, load(path / LATEST) if resumed else None, SilentLog(rank))
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that are done in all epochs."""
+        return int(self.state["total_steps"]) if self.state else 0
+
+    def restore(self, trainer: Trainer, config: Config) -> None:
+        """Load the saved state, if any, into the trainer; store the config of the resumed run."""
+        if not self.state:
+            return
+        self._check_identity(self.state["identity"], trainer.provenance.identity)
+        try:
+            trainer.load_state(self.state)
+        except (RuntimeError, ValueError, LookupError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(
+                f"the state in {self.path} does not fit this run ({reason}): a network or method of a plugin has "
+                "changed, or the state is damaged"
+            ) from error
+        if not trainer.finished and distributed.is_first():
+            write_text(dump(config.node), self.path / CONFIG)
+
+    def _check_identity(self, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
+        changed = [name for name in saved if saved[name] != current.get(name, saved[name])]
+        if changed:
+            details = ", ".join(
+                f"{name} ({saved[name]}, now {current[name]})" if name.startswith("precision") else name
+                for name in changed
+            )
+            raise ConfigError(f"{self.path} cannot be resumed with another {details}")
+
+    def start(self, environment: Record) -> None:
+        """Write the environment and remove the result of an earlier, shorter run."""
+        if distributed.is_first():
+            (self.path / RESULT).unlink(missing_ok=True)
+            write_json(environment, self.path / "environment.json")
+
+    def write_result(self, result: Record) -> Record:
+        """Write ``result.json`` unless it has the same accuracies; return its content."""
+        try:
+            stored = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
+            if all(stored[key] == result[key] for key in ("last", "best")):
+                return dict(stored)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            pass  # missing or damaged
+        if distributed.is_first():
+            write_json(result, self.path / RESULT)
+        return result
 
 
-def refuse_to_overwrite(config: Config, resume: bool) -> None:
-    """Raise ConfigError where a run has saved something already and is not to be resumed."""
-    folder = run_folder(config)
-    there = any(os.path.exists(folder / name) for name in (LATEST, RESULT))  # False for impossible names, too
-    if there and not _goes_on(folder, resume):
-        raise ConfigError(
-            f"{folder} holds a run already: --resume goes on with it, EXPERIMENT.NAME or EXPERIMENT.TAG starts another"
-        )
-
-
-def _goes_on(folder: Path, resume: bool) -> bool:
-    """Whether what is there is gone on with: as asked, or begun by the launcher that started this process again."""
-    if resume or not distributed.restarted():
-        return resume
+def _open_first(config: Config, resume: bool) -> RunFolder:
+    path, resources = run_folder(config), ExitStack()
+    exists = any(os.path.exists(path / name) for name in (LATEST, RESULT))  # False if the name is too long
+    if exists and not (resume or _was_restarted(path)):
+        raise ConfigError(f"{path} holds a run: add --resume to continue it, or set EXPERIMENT.NAME for a new one")
     try:
-        return (folder / _LOCK).read_text() == distributed.launcher()
+        with resources:
+            resources.enter_context(_lock(path))
+            state = _load_state(path, config) if (path / LATEST).exists() else None
+            if not state and exists:
+                raise ConfigError(f"{path} holds a result but no {LATEST} to resume from: set EXPERIMENT.NAME")
+            if not state:
+                write_text(dump(config.node), path / CONFIG)
+            # wandb must patch TensorBoard before the log opens its writers.
+            warning = _start_wandb(config, path, resources) if config.node.LOG.WANDB else ""
+            first_epoch, first_step = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
+            log = RunLog(path, first_epoch, first_step)
+            log.held = resources.pop_all()
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {path} cannot be written ({error.strerror}): free some space, or set LOG.PREFIX or "
+            "EXPERIMENT.NAME"
+        ) from error
+    if state:
+        log.line(f"resuming {path} at epoch {state['epoch']}, step {state['steps_done'] + 1}")
+    else:
+        log.line(f"nothing to resume in {path}: starting" if resume else f"run folder {path}")
+    if warning:
+        log.line(f"warning: {warning}")
+    return RunFolder(path, state, log)
+
+
+def _was_restarted(path: Path) -> bool:
+    """Whether the launcher that started the run has restarted this process."""
+    try:
+        return distributed.restarted() and (path / _LOCK).read_text() == distributed.launcher()
     except (OSError, ValueError):
         return False
 
 
-def open_folder(config: Config, resume: bool, share: Share) -> Opened:
-    """Make the run folder, or find the state to go on from. The first process of several does so for all.
-
-    Args:
-        config: of the run.
-        resume: go on from ``latest.pt``, if there is one.
-        share: this process among those that train together.
-
-    Raises:
-        ConfigError: it holds a run of another config; another process trains in it; it cannot be written.
-        CheckpointError: ``latest.pt`` is broken.
-    """
-    opened = _open_alone(config, resume) if distributed.is_first() else None
-    resumed = distributed.all_reduce_max(int(opened is not None and opened.state is not None))
-    if opened:
-        return opened
-    folder = run_folder(config)
-    return Opened(folder, load(folder / LATEST) if resumed else None, SilentLog(share.rank))
-
-
-def _open_alone(config: Config, resume: bool) -> Opened:
-    folder = run_folder(config)
-    with ExitStack() as held:  # and given free where anything here fails
-        held.enter_context(_lock(folder))
-        opened = _open_locked(folder, config, resume, held)
-        opened.log.held = held.pop_all()
-    return opened
-
-
-def _open_locked(folder: Path, config: Config, resume: bool, held: ExitStack) -> Opened:
-    state = None
-    if (folder / LATEST).exists():
-        state = _state_of(folder, config)
-        opening = f"resuming {folder} at epoch {state['epoch']}, step {state['steps_done'] + 1}"
-    elif (folder / RESULT).exists():
-        raise ConfigError(
-            f"{folder} holds the result of a run and no {LATEST} to go on from: EXPERIMENT.NAME starts another"
-        )
-    else:
-        opening = f"nothing to resume in {folder}: starting" if resume else f"run folder {folder}"
-    if not state:
-        keep_config(config.node, folder)
-    warning = _start_wandb(config.node, folder, held) if config.node.LOG.WANDB else ""  # it sees later writers only
+def _lock(path: Path) -> IO[str]:
+    """Create the folder and lock it for this process until the returned file is closed."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / _LOCK).open("a")
     try:
-        first = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
-        log = RunLog(folder, first_epoch=first[0], first_step=first[1])
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    log.line(opening)
-    if warning:
-        log.line(f"warning: {warning}")
-    return Opened(folder, state, log)
-
-
-def keep_config(node: CfgNode, folder: Path) -> None:
-    """Write the config of the run in a folder.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        write_text(dump(node), folder / CONFIG)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"the run folder {folder} cannot be written ({error.strerror}): make room, or set LOG.PREFIX or EXPERIMENT.NAME"
-    )
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Make the folder, and keep other processes out of it while the file that is returned is open."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("a")
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: loader workers do not inherit it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
     except (BlockingIOError, PermissionError) as error:
         lock.close()
-        raise ConfigError(
-            f"another process is training in {folder}: wait for it, or start another run with EXPERIMENT.NAME"
-        ) from error
+        raise ConfigError(f"another process is training in {path}: wait, or set EXPERIMENT.NAME") from error
     except OSError:  # a file system without locks
         pass
     lock.truncate(0)
@@ -191,66 +184,50 @@ def _lock(folder: Path) -> IO[str]:
     return lock
 
 
-def _state_of(folder: Path, config: Config) -> Record:
-    """The state of ``latest.pt``, if it is one and of a run of this config."""
-    if not (folder / CONFIG).exists():
-        raise ConfigError(f"{folder} holds {LATEST} and no {CONFIG} to say what run it is of: put it back")
-    # With the plugins that are loaded already: they may have moved since.
-    before = load_config(folder / CONFIG, [f"EXPERIMENT.PLUGINS={config.node.EXPERIMENT.PLUGINS}"])
-    changed = [key for key in differences(before.node, config.node) if _matters(key, config.node)]
+def _load_state(path: Path, config: Config) -> Record:
+    """Load ``latest.pt`` and check that it belongs to a run of this config."""
+    cfg = config.node
+    if not (path / CONFIG).exists():
+        raise ConfigError(f"{path} holds {LATEST} but no {CONFIG}: restore it")
+    # Plugins are those that are loaded: their files may have moved.
+    before = load_config(path / CONFIG, [f"EXPERIMENT.PLUGINS={cfg.EXPERIMENT.PLUGINS}"])
+    unused = [method for method in DISTILLERS if method not in method_names(cfg)]
+    changed = [
+        key for key in differences(before.node, cfg) if not _is_neutral(key, cfg) and key.split(".")[0] not in unused
+    ]
     if changed:
-        raise ConfigError(f"{folder} was run with other values of {', '.join(changed)}: it cannot be resumed so")
+        raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")
     try:
-        state: Record = load(folder / LATEST)
+        state: Record = load(path / LATEST)
     except CheckpointError as error:
-        best = folder / "best.pt"
-        advice = f"; {best} is an earlier state: copy it over it" if best.exists() else ""
+        best = path / "best.pt"
+        advice = f"; {best} is an earlier state: copy it to {LATEST}" if best.exists() else ""
         raise CheckpointError(f"{error}{advice}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(state.get(key), kind) for key, kind in _STATE.items()):
-        raise CheckpointError(f"{folder / LATEST} is not the state of a run: put the right one back, or start another")
+    if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
+        raise CheckpointError(f"{path / LATEST} is not the state of a run")
     done = state["epoch"] - 1
-    if done > config.node.SOLVER.EPOCHS:
-        raise ConfigError(
-            f"{folder} has {done} epochs behind it already: SOLVER.EPOCHS {config.node.SOLVER.EPOCHS} is too few"
-        )
+    if done > cfg.SOLVER.EPOCHS:
+        raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the finished epochs of {path}, got {cfg.SOLVER.EPOCHS}")
     return state
 
 
-def check_identity(folder: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse to go on with what is not named by the config and yet decides what is computed.
-
-    Args:
-        folder: of the run.
-        saved: hashes and words by name, of the state.
-        now: of the run that is to go on; names that the state does not know are not compared.
-
-    Raises:
-        ConfigError: names what differs.
-    """
-    other = [name for name in saved if saved[name] != now.get(name, saved[name])]
-    if other:
-        details = ", ".join(
-            f"{name} ({saved[name]}, now {now[name]})" if name.startswith("precision") else name for name in other
-        )
-        raise ConfigError(f"{folder} was run with another {details}: it cannot be resumed so")
-
-
-def _start_wandb(cfg: Any, folder: Path, held: ExitStack) -> str:
-    """Mirror what TensorBoard will get to Weights & Biases; returns a warning where that is not possible."""
+def _start_wandb(config: Config, path: Path, resources: ExitStack) -> str:
+    """Mirror TensorBoard's scalars to Weights & Biases; return a warning if that fails."""
     try:
         import wandb
     except ImportError:
-        return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): going on without"
+        return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): continuing without it"
     if wandb.run is not None:
-        return f"LOG.WANDB is for one run of a process, and {wandb.run.name} is mirrored already: going on without"
-    wandb.tensorboard.patch(root_logdir=str(folder / TENSORBOARD))
-    held.callback(wandb.tensorboard.unpatch)
+        return f"LOG.WANDB supports one run in a process, and {wandb.run.name} is active: continuing without it"
+    wandb.tensorboard.patch(root_logdir=str(path / TENSORBOARD))
+    resources.callback(wandb.tensorboard.unpatch)
+    experiment = config.node.EXPERIMENT
     try:
         wandb.init(
-            project=cfg.EXPERIMENT.PROJECT, name=folder.name, dir=str(folder), config=yaml.safe_load(dump(cfg)),
-            tags=cfg.EXPERIMENT.TAG.split(","),
+            project=experiment.PROJECT, name=path.name, dir=str(path), config=yaml.safe_load(dump(config.node)),
+            tags=experiment.TAG.split(","),
         )  # fmt: skip
     except wandb.Error as error:
-        return f"LOG.WANDB is true and wandb does not start ({first_line(error)}): going on without"
-    held.callback(wandb.finish)
+        return f"LOG.WANDB is true and wandb does not start ({first_line(error)}): continuing without it"
+    resources.callback(wandb.finish)
     return ""

@@ -101,7 +101,7 @@ def teacher(name: str, data: str, need: Need, train_mode: bool) -> LiveTeacher:
 @functools.cache
 def initial_student(name: str, data: str) -> Network:
     cfg = load_config(None, [f"DATASET.TYPE={data}", f"DISTILLER.STUDENT={name}"]).node
-    return build_student(cfg, few(data)).to(memory_format=torch.channels_last)  # as a run lays it out
+    return build_student(name, few(data), cfg.SEED).to(memory_format=torch.channels_last)  # as a run lays it out
 
 
 def make_step(
@@ -130,7 +130,7 @@ def make_step(
 
 def losses_of(step: TrainStep, count: int) -> Iterator[dict[str, float]]:
     """The losses of the first ``count`` steps."""
-    for raw, _ in zip(step.feed(step.loader.batches(1)), range(count), strict=False):
+    for raw, _ in zip(step.with_teacher_outputs(step.loader.batches(1)), range(count), strict=False):
         step(*raw)
         yield step.meters.read(1).losses  # raises where one is not finite
         step.meters.reset()

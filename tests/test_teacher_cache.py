@@ -166,7 +166,7 @@ def test_what_is_filled_ahead_is_on_the_device_before_the_first_step(tmp_path: P
     teacher = run.trainer.step.teacher
     assert isinstance(teacher, CachedTeacher)
     teacher.device_rows = DeviceRows(teacher.table, torch.device("cpu"))
-    for _ in run.trainer.ahead:
+    for _ in run.trainer.prefetch:
         pass
     rows = teacher.rows_of(teacher.loader.batches(1)).numpy()
     assert teacher.use == (0, len(rows))
@@ -271,7 +271,7 @@ def test_answers_that_depend_on_the_batch_are_not_kept(
     monkeypatch.setattr(DISTILLERS["KD"], "teacher_in_train_mode", True)
     lazy = "DISTILLER.TEACHER_CACHE=lazy"
     train(config(tmp_path, "run", "DISTILLER.TYPE=KD", own_teacher, lazy, epochs=1))
-    assert "no teacher cache: KD has the teacher's answers depend on the batch" in capsys.readouterr().out
+    assert "no teacher cache: KD runs the teacher in training mode" in capsys.readouterr().out
     assert not (tmp_path / "teacher.pt.cache").exists(), "others would take these answers for the teacher's"
 
 
@@ -309,7 +309,7 @@ def test_pooled_features_are_cached_and_maps_are_not(
     torch.testing.assert_close(outputs.pooled, wanted, rtol=1e-4, atol=1e-4)
     run.trainer.log.close()
     train(config(tmp_path, "fitnet", "DISTILLER.TYPE=FITNET", "DISTILLER.TEACHER_CACHE=lazy", own_teacher, epochs=1))
-    assert "no teacher cache: FITNET reads the teacher's maps" in capsys.readouterr().out
+    assert "no teacher cache: FITNET requires the teacher's maps" in capsys.readouterr().out
 
 
 def make_table(folder: Path, width: int = 3) -> Table:
@@ -453,7 +453,7 @@ def test_the_teacher_is_not_compiled_again_in_the_first_step(
     run.trainer.log.close()
     assert len(compiled) == 1
     step = run.trainer.step
-    step(*next(step.feed(step.loader.batches(1))))
+    step(*next(step.with_teacher_outputs(step.loader.batches(1))))
     assert len(compiled) == 1
 
 

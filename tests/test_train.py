@@ -1,15 +1,15 @@
-"""Training from config to run folder, on the real digits."""
+"""Training from the config to the run folder, on real digits."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,44 +22,66 @@ from mdistiller_norm.config import load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS
-from mdistiller_norm.engine.checkpoint import load, save_atomically
+from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.engine.trainer import Interrupted
-from mdistiller_norm.errors import CheckpointError, ConfigError, NonFiniteLossError
-from mdistiller_norm.run import build_run, train
+from mdistiller_norm.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
+from mdistiller_norm.models import build_model
+from mdistiller_norm.run import Run, build_run, train
 
 
 @pytest.fixture(scope="module")
 def few() -> TensorDataset:
-    """Forty-four digits, six steps of 8 with a last one of 4: what is proven does not grow with the images."""
+    """Forty-four digits: five steps of 8 and one of 4."""
     whole = digits()
-    train, test = (
-        Split(split.images[:count], split.targets[:count]) for split, count in ((whole.train, 44), (whole.test, 40))
+    return replace(
+        whole,
+        train=Split(whole.train.images[:44], whole.train.targets[:44]),
+        test=Split(whole.test.images[:40], whole.test.targets[:40]),
     )
-    return replace(whole, train=train, test=test)
 
 
-def fit_few(
+def build_few(
     few: TensorDataset, folder: Path, name: str, *overrides: str, epochs: int = 2, resume: bool = False
-) -> None:
-    """A whole run on a few digits."""
-    run = build_run(config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs), resume, dataset=few)
-    run.trainer.fit()
-    run.trainer.log.close()
+) -> Run:
+    return build_run(config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs), resume, dataset=few)
 
 
-def test_a_run_leaves_what_it_promises(tmp_path: Path, teacher: str) -> None:
+def fit_few(few: TensorDataset, folder: Path, name: str, *overrides: str, epochs: int = 2, **more: bool) -> None:
+    run = build_few(few, folder, name, *overrides, epochs=epochs, **more)
+    try:
+        run.trainer.fit()
+    finally:
+        run.trainer.log.close()
+
+
+def metrics_of(folder: Path, name: str) -> list[dict[str, float]]:
+    return read_metrics(folder / "distill" / name / "metrics.jsonl")
+
+
+def after_step(run: Run, number: int, action: Callable[[], object]) -> None:
+    """Call ``action`` after that step of the run."""
+    step, done = run.trainer.run_step, 0
+
+    def counted(*raw: torch.Tensor) -> None:
+        nonlocal done
+        step(*raw)
+        done += 1
+        if done == number:
+            action()
+
+    run.trainer.run_step = counted
+
+
+def test_a_run_writes_its_files(tmp_path: Path, teacher: str) -> None:
     result = train(config(tmp_path, "run", "DISTILLER.TYPE=NormKD", "LOG.SAVE_CHECKPOINT_FREQ=1", teacher))
     folder = tmp_path / "distill" / "run"
-    names = {path.name for path in folder.iterdir()}
     assert {
         "config.yaml", "environment.json", "metrics.jsonl", "result.json", "tensorboard", "worklog.txt", "latest.pt",
-        "best.pt", "student_best.pt", "student_last.pt", "student_1.pt", "student_2.pt",
-        ".lock",
-    } == names  # fmt: skip
+        "best.pt", "student_best.pt", "student_last.pt", "student_1.pt", "student_2.pt", ".lock",
+    } == {path.name for path in folder.iterdir()}  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == result
-    records = read_metrics(folder / "metrics.jsonl")
+    records = metrics_of(tmp_path, "run")
     assert [record["epoch"] for record in records] == [1, 2]
     assert result["last"]["top1"] == records[-1]["test_top1"]
     assert result["best"]["top1"] == max(record["test_top1"] for record in records)
@@ -72,108 +94,45 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, teacher: str) -> None:
 
     state = load(folder / "latest.pt")
     assert not [key for key in state["trainable"] if not key.startswith("student.")], "a teacher in the checkpoint"
-    student = load(folder / "student_last.pt")
-    assert student["about"]["name"] == "resnet8"
-    assert student["about"]["classes"] == [str(i) for i in range(10)]
-    assert student["about"]["top1"] == result["last"]["top1"]
+    about = load(folder / "student_last.pt")["about"]
+    assert (about["name"], about["top1"]) == ("resnet8", result["last"]["top1"])
+    assert about["classes"] == [str(i) for i in range(10)]
     assert load_config(folder / "config.yaml").node.DISTILLER.TYPE == "NormKD"
 
 
-def test_the_learning_rate_falls_after_its_stages(tmp_path: Path, few: TensorDataset) -> None:
+def test_the_learning_rate_decays_after_its_stages(tmp_path: Path, few: TensorDataset) -> None:
     fit_few(few, tmp_path, "run", "SOLVER.LR_DECAY_STAGES=[1,2]", epochs=3)
-    rates = [record["lr"] for record in read_metrics(tmp_path / "distill" / "run" / "metrics.jsonl")]
-    assert rates == pytest.approx([0.05, 0.005, 0.0005])
+    assert [record["lr"] for record in metrics_of(tmp_path, "run")] == pytest.approx([0.05, 0.005, 0.0005])
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_one_others(
-    tmp_path: Path, teacher: str, few: TensorDataset
-) -> None:
+def test_weights_are_a_function_of_the_seed(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         fit_few(few, tmp_path, name, "DISTILLER.TYPE=KD", f"SEED={seed}", teacher, epochs=1)
-    a, b, c = (state_of(tmp_path, name) for name in "abc")
-    assert_same_state(a["trainable"], b["trainable"])
-    assert not torch.equal(a["trainable"]["student.conv1.weight"], c["trainable"]["student.conv1.weight"])
+    a, b, c = (state_of(tmp_path, name)["trainable"] for name in "abc")
+    assert_same_state(a, b)
+    assert not torch.equal(a["student.conv1.weight"], c["student.conv1.weight"])
 
 
-@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
-def test_resuming_is_exact_in_mid_epoch_and_between_epochs(
-    tmp_path: Path, teacher: str, few: TensorDataset, method: str
-) -> None:
-    extra = [f"DISTILLER.TYPE={method}", "SOLVER.BATCH_SIZE=8", *SMALLER.get(method, []), teacher]
-    stops: list[tuple[int, int]] = []  # epoch, and how many of its steps were done
-
-    def fit(name: str, epochs: int = 2, resume: bool = False, stop_after: int = 0) -> None:
-        run = build_run(config(tmp_path, name, *extra, epochs=epochs), resume, dataset=few)
-        trainer, calls = run.trainer, 0
-
-        def step(*raw: torch.Tensor) -> None:
-            nonlocal calls
-            trainer.step(*raw)
-            calls += 1
-            if calls == stop_after:
-                signal.raise_signal(signal.SIGTERM)  # a real signal, at a known step
-
-        trainer.run_step = step
-        try:
-            trainer.fit()
-        except Interrupted:
-            stops.append((trainer.epoch, trainer.steps_done))
-        finally:
-            trainer.log.close()
-
-    fit("whole")
-    fit("parts", stop_after=4)
-    fit("parts", epochs=1, resume=True)
-    fit("parts", resume=True)
-    assert stops == [(1, 4)]
-    assert_same_state(state_of(tmp_path, "whole"), state_of(tmp_path, "parts"))
-    records = [read_metrics(tmp_path / "distill" / name / "metrics.jsonl") for name in ("whole", "parts")]
-    assert [record["epoch"] for record in records[0]] == [1, 2]
-    for a, b in zip(*records, strict=True):
-        for key in a.keys() - {"seconds", "images_per_second", "data_wait"}:
-            assert a[key] == b[key], key
-
-
-def test_dot_resumes_exactly_and_differs_from_sgd(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
-    extra = ["DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot", teacher]
+@pytest.mark.parametrize("method", ["NONE", *DISTILLERS, "KD by DOT"])
+def test_resuming_is_bit_identical(tmp_path: Path, teacher: str, few: TensorDataset, method: str) -> None:
+    name, _, dot = method.partition(" by ")
+    extra = [f"DISTILLER.TYPE={name}", f"SOLVER.TRAINER={'dot' if dot else 'base'}", *SMALLER.get(name, []), teacher]
     fit_few(few, tmp_path, "whole", *extra)
-    fit_few(few, tmp_path, "parts", *extra, epochs=1)
+    run = build_few(few, tmp_path, "parts", *extra)
+    after_step(run, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        run.trainer.fit()
+    run.trainer.log.close()
+    assert (run.trainer.epoch, run.trainer.steps_done) == (1, 4)
+    fit_few(few, tmp_path, "parts", *extra, epochs=1, resume=True)
     fit_few(few, tmp_path, "parts", *extra, resume=True)
     assert_same_state(state_of(tmp_path, "whole"), state_of(tmp_path, "parts"))
-    fit_few(few, tmp_path, "sgd", "DISTILLER.TYPE=KD", teacher)
-    weights = [state_of(tmp_path, name)["trainable"]["student.conv1.weight"] for name in ("whole", "sgd")]
-    assert not torch.equal(*weights)
-    with pytest.raises(ConfigError, match=r"SOLVER\.TRAINER dot needs a distillation loss"):
-        train(config(tmp_path, "none", "SOLVER.TRAINER=dot"))
-
-
-def test_a_resumed_run_is_compiled_like_the_whole_run(
-    tmp_path: Path,
-    teacher: str,
-    few: TensorDataset,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from torch._inductor import config as inductor
-
-    monkeypatch.setattr("mdistiller_norm.engine.compile.WORTHWHILE_STEPS", 10)
-    fit_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", teacher, epochs=1)
-    assert "nothing is compiled: 6 steps are fewer than the 10" in capsys.readouterr().out
-    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):  # falls back, and soon
-        fit_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", teacher, epochs=2, resume=True)
-    assert "compiling the teacher" in capsys.readouterr().out, "6 steps are left, and 12 are the run"
-
-
-def test_dot_finds_the_parameters_of_a_student_that_is_compiled(
-    tmp_path: Path, teacher: str, few: TensorDataset
-) -> None:
-    from torch._inductor import config as inductor
-
-    extra = ["DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot", "SOLVER.BATCH_SIZE=44", teacher]
-    fit_few(few, tmp_path, "eager", *extra, epochs=1)
-    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):  # falls back, and soon
-        fit_few(few, tmp_path, "compiled", *extra, "ENGINE.COMPILE=all", epochs=1)
-    assert_same_state(state_of(tmp_path, "eager"), state_of(tmp_path, "compiled"))
+    whole, parts = (metrics_of(tmp_path, name) for name in ("whole", "parts"))
+    for record in (*whole, *parts):
+        for key in ("seconds", "images_per_second", "data_wait"):
+            del record[key]
+    assert whole == parts
+    assert [record["epoch"] for record in whole] == [1, 2]
 
 
 @pytest.mark.parametrize("method", ["KD", "REVIEWKD"])
@@ -186,203 +145,146 @@ def test_dot_without_delta_is_sgd(tmp_path: Path, teacher: str, few: TensorDatas
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
-def test_dot_leaves_frozen_parameters_alone(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
-    run = build_run(config(tmp_path, "run", "DISTILLER.TYPE=KD", "SOLVER.BATCH_SIZE=44", teacher), dataset=few)
+def test_dot_does_not_change_frozen_parameters(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
+    run = build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", teacher)
     run.trainer.log.close()
     step, student = run.trainer.step, run.trainer.step.trainable.student
     student.conv1.requires_grad_(False)
     batch = step.loader.prepare(*next(step.loader.batches(1)))
     optimizer = DOT(step.trainable, batch, step.teacher, 0.05, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
     before = [weight.detach().clone() for weight in (student.conv1.weight, student.fc.weight)]
-    optimizer.step(step.trainable(batch, step.teacher(batch), step.factors).parts)
+    optimizer.step(step.trainable(batch, step.teacher(batch), step.loss_weights).parts)
     assert torch.equal(student.conv1.weight, before[0])
     assert not torch.equal(student.fc.weight, before[1])
 
 
-def test_several_methods_add_up_and_cross_entropy_counts_once(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
+def test_dot_trains_a_compiled_student(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
+    from torch._inductor import config as inductor
+
+    extra = ["DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot", "SOLVER.BATCH_SIZE=44", teacher]
+    fit_few(few, tmp_path, "eager", *extra, epochs=1)
+    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):  # falls back to eager
+        fit_few(few, tmp_path, "compiled", *extra, "ENGINE.COMPILE=all", epochs=1)
+    assert_same_state(state_of(tmp_path, "eager"), state_of(tmp_path, "compiled"))
+
+
+def test_a_resumed_run_is_compiled_like_a_whole_run(
+    tmp_path: Path, teacher: str, few: TensorDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setattr("mdistiller_norm.engine.compile.WORTHWHILE_STEPS", 10)
+    fit_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", teacher, epochs=1)
+    log = tmp_path / "distill" / "run" / "worklog.txt"
+    assert "compiling the teacher" not in log.read_text()
+    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):
+        fit_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", teacher, resume=True)
+    assert "compiling the teacher" in log.read_text(), "6 of 12 steps are left"
+
+
+def test_losses_of_several_methods_are_summed(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
     fit_few(few, tmp_path, "both", "DISTILLER.TYPE=[NormKD,FITNET]", teacher, epochs=1)
-    (record,) = read_metrics(tmp_path / "distill" / "both" / "metrics.jsonl")
-    parts = [record[f"loss_{name}"] for name in ("ce", "NormKD", "FITNET")]
-    assert record["loss_total"] == pytest.approx(sum(parts))
-    state = load(tmp_path / "distill" / "both" / "latest.pt")
-    assert any(key.startswith("distillers.FITNET.") for key in state["trainable"])
+    (record,) = metrics_of(tmp_path, "both")
+    assert record["loss_total"] == pytest.approx(sum(record[f"loss_{name}"] for name in ("ce", "NormKD", "FITNET")))
+    trainable = state_of(tmp_path, "both")["trainable"]
+    assert any(key.startswith("distillers.FITNET.") for key in trainable)
 
 
 def test_the_warm_up_ramps_the_distillation_loss(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
     for name, warmup in (("none", 0), ("ten", 10)):
         fit_few(few, tmp_path, name, "DISTILLER.TYPE=DKD", f"DKD.WARMUP={warmup}", "SOLVER.LR=1e-9", teacher)
-    full, ramped = (read_metrics(tmp_path / "distill" / name / "metrics.jsonl") for name in ("none", "ten"))
-    for epoch in (1, 2):
-        assert ramped[epoch - 1]["loss_DKD"] == pytest.approx(full[epoch - 1]["loss_DKD"] * epoch / 10, rel=1e-3)
+    for full, ramped in zip(metrics_of(tmp_path, "none"), metrics_of(tmp_path, "ten"), strict=True):
+        assert ramped["loss_DKD"] == pytest.approx(full["loss_DKD"] * ramped["epoch"] / 10, rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("override", "warning"),
+    ("overrides", "words"),
     [
-        ("SOLVER.BATCH_SIZE=45", "SOLVER.BATCH_SIZE 45 is more than the 44 training images: an epoch is one step"),
-        ("SOLVER.BATCH_SIZE=44", ""),
-        ("DATASET.MEAN=[0.5,0.5,0.5]", "DATASET.MEAN has no effect on digits, which is held in memory"),
-        ("DATASET.STD=[0.376,0.376,0.376]", ""),  # what it is anyway
-        ("DATASET.CLASSES=[a,b]", "DATASET.CLASSES has no effect on digits"),
-        ("DATASET.IMAGE_SIZE=64", "DATASET.IMAGE_SIZE has no effect on digits"),
-        ("DATASET.RESIZE=256", ""),
+        (["DISTILLER.TYPE=NormKD", "NormKD.TEMPERATURE_NORM=0"], "NormKD: .*temperature"),
+        (["DISTILLER.TYPE=[FITNET,KD]", "KD.LOSS.CE_WEIGHT=-1"], "^KD: "),
+        (["DISTILLER.TYPE=AT", "AT.P=0"], "^AT.P"),
+        (["SOLVER.TRAINER=dot"], r"SOLVER\.TRAINER dot requires a distillation loss"),
+        (["DISTILLER.STUDENT=resnet21"], "resnet21.*resnet20"),
+        (["DEVICE=meta"], "DEVICE must be auto, cpu or cuda, got 'meta'"),
+        (["DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet20", "DISTILLER.TEACHER_WEIGHTS="],
+         "tools/train.py --cfg configs/digits/vanilla_resnet20.yaml"),
     ],
-)
-def test_settings_without_effect_are_warnings(
-    tmp_path: Path, few: TensorDataset, override: str, warning: str, capsys: pytest.CaptureFixture[str]
+)  # fmt: skip
+def test_wrong_input_is_an_error_before_training(
+    tmp_path: Path, teacher: str, few: TensorDataset, overrides: list[str], words: str
 ) -> None:
-    run = build_run(config(tmp_path, "run", "SOLVER.BATCH_SIZE=8", override), dataset=few)
-    run.trainer.log.close()
-    warned = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
-    assert len(warned) == bool(warning)
-    assert warning in "".join(warned)
+    with pytest.raises((ConfigError, CheckpointError), match=words) as caught:
+        build_few(few, tmp_path, "run", teacher, *overrides)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
-@pytest.mark.parametrize(
-    ("method", "override", "words"),
-    [
-        ("NormKD", "NormKD.TEMPERATURE_NORM=0", "NormKD: the temperature must be positive and finite, got 0.0"),
-        ("[FITNET,KD]", "KD.LOSS.CE_WEIGHT=-1", r"KD: the weight of the cross entropy \(-1.0\)"),
-        ("AT", "AT.P=0", "^AT.P is 0"),
-    ],
-)
-def test_a_value_that_a_method_refuses_names_the_method(
-    tmp_path: Path, teacher: str, few: TensorDataset, method: str, override: str, words: str
-) -> None:
-    with pytest.raises(ConfigError, match=words):
-        build_run(config(tmp_path, "run", f"DISTILLER.TYPE={method}", override, teacher), dataset=few)
-    assert not (tmp_path / "distill").exists()
+def test_a_run_folder_is_not_overwritten(tmp_path: Path, few: TensorDataset) -> None:
+    fit_few(few, tmp_path, "run", epochs=1, resume=True)
+    folder = tmp_path / "distill" / "run"
+    assert "nothing to resume" in (folder / "worklog.txt").read_text()
+    before = (folder / "latest.pt").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run: add --resume"):
+        build_few(few, tmp_path, "run")
+    assert (folder / "latest.pt").read_bytes() == before
 
 
-def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
-    train(config(tmp_path, "run", epochs=1))
-    before = (tmp_path / "distill" / "run" / "latest.pt").read_bytes()
-    with pytest.raises(ConfigError, match="holds a run already: --resume"):
-        train(config(tmp_path, "run", epochs=1))
-    with pytest.raises(ConfigError, match=r"other values of SOLVER\.LR, SEED: it cannot be resumed"):
-        train(config(tmp_path, "run", "SOLVER.LR=0.1", "SEED=5"), resume=True)
-    assert (tmp_path / "distill" / "run" / "latest.pt").read_bytes() == before
-    again = train(config(tmp_path, "run", epochs=1), resume=True)
-    assert again["last"]["epoch"] == 1
+def test_a_partial_line_of_metrics_is_dropped(tmp_path: Path, few: TensorDataset) -> None:
+    fit_few(few, tmp_path, "run", epochs=1)
+    with (tmp_path / "distill" / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    fit_few(few, tmp_path, "run", resume=True)
+    assert [record["epoch"] for record in metrics_of(tmp_path, "run")] == [1, 2]
 
 
-def test_the_time_left_is_judged_by_the_last_epochs(
-    tmp_path: Path, few: TensorDataset, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, few: TensorDataset) -> None:
     fit_few(few, tmp_path, "run", epochs=1)
     latest = tmp_path / "distill" / "run" / "latest.pt"
-    save_atomically(load(latest) | {"seconds": 1e6}, latest)  # as if the first epoch had been on a slow machine
-    fit_few(few, tmp_path, "run", epochs=3, resume=True)
-    assert re.search(r"epoch 2/3: .*ETA 0:0", capsys.readouterr().out)
-
-
-def test_resuming_loses_no_line_of_damaged_metrics(
-    tmp_path: Path, few: TensorDataset, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fit_few(few, tmp_path, "run", epochs=3)
-    metrics = tmp_path / "distill" / "run" / "metrics.jsonl"
-    whole = metrics.read_bytes()
-    metrics.write_bytes(whole + b'{"epoch": 4, "lo')  # what a killed process leaves
-    fit_few(few, tmp_path, "run", epochs=3, resume=True)
-    assert metrics.read_bytes() == whole
-    assert "damaged" not in capsys.readouterr().out
-    first, _, *rest = whole.splitlines(keepends=True)
-    damaged = b"".join([first, b"\x00\xff\x80\n", *rest])
-    metrics.write_bytes(damaged)
-    fit_few(few, tmp_path, "run", epochs=4, resume=True)
-    assert [record["epoch"] for record in read_metrics(metrics)] == [1, 3, 4]
-    assert metrics.with_suffix(".damaged").read_bytes() == damaged
-    assert f"warning: 1 lines of {metrics} are damaged: they are kept in" in capsys.readouterr().out
-
-
-def test_resume_refuses_another_teacher(tmp_path: Path, teacher: str) -> None:
-    train(config(tmp_path, "other", "DISTILLER.STUDENT=resnet14", epochs=1))
-    train(config(tmp_path, "run", "DISTILLER.TYPE=KD", teacher, epochs=1))
-    other = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'distill' / 'other' / 'student_last.pt'}"
-    with pytest.raises(ConfigError, match="was run with another teacher"):
-        train(config(tmp_path, "run", "DISTILLER.TYPE=KD", other), resume=True)
-
-
-def test_resume_with_nothing_to_resume_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(config(tmp_path, "run", epochs=1), resume=True)
-    assert "nothing to resume" in capsys.readouterr().out
-
-
-def test_a_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    train(config(tmp_path, "run", epochs=1))
-    folder = tmp_path / "distill" / "run"
-    good = load(folder / "latest.pt")
-    bad = load(folder / "latest.pt")
-    bad["trainable"]["student.fc.weight"][0, 0] = torch.inf
-    torch.save(bad, folder / "latest.pt")
-    written = (folder / "latest.pt").read_bytes()
+    state = load(latest)
+    state["trainable"]["student.fc.weight"][0, 0] = torch.inf
+    torch.save(state, latest)
+    before = latest.read_bytes()
     with pytest.raises(NonFiniteLossError, match="the loss ce became NaN or infinite in epoch 2, step 1"):
-        train(config(tmp_path, "run"), resume=True)
-    assert (folder / "latest.pt").read_bytes() == written
-    assert_same_state(load(folder / "best.pt")["trainable"], good["trainable"])
+        fit_few(few, tmp_path, "run", resume=True)
+    assert latest.read_bytes() == before
+    assert load(latest.with_name("best.pt"))["trainable"]["student.fc.weight"].isfinite().all()
 
 
-def test_weights_that_are_lost_are_not_saved_in_mid_epoch(tmp_path: Path, few: TensorDataset) -> None:
-    """After a step whose loss is finite and whose update is not."""
-    run = build_run(config(tmp_path, "run", "SOLVER.BATCH_SIZE=8", "LOG.CHECKPOINT_STEPS=1"), dataset=few)
-    eager, steps = run.trainer.run_step, iter(range(6))
-
-    def poisoned(*raw: torch.Tensor) -> None:
-        eager(*raw)
-        if next(steps) == 1:
-            with torch.no_grad():
-                run.trainer.step.trainable.student.fc.weight[0, 0] = torch.inf
-
-    run.trainer.run_step = poisoned
+def test_non_finite_weights_are_not_saved(tmp_path: Path, few: TensorDataset) -> None:
+    """The loss of a step is computed before its update."""
+    run = build_few(few, tmp_path, "run", "LOG.CHECKPOINT_STEPS=1")
+    weight = run.trainer.step.trainable.student.fc.weight
+    after_step(run, 2, lambda: weight.data.fill_(torch.inf))
     with pytest.raises(NonFiniteLossError, match="the weights became NaN or infinite at step 2 of epoch 1"):
         run.trainer.fit()
     run.trainer.log.close()
-    saved = load(tmp_path / "distill" / "run" / "latest.pt")
-    assert saved["steps_done"] == 1
-    assert all(value.isfinite().all() for value in saved["trainable"].values())
-
-
-def test_weights_that_are_lost_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
-    one_step = ("SOLVER.BATCH_SIZE=1437", "SOLVER.LR=1e30")
+    assert state_of(tmp_path, "run")["steps_done"] == 1
     with pytest.raises(NonFiniteLossError, match="the test loss became NaN or infinite after epoch 1"):
-        train(config(tmp_path, "run", *one_step, epochs=1))
-    assert not list((tmp_path / "distill" / "run").glob("*.pt"))
+        fit_few(few, tmp_path, "last", "SOLVER.BATCH_SIZE=44", "SOLVER.LR=1e30", epochs=1)
+    assert not list((tmp_path / "distill" / "last").glob("*.pt"))
 
 
-def test_a_missing_teacher_is_one_line_with_the_command_that_trains_it(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        train(config(tmp_path, "run", "DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet20"))
-    message = str(caught.value)
-    assert "tools/train.py --cfg configs/digits/vanilla_resnet20.yaml" in message
-    assert "\n" not in message
-    assert not (tmp_path / "distill").exists(), "nothing may be written before everything was checked"
-
-
-def test_a_teacher_trained_here_is_found(tmp_path: Path) -> None:
-    train(config(tmp_path, "teacher", "DISTILLER.STUDENT=resnet14", epochs=1))
-    result = train(config(tmp_path, "student", "DISTILLER.TYPE=KD", epochs=1))
-    assert result["teacher"]["file"] == str(tmp_path / "distill" / "teacher" / "student_last.pt")
-    assert "of the" not in (tmp_path / "distill" / "student" / "worklog.txt").read_text()
-    train(config(tmp_path, "longer", "DISTILLER.TYPE=KD", epochs=2))
-    log = (tmp_path / "distill" / "longer" / "worklog.txt").read_text()
-    assert f"warning: the teacher {result['teacher']['file']} trained for 1 of the 2 epochs that its student" in log
-
-
-def test_a_teacher_near_chance_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mdistiller_norm.models import build_model
+def test_a_teacher_is_found_and_not_replaced(tmp_path: Path, few: TensorDataset) -> None:
+    fit_result = partial(train, command=["test"])
+    fit_result(config(tmp_path, "teacher", "DISTILLER.STUDENT=resnet14", epochs=1))
+    result = fit_result(config(tmp_path, "student", "DISTILLER.TYPE=KD", epochs=1))
+    folder = tmp_path / "distill"
+    assert result["teacher"]["file"] == str(folder / "teacher" / "student_last.pt")
+    assert "trained for" not in (folder / "student" / "worklog.txt").read_text()
+    build_run(config(tmp_path, "longer", "DISTILLER.TYPE=KD", epochs=2)).trainer.log.close()
+    log = (folder / "longer" / "worklog.txt").read_text()
+    assert f"warning: the teacher {result['teacher']['file']} trained for 1 of the 2 epochs" in log
 
     torch.save({"model": build_model("resnet14", 10).state_dict()}, tmp_path / "raw.pth")
-    override = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'raw.pth'}"
-    train(config(tmp_path, "run", "DISTILLER.TYPE=KD", override, epochs=1))
-    assert "about chance" in capsys.readouterr().out
+    other = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'raw.pth'}"
+    with pytest.raises(ConfigError, match="cannot be resumed with another teacher"):
+        build_run(config(tmp_path, "student", "DISTILLER.TYPE=KD", other, epochs=2), resume=True)
 
 
 @pytest.mark.parametrize(("right", "warned"), [(35, False), (20, True)])
-def test_half_of_two_classes_is_chance_and_most_are_not(
+def test_a_teacher_near_chance_is_a_warning(
     tmp_path: Path, few: TensorDataset, right: int, warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mdistiller_norm.models import build_model
-
     always_first = build_model("resnet14", 2)
     with torch.no_grad():
         always_first.fc.weight.zero_()
@@ -391,40 +293,38 @@ def test_half_of_two_classes_is_chance_and_most_are_not(
     test = Split(few.test.images, (torch.arange(40) >= right).long())
     two = replace(few, classes=("a", "b"), train=Split(few.train.images, few.train.targets % 2), test=test)
     override = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'teacher.pth'}"
-    build_run(config(tmp_path, "run", "DISTILLER.TYPE=KD", "SOLVER.BATCH_SIZE=44", override), dataset=two)
+    build_few(two, tmp_path, "run", "DISTILLER.TYPE=KD", override)
     assert ("about chance" in capsys.readouterr().out) == warned
 
 
-def test_a_teacher_that_gives_nan_is_refused_before_the_training(tmp_path: Path, teacher: str) -> None:
+def test_a_teacher_with_nan_logits_is_an_error(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
     weights = load(teacher.partition("=")[2])
     weights["model"]["fc.bias"][0] = torch.nan
     torch.save(weights, tmp_path / "diverged.pt")
-    with pytest.raises(CheckpointError, match=r"teacher .*diverged\.pt gives NaN or infinite logits"):
-        build_run(config(tmp_path, "run", "DISTILLER.TYPE=KD", f"DISTILLER.TEACHER_WEIGHTS={tmp_path}/diverged.pt"))
+    with pytest.raises(CheckpointError, match=r"teacher .*diverged\.pt computes NaN or infinite logits"):
+        build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", f"DISTILLER.TEACHER_WEIGHTS={tmp_path}/diverged.pt")
 
 
-def test_a_teacher_far_below_its_manifest_entry_is_a_warning(
-    tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_teacher_far_below_its_manifest_is_a_warning(
+    tmp_path: Path, teacher: str, few: TensorDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "teacher.pt").write_bytes(Path(teacher.partition("=")[2]).read_bytes())
     (folder / "manifest.yaml").write_text("[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99.9}]")
-    monkeypatch.chdir(tmp_path)  # where the manifest is looked for first
-    result = train(config(tmp_path, "run", "DISTILLER.TYPE=KD", epochs=1))
-    assert "far below the 99.90 stated for it" in capsys.readouterr().out
-    assert result["teacher"]["file"] == "checkpoints/teacher.pt"
+    monkeypatch.chdir(tmp_path)
+    run = build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD")
+    assert "far below its stated 99.90" in (run.trainer.folder / "worklog.txt").read_text()
+    assert run.facts["teacher"]["file"] == "checkpoints/teacher.pt"
 
 
-def test_ctrl_c_stops_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_the_state(tmp_path: Path) -> None:
     command = [sys.executable, "tools/train.py", "--cfg", "configs/digits/vanilla_resnet8.yaml"]
     command += ["LOG.PREFIX", str(tmp_path), "EXPERIMENT.NAME", "run", "SOLVER.EPOCHS", "500"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "80"}
-    )
-    folder = tmp_path / "digits" / "run"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    latest = tmp_path / "digits" / "run" / "latest.pt"
     for _ in range(600):
-        if (folder / "latest.pt").exists():
+        if latest.exists():
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -433,86 +333,61 @@ def test_ctrl_c_stops_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "stopped by SIGINT" in errors
     assert "--resume" in errors
     assert "Traceback" not in errors
-    assert load(folder / "latest.pt")["epoch"] >= 1
-    assert [path.name for path in folder.glob(".*")] == [".lock"], "half-written files"
+    assert load(latest)["epoch"] >= 1
 
 
-def test_tools_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    cfg = "configs/digits/vanilla_resnet8.yaml"
-    assert_user_error(tool("train", "--cfg", "nowhere.yaml", check=False), "nowhere.yaml")
-    assert_user_error(tool("train", "--cfg", cfg, "SOLVER.LRR", "1", check=False), "SOLVER.LRR", "SOLVER.LR")
-    device = tool("train", "--cfg", cfg, "DEVICE", "tpu", "LOG.PREFIX", tmp_path, check=False)
-    assert_user_error(device, "DEVICE", "tpu")
-    with pytest.raises(ConfigError, match="DEVICE 'meta' cannot be used here"):
-        train(config(tmp_path, "meta", "DEVICE=meta"))
-    student = tool("train", "--cfg", cfg, "DISTILLER.STUDENT", "resnet21", "LOG.PREFIX", tmp_path, check=False)
-    assert_user_error(student, "resnet21", "resnet20")
-    assert_user_error(tool("eval", "-c", tmp_path / "none.pt", check=False), "none.pt")
-    assert_user_error(tool("eval", "-c", tmp_path / "two\nlines.pt", check=False), "two lines.pt")
-    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
-    assert_user_error(tool("eval", "-c", tmp_path / "broken.pt", check=False), "broken.pt")
-    told = tool("train", "SOLVER.LR", "1", check=False)
-    assert told.stderr == ("error: the following arguments are required: --cfg: see tools/train.py --help\n")
-    assert not (tmp_path / "digits").exists()
+def test_show_prints_the_source_of_each_key(capsys: pytest.CaptureFixture[str]) -> None:
+    execute(["train", "--cfg", str(ROOT / "configs/digits/normkd.yaml"), "--show", "SEED", "7"])
+    shown = capsys.readouterr().out
+    for words in ("SEED: 7", "command line", "configs/digits/normkd.yaml"):
+        assert words in shown
+
+
+def test_eval_reads_students_states_and_bare_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(*arguments: object) -> str:
+        execute(["eval", *map(str, arguments)])
+        return capsys.readouterr().out
+
+    last = json.loads((run / "result.json").read_text())["last"]
+    torch.save({"state_dict": load(run / "student_last.pt")["model"]}, tmp_path / "bare.pth")
+    expected = f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}"
+    student = evaluate("-c", run / "student_last.pt", "--per-class")
+    assert expected in student
+    assert len([line for line in student.splitlines() if line.startswith("  ")]) == 10
+    assert expected in evaluate("-c", tmp_path / "bare.pth", "-m", "resnet8", "-d", "digits", "-bs", 360)
+    assert expected in evaluate("-c", run / "latest.pt")
+    monkeypatch.chdir(tmp_path)
+    Path("output").symlink_to(run.parents[1])
+    assert expected in evaluate("-m", "resnet8", "-d", "digits", "-c", "pretrain")
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "words"),
+    ("arguments", "words"),
     [
-        ("train", ["--cfg"], "argument --cfg: expected one argument: see tools/train.py --help"),
-        ("train", ["--cfg", "x.yaml", "--frobnicate"], "unrecognized arguments: --frobnicate"),
-        ("eval", ["-c", "x.pt", "-bs", "x"], "argument -bs/--batch-size: invalid int value: 'x': see tools/eval.py"),
-        ("shards", ["--root", "x"], "the following arguments are required: --out"),
-        ("visualize", [], "the following arguments are required: FIGURE: see tools/visualize.py --help"),
-        ("visualize", ["tsne"], "required: -c/--ckpt: see tools/visualize.py tsne --help"),
-        ("export", ["-c"], "argument -c/--ckpt: expected one argument: see tools/export.py --help"),
-        ("report", ["--export", "xls"], "argument --export: invalid choice: 'xls'"),
+        (["-c", "none.pt"], "none.pt"),
+        (["-c", "broken.pt"], "broken.pt"),
+        (["-c", "bare.pth", "-d", "digits"], "add -m"),
+        (["-c", "pretrain"], "add -m"),
+        (["-c", "torchvision:ResNet9_Weights.V1"], "ResNet9_Weights.V1"),
+        (["-c", "bare.pth", "-m", "resnet14", "-d", "digits"], "does not fit resnet14 .*layer1.1.conv1.weight"),
+        (["-c", "nan.pt"], "nan.pt gives NaN or infinite logits on digits"),
     ],
 )
-def test_a_mistyped_command_line_is_one_line(
-    command: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_weights_are_an_error(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
-        execute([command, *arguments], f"tools/{'make_shards' if command == 'shards' else command}.py")
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_weights_that_give_nan_have_no_accuracy(tmp_path: Path, teacher: str) -> None:
-    student = load(teacher.partition("=")[2])
+    monkeypatch.chdir(tmp_path)
+    student = load(run / "student_last.pt")
+    torch.save({"state_dict": student["model"]}, "bare.pth")
     student["model"]["fc.weight"][0, 0] = torch.nan
-    torch.save(student, tmp_path / "diverged.pt")
-    done = tool("eval", "-c", tmp_path / "diverged.pt", check=False)
-    assert_user_error(done, "diverged.pt gives NaN or infinite logits on digits")
-    assert "top-1" not in done.stdout
+    torch.save(student, "nan.pt")
+    Path("broken.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises((CheckpointError, ConfigError), match=words):
+        execute(["eval", *arguments])
 
 
-def test_show_prints_where_each_key_is_from() -> None:
-    shown = tool("train", "--cfg", "configs/digits/normkd.yaml", "--show", "SEED", "7").stdout
-    assert "SEED: 7" in shown
-    assert "command line" in shown
-    assert "configs/digits/normkd.yaml" in shown
-
-
-def test_eval_reads_students_and_bare_weights_alike(tmp_path: Path) -> None:
-    result = train(config(tmp_path, "run", "SOLVER.BATCH_SIZE=64"))
-    folder = tmp_path / "distill" / "run"
-    torch.save({"state_dict": load(folder / "student_last.pt")["model"]}, tmp_path / "bare.pth")
-    knows = tool("eval", "-c", folder / "student_last.pt", "--per-class").stdout
-    told = tool("eval", "-c", tmp_path / "bare.pth", "-m", "resnet8", "-d", "digits", "-bs", 360).stdout
-    whole = tool("eval", "-c", folder / "latest.pt").stdout
-    wanted = (
-        f"top-1 {result['last']['top1']:6.2f}  top-5 {result['last']['top5']:6.2f}  loss {result['last']['loss']:7.4f}"
-    )
-    for output in (knows, told, whole):
-        assert wanted in output
-    assert len([line for line in knows.splitlines() if line.startswith("  ")]) == 10
-    assert_user_error(tool("eval", "-c", tmp_path / "bare.pth", "-d", "digits", check=False), "add -m")
-    (tmp_path / "output").mkdir()  # where plain runs of one's own are looked for
-    (tmp_path / "distill").rename(tmp_path / "output" / "distill")
-    assert wanted in tool("eval", "-m", "resnet8", "-d", "digits", "-c", "pretrain", cwd=tmp_path).stdout
-    assert_user_error(tool("eval", "-c", "pretrain", check=False), "-c pretrain", "add -m")
-    assert_user_error(tool("eval", "-c", "torchvision:ResNet9_Weights.V1", check=False), "ResNet9_Weights.V1")
-    mismatch = tool("eval", "-c", tmp_path / "bare.pth", "-m", "resnet14", "-d", "digits", check=False)
-    assert_user_error(mismatch, "does not fit resnet14", "layer1.1.conv1.weight")
+def test_a_tool_prints_an_error_on_one_line(tmp_path: Path) -> None:
+    done = tool("train", "--cfg", "configs/digits/vanilla_resnet8.yaml", "SOLVER.LRR", "1", check=False)
+    assert_user_error(done, "SOLVER.LRR", "SOLVER.LR")

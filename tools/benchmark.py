@@ -235,8 +235,11 @@ def measure(options: Any, record: Record, folder: Path) -> None:
     training = options.table9 or options.evaluate or options.against
     plain = load_config(options.cfg or None, options.overrides, options.methods).node
     bench = Bench(options, folder) if training else None
-    device = build_device(plain)
-    size, dtype = 8192 if device.type == "cuda" else 2048, build_precision(plain, device)[0] or torch.float32
+    device = build_device(plain.DEVICE)
+    size, dtype = (
+        8192 if device.type == "cuda" else 2048,
+        build_precision(plain.SOLVER.PRECISION, device)[0] or torch.float32,
+    )
     matrix, threads = torch.rand(size, size, device=device).to(dtype), torch.get_num_threads()
     timer = Timer("a @ a", globals={"a": matrix}, num_threads=threads)
     peak = 2e-9 * size**3 / min(timer.timeit(1).mean for _ in range(10))

@@ -64,20 +64,20 @@ class Ours:
         few = Split(dataset.test.images[:64], dataset.test.targets[:64])  # the teacher is evaluated on these
         with contextlib.redirect_stdout(StringIO()):
             run = build_run(config, dataset=replace(dataset, test=few))
-            for _ in run.trainer.ahead:  # a full teacher cache
+            for _ in run.trainer.prefetch:  # a full teacher cache
                 pass
         run.trainer.log.close()
-        self.log = (run.folder / "worklog.txt").read_text().splitlines()
+        self.log = (run.folder.path / "worklog.txt").read_text().splitlines()
         self.step, self.run_step = run.trainer.step, run.trainer.run_step
         self.step.trainable.train()
-        self.device = build_device(config.node)
+        self.device = build_device(config.node.DEVICE)
         self._batches = self._endless()
 
     def _endless(self) -> Iterator[tuple[Tensor, ...]]:
         step = self.step
         for epoch in itertools.count(1):
             step.begin_epoch(epoch, self.seed)
-            batches = step.feed(step.loader.batches(epoch))
+            batches = step.with_teacher_outputs(step.loader.batches(epoch))
             yield from (batch for batch in batches if len(batch[0]) == step.loader.batch_size)
 
     def block(self, steps: int) -> float:

@@ -13,18 +13,15 @@ from mdistiller_norm.analysis import correlation, curves, softening, tsne
 from mdistiller_norm.analysis.collect import Collected, collect, short_names
 from mdistiller_norm.analysis.figures import save, styled
 from mdistiller_norm.build import build_device
-from mdistiller_norm.config import default_config
 from mdistiller_norm.errors import ConfigError
 
 
 def _collect(options: argparse.Namespace, path: Path, name: str, model: str) -> Collected:
     if options.batch_size < 1:
         raise ConfigError(f"-bs must be at least 1, not {options.batch_size}")
-    cfg = default_config()
-    cfg.DEVICE = options.device
     return collect(
         path, name, model=model, kind=options.dataset, root=Path(options.root), batch_size=options.batch_size,
-        device=build_device(cfg),
+        device=build_device(options.device),
     )  # fmt: skip
 
 

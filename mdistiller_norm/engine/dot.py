@@ -50,7 +50,7 @@ class DOT:
         with torch.no_grad():
             taught = teacher.network.outputs(batch.images)
         # Apart, not as Losses.parts: differentiating an item of a tensor reaches, with zeros, what the others need.
-        cross_entropy, *methods = trial.parts(trial.student_outputs(batch.images), batch, taught)
+        cross_entropy, *methods = trial.losses(trial.student_outputs(batch.images), batch, taught)
         watched, parameters = ([p for p in one.parameters() if p.requires_grad] for one in (trial, trainable))
         task = _gradients(cross_entropy, watched, keep_graph=True)
         distill = _gradients(torch.stack(methods).sum(), watched)

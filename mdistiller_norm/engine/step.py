@@ -1,14 +1,15 @@
-"""One training step: a function of static inputs without a single wait for the device."""
+"""One training step: a function of tensors without host-device synchronisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from mdistiller_norm.data import TrainLoader
 from mdistiller_norm.data.plan import Part
@@ -16,47 +17,27 @@ from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.teacher import Raw, Teacher
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.types import Batch, Losses, Outputs
-
-
-class Lesson(NamedTuple):
-    """What a student sees at once: a batch, or one of the parts of it whose gradients are added up.
-
-    Attributes:
-        batch: augmented.
-        taught: what the teacher says of it; None for plain training.
-        share: its weight in the mean over the whole batch.
-        first: of its batch.
-        last: of its batch.
-        counted: its samples are this process's own.
-    """
-
-    batch: Batch
-    taught: Outputs | None
-    share: float
-    first: bool
-    last: bool
-    counted: bool
+from mdistiller_norm.types import Batch, Losses
 
 
 class TrainStep:
-    """Augmentation, teacher, student, backward, optimizer and metrics, in this order.
+    """Augmentation, teacher, student, backward pass, optimizer and metrics.
 
-    What changes from step to step comes in as tensors (``raw``); what changes from epoch to epoch lives in ``factors``
-    and in the optimizer's learning rate, written in place. That is what lets a step be captured and replayed.
+    The inputs of a step are tensors (``raw``). Values that change between epochs are tensors that are written in place:
+    the loss weights and, on CUDA, the learning rate. A step can therefore be captured as a CUDA graph.
 
     Args:
-        loader: turns ``raw`` into a batch.
+        loader: prepares a batch from ``raw``.
         teacher: None for plain training.
         trainable: student and distillers.
-        optimizer: over the parameters of ``trainable``.
-        meters: where the step's losses go.
+        optimizer: of the parameters of ``trainable``.
+        meters: accumulate the losses.
         scaler: for fp16 gradients.
-        forward: ``trainable`` or a wrapper of it (DistributedDataParallel); ``trainable`` when not given.
-        accumulate: parts of the batch whose gradients are added up, one after the other, for one update.
+        forward: ``trainable`` (default) or a DistributedDataParallel around it.
+        accumulate: micro-batches of a batch, whose gradients are summed.
 
     Attributes:
-        part: this process's part of the coming batch, for those that train together.
+        part: rows of the next batch that this process trains on.
     """
 
     def __init__(
@@ -76,98 +57,70 @@ class TrainStep:
         self.accumulate = accumulate
         self.part: Part | None = None
         device = next(trainable.parameters()).device
-        self.factors = torch.tensor(trainable.factors(1), device=device)
+        self.loss_weights = torch.tensor(trainable.loss_weights(1), device=device)
         if scaler:
-            scaler.scale(torch.zeros((), device=device))  # its tensors are there from now on
+            scaler.scale(torch.zeros((), device=device))  # creates its tensors before a step is captured
 
     def begin_epoch(self, epoch: int, seed: int) -> None:
-        """Write what changes with the epoch (counted from 1)."""
-        self.factors.copy_(torch.tensor(self.trainable.factors(epoch)))
+        """Write the values that change with the epoch (counted from 1)."""
+        self.loss_weights.copy_(torch.tensor(self.trainable.loss_weights(epoch)))
         for method in self.trainable.methods():
             method.begin_epoch(epoch, seed)
 
-    def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
-        """The inputs of a step for each batch: what names it, and what a cached teacher said of it."""
+    def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+        """Append the outputs of a cached teacher to the inputs of each step."""
         return self.teacher.feed(batches) if self.teacher else batches
 
     def __call__(self, *raw: Tensor) -> None:
-        """Train on the batch that ``raw`` names (an item of :meth:`feed`)."""
-        for lesson in self.lessons(*raw):
-            self.learn(lesson)
-        self.update()
-
-    def lessons(self, *raw: Tensor) -> Iterator[Lesson]:
-        """The batch that ``raw`` names, augmented and with what the teacher says of it: whole, or part after part."""
+        """Train on one batch, given its tensors from :meth:`with_teacher_outputs`."""
         split = len(raw) - (self.teacher.extra if self.teacher else 0)
         batch, extra = self.loader.prepare(*raw[:split]), raw[split:]
-        rows, weight = len(batch.targets), self.part.weight if self.part else 1.0
-        count = min(self.accumulate, self.part.smallest if self.part else rows)
-        pieces = _split(batch, extra, count) if count > 1 else [(batch, extra)]
-        for number, (piece, own) in enumerate(pieces, 1):
-            taught = self.teacher(piece, *own) if self.teacher else None
-            share = weight * len(piece.targets) / rows
-            yield Lesson(piece, taught, share, first=number == 1, last=number == count, counted=weight > 0)
-
-    def learn(self, lesson: Lesson) -> None:
-        """Losses, gradients and metrics of a lesson; DOT's update too."""
-        batch = lesson.batch
-        if isinstance(self.optimizer, DOT):
-            losses = self._losses(lesson)
-            self.optimizer.step(losses.parts)
-            self.meters.update(losses, batch.targets)
-            return
-        if lesson.first:
+        rows = len(batch.targets)
+        part_weight, most = (self.part.weight, self.part.smallest) if self.part else (1.0, rows)
+        micro_batches = _split(batch, extra, min(self.accumulate, most))
+        if not isinstance(self.optimizer, DOT):
             self.optimizer.zero_grad(set_to_none=True)
-        with self._gradients_stay_here(not lesson.last):
-            losses = self._losses(lesson)
-            loss = losses.total if lesson.share == 1 else losses.total * lesson.share
-            loss = self.scaler.scale(loss) if self.scaler else loss
-            loss.backward()  # type: ignore[no-untyped-call]
-        self.meters.update(losses, batch.targets, new_step=lesson.first, counted=lesson.counted)
+        for number, (micro_batch, its_extra) in enumerate(micro_batches, 1):
+            teacher_outputs = self.teacher(micro_batch, *its_extra) if self.teacher else None
+            with self._gradient_exchange(number == len(micro_batches)):
+                losses = self.forward(micro_batch, teacher_outputs, self.loss_weights)
+                self._backward(losses, part_weight * len(micro_batch.targets) / rows)
+            self.meters.update(losses, micro_batch.targets, new_step=number == 1, counted=part_weight > 0)
+        self._update()
 
-    def update(self) -> None:
-        """Change the weights by the gradients of the lessons."""
-        if isinstance(self.optimizer, DOT):
-            return
-        if self.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
-
-    def state_tensors(self) -> list[Tensor]:
-        """Every tensor that a step writes to: weights, statistics, momenta, metrics, the scale of fp16 gradients."""
-        modules: list[nn.Module] = [self.trainable, self.meters]
-        states = [module.state_dict(keep_vars=True) for module in modules]
-        written = [tensor.data for tensor in _tensors(states)]
-        return [*written, *_tensors(self.optimizer.state_dict()), *_tensors(vars(self.scaler) if self.scaler else ())]
-
-    def _losses(self, lesson: Lesson) -> Losses:
-        losses: Losses = self.forward(lesson.batch, lesson.taught, self.factors)
-        return losses
-
-    def _gradients_stay_here(self, more_to_come: bool) -> AbstractContextManager[None]:
-        """Whether this pass leaves the exchange of the gradients with other processes to a later one."""
-        if more_to_come and isinstance(self.forward, DistributedDataParallel):
+    def _gradient_exchange(self, enabled: bool) -> AbstractContextManager[None]:
+        if not enabled and isinstance(self.forward, DistributedDataParallel):
             return self.forward.no_sync()
         return nullcontext()
 
+    def _backward(self, losses: Losses, weight: float) -> None:
+        if isinstance(self.optimizer, DOT):
+            self.optimizer.step(losses.parts)  # differentiates the losses separately
+            return
+        loss = losses.total if weight == 1 else losses.total * weight
+        loss = self.scaler.scale(loss) if self.scaler else loss
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _update(self) -> None:
+        if self.scaler and not isinstance(self.optimizer, DOT):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif not isinstance(self.optimizer, DOT):
+            self.optimizer.step()
+
+    def state_tensors(self) -> list[Tensor]:
+        """Return all tensors that a step writes: weights, statistics, momenta, metrics, the scale of fp16 gradients."""
+        modules: list[nn.Module] = [self.trainable, self.meters]
+        states: list[Any] = [module.state_dict(keep_vars=True) for module in modules]
+        states += [self.optimizer.state_dict(), vars(self.scaler) if self.scaler else {}]
+        return [leaf.detach() for leaf in tree_leaves(states) if isinstance(leaf, Tensor)]
+
 
 def _split(batch: Batch, extra: Raw, count: int) -> list[tuple[Batch, Raw]]:
-    """A batch and the tensors that belong to its samples in as many parts, sizes differing by at most one."""
-    own = ("images", "targets", "indices", "views")
-    whole = (*(getattr(batch, name) for name in own), *extra)
+    """Split a batch and its extra tensors into parts whose sizes differ by at most one."""
+    if count == 1:
+        return [(batch, extra)]
+    names = ("images", "targets", "indices", "views")
+    whole = (*(getattr(batch, name) for name in names), *extra)
     parts = zip(*(tensor.tensor_split(count) for tensor in whole), strict=True)
-    return [(batch._replace(**dict(zip(own, part, strict=False))), part[len(own) :]) for part in parts]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of dictionaries, lists and tuples, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+    return [(batch._replace(**dict(zip(names, part, strict=False))), part[len(names) :]) for part in parts]

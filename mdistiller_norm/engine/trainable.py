@@ -1,4 +1,4 @@
-"""The one module that trains: the student and the distillers' own parameters."""
+"""The one module that trains: the student and the distillers' parameters."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mdistiller_norm.types import Batch, Losses, Outputs
 
 
 class Trainable(nn.Module):
-    """Student and distillers; what the optimizer, DistributedDataParallel and checkpoints see. No teacher inside.
+    """Student and distillers: the module that the optimizer, DistributedDataParallel and checkpoints see.
 
     Args:
         student: the network to train.
-        distillers: by name; none for plain training. Their losses add up, cross entropy counts once.
+        distillers: by name; none for plain training. Their losses are summed, with one cross entropy.
         ce_weight: weight of the cross entropy.
-        autocast: the dtype of the student's pass, None for float32. Losses are in at least float32 all the same.
+        autocast: dtype of the student's forward pass, None for float32. Losses are computed in at least float32.
 
     Attributes:
-        passes: from images to the student's outputs: ``student.outputs``, or a compiled form of it.
+        forward_student: maps images to the student's outputs: ``student.outputs`` or a compiled form of it.
     """
 
     def __init__(
@@ -36,87 +36,80 @@ class Trainable(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.passes: Callable[[Tensor], Outputs] = student.outputs
+        self.forward_student: Callable[[Tensor], Outputs] = student.outputs
         self.distillers = nn.ModuleDict(dict(distillers or {}))
         self.ce_weight = ce_weight
         self.autocast = autocast
 
     @property
     def loss_names(self) -> list[str]:
-        """What ``Losses.parts`` holds, in order."""
+        """Names of the losses, in the order of ``Losses.parts``."""
         return ["ce", *self.distillers]
 
     def methods(self) -> list[Distiller]:
-        """The distillers, in the order of ``loss_names``."""
+        """Return the distillers in the order of ``loss_names``."""
         return [method for method in self.distillers.values() if isinstance(method, Distiller)]
 
     @property
     def need(self) -> Need:
-        """The most that any of the distillers reads of the teacher."""
+        """The teacher's outputs that the distillers read."""
         return max((method.need for method in self.methods()), default=Need.NOTHING)
 
-    def factors(self, epoch: int) -> list[float]:
-        """What each part is multiplied by in this epoch (counted from 1): its weight times its warm-up ramp."""
+    def loss_weights(self, epoch: int) -> list[float]:
+        """Return the weight of each loss in this epoch (counted from 1), with the warm-up ramp applied."""
         return [self.ce_weight, *(method.weight * method.ramp(epoch) for method in self.methods())]
 
-    def forward(self, batch: Batch, teacher: Outputs | None, factors: Tensor) -> Losses:
-        """One pass of the student and all losses.
+    def forward(self, batch: Batch, teacher: Outputs | None, loss_weights: Tensor) -> Losses:
+        """Run the student and compute all losses.
 
         Args:
-            batch: what the student sees.
-            teacher: the teacher's outputs for it; None for plain training.
-            factors: ``[1 + distillers]``, see :meth:`factors`.
+            batch: augmented images and targets.
+            teacher: the teacher's outputs for the batch; None for plain training.
+            loss_weights: ``[1 + distillers]``, see :meth:`loss_weights`.
         """
-        return self.losses(self.student_outputs(batch.images), batch, teacher, factors)
-
-    def student_outputs(self, images: Tensor) -> Outputs:
-        """What the student says of images ``[B, 3, H, W]``, in the precision it is trained in."""
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.passes(images)
-
-    def losses(self, student: Outputs, batch: Batch, teacher: Outputs | None, factors: Tensor) -> Losses:
-        """All losses of what the student said.
-
-        Args:
-            student: its outputs for the batch.
-            batch: see :meth:`forward`, as the next two.
-            teacher: the teacher's outputs.
-            factors: ``[1 + distillers]``.
-
-        Raises:
-            ConfigError: a method gives something else than a scalar, or one without a gradient.
-        """
+        student = self.student_outputs(batch.images)
         logits = at_least_float32(student.logits)
-        weighted = torch.stack(self.parts(student._replace(logits=logits), batch, teacher)) * factors
+        losses = self.losses(student._replace(logits=logits), batch, teacher)
+        weighted = torch.stack(losses) * loss_weights
         return Losses(weighted.sum(), weighted, logits.detach())
 
-    def parts(self, student: Outputs, batch: Batch, teacher: Outputs | None) -> list[Tensor]:
-        """The losses of ``loss_names``, not weighted, each a scalar: see :meth:`losses`."""
+    def student_outputs(self, images: Tensor) -> Outputs:
+        """Run the student on images ``[B, 3, H, W]`` in the precision of training."""
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.forward_student(images)
+
+    def losses(self, student: Outputs, batch: Batch, teacher: Outputs | None) -> list[Tensor]:
+        """Return the unweighted losses in the order of ``loss_names``, each a scalar.
+
+        Raises:
+            ConfigError: a distiller returns no scalar, or one without a gradient.
+        """
         with torch.autocast(batch.images.device.type, enabled=False):
             student = _at_least_float32(student, self.need)
-            parts = [F.cross_entropy(student.logits, batch.targets)]
+            losses = [F.cross_entropy(student.logits, batch.targets)]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
                 for name, method in self.distillers.items():
-                    parts.append(_usable(name, method(student, teacher, batch), parts[0]))
-        return parts
+                    loss = method(student, teacher, batch)
+                    _check_loss(name, loss, losses[0].requires_grad)
+                    losses.append(loss)
+        return losses
 
 
-def _usable(name: str, loss: object, cross_entropy: Tensor) -> Tensor:
-    """A method's loss, refused where nothing could be learned from it."""
+def _check_loss(name: str, loss: object, differentiable: bool) -> None:
     if not isinstance(loss, Tensor) or loss.dim():
         got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ConfigError(f"{name}: its forward gives {got}: it must give a scalar, a tensor of shape []")
-    if cross_entropy.requires_grad and not loss.requires_grad:
-        raise ConfigError(f"{name}: its loss has no gradient, so nothing would be learned: is something detached?")
-    return loss
+        raise ConfigError(f"{name}: forward must return a scalar (a tensor of shape []), got {got}")
+    if differentiable and not loss.requires_grad:
+        raise ConfigError(f"{name}: the loss must have a gradient: is something detached?")
 
 
 def _at_least_float32(outputs: Outputs, need: Need) -> Outputs:
-    """The outputs for the losses; what none of them reads stays as it is: converting it takes time."""
+    """Convert the outputs that the losses read."""
     logits, features, preacts, pooled = outputs
     if need >= Need.POOLED:
         pooled = at_least_float32(pooled)
     if need >= Need.MAPS:
-        features, preacts = (tuple(at_least_float32(each) for each in maps) for maps in (features, preacts))
+        features = tuple(at_least_float32(each) for each in features)
+        preacts = tuple(at_least_float32(each) for each in preacts)
     return Outputs(at_least_float32(logits), features, preacts, pooled)

@@ -1,17 +1,15 @@
-"""The training loop: epochs of steps, an evaluation and a checkpoint after each."""
+"""The training loop: epochs of steps, each followed by an evaluation and a checkpoint."""
 
 from __future__ import annotations
 
 import math
-import signal
 import statistics
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,246 +23,242 @@ from mdistiller_norm.engine.evaluate import Evaluation, evaluate
 from mdistiller_norm.engine.logger import Record, RunLog
 from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
 from mdistiller_norm.engine.runtime import keep_freed_memory
+from mdistiller_norm.engine.signals import stop_signals
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.engine.teacher import Raw
-from mdistiller_norm.errors import Interrupted as Interrupted
-from mdistiller_norm.errors import NonFiniteLossError
+from mdistiller_norm.errors import Interrupted, NonFiniteLossError
+
+NON_FINITE = 1 << 20  # exchanged between processes like the number of a signal
+READ_SECONDS = 1.0  # between two readings of the metrics, which wait for the device
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Intervals of logging and saving.
+
+    Attributes:
+        log_steps: steps between the losses logged by step.
+        save_steps: steps between states saved within an epoch; 0 for none.
+        keep_epochs: epochs between the students that are kept (``student_<epoch>.pt``).
+    """
+
+    log_steps: int = 500
+    save_steps: int = 0
+    keep_epochs: int = 40
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Records of a run that are saved with its state.
+
+    Attributes:
+        about: metadata of the student's weights (name, classes, data set, normalisation).
+        identity: hashes and names that must not change when the run is resumed.
+        environment: versions, device and number of processes.
+    """
+
+    about: Record
+    identity: Record
+    environment: Record
 
 
 class Trainer:
-    """Trains until the last epoch, and keeps ``latest.pt``, ``best.pt`` and the students in the run folder.
+    """Train until the last epoch; write ``latest.pt``, ``best.pt`` and the students to the run folder.
 
     Args:
         step: one training step.
-        schedule: learning rate by epoch.
-        test: the split that is evaluated after each epoch.
-        epochs: to train, counted from 1.
-        seed: of the run.
-        folder: the run folder; exists.
+        schedule: learning rate of each epoch.
+        test: split that is evaluated after each epoch.
+        epochs: number of epochs.
+        folder: existing run folder.
         log: of the run.
-        about: facts kept beside the student's weights (its name, classes, data set, normalisation).
-        identity: what a checkpoint must agree with to be resumed (the config, the teacher's hash).
-        where: versions, device and processes of this part of the training, for its record.
-        save_every: epochs between the students that are kept (``student_<epoch>.pt``).
-        log_every: steps between scalars by step.
-        checkpoint_steps: steps between two states of ``latest.pt`` within an epoch; 0 for none.
-        ahead: work to be done before the first step, bit by bit (filling the teacher cache).
-        run_step: ``step``, or a faster form of the same (a captured one).
-        run_test: the student, or a faster form of it, for evaluation.
-        show_progress: on a bar.
+        provenance: records to save.
+        intervals: of logging and saving.
+        run_step: ``step`` (default) or its captured form.
+        run_test: captured form of the student for evaluation.
+
+    Attributes:
+        epoch: current epoch, counted from 1.
+        steps_done: steps of that epoch that are done.
+        prefetch: iterated before the first step; fills a teacher cache.
     """
 
     def __init__(
         self,
-        *,
         step: TrainStep,
         schedule: StepSchedule,
         test: EvalLoader,
         epochs: int,
-        seed: int,
         folder: Path,
         log: RunLog,
-        about: Record,
-        identity: Record,
-        where: Record,
-        save_every: int,
-        log_every: int,
-        checkpoint_steps: int = 0,
-        ahead: Iterable[None] = (),
+        provenance: Provenance,
+        intervals: Intervals,
         run_step: Callable[..., None] | None = None,
         run_test: Callable[[Tensor], Tensor] | None = None,
-        show_progress: bool = True,
     ) -> None:
-        self.step, self.schedule, self.test, self.epochs, self.seed = step, schedule, test, epochs, seed
-        self.folder, self.log, self.about, self.identity = folder, log, about, identity
-        self.save_every, self.log_every, self.checkpoint_steps = save_every, log_every, checkpoint_steps
-        self.ahead, self.run_step, self.run_test = ahead, run_step or step, run_test
-        self.show_progress = show_progress
-        self._saver = Saver(folder, background=step.factors.is_cuda)
-        self.epoch, self.steps_done, self.seconds = 1, 0, 0.0  # where training goes on
+        self.step, self.schedule, self.test, self.epochs = step, schedule, test, epochs
+        self.folder, self.log, self.provenance, self.intervals = folder, log, provenance, intervals
+        self.run_step, self.run_test = run_step or step, run_test
+        self.prefetch: Iterable[None] = ()
+        self.epoch, self.steps_done, self.seconds = 1, 0, 0.0
         self.best: Record = {}
         self.last: Record = {}
-        self.parts: list[Record] = [{"from_step": 0, **where}]  # one where nothing changed when it was resumed
-        self._asked = self._stop = 0  # the signal that came; and the one that all processes know of
-        self._since = time.perf_counter()  # what of the epoch's time is not yet in seconds
-        self._waited = 0.0  # for the data of the epoch
-        self._paces: deque[float] = deque(maxlen=9)  # seconds of the last epochs
-        self._batches: Iterator[Raw] = iter(())  # of the epoch, from a step on
-        self._place = (0, 0)  # epoch and step (counted from 0) of the next of them
+        self.parts: list[Record] = [{"from_step": 0, **provenance.environment}]
+        self._saver = Saver(folder, background=step.loss_weights.is_cuda)
+        self._requested = 0  # number of the signal that requested a stop
+        self._counted_until = 0.0  # time up to which `seconds` counts
+        self._last_read = 0.0
+        self._epoch_seconds: deque[float] = deque(maxlen=9)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch > self.epochs
+
+    @property
+    def total_steps(self) -> int:
+        """Steps that are done in all epochs."""
+        return (self.epoch - 1) * self.step.loader.steps + self.steps_done
 
     def fit(self) -> Record:
-        """Train to the end.
-
-        Returns:
-            ``last`` and ``best`` accuracies and the seconds it took.
+        """Train to the end; return the ``last`` and ``best`` accuracies, the seconds and the parts of the training.
 
         Raises:
-            Interrupted: on SIGINT, SIGTERM or SIGUSR1 (to any of the processes), with the state saved; nothing has
-                changed since the last one where the teacher's answers were being computed ahead.
+            Interrupted: a process received SIGINT, SIGTERM or SIGUSR1; the state is saved.
             NonFiniteLossError: a loss or a weight became NaN or infinite.
         """
         with stop_signals(self.stop):
-            for _ in self.ahead:
-                if self._asked:
+            for _ in self.prefetch:
+                if self._requested:
                     break
-            if stop := distributed.all_reduce_max(
-                self._asked
-            ):  # here, since the processes' shares differ in their length
-                raise Interrupted(stop)
-            for _ in self.turns():
-                self.run_step(*self.next_batch())
-        return self.summary()
-
-    def stop(self, signal_number: int) -> None:
-        """Ask for an end after the coming step, with the state saved."""
-        self._asked = signal_number
-
-    def summary(self) -> Record:
-        """``last`` and ``best`` accuracies, the seconds it took, and the parts that it was trained in."""
+            self._stop_if_requested()  # once for all processes, which prefetch different numbers of rows
+            keep_freed_memory()
+            try:
+                while not self.finished:
+                    self._train_epoch()
+                    if not self.finished:
+                        self._stop_if_requested()
+            finally:
+                self._saver.finish()
         return {"last": self.last, "best": self.best, "seconds": self.seconds, "parts": self.parts}
 
-    def turns(self) -> Iterator[None]:
-        """Everything from here to the end of the training but its steps: for each of them it yields once.
+    def stop(self, signal_number: int) -> None:
+        """Request to save the state and stop after the current step."""
+        self._requested = signal_number
 
-        Raises:
-            Interrupted: see :meth:`fit`.
-            NonFiniteLossError: see :meth:`fit`.
-        """
-        keep_freed_memory()
-        try:
-            yield from self._all_turns()
-        finally:
-            self._saver.finish()
+    def _stop_if_requested(self) -> None:
+        if stop := distributed.all_reduce_max(self._requested):
+            raise Interrupted(stop)
 
-    def _all_turns(self) -> Iterator[None]:
-        while self.epoch <= self.epochs:
-            start = self._since = time.perf_counter()
-            lr = self.schedule(self.epoch)
-            set_learning_rate(self.step.optimizer.param_groups, lr)
-            self.step.begin_epoch(self.epoch, self.seed)
-            fresh = 1 - self.steps_done / self.step.loader.steps  # the part of the epoch that is run now
-            self._waited = 0.0
-            yield from self._epoch_turns()
-            if self._stop and self.steps_done < self.step.loader.steps:
-                self._save_latest()
-                raise Interrupted(self._stop)
-            averages = self.step.meters.read(self.epoch, together=True)
-            trained = time.perf_counter() - start
-            distributed.average_batch_norms(self.step.trainable)
-            test = evaluate(self.step.trainable.student, self.test, self.step.trainable.autocast, self.run_test)
-            if not math.isfinite(test.loss):  # an update after the last loss that was looked at
-                raise NonFiniteLossError(
-                    f"the test loss became NaN or infinite after epoch {self.epoch}: training stopped, the last good "
-                    "checkpoint stays; a lower SOLVER.LR or SOLVER.PRECISION fp32 may help"
-                )
-            now = time.perf_counter()
-            self.seconds += now - self._since
-            self._paces.append(trained / fresh + now - start - trained)
-            record = {f"loss_{name}": value for name, value in averages.losses.items()} | {
-                "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1,
-                "test_top5": test.top5, "test_loss": test.loss, "data_wait": self._waited / trained,
-                "images_per_second": averages.samples * fresh / trained,
-                "seconds": self.seconds,
-            }  # fmt: skip
-            self._end_epoch(record, test)
-            self._stop = distributed.all_reduce_max(self._asked)
-            if self._stop and self.epoch <= self.epochs:
-                raise Interrupted(self._stop)
+    def _train_epoch(self) -> None:
+        """Train the remaining steps of the epoch, evaluate and save."""
+        step, loader, lr = self.step, self.step.loader, self.schedule(self.epoch)
+        set_learning_rate(step.optimizer.param_groups, lr)
+        step.begin_epoch(self.epoch, loader.seed)
+        step.trainable.train()
+        start = self._counted_until = self._last_read = waiting_since = time.perf_counter()
+        save_steps = self.intervals.save_steps
+        waited, remaining = 0.0, 1 - self.steps_done / loader.steps
+        with self._progress_bar() as bar:
+            for batch in step.with_teacher_outputs(loader.batches(self.epoch, self.steps_done)):
+                waited += time.perf_counter() - waiting_since
+                step.part = loader.part(self.steps_done)
+                self.run_step(*batch)
+                self.steps_done += 1
+                bar.update()
+                finite = self._log_losses(bar)
+                stop = distributed.all_reduce_max(self._requested if finite else NON_FINITE)
+                if stop == NON_FINITE:
+                    step.meters.read(self.epoch, together=True)  # raises in all processes
+                within = self.steps_done < loader.steps
+                if within and (stop or (save_steps and self.steps_done % save_steps == 0)):
+                    self._save_latest()
+                if within and stop:
+                    raise Interrupted(stop)
+                waiting_since = time.perf_counter()
+        averages = step.meters.read(self.epoch, together=True)
+        trained = time.perf_counter() - start
+        test = self._evaluate()
+        now = time.perf_counter()
+        self.seconds += now - self._counted_until
+        self._epoch_seconds.append(trained / remaining + now - start - trained)
+        losses = {f"loss_{name}": value for name, value in averages.losses.items()}
+        record = losses | {
+            "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1, "test_top5": test.top5,
+            "test_loss": test.loss, "data_wait": waited / trained,
+            "images_per_second": averages.samples * remaining / trained, "seconds": self.seconds,
+        }  # fmt: skip
+        self._end_epoch(record, test)
 
-    def next_batch(self) -> Raw:
-        """The inputs of the coming step."""
-        before = time.perf_counter()
-        if self._place != (self.epoch, self.steps_done):  # or another trainer took batches for this one
-            self._batches = self.step.feed(self.step.loader.batches(self.epoch, self.steps_done))
-        raw = next(self._batches)
-        self._place = (self.epoch, self.steps_done + 1)
-        self.step.part = self.step.loader.part(self.steps_done)
-        self._waited += time.perf_counter() - before
-        return raw
-
-    def _epoch_turns(self) -> Iterator[None]:
-        """A turn for each of the rest of the epoch's steps."""
-        loader, meters = self.step.loader, self.step.meters
-        self.step.trainable.train()
-        bar = tqdm(
-            total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}", leave=False,
-            mininterval=0.5, dynamic_ncols=True,
-            disable=None if self.show_progress and distributed.is_first() else True,
+    def _progress_bar(self) -> Any:
+        return tqdm(
+            total=self.step.loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}",
+            leave=False, mininterval=0.5, dynamic_ncols=True, disable=None if distributed.is_first() else True,
         )  # fmt: skip
-        looked = time.perf_counter()
-        while self.steps_done < loader.steps and not self._stop:
-            yield
-            self.steps_done += 1
-            bar.update()
-            done = (self.epoch - 1) * loader.steps + self.steps_done
-            due = done % self.log_every == 0
-            lost = False
-            if due or time.perf_counter() - looked > 1.0:  # the only places that wait for the device
-                try:
-                    averages = meters.read(self.epoch)
-                except NonFiniteLossError:
-                    lost = True
-                else:
-                    bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
-                    if due:
-                        self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, done)
-                looked = time.perf_counter()
-            self._stop = distributed.all_reduce_max(LOST if lost else self._asked)  # all stop after the same step
-            if self._stop == LOST:
-                meters.read(self.epoch, together=True)  # says so in all of them, whoever saw it first
-            within = self.steps_done < loader.steps and not self._stop
-            if self.checkpoint_steps and within and self.steps_done % self.checkpoint_steps == 0:
-                self._save_latest()
-        bar.close()
+
+    def _log_losses(self, bar: Any) -> bool:
+        """Show the running averages at intervals and log them; return whether all losses are finite."""
+        due = self.total_steps % self.intervals.log_steps == 0
+        if not due and time.perf_counter() - self._last_read <= READ_SECONDS:
+            return True
+        try:
+            averages = self.step.meters.read(self.epoch)
+        except NonFiniteLossError:
+            return False
+        bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
+        if due:
+            self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, self.total_steps)
+        self._last_read = time.perf_counter()
+        return True
+
+    def _evaluate(self) -> Evaluation:
+        trainable = self.step.trainable
+        distributed.average_batch_norms(trainable)
+        test = evaluate(trainable.student, self.test, trainable.autocast, self.run_test)
+        if not math.isfinite(test.loss):  # the last update is not covered by the training losses
+            raise _non_finite(f"the test loss became NaN or infinite after epoch {self.epoch}")
+        return test
 
     def _end_epoch(self, record: Record, test: Evaluation) -> None:
+        """Log the epoch and save the state of the next one."""
         summary = {"epoch": self.epoch, "top1": test.top1, "top5": test.top5, "loss": test.loss}
-        improved = not self.best or test.top1 >= self.best["top1"]  # the later of equals, as mdistiller keeps it
+        improved = not self.best or test.top1 >= self.best["top1"]  # the later of equals, as in mdistiller
         self.last, self.best = summary, summary if improved else self.best
         self.log.epoch(record)
         losses = " ".join(f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_"))
-        left = statistics.median(self._paces) * (self.epochs - self.epoch)
+        left = timedelta(seconds=round(statistics.median(self._epoch_seconds) * (self.epochs - self.epoch)))
         self.log.line(
             f"epoch {self.epoch}/{self.epochs}: {losses} | train top-1 {record['train_top1']:.2f} | test top-1 "
             f"{test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | lr {record['lr']:.10g} | "
-            f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.1%}, ETA {_clock(left)}"
+            f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.1%}, ETA {left}"
             + (" | best" if improved else "")
         )
-        finished = self.epoch
         self.epoch, self.steps_done = self.epoch + 1, 0
         self.step.meters.reset()
         state = self.state()
-        student = {"model": self.step.trainable.student.state_dict(), "about": self.about | summary}
+        student = {"model": self.step.trainable.student.state_dict(), "about": self.provenance.about | summary}
         files = {"best.pt": state, "student_best.pt": student} if improved else {}
-        if finished % self.save_every == 0:
-            files[f"student_{finished}.pt"] = student
-        # latest.pt last: whatever a crash cuts off before it is done again from there.
-        self._write(files | {"student_last.pt": student, "latest.pt": state})
+        if summary["epoch"] % self.intervals.keep_epochs == 0:
+            files[f"student_{summary['epoch']}.pt"] = student
+        # latest.pt last: after a crash, the epoch is repeated and the other files are written again.
+        self._save(files | {"student_last.pt": student, "latest.pt": state})
 
     def _save_latest(self) -> None:
-        """Save the state in mid-epoch."""
-        self.step.meters.read(self.epoch, together=True)  # a state with a NaN in it must not replace a good one
+        """Save the state within an epoch, if it is finite."""
+        self.step.meters.read(self.epoch, together=True)
         finite = [parameter.isfinite().all() for parameter in self.step.trainable.parameters()]
-        if not torch.stack(finite).all():  # of an update after the last loss
-            raise NonFiniteLossError(
-                f"the weights became NaN or infinite at step {self.steps_done} of epoch {self.epoch}: training "
-                "stopped, the last good checkpoint stays; a lower SOLVER.LR or SOLVER.PRECISION fp32 may help"
-            )
+        if not torch.stack(finite).all():  # the last update is not covered by the losses
+            raise _non_finite(f"the weights became NaN or infinite at step {self.steps_done} of epoch {self.epoch}")
         distributed.average_batch_norms(self.step.trainable)
         now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
-        self._write({"latest.pt": self.state()})
+        self.seconds, self._counted_until = self.seconds + now - self._counted_until, now
+        self._save({"latest.pt": self.state()})
 
-    def _write(self, files: dict[str, Record]) -> None:
-        """Write files of the run folder, once for all processes; they need not wait for it."""
+    def _save(self, files: dict[str, Record]) -> None:
         if distributed.is_first():
             self._saver.save(files)
 
     def state(self) -> dict[str, Any]:
-        """Everything that training goes on from; no teacher inside, loadable with ``weights_only``.
-
-        The same on all processes, all of which must ask for it, and of any number of them.
-        """
+        """Return the state to resume from. A collective operation; the state does not depend on the process."""
         return {
             "trainable": self.step.trainable.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
@@ -272,65 +266,34 @@ class Trainer:
             "meters": self.step.meters.all_reduced_state(),
             "epoch": self.epoch,
             "steps_done": self.steps_done,
-            "total_steps": (self.epoch - 1) * self.step.loader.steps + self.steps_done,
+            "total_steps": self.total_steps,
             "seconds": self.seconds,
             "best": self.best,
             "last": self.last,
             "parts": self.parts,
-            "identity": self.identity,
-            "about": self.about,
+            "identity": self.provenance.identity,
+            "about": self.provenance.about,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Resume from :meth:`state`."""
         self.step.trainable.load_state_dict(state["trainable"])
         rates = [group["lr"] for group in self.step.optimizer.param_groups]
         self.step.optimizer.load_state_dict(state["optimizer"])
         for group, rate in zip(self.step.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the very tensor that a captured step reads; its value is set by the epoch
+            group["lr"] = rate  # the tensor that a captured step reads
         if self.step.scaler:
             self.step.scaler.load_state_dict(state["scaler"])
         self.step.meters.load_all_reduced_state(state["meters"])
         self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
         self.best, self.last = state["best"], state["last"]
         done = state["total_steps"]
-        parts = [part for part in state.get("parts", []) if part["from_step"] < done]  # an older state has none
-        here = self.parts[0] | {"from_step": done}
-        same = parts and parts[-1] | {"from_step": done} == here
-        self.parts = parts if same or self.epoch > self.epochs else [*parts, here]
+        parts = [part for part in state.get("parts", []) if part["from_step"] < done]
+        this_part = self.parts[0] | {"from_step": done}
+        unchanged = parts and parts[-1] | {"from_step": done} == this_part
+        self.parts = parts if unchanged or self.finished else [*parts, this_part]
 
 
-LOST = 1 << 20  # stands for a loss that is not finite where a signal's number would stand
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-@contextmanager
-def stop_signals(request: Callable[[int], None], signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
-    """Turn the first of each of some signals into a request; a second of the same acts as it would without this.
-
-    Args:
-        request: is called with the signal's number.
-        signals: that are caught, in the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {int(number): signal.getsignal(number) for number in signals}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        request(number)
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+def _non_finite(problem: str) -> NonFiniteLossError:
+    advice = "the last good checkpoint is kept; a lower SOLVER.LR or SOLVER.PRECISION fp32 may help"
+    return NonFiniteLossError(f"{problem}: training stopped, {advice}")

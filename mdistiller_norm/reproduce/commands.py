@@ -141,7 +141,7 @@ def reproduce(
             path = job.folder if dry_run else add(record, folder)  # finished while nobody watched
             ledger.runs.setdefault(job.identity, {})[job.seed] = Entry(path, record, job.identity)
     todo = pending_jobs(plan.jobs, ledger)
-    device = build_device(load_config(None, extra).node)
+    device = build_device(load_config(None, extra).node.DEVICE)
     estimator = Estimator(ledger.all_runs(), device, processes)
     _print_plan(plan, todo, ledger, estimator, verbose=dry_run)
     if dry_run or not todo:

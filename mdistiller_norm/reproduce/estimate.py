@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mdistiller_norm.build import build_precision, placed
-from mdistiller_norm.config import default_config
 from mdistiller_norm.engine.graph import CapturedStep
 from mdistiller_norm.engine.logger import environment, read_metrics
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
@@ -131,9 +130,7 @@ class _Trial:
         shape = (_BATCH, 3, facts.size, facts.size)
         self.images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
         self.targets = torch.zeros(_BATCH, dtype=torch.int64, device=device)
-        cfg = default_config()
-        cfg.SOLVER.PRECISION = precision
-        self.dtype, _ = build_precision(cfg, device)  # as a run would have it
+        self.dtype, _ = build_precision(precision, device)  # as a run would have it
         self.trained, self.device = trained, device
 
     def __call__(self, *raw: Tensor) -> None:

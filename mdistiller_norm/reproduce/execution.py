@@ -17,7 +17,7 @@ import yaml
 
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.engine.logger import Record
-from mdistiller_norm.engine.trainer import STOP_SIGNALS
+from mdistiller_norm.engine.signals import STOP_SIGNALS
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import PROJECT
 from mdistiller_norm.reproduce.jobs import Job, config_path, identity

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdistiller_norm.engine.runtime import slot_environment
-from mdistiller_norm.engine.trainer import stop_signals
+from mdistiller_norm.engine.signals import stop_signals
 from mdistiller_norm.reproduce.estimate import clock
 from mdistiller_norm.reproduce.execution import Execution, trained_record
 from mdistiller_norm.reproduce.jobs import Job
