@@ -1,4 +1,1 @@
-"""The paper's figures from real checkpoints: t-SNE, correlation matrices, softened logits, learning curves.
-
-Each module has a function that computes the numbers and one that draws them.
-"""
+"""The paper's figures from checkpoints: t-SNE, correlation matrices and softened logits."""

@@ -1,69 +1,84 @@
-"""The command line of ``tools/visualize.py``."""
+"""The command ``visualize``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.plugins import import_plugin
-
-
-def _add_network_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", default="", help="name of the networks; a student_*.pt knows it")
-    parser.add_argument("-d", "--dataset", default="", help="data set; a student_*.pt knows it; else cifar100")
-    parser.add_argument("-bs", "--batch-size", type=int, default=250)
-    parser.add_argument("--root", default="data", help="folder of the data set")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="the runs' EXPERIMENT.PLUGINS")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``visualize``."""
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     tsne = figures.add_parser("tsne", help="t-SNE of pooled features (Fig. 4)")
-    tsne.add_argument("-c", "--ckpt", nargs="+", required=True, help="weights files, side by side")
-    tsne.add_argument("--samples", type=int, default=2000, help="of the test set, at most (default: 2000)")
+    tsne.add_argument("--samples", type=int, default=2000, help="maximum number of test images (default: 2000)")
     tsne.add_argument("--classes", type=int, default=0, metavar="N", help="only the first N classes")
     tsne.add_argument("--perplexity", type=float, default=30.0)
     tsne.add_argument("--seed", type=int, default=0)
-    tsne.add_argument("--engine", choices=["sklearn", "opentsne"], default="sklearn")
-    correlation = figures.add_parser("correlation", help="class correlations against the teacher's (Fig. 5)")
-    correlation.add_argument("-t", "--teacher", required=True, help="its weights file")
-    correlation.add_argument("-tm", "--teacher-model", default="", help="its name; a student_*.pt knows it")
-    correlation.add_argument("-c", "--ckpt", nargs="+", required=True, help="weights files of students")
+    correlation = figures.add_parser("correlation", help="class correlations minus those of the teacher (Fig. 5)")
+    correlation.add_argument("-t", "--teacher", required=True, help="weights file of the teacher")
+    correlation.add_argument("-tm", "--teacher-model", default="", help="model name of the teacher")
     logits = figures.add_parser("logits", help="softened logits of a teacher (Fig. 1 and 3)")
-    logits.add_argument("-c", "--ckpt", required=True, help="weights file")
-    logits.add_argument("--sample", type=int, default=0, help="position in the test set")
+    logits.add_argument("--sample", type=int, default=0, help="index in the test set")
     logits.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
-    logits.add_argument("--fixed", type=float, default=4.0, help="T of the data set's picture (default: 4)")
-    logits.add_argument("--t-norm", type=float, default=2.0)
+    logits.add_argument("--fixed", type=float, default=4.0, help="fixed temperature of the whole set (default: 4)")
+    logits.add_argument("--t-norm", type=float, default=2.0, help="T_norm of NormKD (default: 2)")
     logits.add_argument("--tolerance", type=float, default=1.25, help="factor that counts as too much (default: 1.25)")
-    curves = figures.add_parser("curves", help="learning curves of runs")
-    curves.add_argument("runs", nargs="+", help="run folders, or records of the ledger")
-    for sub in (tsne, correlation, logits, curves):
-        sub.add_argument("--out", default="", metavar="STEM", help="default: output/figures/FIGURE")
-        sub.add_argument("--data", action="store_true", help="write what is drawn as JSON too")
-        sub.add_argument("--names", nargs="+", default=[], help="labels, one each")
     for sub in (tsne, correlation, logits):
-        _add_network_options(sub)
+        count = 1 if sub is logits else "+"
+        sub.add_argument("-c", "--ckpt", nargs=count, required=True, metavar="FILE", help="weights files")
+        sub.add_argument("--out", default="", metavar="STEM", help="default: output/figures/FIGURE")
+        sub.add_argument("--data", action="store_true", help="also write the numbers as JSON")
+        sub.add_argument("--names", nargs="+", default=[], help="one label for each file of -c")
+        sub.add_argument("-m", "--model", default="", help="model name; default: the name stored in student_*.pt")
+        sub.add_argument("-d", "--dataset", default="", help="default: the one stored in student_*.pt, else cifar100")
+        sub.add_argument("-bs", "--batch-size", type=int, default=250)
+        sub.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
+        sub.add_argument("--device", default="auto")
+        sub.add_argument(
+            "--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the runs"
+        )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command ``visualize``."""
-    paths = [Path(path) for path in (options.runs if options.figure == "curves" else _as_list(options.ckpt))]
-    if options.names and len(options.names) != len(paths):
-        raise ConfigError(f"--names has {len(options.names)} names for {len(paths)} files")
+    """Compute and draw a figure, print its numbers and write its files."""
+    if options.names and len(options.names) != len(options.ckpt):
+        raise ConfigError(f"--names must have {len(options.ckpt)} names, one for each file, got {len(options.names)}")
     stem = Path(options.out or Path("output", "figures", options.figure))
-    if not stem.name:
-        raise ConfigError(f"--out {options.out} names no file: for example figures/{options.figure}")
 
-    from mdistiller_norm.analysis import commands
+    import matplotlib as mpl
 
-    for path in commands.make_figure(options, paths, stem):
-        print(f"wrote {path}")
+    from mdistiller_norm.analysis import correlation, softening, tsne
+    from mdistiller_norm.analysis.collect import Collected, collect, short_names
+    from mdistiller_norm.analysis.figures import STYLE, save
+    from mdistiller_norm.build import build_device, open_checkpoint
+
+    device = build_device(options.device)
+
+    def outputs(path: Path, name: str, model: str) -> Collected:
+        network, dataset = open_checkpoint(path, model, options.dataset, options.root)
+        return collect(network, dataset, name, options.batch_size, device)
+
+    def picked(*names: str) -> dict[str, Any]:
+        return {name: getattr(options, name) for name in names}
+
+    paths = [Path(path) for path in options.ckpt]
+    names = options.names or short_names(paths)
+    networks = [outputs(path, name, options.model) for path, name in zip(paths, names, strict=True)]
+    with mpl.rc_context(STYLE):
+        if options.figure == "tsne":
+            figure, data, lines = tsne.draw(networks, **picked("classes", "samples", "seed", "perplexity"))
+        elif options.figure == "correlation":
+            path = Path(options.teacher)
+            teacher = outputs(path, short_names([path])[0], options.teacher_model)
+            figure, data, lines = correlation.draw(teacher, networks)
+        else:
+            chosen = picked("sample", "temperatures", "fixed", "t_norm", "tolerance")
+            data = softening.compute(networks[0], **chosen)
+            figure, lines = softening.draw(data)
+        lines += [f"wrote {path}" for path in save(figure, data if options.data else None, stem)]
+    print("\n".join(lines))
     return 0
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value

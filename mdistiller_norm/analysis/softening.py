@@ -1,8 +1,7 @@
-"""What a temperature does to a teacher's logits (Fig. 1 and 3 of the NormKD paper): its argument, measured.
+"""The effect of the temperature on a teacher's logits (Fig. 1 and 3 of the NormKD paper).
 
-One fixed T softens samples of small logits too much and those of large logits too little. NormKD's temperature is
-``T_norm * std`` of the sample. A sample counts as over-softened where the fixed T is above ``tolerance`` times its own
-temperature, and as under-softened where it is below it divided by ``tolerance``.
+NormKD's temperature of a sample is ``T_norm * std`` of its logits. A fixed temperature over-softens a sample if it is
+more than ``tolerance`` times that, and under-softens it if it is less than that divided by ``tolerance``.
 """
 
 from __future__ import annotations
@@ -12,122 +11,79 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mdistiller_norm.analysis.collect import Collected
 from mdistiller_norm.analysis.figures import new_figure
-from mdistiller_norm.distillers.temperature import Temperature
 from mdistiller_norm.errors import ConfigError
 
 _BINS = 40
 
 
-def entropy(softened: Tensor) -> Tensor:
-    """Entropy in nats of each row's softmax, ``[N]``."""
-    log_probabilities = softened.log_softmax(1)
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy in nats of each row's softmax, ``[N]``."""
+    log_probabilities = logits.log_softmax(1)
     return -(log_probabilities.exp() * log_probabilities).sum(1)
 
 
-def _histogram(values: Tensor, edges: np.ndarray[Any, Any]) -> list[int]:
-    counts: list[int] = np.histogram(values.numpy(), edges)[0].tolist()
-    return counts
-
-
-def _edges(*values: Tensor) -> np.ndarray[Any, Any]:
-    every = torch.cat([value.flatten() for value in values])
-    return np.linspace(float(every.min()), float(every.max()) + 1e-6, _BINS + 1)
-
-
 def compute(
-    network: Collected, *, sample: int = 0, temperatures: Sequence[float] = (1.0, 2.0, 4.0, 8.0), fixed: float = 4.0,
-    t_norm: float = 2.0, tolerance: float = 1.25,
-) -> dict[str, Any]:  # fmt: skip
-    """Distributions of one sample's logits, and of the whole set's spread and entropy.
+    network: Collected, *, sample: int, temperatures: Sequence[float], fixed: float, t_norm: float, tolerance: float
+) -> dict[str, Any]:
+    """Return the softened logits of one sample, and the standard deviation and entropy of all samples.
 
-    Args:
-        network: a teacher.
-        sample: position in the test set of the sample that is shown.
-        temperatures: that its logits are divided by.
-        fixed: the T that the data set is softened by.
-        t_norm: NormKD's factor.
-        tolerance: a factor above 1, see the module.
-
-    Raises:
-        ConfigError: no such sample, or a number that is out of range.
+    The sample is softened by each of ``temperatures`` and by NormKD's; all samples by ``fixed`` and by NormKD's.
     """
-    samples, classes = network.logits.shape
-    if not 0 <= sample < samples:
-        raise ConfigError(f"--sample {sample}: the test set has the samples 0 to {samples - 1}")
-    if not 1 < tolerance < math.inf:
-        raise ConfigError(f"--tolerance must be above 1, not {tolerance:g}")
+    if not 0 <= sample < len(network.logits):
+        raise ConfigError(f"--sample must be in 0..{len(network.logits) - 1}, got {sample}")
+    if not all(0 < value < math.inf for value in (*temperatures, fixed, t_norm, tolerance - 1)):
+        raise ConfigError("--temperatures, --fixed and --t-norm must be > 0, and --tolerance > 1")
     logits = network.logits.double()
-    constant, norm = Temperature(fixed), Temperature(t_norm, "std")
-    spread = norm.measure(logits).squeeze(1)
-    own = t_norm * spread
-    shown = {f"T = {t:g}": logits[sample] / Temperature(t).scales[0] for t in temperatures}
-    shown[f"NormKD, T = {t_norm:g} * {spread[sample]:.2f}"] = logits[sample] / own[sample].clamp_min(1e-6)
-    entropies = {
-        f"T = {fixed:g}": entropy(constant.soften(logits, logits).teacher),
-        f"NormKD, T_norm = {t_norm:g}": entropy(norm.soften(logits, logits).teacher),
-    }
-    over, under = int((fixed > tolerance * own).sum()), int((fixed < own / tolerance).sum())
-    spread_edges, entropy_edges = _edges(spread), _edges(*entropies.values())
+    std = logits.std(1)
+    own = t_norm * std.clamp_min(1e-6)
+    softened = {f"T = {value:g}": logits[sample] / value for value in temperatures}
+    softened[f"NormKD, T = {t_norm:g} * {std[sample]:.2f}"] = logits[sample] / own[sample]
+    by_fixed, by_own = entropy(logits / fixed), entropy(logits / own[:, None])
     return {
-        "network": network.name, "top1": network.top1, "samples": samples, "classes": classes, "fixed": fixed,
-        "t_norm": t_norm, "tolerance": tolerance,
-        "sample": {
-            "index": sample, "target": network.classes[int(network.targets[sample])], "std": float(spread[sample]),
-            "softened": {
-                name: {"values": values.tolist(), "top_probability": float(values.softmax(0).max())}
-                for name, values in shown.items()
-            },
-        },
-        "std": {
-            "mean": float(spread.mean()), "min": float(spread.min()), "max": float(spread.max()),
-            "edges": spread_edges.tolist(), "counts": _histogram(spread, spread_edges),
-        },
-        "entropy": {
-            "edges": entropy_edges.tolist(), "largest": float(np.log(classes)),
-            "by_temperature": {
-                name: {"mean": float(values.mean()), "std": float(values.std()),
-                       "counts": _histogram(values, entropy_edges)}
-                for name, values in entropies.items()
-            },
-        },
-        "over_softened": over, "under_softened": under,
+        "network": network.name, "top1": network.top1, "fixed": fixed, "t_norm": t_norm, "tolerance": tolerance,
+        "sample": sample, "target": network.classes[int(network.targets[sample])],
+        "softened": {name: values.tolist() for name, values in softened.items()},
+        "std": std.tolist(), "largest_entropy": math.log(len(network.classes)),
+        "entropy": {f"T = {fixed:g}": by_fixed.tolist(), f"NormKD, T_norm = {t_norm:g}": by_own.tolist()},
+        "over_softened": int((fixed > tolerance * own).sum()),
+        "under_softened": int((fixed < own / tolerance).sum()),
     }  # fmt: skip
 
 
-def draw(data: dict[str, Any]) -> Figure:
-    """Three panels: one sample, the spread of all, the entropy of all."""
-    figure, axes = new_figure(1, 3, 4.2, 3.4)
-    first, second, third = axes[0]
-    sample = data["sample"]
-    edges = _edges(*(torch.tensor(entry["values"]) for entry in sample["softened"].values()))
-    heights = [np.histogram(entry["values"], edges)[0] for entry in sample["softened"].values()]
-    tallest = 1.2 * max(int(height.max()) for height in heights)
-    for number, height in enumerate(heights):  # one above the other, the last at the top
-        first.stairs(number + height / tallest, edges, baseline=number, fill=True, alpha=0.7)
-    labels = [f"{name}\nlargest p {entry['top_probability']:.2f}" for name, entry in sample["softened"].items()]
-    first.set_yticks(range(len(labels)), labels, fontsize=7)
-    first.set(title=f"Softened logits of test sample {sample['index']} (class {sample['target']})",
-              xlabel="logit / temperature (bars: number of classes)")  # fmt: skip
+def draw(data: dict[str, Any]) -> tuple[Figure, list[str]]:
+    """Draw one sample's logits, and the standard deviation and entropy of all; return the figure and its numbers."""
+    figure, (first, second, third) = new_figure(1, 3, 4.2, 3.4)
+    figure.suptitle(f"{data['network']}, top-1 {data['top1']:.2f}", fontsize=10)
+    edges = np.histogram_bin_edges(list(data["softened"].values()), _BINS)
+    heights = [np.histogram(values, edges)[0] for values in data["softened"].values()]
+    tallest = 1.2 * max(height.max() for height in heights)
+    for row, height in enumerate(heights):
+        first.stairs(row + height / tallest, edges, baseline=row, fill=True, alpha=0.7)
+    first.set_yticks(range(len(heights)), list(data["softened"]), fontsize=7)
+    first.set_title(f"Softened logits of test sample {data['sample']} (class {data['target']})")
+    first.set_xlabel("logit / temperature (bars: number of classes)")
 
-    second.stairs(data["std"]["counts"], data["std"]["edges"], fill=True, alpha=0.7)
-    own = data["fixed"] / data["t_norm"]
-    for position, style in ((own / data["tolerance"], ":"), (own, "-"), (own * data["tolerance"], ":")):
+    std, tolerance = np.array(data["std"]), data["tolerance"]
+    second.hist(std, _BINS, alpha=0.7)
+    equal = data["fixed"] / data["t_norm"]  # the std with which NormKD's temperature is the fixed one
+    for position, style in ((equal / tolerance, ":"), (equal, "-"), (equal * tolerance, ":")):
         second.axvline(position, color="black", ls=style, lw=1)
-    second.set(title=f"T = {data['fixed']:g} over-softens {data['over_softened']} and under-softens "
-               f"{data['under_softened']}\nof {data['samples']} samples (by more than {data['tolerance']:g} times)",
-               xlabel=f"std of a sample's logits (line: T / T_norm = {own:g})", ylabel="samples")  # fmt: skip
+    counted = f"T = {data['fixed']:g} over-softens {data['over_softened']} and under-softens {data['under_softened']}"
+    second.set_title(f"{counted}\nof {len(std)} samples (by more than {tolerance:g} times)")
+    second.set(xlabel=f"std of a sample's logits (line: T / T_norm = {equal:g})", ylabel="samples")
 
-    for name, entry in data["entropy"]["by_temperature"].items():
-        third.stairs(entry["counts"], data["entropy"]["edges"], fill=True, alpha=0.5,
-                     label=f"{name}: {entry['mean']:.2f} ± {entry['std']:.2f}")  # fmt: skip
-    third.axvline(data["entropy"]["largest"], color="black", lw=1, ls="--")
+    spread = f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}"
+    lines = [spread, f"{counted} of {len(std)} samples"]
+    for name, values in data["entropy"].items():
+        mean, deviation = np.mean(values), np.std(values, ddof=1)
+        lines.append(f"entropy at {name}: {mean:.3f} ± {deviation:.3f} nats")
+        third.hist(values, _BINS, alpha=0.5, label=f"{name}: {mean:.2f} ± {deviation:.2f}")
+    third.axvline(data["largest_entropy"], color="black", lw=1, ls="--")
     third.set(title="Entropy of the softened prediction", xlabel="nats (dashed: uniform)", ylabel="samples")
     third.legend(fontsize=7)
-    figure.suptitle(f"{data['network']}, top-1 {data['top1']:.2f}", fontsize=10)
-    return figure
+    return figure, lines
