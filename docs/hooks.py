@@ -26,12 +26,12 @@ are nested (`SOLVER: {LR: 0.1}`) or dotted (`SOLVER.LR: 0.1`).
 
 def configuration() -> str:
     """Return the configuration page: one table for each section and one for the nodes of the methods."""
-    from mdistiller_norm.config import HELP, default_config, leaves
+    from mdistiller_norm.config import KEYS, default_config, leaves
 
     tables: dict[str, list[str]] = {}
     for key, default in leaves(default_config()):
-        section = key.split(".")[0] if key in HELP else "Methods"
-        meaning = f" {HELP[key]} |" if key in HELP else ""
+        section = key.split(".")[0] if key in KEYS else "Methods"
+        meaning = f" {KEYS[key][1]} |" if key in KEYS else ""
         tables.setdefault(section if "." in key else "Run", []).append(f"| `{key}` | `{default!r}` |{meaning}\n")
     page = INTRODUCTION
     for section, rows in tables.items():

@@ -1,396 +1,329 @@
-"""Configuration: a YACS tree of defaults, YAML files with ``_BASE_`` inheritance on top, ``KEY VALUE`` overrides last.
+"""Configuration: defaults, then YAML files with ``_BASE_`` inheritance, then ``KEY VALUE`` overrides.
 
-The keys are a superset of mdistiller's and of its NormKD fork's, so their YAML files load unchanged. What is
-in ``engine``, ``data`` and ``models`` does not see the tree and takes explicit arguments.
+The keys are a superset of those of mdistiller and of its NormKD fork, so their YAML files load unchanged.
 
-A YAML file may name its bases: ``_BASE_: ../base.yaml`` or a list, relative to the file. Later bases override earlier
-ones, the file overrides its bases; a base reached on two ways counts once, where it is reached first. Keys are nested
-(``SOLVER: {LR: 0.1}``) or dotted (``SOLVER.LR: 0.1``).
+``_BASE_: ../base.yaml`` (or a list) names files relative to the file. Later bases override earlier ones and the file
+overrides its bases; a base that several files share is applied once, at its first place. Keys are nested
+(``SOLVER: {LR: 0.1}``) or dotted (``SOLVER.LR: 0.1``). Values are read as text and converted to their default's type.
 """
 
 from __future__ import annotations
 
-import ast
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from yacs.config import CfgNode
 
-from mdistiller_norm.config_text import Setting, read_settings
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.plugins import import_plugin
-from mdistiller_norm.registry import nearest
+from mdistiller_norm.registry import nearest, suggest
 
-# Key -> default and what it means. Every registered distiller adds a node under its own name: see default_config.
-_KEYS: dict[str, tuple[Any, str]] = {
-    "EXPERIMENT.PROJECT": ("distill", "folder of the runs, under LOG.PREFIX"),
-    "EXPERIMENT.NAME": ("", "name of the run; empty for its TAG and what the command line changed"),
-    "EXPERIMENT.TAG": ("default", "comma-separated words that describe the run"),
-    "EXPERIMENT.PLUGINS": ("", "Python file or files that register networks, data sets and methods of one's own"),
-    "DATASET.TYPE": ("cifar100", "data set"),
-    "DATASET.ROOT": ("data", "folder that holds the data sets; of image files, or shards, their own"),
-    "DATASET.NUM_WORKERS": (
-        2,
-        "processes that read images in training, and as many in evaluation (data in memory: none)",
-    ),
-    "DATASET.IMAGE_SIZE": (224, "image files: height and width of what the networks see"),
-    "DATASET.RESIZE": (256, "image files: length of the shorter side before an evaluation's central crop"),
-    "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: least and largest share of the area in a random crop"),
-    "DATASET.MEAN": ([], "image files: mean of the channels; empty for ImageNet's (image_folder: measured)"),
-    "DATASET.STD": ([], "image files: standard deviation of the channels; empty as for MEAN"),
-    "DATASET.CLASSES": ([], "image files: names of the class folders, in order; empty for all of them, sorted"),
-    "DATASET.VARIANT": ("auto", "image files: family of networks; auto: imagenet above 64 pixels, else cifar"),
-    "DATASET.DECODE": ("cpu", "image files: who decodes for training: cpu (workers), cuda or device (whole batches)"),
-    "DATASET.MAX_BROKEN": (10, "image files: unreadable ones that are replaced by others before the run fails"),
-    "DATASET.VAL_SPLIT": (0.0, "data in memory: part of the training set that is held out and evaluated on; 0: none"),
-    "DATASET.TEST.BATCH_SIZE": (64, "images in a batch of the evaluation"),
-    "DISTILLER.TYPE": ("NONE", "method, or a list of methods whose losses add up; NONE trains the student alone"),
-    "DISTILLER.TEACHER": ("ResNet50", "teacher's model name"),
-    "DISTILLER.STUDENT": ("resnet32", "student's model name"),
-    "DISTILLER.TEACHER_WEIGHTS": ("", "teacher's checkpoint or torchvision:NAME; empty to look it up"),
-    "DISTILLER.TEACHER_CACHE": ("off", "keep the teacher's answers: off, lazy (as met) or full (ahead of step 1)"),
-    "DISTILLER.TEACHER_CACHE_PRECISION": ("fp32", "numbers of the teacher cache: fp32, or fp16 in half the space"),
-    "SOLVER.TRAINER": ("base", "base, or dot for DOT's two momenta; crd and crd_dot mean the same here"),
-    "SOLVER.BATCH_SIZE": (64, "images in a batch, over all processes"),
-    "SOLVER.EPOCHS": (240, "passes over the training set"),
-    "SOLVER.LR": (0.05, "initial learning rate"),
-    "SOLVER.LR_DECAY_STAGES": ([150, 180, 210], "epochs, counted from 1, after which the learning rate decays"),
-    "SOLVER.LR_DECAY_RATE": (0.1, "factor of each decay"),
-    "SOLVER.WEIGHT_DECAY": (1e-4, "weight decay on every parameter"),
-    "SOLVER.MOMENTUM": (0.9, "momentum of SGD"),
-    "SOLVER.NESTEROV": (False, "Nesterov momentum: the NormKD paper says yes, its code and mdistiller's say no"),
-    "SOLVER.TYPE": ("SGD", "optimizer"),
-    "SOLVER.TRIALS": (1, "runs with the seeds SEED, SEED + 1, ... side by side"),
-    "SOLVER.TRIALS_MODE": (
-        "processes",
-        "processes: each with its order of the data; lockstep: one process, one order",
-    ),
-    "SOLVER.INIT_SEED": (-1, "seed of the initial weights; -1: SEED"),
-    "SOLVER.PRECISION": ("fp32", "arithmetic of the networks; losses are float32 in any case"),
-    "SOLVER.ACCUMULATE": (1, "parts of a batch that a process trains on one after the other, for one update"),
-    "SOLVER.SYNC_BN": (False, "batch norm over the batch of all processes (CUDA only)"),
-    "SOLVER.TIMEOUT": (600, "seconds that a process waits for the others before the run fails"),
-    "SOLVER.DOT.DELTA": (0.075, "DOT: the momenta of both losses are MOMENTUM -/+ DELTA"),
-    "ENGINE.COMPILE": ("auto", "what to compile: none, teacher, all, or auto (the teacher of a long run)"),
-    "ENGINE.CUDA_GRAPH": ("auto", "record a training step as one CUDA graph: auto (on CUDA), on or off"),
-    "ENGINE.DETERMINISTIC": (False, "on CUDA, the same bits in every run, at a cost in speed (on the CPU always)"),
-    "LOG.TENSORBOARD_FREQ": (500, "steps between two scalars of the training loss"),
-    "LOG.CHECKPOINT_STEPS": (0, "steps between two states of latest.pt within an epoch; 0 for one an epoch"),
-    "LOG.SAVE_CHECKPOINT_FREQ": (40, "epochs between two student_<epoch>.pt"),
-    "LOG.PREFIX": ("./output", "folder of all projects"),
-    "LOG.WANDB": (False, "log to Weights & Biases too"),
-    "SEED": (0, "seed of all that is random: initialisation, order, augmentation, negatives"),
-    "DEVICE": ("auto", "auto, cpu, cuda or cuda:N"),
+Check = tuple[str, Callable[[Any], bool]]  # a requirement, and the function that tests it
+
+
+def _one_of(*names: str) -> Check:
+    return f"one of {', '.join(names)}", names.__contains__
+
+
+_ANY: Check = ("anything", lambda x: True)
+_POSITIVE: Check = ("> 0", lambda x: x > 0)
+_AT_LEAST_0: Check = (">= 0", lambda x: x >= 0)
+_AT_LEAST_1: Check = (">= 1", lambda x: x >= 1)
+_SEED: Check = ("in [0, 2**63)", lambda x: 0 <= x < 2**63)
+_FRACTION: Check = ("in [0, 1)", lambda x: 0 <= x < 1)
+_HALF: Check = ("in [0, 0.5]", lambda x: 0 <= x <= 0.5)
+_FOLDER: Check = ("the name of one folder, without /", lambda x: "/" not in x and x not in (".", ".."))
+_PROJECT: Check = ("the name of one folder, without /", lambda x: "/" not in x and x not in ("", ".", ".."))
+_CHANNELS: Check = ("three numbers in (0, 1), or empty", lambda x: len(x) in (0, 3) and all(0 < v < 1 for v in x))
+_CROP: Check = ("two areas with 0 < smallest <= largest <= 1", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
+_EPOCHS: Check = ("increasing epochs >= 1", lambda x: x == sorted(set(x)) and min(x, default=1) >= 1)
+_METHODS: Check = ("NONE or different methods", lambda x: isinstance(x, str) or len({"NONE", *x}) == len(x) + 1)
+
+# Key -> default, help and check. Every registered distiller adds a node under its name, see default_config.
+KEYS: dict[str, tuple[Any, str, Check]] = {
+    "EXPERIMENT.PROJECT": ("distill", "folder of the runs, under LOG.PREFIX", _PROJECT),
+    "EXPERIMENT.NAME": ("", "name of the run; empty: TAG and the keys changed on the command line", _FOLDER),
+    "EXPERIMENT.TAG": ("default", "comma-separated words that describe the run", _FOLDER),
+    "EXPERIMENT.PLUGINS": ("", "Python file or files that register networks, data sets and methods", _ANY),
+    "DATASET.TYPE": ("cifar100", "data set", _ANY),
+    "DATASET.ROOT": ("data", "folder of the data sets; of image files or shards: their folder", _ANY),
+    "DATASET.NUM_WORKERS": (2, "processes that load images in training, and as many in evaluation", _AT_LEAST_0),
+    "DATASET.IMAGE_SIZE": (224, "image files: height and width of the networks' input", _AT_LEAST_1),
+    "DATASET.RESIZE": (256, "image files: shorter side before the central crop of an evaluation", _AT_LEAST_1),
+    "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: smallest and largest area of a random crop", _CROP),
+    "DATASET.MEAN": ([], "image files: channel means; empty: ImageNet's (image_folder: measured)", _CHANNELS),
+    "DATASET.STD": ([], "image files: channel standard deviations; empty: as for MEAN", _CHANNELS),
+    "DATASET.CLASSES": ([], "image files: class folders, in order; empty: all, sorted", _ANY),
+    "DATASET.VARIANT": ("auto", "networks; auto: imagenet above 64 pixels", _one_of("auto", "cifar", "imagenet")),
+    "DATASET.MAX_BROKEN": (10, "image files: unreadable images to replace before the run fails", _AT_LEAST_0),
+    "DATASET.VAL_SPLIT": (0.0, "data in memory: part of the training set to evaluate on", _HALF),
+    "DATASET.TEST.BATCH_SIZE": (64, "images per batch of an evaluation", _AT_LEAST_1),
+    "DISTILLER.TYPE": ("NONE", "method or list of methods whose losses are added; NONE: no teacher", _METHODS),
+    "DISTILLER.TEACHER": ("ResNet50", "model name of the teacher", _ANY),
+    "DISTILLER.STUDENT": ("resnet32", "model name of the student", _ANY),
+    "DISTILLER.TEACHER_WEIGHTS": ("", "checkpoint of the teacher, or torchvision:NAME; empty: search for it", _ANY),
+    "DISTILLER.TEACHER_CACHE": ("off", "store the teacher's outputs on disk", _one_of("off", "lazy", "full")),
+    "DISTILLER.TEACHER_CACHE_PRECISION": ("fp32", "precision of the teacher cache", _one_of("fp32", "fp16")),
+    "SOLVER.TRAINER": ("base", "dot: DOT's two momenta; crd: as base", _one_of("base", "crd", "dot", "crd_dot")),
+    "SOLVER.BATCH_SIZE": (64, "images per batch, over all processes", _AT_LEAST_1),
+    "SOLVER.EPOCHS": (240, "passes over the training set", _AT_LEAST_1),
+    "SOLVER.LR": (0.05, "initial learning rate", _POSITIVE),
+    "SOLVER.LR_DECAY_STAGES": ([150, 180, 210], "epochs after which the learning rate decays", _EPOCHS),
+    "SOLVER.LR_DECAY_RATE": (0.1, "factor of each decay", _POSITIVE),
+    "SOLVER.WEIGHT_DECAY": (1e-4, "weight decay of every parameter", _AT_LEAST_0),
+    "SOLVER.MOMENTUM": (0.9, "momentum of SGD", _FRACTION),
+    "SOLVER.NESTEROV": (False, "Nesterov momentum (on in the NormKD paper, off in mdistiller)", _ANY),
+    "SOLVER.TYPE": ("SGD", "optimizer", _one_of("SGD")),
+    "SOLVER.PRECISION": ("fp32", "precision of the networks", _one_of("fp32", "bf16", "fp16")),
+    "SOLVER.ACCUMULATE": (1, "micro-batches per update and process", _AT_LEAST_1),
+    "SOLVER.SYNC_BN": (False, "batch norm over the batch of all processes (CUDA only)", _ANY),
+    "SOLVER.TIMEOUT": (600, "seconds that a process waits for the others before the run fails", _AT_LEAST_1),
+    "SOLVER.DOT.DELTA": (0.075, "DOT: the momenta of the two losses are MOMENTUM -/+ DELTA", _ANY),
+    "ENGINE.COMPILE": ("auto", "auto: the teacher of a long run", _one_of("auto", "none", "teacher", "all")),
+    "ENGINE.CUDA_GRAPH": ("auto", "record a step as a CUDA graph", _one_of("auto", "on", "off")),
+    "ENGINE.DETERMINISTIC": (False, "bit-identical results on CUDA, at a cost in speed (on the CPU always)", _ANY),
+    "LOG.TENSORBOARD_FREQ": (500, "steps between two scalars of the training loss", _AT_LEAST_1),
+    "LOG.CHECKPOINT_STEPS": (0, "steps between two saves of latest.pt in an epoch; 0: one per epoch", _AT_LEAST_0),
+    "LOG.SAVE_CHECKPOINT_FREQ": (40, "epochs between two student_<epoch>.pt", _AT_LEAST_1),
+    "LOG.PREFIX": ("./output", "folder of all projects", _ANY),
+    "LOG.WANDB": (False, "log to Weights & Biases too", _ANY),
+    "SEED": (0, "seed of initialisation, order, augmentation and negatives", _SEED),
+    "DEVICE": ("auto", "auto, cpu, cuda or cuda:N", _ANY),
 }
-HELP: dict[str, str] = {key: text for key, (_, text) in _KEYS.items()}
-
-# These take one value of their default's type, or a list of such values.
-_ONE_OR_SEVERAL = {"DISTILLER.TYPE", "EXPERIMENT.PLUGINS", "KD.TEMPERATURE"}
-
-
-class _Rule(NamedTuple):
-    holds: Callable[[Any], bool]
-    text: str
-
-
-def _one_of(*names: str) -> _Rule:
-    return _Rule(lambda value: value in names, f"one of {', '.join(names)}")
-
-
-_AT_LEAST_1 = _Rule(lambda value: value >= 1, "at least 1")
-_POSITIVE = _Rule(lambda value: value > 0, "positive")
-MOST_TRIALS = 1000  # more is a slip of the keyboard
-# A path of more than one part would leave LOG.PREFIX, or hide a run from those who look for it two folders down.
-_FOLDER = _Rule(
-    lambda name: not set(name) & {"/", "\0"} and name not in (".", ".."), "the name of one folder, without /"
-)
-_NOT_NEGATIVE = _Rule(lambda value: value >= 0, "zero or positive")
-_CHANNELS = _Rule(
-    lambda values: not values or (len(values) == 3 and all(type(x) in (int, float) and 0 < x < 1 for x in values)),
-    "three numbers in (0, 1), or empty",
-)
-_RULES: dict[str, _Rule] = {
-    "EXPERIMENT.PROJECT": _Rule(lambda name: name != "" and _FOLDER.holds(name), f"{_FOLDER.text} and not empty"),
-    "EXPERIMENT.NAME": _FOLDER,
-    "EXPERIMENT.TAG": _FOLDER,
-    "DATASET.NUM_WORKERS": _NOT_NEGATIVE,
-    "DATASET.IMAGE_SIZE": _AT_LEAST_1,
-    "DATASET.RESIZE": _AT_LEAST_1,
-    "DATASET.CROP_SCALE": _Rule(lambda s: len(s) == 2 and 0 < s[0] <= s[1] <= 1, "two shares, 0 < least <= most <= 1"),
-    "DATASET.MEAN": _CHANNELS,
-    "DATASET.STD": _CHANNELS,
-    "DATASET.CLASSES": _Rule(lambda names: all(isinstance(name, str) for name in names), "names of folders"),
-    "DATASET.VARIANT": _one_of("auto", "cifar", "imagenet"),
-    "DATASET.DECODE": _one_of("cpu", "cuda", "device"),
-    "DATASET.MAX_BROKEN": _NOT_NEGATIVE,
-    "DATASET.VAL_SPLIT": _Rule(lambda value: 0 <= value <= 0.5, "in [0, 0.5]"),
-    "DATASET.TEST.BATCH_SIZE": _AT_LEAST_1,
-    "SOLVER.TRAINER": _one_of("base", "crd", "dot", "crd_dot"),
-    "SOLVER.BATCH_SIZE": _AT_LEAST_1,
-    "SOLVER.EPOCHS": _AT_LEAST_1,
-    "SOLVER.LR": _POSITIVE,
-    "SOLVER.LR_DECAY_STAGES": _Rule(
-        lambda stages: stages == sorted(set(stages)) and min(stages, default=1) >= 1,
-        "strictly increasing epochs, counted from 1",
-    ),
-    "SOLVER.LR_DECAY_RATE": _POSITIVE,
-    "SOLVER.WEIGHT_DECAY": _NOT_NEGATIVE,
-    "SOLVER.MOMENTUM": _Rule(lambda value: 0 <= value < 1, "in [0, 1)"),
-    "SOLVER.TYPE": _one_of("SGD"),
-    "SOLVER.ACCUMULATE": _AT_LEAST_1,
-    "SOLVER.TIMEOUT": _AT_LEAST_1,
-    "SOLVER.TRIALS": _Rule(lambda value: 1 <= value <= MOST_TRIALS, f"in 1 .. {MOST_TRIALS}"),
-    "SOLVER.TRIALS_MODE": _one_of("processes", "lockstep"),
-    "SOLVER.INIT_SEED": _Rule(lambda value: -1 <= value < 2**63, "a seed below 2**63, or -1"),
-    "SOLVER.PRECISION": _one_of("fp32", "bf16", "fp16"),
-    "DISTILLER.TEACHER_CACHE": _one_of("off", "lazy", "full"),
-    "DISTILLER.TEACHER_CACHE_PRECISION": _one_of("fp32", "fp16"),
-    "ENGINE.COMPILE": _one_of("auto", "none", "teacher", "all"),
-    "ENGINE.CUDA_GRAPH": _one_of("auto", "on", "off"),
-    "LOG.TENSORBOARD_FREQ": _AT_LEAST_1,
-    "LOG.CHECKPOINT_STEPS": _NOT_NEGATIVE,
-    "LOG.SAVE_CHECKPOINT_FREQ": _AT_LEAST_1,
-    "SEED": _Rule(lambda value: 0 <= value < 2**63, "zero or positive, and below 2**63"),
+# Removed key -> its old default, which stored configs may contain, and the replacement.
+_SEEDS = "run one command for each SEED, or tools/reproduce.py --trials N"
+REMOVED: dict[str, tuple[Any, str]] = {
+    "SOLVER.TRIALS": (1, _SEEDS),
+    "SOLVER.TRIALS_MODE": ("processes", _SEEDS),
+    "SOLVER.INIT_SEED": (-1, "set SEED"),
+    "DATASET.DECODE": ("cpu", "raise DATASET.NUM_WORKERS"),
 }
+_ONE_OR_SEVERAL = ("DISTILLER.TYPE", "EXPERIMENT.PLUGINS", "KD.TEMPERATURE")  # keys of a value or a list of values
+_ITEMS: dict[str, Any] = {"DATASET.MEAN": 0.0, "DATASET.STD": 0.0, "DATASET.CLASSES": ""}  # items of empty defaults
+_TYPES = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
+_COMMAND_LINE = "command line"
+_Settings = dict[str, tuple[Any, str]]  # dotted key -> text, or list of texts, and its source
 
 
 @dataclass(frozen=True)
 class Config:
-    """A resolved configuration.
-
-    Attributes:
-        node: the tree, frozen.
-        sources: dotted key -> where its value comes from: ``default``, a file's path, or ``command line``.
-    """
+    """A frozen tree, and the source of each dotted key: ``default``, the path of a file or ``command line``."""
 
     node: CfgNode
     sources: Mapping[str, str]
 
 
 def default_config() -> CfgNode:
-    """A fresh tree of all defaults: the common keys, and one node for each registered distiller that has any.
-
-    Raises:
-        ConfigError: a distiller's name or defaults cannot be those of a node.
-    """
+    """Return a new tree of all defaults: the common keys and a node for each registered distiller with defaults."""
     tree: dict[str, Any] = {}
-    for key, (default, _) in _KEYS.items():
+    for key, (default, _, _) in KEYS.items():
         *sections, name = key.split(".")
-        section = tree
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = default
-    for name, cls in DISTILLERS.items():
+        reduce(lambda section, part: section.setdefault(part, {}), sections, tree)[name] = default
+    for name, method in DISTILLERS.items():
         if name in tree or name == "NONE" or not name.isidentifier():
-            raise ConfigError(f"distiller {name!r} cannot be called so: use letters, digits and _, and no key's name")
-        if cls.defaults:
-            try:
-                tree[name] = CfgNode(cls.defaults)
-            except AssertionError as error:
-                raise ConfigError(f"distiller {name!r} has defaults that a config cannot hold: {error}") from error
+            raise ConfigError(f"distiller name {name!r} must be an identifier that is no key of the config")
+        if method.defaults:
+            tree[name] = CfgNode(method.defaults)
     return CfgNode(tree)
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), others: Sequence[str] = ()) -> Config:
-    """The defaults, then a YAML file with its bases, then overrides.
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), others: Sequence[str] = (), stored: bool = False
+) -> Config:
+    """Load the defaults, then a YAML file with its bases, then overrides.
 
     Args:
         path: the file; None for the defaults.
-        overrides: from the command line, each ``KEY VALUE`` (two items) or ``KEY=VALUE`` (one); values are YAML.
-        others: methods beside those of ``DISTILLER.TYPE`` that the overrides may be meant for, of a command that runs
-            several configs.
+        overrides: ``KEY VALUE`` (two items) or ``KEY=VALUE`` (one item).
+        others: methods besides those of ``DISTILLER.TYPE`` whose keys the overrides may set.
+        stored: whether a run wrote the file, which may then contain removed keys at their old defaults.
 
     Raises:
-        ConfigError: names the file and line, the key, what was expected, what was got and the nearest valid key; an
-            override is of a method that is not used.
+        ConfigError: a file, key or value is invalid, or an override is for a method that is not used.
     """
-    plugins = _import_plugins(path, overrides)
+    settings = {} if path is None else _read_file(Path(path), set())
+    settings |= _parse_overrides(overrides)
+    # Plugins may add keys. A file is searched beside the config that names it, then in the working directory.
+    names, source = settings.get("EXPERIMENT.PLUGINS", ("", ""))
+    names = [names] if isinstance(names, str) else names
+    plugins = [import_plugin(name, Path(source).parent) for name in names if name]
     node = default_config()
-    tree = dict(_walk(node))
+    defaults = dict(leaves(node, sections=True))
     sources = {key: "default" for key, _ in leaves(node)}
-    for source, settings in read_settings(path, overrides, tree):
-        for setting in settings:
-            *sections, name = setting.key.split(".")
-            section = node
-            for part in sections:
-                section = section[part]
-            section[name] = _check(setting, tree[setting.key])
-            sources[setting.key] = source
-    node.EXPERIMENT.PLUGINS = plugins
-    _check_momenta(node.SOLVER, sources)
-    if not (node.EXPERIMENT.NAME or node.EXPERIMENT.TAG):
-        raise ConfigError(f"EXPERIMENT.NAME and TAG ({sources['EXPERIMENT.TAG']}) are empty: the run folder needs one")
-    _check_used(node.DISTILLER.TYPE, sources, others)
+    for key, (value, source) in settings.items():
+        if stored and key in REMOVED and value == str(REMOVED[key][0]):
+            continue
+        *sections, name = key.split(".")
+        value = _checked(key, value, defaults, source)
+        reduce(lambda section, part: section[part], sections, node)[name] = value
+        sources[key] = source
+    node.EXPERIMENT.PLUGINS = plugins or ""
+    _check_together(node, sources, others)
     node.freeze()
     return Config(node, sources)
 
 
 def show(config: Config) -> str:
-    """The resolved config as YAML, with the source of each value in a comment.
-
-    Of the methods' nodes only those that are used or set somewhere are shown.
-    """
+    """Return the resolved config as YAML with the source of each value; nodes of unused methods are left out."""
     used = set(method_names(config.node))
     used |= {key.split(".")[0] for key, source in config.sources.items() if source != "default"}
     shown = {name: value for name, value in config.node.items() if name not in DISTILLERS or name in used}
-    return _render(shown, config.sources).rstrip("\n")
+    return dump(shown, config.sources).rstrip("\n")
 
 
-def dump(node: CfgNode) -> str:
-    """The whole tree as YAML; :func:`load_config` of it gives an equal tree."""
-    return _render(node, {})
-
-
-def differences(a: CfgNode, b: CfgNode) -> list[str]:
-    """Dotted keys whose values differ, or that one of the two trees lacks."""
-    leaves_a, leaves_b = dict(leaves(a)), dict(leaves(b))
-    missing = object()
-    return [key for key in {**leaves_a, **leaves_b} if leaves_a.get(key, missing) != leaves_b.get(key, missing)]
+def dump(node: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> str:
+    """Return a tree as YAML, from which :func:`load_config` loads an equal tree, with comments that name sources."""
+    lines = []
+    for key, value in leaves(node, sections=True):
+        line = "  " * key.count(".") + key.rsplit(".", 1)[-1] + ":"
+        if not isinstance(value, CfgNode):
+            # Dumped as a list: YAML ends a document that is a scalar with a mark.
+            line += " " + yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True)[1:-2]
+        elif not value:
+            line += " {}"
+        lines.append((line, (sources or {}).get(key, "")))
+    width = max(len(line) for line, _ in lines)
+    return "".join((f"{line:<{width}}  # {source}" if source else line) + "\n" for line, source in lines)
 
 
 def method_names(tree: Mapping[str, Any]) -> list[str]:
-    """The distillers that ``DISTILLER.TYPE`` of a config, or of a record's, names; none for plain training."""
+    """Return the distillers in ``DISTILLER.TYPE`` of a config or of a record's config."""
     types = tree["DISTILLER"]["TYPE"]
     return [name for name in ([types] if isinstance(types, str) else types) if name != "NONE"]
 
 
-def leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every dotted key of a config, or of a record's, with its value; without the sections."""
-    return ((key, value) for key, value in _walk(tree) if not isinstance(value, Mapping))
+def leaves(tree: Mapping[str, Any], sections: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key of a config or of a record's config with its value, with or without the sections."""
+    for name, value in tree.items():
+        is_section = isinstance(value, Mapping)
+        if sections or not is_section:
+            yield prefix + name, value
+        if is_section:
+            yield from leaves(value, sections, f"{prefix}{name}.")
 
 
-def _walk(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its value, each section before what it holds."""
-    for name, value in node.items():
-        yield prefix + name, value
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{prefix}{name}.")
+class _Loader(yaml.BaseLoader):
+    """Loads every scalar as text and nested mappings as dotted keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        settings: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            name, value = self.construct_scalar(name_node), self.construct_object(value_node, deep=True)
+            found = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            if twice := settings.keys() & found.keys():
+                raise yaml.YAMLError(f"key {min(twice)} is given twice")
+            settings |= found
+        return settings
 
 
-def _render(node: Mapping[str, Any], comments: Mapping[str, str]) -> str:
-    lines = []
-    for key, value in _walk(node):
-        line = "  " * key.count(".") + key.rsplit(".", 1)[-1] + ":"
-        if not isinstance(value, CfgNode):
-            # As the one item of a list: a bare scalar would be followed by YAML's end-of-document mark.
-            line += " " + yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True)[1:-2]
-        elif not value:
-            line += " {}"
-        lines.append((line, comments.get(key, "")))
-    width = max(len(line) for line, _ in lines)
-    return "".join((f"{line:<{width}}  # {comment}" if comment else line) + "\n" for line, comment in lines)
-
-
-def _import_plugins(path: str | Path | None, overrides: Sequence[str]) -> str | list[str]:
-    """Import what ``EXPERIMENT.PLUGINS`` names, before the keys are checked that it brings; returns its value.
-
-    A file is looked for beside the config file that names it, then in the working directory.
-    """
-    read = read_settings(path, overrides, dict(_walk(default_config())), strict=False)
-    named = [(source, one) for source, settings in read for one in settings if one.key == "EXPERIMENT.PLUGINS"]
-    if not named:
-        return ""
-    source, setting = named[-1]
-    value = _check(setting, "")
-    beside = None if source == "command line" else Path(source).parent
+def _read_file(path: Path, done: set[Path]) -> _Settings:
+    """Return the settings of a file, unless it was read before, on top of those of its bases."""
+    if path.resolve() in done:
+        return {}
+    done.add(path.resolve())
     try:
-        return [import_plugin(name, beside) for name in ([value] if isinstance(value, str) else value) if name] or ""
-    except ConfigError as error:
-        raise ConfigError(f"{setting.where}: EXPERIMENT.PLUGINS: {error}") from error
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except FileNotFoundError:
+        near = nearest(path.name, [file.name for file in path.parent.glob("*.yaml")])
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"config file {path} does not exist{hint}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"config file {path} must be a mapping of keys to values")
+    bases = found.pop("_BASE_", [])
+    settings: _Settings = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        settings |= _read_file(Path(os.path.normpath(path.parent / base)), done)
+    return settings | {key: (value, str(path)) for key, value in found.items()}
 
 
-def _check(setting: Setting, default: Any) -> Any:
-    """The value in its default's type.
+def _parse_overrides(overrides: Sequence[str]) -> _Settings:
+    settings: _Settings = {}
+    items = iter(overrides)
+    for item in items:
+        key, equals, value = item.partition("=")
+        text = value if equals else next(items, None)
+        if text is None:
+            raise ConfigError(f"{_COMMAND_LINE}: {key} has no value: overrides are KEY VALUE pairs")
+        try:
+            found = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            found = text
+        # A name may look like a mapping.
+        settings[key] = (found if isinstance(found, str | list) else text, _COMMAND_LINE)
+    return settings
 
-    Raises:
-        ConfigError: it is of another type, or breaks the key's rule.
-    """
-    key, value, where = setting
-    several = key in _ONE_OR_SEVERAL
-    meaning = f" ({HELP[key]})" if key in HELP else ""
+
+def _checked(key: str, value: Any, defaults: Mapping[str, Any], source: str) -> Any:
+    """Return a setting's value in the type of its default, or raise ConfigError."""
+    if key not in defaults:
+        same_name = [known for known in defaults if known.lower().endswith(f".{key.rpartition('.')[2].lower()}")]
+        near = (nearest(key, same_name) or same_name or nearest(key, defaults))[:3]
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
+        hint = f": it was removed, {REMOVED[key][1]}" if key in REMOVED else hint
+        raise ConfigError(f"{source}: unknown key {key}{hint}")
+    default = defaults[key]
+    if isinstance(default, CfgNode):
+        raise ConfigError(f"{source}: {key} is a section: set one of its keys, such as {key}.{next(iter(default), '')}")
+    requirement, holds = KEYS[key][2] if key in KEYS else _ANY
+    is_list = isinstance(default, list | tuple)
+    item = default if not is_list else default[0] if default else _ITEMS.get(key)
+    if is_list and isinstance(value, str) and value.startswith("("):  # a tuple, as in YACS's command lines
+        value = yaml.load(f"[{value.strip('()')}]", _Loader)
     try:
-        result = _convert(value, default, several)
-    except (TypeError, OverflowError):
-        expected = _describe(default) + (f", or a list of them (each {_describe(default)})" if several else "")
-        got = "null" if value is None else f"{value!r} ({type(value).__name__})"
-        raise ConfigError(f"{where}: {key}{meaning} must be {expected}, not {got}") from None
-    if key == "DISTILLER.TYPE":
-        _check_types(result, where)
-    rule = _RULES.get(key)
-    wanted = rule.text if rule is not None and not rule.holds(result) else ""
-    if type(result) is int and abs(result) >= 2**63:
-        wanted = wanted or "between -2**63 and 2**63, as a tensor's integers are"
-    if wanted:
-        raise ConfigError(f"{where}: {key}{meaning} must be {wanted}, not {value!r}")
+        if isinstance(value, list) and (is_list or (key in _ONE_OR_SEVERAL and value)):
+            result = (tuple if isinstance(default, tuple) else list)(_convert(each, item) for each in value)
+        else:
+            result = _convert(value, default)
+        valid = holds(result)
+    except (TypeError, ValueError, KeyError):
+        kind = _TYPES.get(type(item), "a value")
+        valid, requirement = False, f"a list (each item {kind})" if is_list else kind
+    if not valid:
+        got = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value or "''"
+        raise ConfigError(f"{source}: {key} must be {requirement}, got {got}")
     return result
 
 
-def _convert(value: Any, default: Any, several: bool = False) -> Any:
-    """``value`` in the type of ``default``, or TypeError. Text that spells a number or a list counts as one."""
-    if isinstance(value, str) and not isinstance(default, str):
-        try:
-            value = ast.literal_eval(value)  # YAML reads 5e-4 and (1, 2) as text.
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise TypeError from None
-    if several and isinstance(value, list | tuple) and value:
-        return [_convert(item, default) for item in value]
-    if isinstance(default, list | tuple) and isinstance(value, list | tuple):
-        return type(default)(_convert(item, default[0]) if default else item for item in value)
-    if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
-    elif default is None or type(value) is type(default):
-        return value
-    raise TypeError
+def _convert(text: Any, default: Any) -> Any:
+    """Return text in the type of a default, or raise TypeError, ValueError or KeyError."""
+    if not isinstance(text, str) or isinstance(default, list | tuple):
+        raise TypeError
+    if default is None:
+        return yaml.safe_load(text)
+    if isinstance(default, bool):
+        return yaml.SafeLoader.bool_values[text.lower()]
+    result = type(default)(text)
+    if not isinstance(result, str) and not -math.inf < result < math.inf:
+        raise ValueError
+    return result
 
 
-def _describe(default: Any) -> str:
-    if isinstance(default, list | tuple):
-        return f"a list (each item {_describe(default[0])})" if default else "a list"
-    names = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
-    return names.get(type(default), type(default).__name__)
-
-
-def _check_momenta(solver: CfgNode, sources: Mapping[str, str]) -> None:
-    """Refuse momenta that SGD, or DOT's two, cannot have."""
-    momentum, delta = solver.MOMENTUM, solver.DOT.DELTA
-    if solver.NESTEROV and momentum == 0:
-        raise ConfigError(
-            f"SOLVER.NESTEROV ({sources['SOLVER.NESTEROV']}) needs a SOLVER.MOMENTUM above 0 "
-            f"({sources['SOLVER.MOMENTUM']}): change one of them"
-        )
-    if solver.TRAINER.endswith("dot") and not (0 <= delta < momentum and momentum + delta < 1):
-        raise ConfigError(
-            f"SOLVER.TRAINER {solver.TRAINER} trains with the momenta MOMENTUM -/+ DOT.DELTA, which must be above 0 "
-            f"and below 1: SOLVER.MOMENTUM is {momentum:g} ({sources['SOLVER.MOMENTUM']}) and SOLVER.DOT.DELTA "
-            f"{delta:g} ({sources['SOLVER.DOT.DELTA']})"
-        )
-
-
-def _check_used(types: str | list[str], sources: Mapping[str, str], others: Sequence[str]) -> None:
-    """Refuse what the command line sets for a method that is not used; a file may hold the nodes of many."""
-    used = [types] if isinstance(types, str) else types
+def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[str]) -> None:
+    """Check values that depend on each other or on the registered methods."""
+    used = method_names(node)
+    types = f"DISTILLER.TYPE ({sources['DISTILLER.TYPE']})"
+    for name in used:
+        if name not in DISTILLERS:
+            raise ConfigError(f"{types}: unknown distiller {name!r}: {suggest(name, ['NONE', *DISTILLERS])}")
     for key, source in sources.items():
         section = key.split(".")[0]
-        if source == "command line" and section in DISTILLERS and section not in (*used, *others):
-            raise ConfigError(
-                f"command line: {key} would change nothing: {section} is not in DISTILLER.TYPE, which is "
-                f"{', '.join(used)} ({sources['DISTILLER.TYPE']})"
-            )
-
-
-def _check_types(types: str | list[str], where: str) -> None:
-    """Refuse method names that are unknown, repeated, or NONE beside others."""
-    names = [types] if isinstance(types, str) else types
-    for name in names:
-        if name != "NONE" and name not in DISTILLERS:
-            near = nearest(name, ["NONE", *DISTILLERS])
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: NONE, {', '.join(sorted(DISTILLERS))}"
-            raise ConfigError(f"{where}: DISTILLER.TYPE: unknown distiller {name!r}: {hint}")
-    if len(set(names)) < len(names) or ("NONE" in names and len(names) > 1):
-        raise ConfigError(f"{where}: DISTILLER.TYPE must list different methods and not NONE among them, not {types!r}")
+        if source == _COMMAND_LINE and section in DISTILLERS and section not in (*used, *others):
+            raise ConfigError(f"{source}: {key} has no effect: {types} is {', '.join(used) or 'NONE'}")
+    if not (node.EXPERIMENT.NAME or node.EXPERIMENT.TAG):
+        raise ConfigError(f"EXPERIMENT.NAME or EXPERIMENT.TAG ({sources['EXPERIMENT.TAG']}) must not be empty")
+    solver, got = node.SOLVER, f"got {node.SOLVER.MOMENTUM:g} ({sources['SOLVER.MOMENTUM']})"
+    if solver.NESTEROV and solver.MOMENTUM == 0:
+        raise ConfigError(f"SOLVER.MOMENTUM must be > 0 with NESTEROV ({sources['SOLVER.NESTEROV']}), {got}")
+    delta = solver.DOT.DELTA
+    if solver.TRAINER.endswith("dot") and not 0 <= delta < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
+        where = sources["SOLVER.DOT.DELTA"]
+        raise ConfigError(f"DOT's momenta MOMENTUM -/+ DELTA must be in (0, 1), {got} and DELTA {delta:g} ({where})")

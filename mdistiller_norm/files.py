@@ -1,4 +1,4 @@
-"""Files, written whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-PROJECT = Path(__file__).resolve().parents[1]  # with configs, tools and checkpoints, where it is a checkout
+PROJECT = Path(__file__).resolve().parents[1]  # contains configs, tools and checkpoints in a checkout
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to: whatever happens in between, the old one is there or the whole new one.
+    """Open a temporary file for writing that replaces ``path`` at the end, or is deleted after an error.
 
-    A process that is killed leaves a hidden file, which the next one overwrites: no two may write at the same time.
-
-    Raises:
-        OSError: it cannot be written; the old one is intact.
+    Only one process may write a path at a time: the name of the temporary file is fixed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -34,11 +31,11 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_text(content: str, path: Path) -> None:
-    """Write a UTF-8 text file, see :func:`whole_file`."""
+    """Write a UTF-8 text file atomically."""
     with whole_file(path) as file:
         file.write(content.encode())
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a JSON file, see :func:`whole_file`."""
+    """Write a JSON file atomically."""
     write_text(json.dumps(content, indent=2) + "\n", path)

@@ -1,9 +1,9 @@
-"""A small strict dictionary of names: refuses duplicates, and an unknown name lists the near ones."""
+"""A strict dictionary of names: no name twice, and hints for unknown names."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from mdistiller_norm.errors import ConfigError
@@ -12,16 +12,22 @@ T = TypeVar("T")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> list[str]:
-    """Up to three candidates that look most like ``name`` (case ignored), best first; empty when none is close."""
+    """Return up to three candidates that are similar to ``name``, ignoring case, the best first."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
 
 
+def suggest(name: str, candidates: Collection[str]) -> str:
+    """Return a hint for an unknown name: the nearest candidates, or all of them if none is similar."""
+    near = nearest(name, candidates)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(candidates))}"
+
+
 class Registry(Mapping[str, T], Generic[T]):
-    """Names to things of one kind.
+    """Registered objects of one kind by name.
 
     Args:
-        kind: what the things are, for messages ("model", "distiller").
+        kind: kind of the objects, for messages ("model", "distiller").
     """
 
     def __init__(self, kind: str) -> None:
@@ -29,11 +35,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files its subject under ``name``.
-
-        Raises:
-            ValueError: the name is taken.
-        """
+        """Return a decorator that registers an object under ``name``."""
 
         def add(entry: T) -> T:
             if name in self._entries:
@@ -44,16 +46,9 @@ class Registry(Mapping[str, T], Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        """The entry of that name.
-
-        Raises:
-            ConfigError: no such name; the message lists the near ones, or all.
-        """
-        if name in self._entries:
-            return self._entries[name]
-        near = nearest(name, self._entries)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(self._entries))}"
-        raise ConfigError(f"unknown {self.kind} {name!r}: {hint}")
+        if name not in self._entries:
+            raise ConfigError(f"unknown {self.kind} {name!r}: {suggest(name, self._entries)}")
+        return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from mdistiller_norm.config import Config, differences, dump, load_config, method_names
+from mdistiller_norm.config import Config, dump, leaves, load_config, method_names
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
@@ -25,7 +25,7 @@ from mdistiller_norm.files import write_json, write_text
 # instead (identity).
 NEUTRAL = (
     "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
-    "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "SOLVER.TRIALS", "ENGINE.", "DISTILLER.TEACHER_CACHE",
+    "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "ENGINE.", "DISTILLER.TEACHER_CACHE",
     "DISTILLER.TEACHER_WEIGHTS",
 )  # fmt: skip
 LATEST, CONFIG, RESULT = "latest.pt", "config.yaml", "result.json"
@@ -190,10 +190,13 @@ def _load_state(path: Path, config: Config) -> Record:
     if not (path / CONFIG).exists():
         raise ConfigError(f"{path} holds {LATEST} but no {CONFIG}: restore it")
     # Plugins are those that are loaded: their files may have moved.
-    before = load_config(path / CONFIG, [f"EXPERIMENT.PLUGINS={cfg.EXPERIMENT.PLUGINS}"])
+    before = load_config(path / CONFIG, [f"EXPERIMENT.PLUGINS={cfg.EXPERIMENT.PLUGINS}"], stored=True)
+    values = dict(leaves(before.node))
     unused = [method for method in DISTILLERS if method not in method_names(cfg)]
     changed = [
-        key for key in differences(before.node, cfg) if not _is_neutral(key, cfg) and key.split(".")[0] not in unused
+        key
+        for key, value in leaves(cfg)
+        if values.get(key) != value and not _is_neutral(key, cfg) and key.split(".")[0] not in unused
     ]
     if changed:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")

@@ -1,4 +1,4 @@
-"""The words that the packages exchange: named tuples of tensors, nothing else."""
+"""Named tuples of tensors that the packages exchange."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Outputs(NamedTuple):
-    """What a network says of a batch, in one pass.
+    """Outputs of a network for a batch.
 
     Attributes:
         logits: ``[B, C]``.
-        features: maps ``[B, D_i, H_i, W_i]``: the stem, then the end of every stage, shallow to deep.
-        preacts: the same maps before their last activation (each family says where it has none).
+        features: maps ``[B, D_i, H_i, W_i]`` after the stem and after every stage, shallow to deep.
+        preacts: the same maps before their last activation (see the network for maps without one).
         pooled: ``[B, D]``, the input of the classifier.
     """
 
@@ -24,14 +24,14 @@ class Outputs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a distiller may know of a batch besides the two networks' outputs.
+    """A training batch.
 
     Attributes:
         images: ``[B, 3, H, W]``, normalised.
         targets: ``[B]``, int64 class numbers.
         indices: ``[B]``, int64 positions of the samples in the training set.
-        views: ``[B]``, int64 names of the augmentation each image went through (-1 where the data set cannot name it).
-        key: int64 scalar, a pure function of (seed, epoch, step): the only source of randomness inside a step.
+        views: ``[B]``, int64 numbers of the augmentations of the images (-1 if the data set cannot number them).
+        key: int64 scalar, a function of (seed, epoch, step): the only source of randomness in a step.
     """
 
     images: Tensor
@@ -42,12 +42,12 @@ class Batch(NamedTuple):
 
 
 class Softened(NamedTuple):
-    """Two sides' logits after division by their temperatures, in at least float32.
+    """Logits of student and teacher divided by their temperatures, in at least float32.
 
     Attributes:
         student: ``[B, C]``.
         teacher: ``[B, C]``.
-        weight: ``[B]`` or a scalar: what gives the loss its gradient scale back, ``tau_t ** 2`` (Hinton et al., 2015).
+        weight: ``[B]`` or a scalar, ``tau_t ** 2``, which restores the gradient scale (Hinton et al., 2015).
     """
 
     student: Tensor
@@ -56,12 +56,11 @@ class Softened(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The losses of one step.
+    """Losses of a step.
 
     Attributes:
-        total: scalar, what is differentiated.
-        parts: ``[1 + number of distillers]``: cross entropy, then each distillation loss, as they enter the total
-            (weighted and ramped).
+        total: scalar to differentiate.
+        parts: ``[1 + number of distillers]``: cross entropy, then each distillation loss, as weighted in the total.
         logits: ``[B, C]`` of the student, detached.
     """
 

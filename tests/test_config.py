@@ -1,4 +1,4 @@
-"""Configs: every YAML that is shipped, inheritance, overrides, and what a user reads after a mistake."""
+"""Configs: the shipped YAML files, inheritance, overrides, stored configs and output. Errors: test_errors.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mdistiller_norm.config import HELP, Config, default_config, differences, dump, load_config, show
+from mdistiller_norm.config import KEYS, default_config, dump, leaves, load_config, show
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
 
@@ -40,42 +40,19 @@ METHODS = {
 
 # A file of mdistiller's kind: no _BASE_, no NESTEROV, an int where the default is a float.
 PEER_FILE = """
-EXPERIMENT:
-  NAME: ""
-  TAG: "NormKD,res50,mobilenetv1"
-  PROJECT: "imagenet_baselines"
-DATASET:
-  TYPE: "imagenet"
-  NUM_WORKERS: 32
-  TEST:
-    BATCH_SIZE: 128
-DISTILLER:
-  TYPE: "NormKD"
-  TEACHER: "ResNet50"
-  STUDENT: "MobileNetV1"
+EXPERIMENT: {NAME: "", TAG: "NormKD,res50,mobilenetv1", PROJECT: "imagenet_baselines"}
+DATASET: {TYPE: "imagenet", NUM_WORKERS: 32, TEST: {BATCH_SIZE: 128}}
+DISTILLER: {TYPE: "NormKD", TEACHER: "ResNet50", STUDENT: "MobileNetV1"}
 SOLVER:
   BATCH_SIZE: 512
-  EPOCHS: 100
-  LR: 0.2
   LR_DECAY_STAGES: [30, 60, 90]
-  LR_DECAY_RATE: 0.1
   WEIGHT_DECAY: 0.0001
-  MOMENTUM: 0.9
   TYPE: "SGD"
   TRAINER: "crd"
-LOG:
-  SAVE_CHECKPOINT_FREQ: 10
-  WANDB: True
-KD:
-  TEMPERATURE: 4
-NormKD:
-  TEMPERATURE_NORM: 1
-  LOSS:
-    CE_WEIGHT: 0.5
-    KD_WEIGHT: 0.5
-NormKD_W_DKD:
-  LOSS: {}
-  ALPHA: 1
+LOG: {SAVE_CHECKPOINT_FREQ: 10, WANDB: True}
+KD: {TEMPERATURE: 4}
+NormKD: {TEMPERATURE_NORM: 1, LOSS: {CE_WEIGHT: 0.5, KD_WEIGHT: 0.5}}
+NormKD_W_DKD: {LOSS: {}, ALPHA: 1}
 """
 
 
@@ -84,6 +61,11 @@ def write(folder: Path, name: str, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
+
+
+def differences(a: dict, b: dict) -> list[str]:
+    values = dict(leaves(b))
+    return [key for key, value in leaves(a) if values[key] != value]
 
 
 def plain(node: dict) -> dict:
@@ -100,14 +82,6 @@ def values(node: dict, *keys: str) -> tuple:
             value = value[part]
         found.append(value)
     return tuple(found)
-
-
-def message(*arguments: object) -> str:
-    """What a user reads when these arguments of load_config are refused: one line."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(*arguments)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # Shipped files
@@ -228,12 +202,11 @@ def test_defaults_are_a_superset_of_mdistillers(facts, tmp_path):
     ]
 
 
-def test_every_method_has_its_node_and_every_common_key_a_meaning():
+def test_every_method_has_its_node_and_every_common_key_a_help_text():
     node = default_config()
     for name, cls in DISTILLERS.items():
-        assert name not in ("NONE", *{key.split(".")[0] for key in HELP})
         assert not cls.defaults or plain(node[name]) == cls.defaults
-    assert all(HELP.values())
+    assert all(text for _, text, _ in KEYS.values())
 
 
 def test_default_trees_are_independent():
@@ -246,13 +219,9 @@ def test_default_trees_are_independent():
 
 def test_file_of_mdistillers_kind_loads_unchanged(tmp_path):
     node = load_config(write(tmp_path, "normkd.yaml", PEER_FILE)).node
-    assert node.NormKD.TEMPERATURE_NORM == 1.0
-    assert isinstance(node.NormKD.TEMPERATURE_NORM, float)
-    assert isinstance(node.KD.TEMPERATURE, float)
-    assert node.SOLVER.NESTEROV is False
-    assert node.SOLVER.TRAINER == "crd"
-    assert node.LOG.WANDB is True
-    assert node.DISTILLER.STUDENT == "MobileNetV1"
+    found = values(node, "NormKD.TEMPERATURE_NORM", "KD.TEMPERATURE", "SOLVER.NESTEROV", "SOLVER.TRAINER", "LOG.WANDB")
+    assert found == (1.0, 4.0, False, "crd", True)
+    assert [type(value) for value in found[:2]] == [float, float]
     assert plain(node.NormKD_W_DKD.LOSS) == {}
 
 
@@ -280,28 +249,10 @@ def test_base_that_two_bases_share_does_not_undo_the_first(tmp_path):
     assert (node.SOLVER.LR, node.SOLVER.EPOCHS, node.DISTILLER.TYPE) == (0.01, 9, "KD")
 
 
-def test_circle_of_bases_prints_the_chain(tmp_path):
-    a, b, c = (tmp_path / f"{name}.yaml" for name in "abc")
-    for path, base in ((a, b), (b, c), (c, a)):
-        path.write_text(f"_BASE_: {base.name}\n")
-    assert message(a) == f"_BASE_ goes in a circle: {a} -> {b} -> {c} -> {a}"
-    a.write_text("_BASE_: a.yaml\n")
-    assert message(a) == f"_BASE_ goes in a circle: {a} -> {a}"
-
-
-def test_missing_file_says_who_asked_and_what_is_near(tmp_path):
-    path = write(tmp_path, "run.yaml", "_BASE_: base/schedul.yaml\n")
-    write(tmp_path, "base/schedule.yaml", "")
-    expected = f"config file {tmp_path / 'base/schedul.yaml'} (the _BASE_ of {path}) does not exist: did you mean "
-    assert message(path) == expected + f"{tmp_path / 'base/schedule.yaml'}?"
-    assert message(tmp_path / "absent" / "x.yaml") == f"config file {tmp_path / 'absent' / 'x.yaml'} does not exist"
-    assert "cannot be read" in message(tmp_path)
-
-
-@pytest.mark.parametrize("base", ["3", "[]", "[a.yaml, 3]", "{a: b}", ""])
-def test_base_must_be_paths(base, tmp_path):
-    path = write(tmp_path, "run.yaml", f"_BASE_: {base}\n")
-    assert message(path).startswith(f"{path}:1: _BASE_ must be a path or a list of paths, not ")
+def test_files_that_include_each_other_are_read_once(tmp_path):
+    write(tmp_path, "a.yaml", "_BASE_: b.yaml\nSOLVER.LR: 0.1\n")
+    path = write(tmp_path, "b.yaml", "_BASE_: a.yaml\nSOLVER.LR: 0.2\nSEED: 3\n")
+    assert values(load_config(path).node, "SOLVER.LR", "SEED") == (0.2, 3)
 
 
 # Overrides
@@ -334,151 +285,38 @@ def test_overrides(overrides, key, value):
     assert differences(config.node, default_config()) == [key]
 
 
-def test_overrides_of_a_method_are_for_methods_in_use():
+def test_overrides_may_set_the_keys_of_used_methods():
     kd = ["DISTILLER.TYPE", "KD", "KD.TEMPERATURE", "[1, 2]"]
     assert load_config(None, [*kd[2:], *kd[:2]]).node.KD.TEMPERATURE == [1.0, 2.0]
     assert load_config(None, [*kd, "KD.TEMPERATURE=3"]).node.KD.TEMPERATURE == 3.0
     assert load_config(None, ["KD.TEMPERATURE=3"], others=["KD"]).node.KD.TEMPERATURE == 3.0
-    path = ROOT / "configs/digits/normkd.yaml"
-    told = message(path, ["KD.TEMPERATURE", "8"])
-    assert told.startswith("command line: KD.TEMPERATURE would change nothing: KD is not in DISTILLER.TYPE, which is ")
-    assert f"NormKD ({path.parent}" in told
-    assert "which is NormKD, DKD (command line)" in message(path, ["DISTILLER.TYPE=[NormKD,DKD]", "KD.TEMPERATURE=8"])
 
 
-def test_override_errors():
-    line = "command line: "
-    assert message(None, ["SOLVER.LR"]) == line + "SOLVER.LR has no value: overrides are KEY VALUE pairs"
-    assert message(None, ["SOLVER.LRR", "1"]).startswith(line + "unknown key SOLVER.LRR: did you mean SOLVER.LR or ")
-    assert message(None, ["LR", "1"]) == line + "unknown key LR: did you mean SOLVER.LR?"
-    assert message(None, ["solver.lr=1"]) == line + "unknown key solver.lr: did you mean SOLVER.LR?"
-    assert "the top keys are EXPERIMENT, DATASET," in message(None, ["qqq", "1"])
-    assert "SOLVER is a section, not a value: set one of SOLVER.TRAINER, " in message(None, ["SOLVER", "{LR: 1}"])
+def test_stored_configs_may_contain_removed_keys_at_their_old_defaults(tmp_path):
+    old = "SOLVER: {TRIALS: 1, TRIALS_MODE: processes, INIT_SEED: -1}\nDATASET: {DECODE: cpu}\nSEED: 2\n"
+    path = write(tmp_path, "config.yaml", old)
+    assert load_config(path, stored=True).node == load_config(None, ["SEED=2"]).node
+    for source in (path, write(tmp_path, "other.yaml", old.replace("-1", "5"))):
+        with pytest.raises(ConfigError, match="unknown key SOLVER"):
+            load_config(source, stored=source != path)
 
 
 # Values and their types
 
 
-@pytest.mark.parametrize(
-    ("text", "key", "expected"),
-    [
-        ("SOLVER: {LR: fast}", "SOLVER.LR", "must be a finite number, not 'fast' (str)"),
-        ("SOLVER: {LR: true}", "SOLVER.LR", "must be a finite number, not True (bool)"),
-        ("SOLVER: {LR: .inf}", "SOLVER.LR", "must be a finite number, not inf (float)"),
-        (f"SOLVER: {{LR: 1{'0' * 400}}}", "SOLVER.LR", "must be a finite number, not 1000"),
-        ("SOLVER: {LR: }", "SOLVER.LR", "must be a finite number, not null"),
-        ("SOLVER: {LR: {a: 1}}", "SOLVER.LR", "must be a finite number, not {'a': 1} (dict)"),
-        ("SOLVER: {LR: 0}", "SOLVER.LR", "must be positive, not 0"),
-        ("SOLVER: {EPOCHS: 2.0}", "SOLVER.EPOCHS", "must be an integer, not 2.0 (float)"),
-        ("SOLVER: {EPOCHS: 0}", "SOLVER.EPOCHS", "must be at least 1, not 0"),
-        ("SOLVER: {BATCH_SIZE: false}", "SOLVER.BATCH_SIZE", "must be an integer, not False (bool)"),
-        ("SOLVER: {NESTEROV: 1}", "SOLVER.NESTEROV", "must be true or false, not 1 (int)"),
-        ("SOLVER: {MOMENTUM: 1}", "SOLVER.MOMENTUM", "must be in [0, 1), not 1"),
-        ("SOLVER: {WEIGHT_DECAY: -1}", "SOLVER.WEIGHT_DECAY", "must be zero or positive, not -1"),
-        (
-            "SOLVER: {LR_DECAY_STAGES: 3}",
-            "SOLVER.LR_DECAY_STAGES",
-            "must be a list (each item an integer), not 3 (int)",
-        ),
-        ("SOLVER: {LR_DECAY_STAGES: [1, x]}", "SOLVER.LR_DECAY_STAGES", "(each item an integer), not [1, 'x'] (list)"),
-        ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", "SOLVER.LR_DECAY_STAGES", "must be strictly increasing epochs, counted"),
-        ("SOLVER: {LR_DECAY_STAGES: [0, 2]}", "SOLVER.LR_DECAY_STAGES", "counted from 1, not [0, 2]"),
-        ("SOLVER: {LR_DECAY_STAGES: [-1]}", "SOLVER.LR_DECAY_STAGES", "counted from 1, not [-1]"),
-        ("SOLVER: {TRIALS: 99999999999}", "SOLVER.TRIALS", "must be in 1 .. 1000, not 99999999999"),
-        ("SOLVER: {INIT_SEED: 9223372036854775808}", "SOLVER.INIT_SEED", "must be a seed below 2**63, or -1, not"),
-        ("SOLVER: {EPOCHS: 9223372036854775808}", "SOLVER.EPOCHS", "must be between -2**63 and 2**63, as a tensor's"),
-        ("CRD: {NCE: {K: 99999999999999999999}}", "CRD.NCE.K", "must be between -2**63 and 2**63, as a tensor's"),
-        ("SEED: 99999999999999999999", "SEED", "must be zero or positive, and below 2**63, not 99999999999999999999"),
-        ("EXPERIMENT: {NAME: ../../evil}", "EXPERIMENT.NAME", "the name of one folder, without /, not '../../evil'"),
-        ("EXPERIMENT: {NAME: ..}", "EXPERIMENT.NAME", "must be the name of one folder, without /, not '..'"),
-        ("EXPERIMENT: {TAG: a/b}", "EXPERIMENT.TAG", "must be the name of one folder, without /, not 'a/b'"),
-        ("EXPERIMENT: {TAG: .}", "EXPERIMENT.TAG", "must be the name of one folder, without /, not '.'"),
-        ("EXPERIMENT: {PROJECT: a/b}", "EXPERIMENT.PROJECT", "the name of one folder, without / and not empty"),
-        ("EXPERIMENT: {PROJECT: ''}", "EXPERIMENT.PROJECT", "the name of one folder, without / and not empty, not ''"),
-        ("SOLVER: {PRECISION: tf32}", "SOLVER.PRECISION", "must be one of fp32, bf16, fp16, not 'tf32'"),
-        ("SOLVER: {TYPE: Adam}", "SOLVER.TYPE", "must be one of SGD, not 'Adam'"),
-        ("SOLVER: {TRAINER: mine}", "SOLVER.TRAINER", "must be one of base, crd, dot, crd_dot, not 'mine'"),
-        ("EXPERIMENT: {TAG: 3}", "EXPERIMENT.TAG", "must be text, not 3 (int)"),
-        ("KD: {TEMPERATURE: []}", "KD.TEMPERATURE", "must be a finite number, or a list of them"),
-        ("KD: {TEMPERATURE: [1, hot]}", "KD.TEMPERATURE", "(each a finite number), not [1, 'hot'] (list)"),
-        ("NormKD: {TEMPERATURE_NORM: [1, 2]}", "NormKD.TEMPERATURE_NORM", "must be a finite number, not [1, 2] (list)"),
-        ("DISTILLER: {TYPE: normkd}", "DISTILLER.TYPE", "unknown distiller 'normkd': did you mean NormKD or "),
-        ("DISTILLER: {TYPE: none}", "DISTILLER.TYPE", "unknown distiller 'none': did you mean NONE"),
-        ("DISTILLER: {TYPE: zzzz}", "DISTILLER.TYPE", "unknown distiller 'zzzz': there are: NONE, "),
-        ("DISTILLER: {TYPE: [KD, KD]}", "DISTILLER.TYPE", "must list different methods and not NONE among them"),
-        ("DISTILLER: {TYPE: [KD, NONE]}", "DISTILLER.TYPE", "must list different methods and not NONE among them"),
-    ],
-)
-def test_wrong_value_names_file_line_key_and_type(text, key, expected, tmp_path):
-    path = write(tmp_path, "run.yaml", f"# a comment\n{text}\n")
-    told = message(path)
-    assert told.startswith(f"{path}:2: {key}")
-    assert expected in told
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "expected"),
-    [
-        ("SOLVER:\n  LR: 1\n  LEARNING: 2\n", 3, "unknown key SOLVER.LEARNING"),
-        ("SOLVER:\n  EPOCH: 2\n", 2, "unknown key SOLVER.EPOCH: did you mean SOLVER.EPOCHS"),
-        ("NORMKD:\n  TEMPERATURE_NORM: 2\n", 1, "unknown key NORMKD: did you mean NormKD?"),
-        ("SOLVER:\n  _BASE_: x\n", 2, "unknown key SOLVER._BASE_"),
-        ("SOLVER: &s\n  DOT: *s\n", 2, "unknown key SOLVER.DOT.DOT"),
-        ("SOLVER: 3\n", 1, "SOLVER is a section, not a value: set one of SOLVER.TRAINER, "),
-        ("SOLVER:\n", 1, "SOLVER is a section, not a value"),
-        ("SOLVER:\n  LR: 1\n  LR: 2\n", 3, "key SOLVER.LR is given twice"),
-        ("SOLVER:\n  LR: 1\nSOLVER.LR: 2\n", 3, "key SOLVER.LR is given twice"),
-        ("SOLVER:\n  LR: 1\nSOLVER:\n  EPOCHS: 2\n", 3, "key SOLVER is given twice"),
-        ("_BASE_: a\n_BASE_: b\n", 2, "key _BASE_ is given twice"),
-        ("[a]: 1\n", 1, "a key must be a plain name"),
-        ("- 1\n", 1, "a config must be a mapping of keys to values"),
-        ("SOLVER:\n  LR: [1\nSEED: 2\n", 3, "not valid YAML: "),
-        ("SEED: 1\n---\nSEED: 2\n", 2, "not valid YAML: "),
-        ("SEED: !!python/object/apply:os.getcwd []\n", 1, "not valid YAML: could not determine a constructor"),
-    ],
-)
-def test_wrong_structure_names_file_and_line(text, line, expected, tmp_path):
+def test_values_have_the_types_of_their_defaults(tmp_path):
+    text = "SOLVER: {WEIGHT_DECAY: 5e-4, LR: 1E-2, EPOCHS: '7', LR_DECAY_STAGES: '(3, 5)', NESTEROV: yes}\n"
+    text += "DATASET: {CLASSES: ['1', 02], MEAN: [0.5, 5e-1, 0.5]}\nENGINE: {CUDA_GRAPH: on}\nEXPERIMENT: {TAG: 3}\n"
     path = write(tmp_path, "run.yaml", text)
-    assert message(path).startswith(f"{path}:{line}: {expected}")
-
-
-@pytest.mark.parametrize(
-    "content", [b"SEED: \x00\n", b"SEED: 2020-13-45\n", b"\xff\xfe\xff", b"SEED: " + b"[" * 5000 + b"]" * 5000]
-)
-def test_unreadable_file_is_one_line(content, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_bytes(content)
-    assert str(path) in message(path)
-
-
-def test_text_that_spells_a_number_is_a_number(tmp_path):
-    # YAML 1.1 reads an exponent without a dot as text.
-    path = write(
-        tmp_path, "run.yaml", "SOLVER: {WEIGHT_DECAY: 5e-4, LR: 1E-2, EPOCHS: '7', LR_DECAY_STAGES: '(3, 5)'}\n"
-    )
     solver = load_config(path).node.SOLVER
     assert (solver.WEIGHT_DECAY, solver.LR, solver.EPOCHS, solver.LR_DECAY_STAGES) == (5e-4, 1e-2, 7, [3, 5])
+    found = values(load_config(path).node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH")
+    assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on")
+    assert load_config(path).node.EXPERIMENT.TAG == "3"
 
 
-def test_nesterov_without_momentum_is_refused(tmp_path):
-    path = write(tmp_path, "run.yaml", "SOLVER: {NESTEROV: true}\n")
-    told = message(path, ["SOLVER.MOMENTUM", "0"])
-    assert told.startswith(f"SOLVER.NESTEROV ({path}) needs a SOLVER.MOMENTUM above 0 (command line)")
-
-
-@pytest.mark.parametrize("momenta", [("5",), ("-1",), ("0.9",), ("0.1",), ("0.075", "SOLVER.MOMENTUM=0.075")])
-def test_dots_momenta_must_be_those_of_sgd(momenta, tmp_path):
-    delta, *more = momenta
-    overrides = [f"SOLVER.DOT.DELTA={delta}", *more]
-    assert float(delta) == load_config(None, overrides).node.SOLVER.DOT.DELTA  # which SGD does not read
-    told = message(write(tmp_path, "run.yaml", "SOLVER: {TRAINER: dot, NESTEROV: true}\n"), overrides)
-    assert told.startswith("SOLVER.TRAINER dot trains with the momenta MOMENTUM -/+ DOT.DELTA, which must be above 0")
-    assert f"SOLVER.DOT.DELTA {float(delta):g} (command line)" in told
-
-
-def test_a_run_folder_has_a_name(tmp_path):
+def test_a_config_with_a_name_needs_no_tag(tmp_path):
     path = write(tmp_path, "run.yaml", "EXPERIMENT: {TAG: ''}\n")
-    assert message(path) == f"EXPERIMENT.NAME and TAG ({path}) are empty: the run folder needs one"
     assert load_config(path, ["EXPERIMENT.NAME", "x"]).node.EXPERIMENT.TAG == ""
 
 
@@ -515,15 +353,8 @@ def test_show_of_several_methods_shows_all_their_nodes():
 
 def test_dump_keeps_awkward_values(tmp_path):
     awkward = [
-        "EXPERIMENT.NAME",
-        "'5e-4: # [x]'",
-        "EXPERIMENT.TAG",
-        "ü" * 200,
-        "DATASET.ROOT",
-        "true",
-        "SOLVER.LR",
-        "1e-12",
-    ]
+        "EXPERIMENT.NAME", "'5e-4: # [x]'", "EXPERIMENT.TAG", "ü" * 200, "DATASET.ROOT", "true", "SOLVER.LR", "1e-12",
+    ]  # fmt: skip
     several = ["DISTILLER.TYPE", "KD", "KD.TEMPERATURE", "[1, 2]", "SOLVER.LR_DECAY_STAGES", "[]"]
     config = load_config(None, [*awkward, *several])
     assert config.node.EXPERIMENT.NAME == "5e-4: # [x]"
@@ -532,19 +363,8 @@ def test_dump_keeps_awkward_values(tmp_path):
     assert load_config(path).node == config.node
 
 
-def test_differences_names_keys_on_either_side():
-    a = load_config(None, ["SOLVER.LR", "1", "KD.LOSS.CE_WEIGHT", "0.5"], others=["KD"]).node
-    b = default_config()
-    assert differences(a, a) == []
-    assert differences(a, b) == ["SOLVER.LR", "KD.LOSS.CE_WEIGHT"]
-    del b["NormKD"]
-    assert "NormKD.TEMPERATURE_NORM" in differences(a, b)
-    assert "NormKD.TEMPERATURE_NORM" in differences(b, a)
-
-
 def test_config_is_frozen():
     config = load_config()
-    assert isinstance(config, Config)
     with pytest.raises(AttributeError):
         config.node.SOLVER.LR = 1.0
     with pytest.raises(AttributeError):

@@ -187,9 +187,9 @@ def test_overrides_that_would_make_other_runs_are_refused(tmp_path: Path) -> Non
     for extra in ("SOLVER.LR=0.1", "SOLVER.EPOCHS=240", "SOLVER.LR=0.05", "DISTILLER.TEACHER=resnet56"):
         with pytest.raises(ConfigError, match=rf"{re.escape(extra.split('=')[0])} would change what is computed"):
             make_plan(cells, [0], output=tmp_path, extra=[extra])
-    with pytest.raises(ConfigError, match=r"KD\.TEMPERATURE would change nothing: KD is not in DISTILLER\.TYPE"):
+    with pytest.raises(ConfigError, match=r"KD\.TEMPERATURE has no effect: DISTILLER\.TYPE"):
         make_plan(cells, [0], output=tmp_path, extra=["KD.TEMPERATURE=8"])
-    for extra in ("SEED=3", "SOLVER.INIT_SEED=3", "SOLVER.TRIALS=2", "LOG.PREFIX=x"):
+    for extra in ("SEED=3", "LOG.PREFIX=x"):
         with pytest.raises(ConfigError, match=f"{extra.split('=')[0]} is set by reproduce itself"):
             make_plan(cells, [0], output=tmp_path, extra=[extra])
     assert "DEVICE=cpu" in make_plan(cells, [0], output=tmp_path, extra=["DEVICE=cpu"]).jobs[1].overrides
@@ -270,9 +270,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         (["--table", "digits", "--methods", "kd", "--sweep", "KD.TEMPERATUR=1"], "KD.TEMPERATURE"),
         (["--table", "digits", "--sweep", "KD.TEMPERATURE=1"], "--sweep of the row student: command line: KD."),
         (["--table", "digits", "--methods", "kd", "--sweep", "SEED=1,2"], "two of these values make the same run"),
-        (["--table", "digits", "--trials", "99999999999"], "--trials must be in 1 .. 1000, not 99999999999"),
-        (["--table", "digits", "--trials", "0"], "--trials must be in 1 .. 1000, not 0"),
-        (["--table", "digits", "--seeds", "99999999999999999999"], "SEED (seed of all that is random"),
+        (["--table", "digits", "--trials", "0"], "--trials must be >= 1, got 0"),
+        (["--table", "digits", "--seeds", "99999999999999999999"], "SEED must be in [0, 2**63)"),
         (["--table", "digits", "--budget", "-5m"], "argument --budget: expected one argument: see mdistiller-norm"),
         (["--table", "digits", "--launcher", "foo"], "argument --launcher: invalid choice: 'foo'"),
         (["--table", "digits", "--jobs", "0"], "--jobs and --processes must be at least 1"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdistiller_norm.config import Config, default_config, leaves, load_config, method_names
+from mdistiller_norm.config import REMOVED, Config, default_config, leaves, load_config, method_names
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher_file import known_teacher
@@ -29,9 +29,9 @@ SMOKE = ("SOLVER.EPOCHS=2", "SOLVER.LR_DECAY_STAGES=[1]")
 TEACHER_SEED = 0
 _FEATURE_METHODS = {"fitnet", "at", "rkd", "crd", "ofd", "reviewkd"}
 # Keys of the config that reproduce sets itself.
-_OURS = ("EXPERIMENT.", "LOG.PREFIX", "SEED", "SOLVER.INIT_SEED", "SOLVER.TRIALS", "DISTILLER.TEACHER_WEIGHTS")
+_OURS = ("EXPERIMENT.", "LOG.PREFIX", "SEED", "DISTILLER.TEACHER_WEIGHTS")
 # Keys that do not make it another computation: those that resuming ignores, but for the epochs, and these.
-SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.INIT_SEED", "SOLVER.PRECISION")
+SAME = (*(key for key in NEUTRAL if key != "SOLVER.EPOCHS"), "SEED", "SOLVER.PRECISION")
 
 
 class Pace(NamedTuple):
@@ -123,7 +123,7 @@ def identity(tree: Mapping[str, Any]) -> str:
         tree: a resolved config, as a node or as it is stored in a record.
     """
     used = method_names(tree)
-    defaults = dict(leaves(default_config()))
+    defaults = dict(leaves(default_config())) | {key: default for key, (default, _) in REMOVED.items()}
     kept = {}
     for key, value in leaves(tree):
         unused = key.split(".")[0] in DISTILLERS and key.split(".")[0] not in used

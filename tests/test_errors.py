@@ -1,0 +1,212 @@
+"""Bad input: every command prints one line and exits with code 2."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_plugins import REGISTER
+
+from mdistiller_norm.cli import main
+from mdistiller_norm.data import DATASETS
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS
+
+DIGITS = f"train --cfg {ROOT}/configs/digits/vanilla_resnet8.yaml LOG.PREFIX=out"
+NORMKD = f"train --cfg {ROOT}/configs/digits/normkd.yaml"
+
+# Command -> words of the message.
+COMMANDS = [
+    ("", ["required: COMMAND", "mdistiller-norm --help"]),
+    ("trian", ["invalid choice: 'trian'"]),
+    ("train", ["required: --cfg", "see mdistiller-norm train --help"]),
+    ("train --cfg", ["argument --cfg: expected one argument"]),
+    (f"{NORMKD} --frobnicate", ["unrecognized arguments: --frobnicate"]),
+    ("train --cfg nowhere.yaml", ["config file nowhere.yaml does not exist"]),
+    (f"train --cfg {ROOT}/configs/digits/normkdd.yaml", ["does not exist: did you mean normkd.yaml"]),
+    ("train --cfg .", ["config file . cannot be read"]),
+    (f"{DIGITS} SOLVER.LRR 1", ["command line: unknown key SOLVER.LRR: did you mean SOLVER.LR"]),
+    (f"{DIGITS} LR 1", ["unknown key LR: did you mean SOLVER.LR?"]),
+    (f"{DIGITS} solver.lr=1", ["unknown key solver.lr: did you mean SOLVER.LR?"]),
+    (f"{DIGITS} SOLVER.LR", ["SOLVER.LR has no value"]),
+    (f"{DIGITS} SOLVER '{{LR: 1}}'", ["SOLVER is a section: set one of its keys, such as SOLVER.TRAINER"]),
+    (f"{DIGITS} SOLVER.TRIALS 3", ["unknown key SOLVER.TRIALS: it was removed", "--trials"]),
+    (f"{DIGITS} DATASET.DECODE cuda", ["unknown key DATASET.DECODE: it was removed", "NUM_WORKERS"]),
+    (f"{DIGITS} SOLVER.LR fast", ["command line: SOLVER.LR must be a finite number, got fast"]),
+    (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", ["SOLVER.MOMENTUM must be > 0 with NESTEROV"]),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", ["MOMENTUM -/+ DELTA must be in (0, 1)", "DELTA 0.9 (comm"]),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA=-1", ["MOMENTUM -/+ DELTA must be in (0, 1)", "DELTA -1"]),
+    (f"{NORMKD} KD.TEMPERATURE 8", ["KD.TEMPERATURE has no effect", "digits/normkd.yaml) is NormKD"]),
+    (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", ["plugin no/file.py does not exist in /"]),
+    (f"{NORMKD} EXPERIMENT.PLUGINS no_module", ["plugin no_module cannot be imported: ModuleNotFoundError"]),
+    (f"{DIGITS} DEVICE tpu", ["DEVICE", "tpu"]),
+    (f"{DIGITS} DISTILLER.STUDENT resnet21", ["resnet21", "resnet20"]),
+    ("eval -c x.pt -bs x", ["argument -bs/--batch-size: invalid int value: 'x'"]),
+    ("eval -c x.pt -bs 0", ["-bs must be at least 1, got 0"]),
+    ("eval -c x.pt --cfg x.yaml -d digits", ["--cfg sets the data set"]),
+    ("eval -c none.pt", ["none.pt"]),
+    ("eval -c 'two\nlines.pt'", ["two lines.pt"]),
+    ("eval -c run.yaml", ["run.yaml"]),
+    ("eval -c pretrain", ["-c pretrain requires the model name: add -m"]),
+    ("eval -c torchvision:ResNet9_Weights.V1", ["ResNet9_Weights.V1"]),
+    ("shards --root x", ["required: --out"]),
+    ("shards --root x --out y --per-shard 0", ["--per-shard must be at least 1, got 0"]),
+    ("shards --root x --out y", ["x"]),
+    ("visualize", ["required: FIGURE: see mdistiller-norm visualize --help"]),
+    ("visualize tsne", ["required: -c/--ckpt: see mdistiller-norm visualize tsne --help"]),
+    ("export -c", ["argument -c/--ckpt: expected one argument"]),
+    ("report --export xls", ["argument --export: invalid choice: 'xls'"]),
+]
+# Text of a config -> words of the message.
+CONFIGS = [
+    ("SOLVER: {LR: true}", ["run.yaml: SOLVER.LR must be a finite number, got true"]),
+    ("SOLVER: {LR: .inf}", ["SOLVER.LR must be a finite number, got .inf"]),
+    ("SOLVER: {LR: }", ["SOLVER.LR must be a finite number, got ''"]),
+    ("SOLVER: {LR: {a: 1}}", ["unknown key SOLVER.LR.a"]),
+    ("SOLVER: {LR: 0}", ["SOLVER.LR must be > 0, got 0"]),
+    ("SOLVER: {EPOCHS: 2.0}", ["SOLVER.EPOCHS must be an integer, got 2.0"]),
+    ("SOLVER: {EPOCHS: 0}", ["SOLVER.EPOCHS must be >= 1, got 0"]),
+    ("SOLVER: {NESTEROV: 1}", ["SOLVER.NESTEROV must be true or false, got 1"]),
+    ("SOLVER: {MOMENTUM: 1}", ["SOLVER.MOMENTUM must be in [0, 1), got 1"]),
+    ("SOLVER: {LR_DECAY_STAGES: 3}", ["must be a list (each item an integer), got 3"]),
+    ("SOLVER: {LR_DECAY_STAGES: [1, x]}", ["must be a list (each item an integer), got [1, x]"]),
+    ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", ["must be increasing epochs >= 1, got [2, 2]"]),
+    ("SOLVER: {PRECISION: tf32}", ["SOLVER.PRECISION must be one of fp32, bf16, fp16, got tf32"]),
+    ("SEED: 99999999999999999999", ["SEED must be in [0, 2**63), got 9999"]),
+    ("DATASET: {MEAN: [77, 77, 77]}", ["DATASET.MEAN must be three numbers in (0, 1), or empty, got [77, 77, 77]"]),
+    ("DATASET: {MEAN: [a, b, c]}", ["DATASET.MEAN must be a list (each item a finite number), got [a, b, c]"]),
+    ("EXPERIMENT: {NAME: ../../evil}", ["EXPERIMENT.NAME must be the name of one folder, without /, got ../../evil"]),
+    ("EXPERIMENT: {PROJECT: ''}", ["EXPERIMENT.PROJECT must be the name of one folder"]),
+    ("EXPERIMENT: {TAG: ''}", ["EXPERIMENT.NAME or EXPERIMENT.TAG (run.yaml) must not be empty"]),
+    ("KD: {TEMPERATURE: []}", ["KD.TEMPERATURE must be a finite number"]),
+    ("NormKD: {TEMPERATURE_NORM: [1, 2]}", ["NormKD.TEMPERATURE_NORM must be a finite number, got [1, 2]"]),
+    ("DISTILLER: {TYPE: normkd}", ["DISTILLER.TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"]),
+    ("DISTILLER: {TYPE: none}", ["unknown distiller 'none': did you mean NONE"]),
+    ("DISTILLER: {TYPE: [KD, KD]}", ["DISTILLER.TYPE must be NONE or different methods, got [KD, KD]"]),
+    ("DISTILLER: {TYPE: [KD, NONE]}", ["DISTILLER.TYPE must be NONE or different methods"]),
+    ("SOLVER: {EPOCH: 2}", ["unknown key SOLVER.EPOCH: did you mean SOLVER.EPOCHS"]),
+    ("NORMKD: {TEMPERATURE_NORM: 2}", ["unknown key NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"]),
+    ("SOLVER: 3", ["SOLVER is a section"]),
+    ("SOLVER: {LR: 1}\nSOLVER.LR: 2", ["cannot be read: key SOLVER.LR is given twice"]),
+    ("- 1", ["config file run.yaml must be a mapping"]),
+    ("SOLVER:\n  LR: [1\nSEED: 2", ["config file run.yaml cannot be read"]),
+    ("SEED: \x00", ["config file run.yaml cannot be read"]),
+    ("_BASE_: nowhere.yaml", ["config file nowhere.yaml does not exist"]),
+]
+# Text of a plugin that is broken -> words of the message.
+PLUGINS = [
+    ("def broken(:", ["own.py:1: ", "syntax"]),
+    ("\nimport no_such_module", ["own.py:2: ModuleNotFoundError", "no_such_module"]),
+    ("import sys\nsys.exit(3)", ["own.py:2: SystemExit: 3"]),
+    (f"{REGISTER}models.register('resnet8x4')(len)", ["own.py:2: ", "'resnet8x4' is registered already"]),
+    (f"{REGISTER}data.register('digits')(len)", ["data set 'digits' is registered already"]),
+    (f"{REGISTER}distillers.register('KD')(distillers.Distiller)", ["distiller 'KD' is registered already"]),
+    (f"{REGISTER}distillers.register('New')(object)", ["own.py:2: ", "must be a subclass of Distiller"]),
+    (
+        f"{REGISTER}@distillers.register('SOLVER')\nclass A(distillers.Distiller): pass",
+        ["distiller name 'SOLVER' must"],
+    ),
+]
+METHOD = """
+@distillers.register("Own")
+class Own(distillers.Distiller):
+    @classmethod
+    def from_config(cls, node, pair):
+        return {built}
+
+    def forward(self, student, teacher, batch):
+        return {loss}
+"""
+DATA = """
+@data.register("own_data")
+def own_data(root, options):
+    images, targets = torch.zeros(12, 8, 8, 3, dtype=torch.uint8), torch.arange(12) % 3
+    facts = {{"name": "own_data", "classes": ("a", "b", "c"), "mean": (0.3,) * 3, "std": (0.3,) * 3}}
+    train, test = (images, targets), (images[:3], targets[:3])
+    {mistake}
+    return data.TensorDataset(train=data.Split(*train), test=data.Split(*test), **facts)
+"""
+
+
+def method(loss: str, built: str = "cls()") -> tuple[str, str]:
+    return METHOD.format(built=built, loss=loss), "DISTILLER.TYPE=Own"
+
+
+def data_set(mistake: str) -> tuple[str, str]:
+    return DATA.format(mistake=mistake), "DISTILLER.TYPE=NONE DISTILLER.STUDENT=resnet8 DATASET.TYPE=own_data"
+
+
+def network(expression: str, *overrides: str) -> tuple[str, str]:
+    return f"models.register('own')(lambda n: {expression})\n", " ".join(("DISTILLER.STUDENT=own", *overrides))
+
+
+# Text of a plugin that can be imported and the overrides that use it -> words of the message.
+USED_PLUGINS = [
+    (method("None"), ["Own: forward must return a scalar", "NoneType"]),
+    (method("student.logits.mean(1)"), ["Own: forward must return a scalar", "shape [12]"]),
+    (method("teacher.logits.mean()"), ["Own: the loss must have a gradient"]),
+    (method("student.logits.mean()", "None"), ["Own: from_config must return a Distiller, got NoneType"]),
+    (data_set("train = (images / 255, targets)"), ["own_data", "[12, 8, 8, 3] of float32"]),
+    (data_set("test = (images.permute(0, 3, 1, 2), targets)"), ["[12, 3, 8, 8] of uint8"]),
+    (data_set("train = (images, targets.int())"), ["own_data", "[12] of int32"]),
+    (data_set("test = (images, targets + 1)"), ["own_data", "0 .. 2"]),
+    (data_set("facts['mean'] = (77.0,) * 3"), ["own_data", "mean"]),
+    (data_set("open('/no/database')"), ["data set 'own_data' cannot be opened", "No such file"]),
+    (data_set("return train, test"), ["data set 'own_data'", "tuple", "TensorDataset"]),
+    (network("open('/no/weights')"), ["model 'own' cannot be built", "No such file"]),
+    (network("resnet18(num_classes=n)"), ["model 'own'", "ResNet", "Wrapped"]),
+    (network("models.Wrapped(resnet18(), n, classifier='fc')"), ["1000 logits for 10 classes"]),
+    (network("models.Wrapped(resnet18(), n, classifier='fcc')"), ["ResNet has no submodule 'fcc'", "fc"]),
+    (network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc', features=['fc'])"), ["shape [2, 10]"]),
+    (
+        network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc')", "DISTILLER.TYPE=SP"),
+        ["SP requires feature maps, which own lacks"],
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder_and_registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for registry in (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS):
+        monkeypatch.setattr(registry, "_entries", dict(registry))
+
+
+def check(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(command)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    for word in words:
+        assert word in errors
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS)
+def test_command(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text("not a checkpoint")
+    check(command, words, capsys)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("text", "words"), CONFIGS)
+def test_config(text: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(f"{text}\n")
+    check("train --cfg run.yaml --show", words, capsys)
+
+
+@pytest.mark.parametrize(("text", "words"), PLUGINS)
+def test_plugin_that_cannot_be_imported(text: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text(f"{text}\n")
+    check(f"{DIGITS} EXPERIMENT.PLUGINS=own.py", words, capsys)
+
+
+@pytest.mark.parametrize(("plugin", "words"), USED_PLUGINS)
+def test_plugin_that_cannot_be_used(
+    plugin: tuple[str, str], words: list[str], teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, overrides = plugin
+    Path("own.py").write_text(f"{REGISTER}import torch\nfrom torchvision.models import resnet18\n{text}")
+    pair = f"DISTILLER.TYPE=NormKD DISTILLER.TEACHER=resnet14 {teacher} DISTILLER.STUDENT=resnet8"
+    check(f"{DIGITS} EXPERIMENT.PLUGINS=own.py SOLVER.BATCH_SIZE=12 {pair} {overrides}", words, capsys)
