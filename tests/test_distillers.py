@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from conftest import ROOT
+from short_runs import assert_same_state
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 from yacs.config import CfgNode
 
-from mdistiller_norm.distillers import DISTILLERS, Distiller, Pair
+from mdistiller_norm import functional as losses
+from mdistiller_norm.config import default_config, load_config
+from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair, crd
+from mdistiller_norm.distillers.common import matched_stages, pool_to
+from mdistiller_norm.distillers.fitnet import make_regressor
+from mdistiller_norm.distillers.reviewkd import AttentionFusion
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Outputs
+from mdistiller_norm.models import Network, build_model, probe
+from mdistiller_norm.types import Batch, Outputs
 
 TARGETS = torch.tensor([0] * 3 + [1] * 9 + [2] * 20 + [4])[
     torch.randperm(33, generator=torch.Generator().manual_seed(5))
@@ -44,6 +59,11 @@ def outputs(maps: Maps, count: int = 2, device: str = "meta", seed: int = 0) -> 
     pooled = draw(count, maps[-1][0])
     # Values of the pre-activations differ, so that a method that mistakes one for the other is found.
     return Outputs(4 * draw(count, 10) - 1, features, tuple(each - 0.3 for each in features), pooled)
+
+
+def batch_of(count: int) -> Batch:
+    index = torch.arange(count)
+    return Batch(torch.zeros(count, 3, 4, 4), TARGETS[index], index, index, torch.tensor(0))
 
 
 def make_pair(student: Maps = STUDENT, teacher: Maps = TEACHER) -> Pair:
@@ -113,7 +133,7 @@ def test_bad_values(name: str, key: str, value: Any, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_typed_shapes_that_match_are_accepted() -> None:
+def test_matching_shapes_are_accepted() -> None:
     build("REVIEWKD", changes={"IN_CHANNELS": [6, 8, 10, 10], "SHAPES": [1, 4, 8, 16], "OUT_SHAPES": (1, 8, 8, 16)})
     build("CRD", changes={"FEAT.STUDENT_DIM": 10, "FEAT.TEACHER_DIM": 9})
 
@@ -141,3 +161,408 @@ def test_pairs_that_do_not_work(name: str, pair: Pair, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         build(name, pair)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+Call = Callable[[Outputs, Outputs, Tensor, Any], Tensor]
+KD_WEIGHTS = {"LOSS.CE_WEIGHT": 0.37, "LOSS.KD_WEIGHT": 4.3}
+FEATURE_WEIGHTS = {"LOSS.CE_WEIGHT": 0.37, "LOSS.FEAT_WEIGHT": 4.3}
+RAMPED = {"CE_WEIGHT": 0.37, "WARMUP": 9}
+UNUSED = {"INPUT_SIZE", "MAX_MID_CHANNEL"}
+WEIGHT_KEYS = ("KD_WEIGHT", "FEAT_WEIGHT", "REVIEWKD_WEIGHT")
+
+
+def call(loss: Callable[..., Tensor], *, read: str = "logits", targets: bool = False, **arguments: Any) -> Call:
+    """A pure loss of the logits, the pooled features, the stages or the last map."""
+
+    def select(side: Outputs) -> Any:
+        values = {"logits": side.logits, "pooled": side.pooled, "stages": side.features[1:], "last": side.features[-1:]}
+        return values[read]
+
+    return lambda s, t, y, method: loss(select(s), select(t), *([y] if targets else []), **arguments)
+
+
+def vid_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
+    # Parameters are moved by 0.1, see below.
+    start = 0.1 + math.log(math.expm1(2.3 - 0.7))
+    pairs = zip(method.regressors, s.features[1:], t.features[1:], strict=True)
+    pooled = [(regressor(a), pool_to(b, a.shape[2:])) for regressor, a, b in pairs]
+    return torch.stack([losses.vid_loss(a, b, torch.full((b.shape[1],), start), eps=0.7) for a, b in pooled]).sum()
+
+
+def ofd_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
+    total = torch.zeros(())
+    for stage, weight in ((1, 1 / 4), (2, 1 / 2), (3, 1.0)):
+        source = method.connectors[stage - 1](s.preacts[stage])
+        assert source.shape[2:] == s.preacts[stage].shape[2:]
+        margin = torch.full((1, source.shape[1], 1, 1), -math.sqrt(2 / math.pi))  # of N(0, 1)
+        total = total + weight * losses.feat_loss(source, pool_to(t.preacts[stage], source.shape[2:]), margin)
+    return total
+
+
+def review_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
+    first, second, third, last = method.fusions
+    out3, deeper = last(s.pooled[:, :, None, None], None, (1, 1))
+    out2, deeper = third(s.preacts[3], deeper, (8, 8))
+    out1, deeper = second(s.preacts[2], deeper, (8, 8))
+    out0, deeper = first(s.preacts[1], deeper, (16, 16))
+    return losses.hcl_loss([out0, out1, out2, out3], [*t.preacts[1:], t.pooled[:, :, None, None]])
+
+
+# Every hyper-parameter with a value that no other key and no default has, and the pure loss with its arguments.
+WIRING: dict[str, tuple[dict[str, Any], Call]] = {
+    "KD": (KD_WEIGHTS | {"TEMPERATURE": 2.9}, call(losses.kd_loss, temperature=2.9)),
+    "NormKD": (
+        KD_WEIGHTS | {"TEMPERATURE_NORM": 1.7, "STATISTIC": "range"},
+        call(losses.normkd_loss, t_norm=1.7, statistic="range"),
+    ),
+    "LSKD": (KD_WEIGHTS | {"TEMPERATURE": 0.7}, call(losses.lskd_loss, base_temperature=0.7)),
+    "DKD": (
+        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9},
+        call(losses.dkd_loss, targets=True, alpha=1.3, beta=2.3, temperature=2.9),
+    ),
+    "NormKD_W_DKD": (
+        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "TEMPERATURE_NORM": 1.7},
+        call(losses.norm_dkd_loss, targets=True, alpha=1.3, beta=2.3, t_norm=1.7),
+    ),
+    "LSDKD": (
+        RAMPED | {"KD_WEIGHT": 4.3, "ALPHA": 1.3, "BETA": 2.3, "TEMPERATURE": 1.7},
+        call(losses.lsdkd_loss, targets=True, alpha=1.3, beta=2.3, base_temperature=1.7),
+    ),
+    "DIST": (
+        KD_WEIGHTS | {"TEMPERATURE": 2.9, "BETA": 1.3, "GAMMA": 2.3},
+        call(losses.dist_loss, beta=1.3, gamma=2.3, temperature=2.9),
+    ),
+    "TTM": (KD_WEIGHTS | {"GAMMA": 0.23}, call(losses.ttm_loss, gamma=0.23)),
+    "WTTM": (KD_WEIGHTS | {"GAMMA": 0.23}, call(losses.wttm_loss, gamma=0.23)),
+    "NKD": (
+        KD_WEIGHTS | {"TEMPERATURE": 2.9, "GAMMA": 1.3},
+        call(losses.nkd_loss, targets=True, gamma=1.3, temperature=2.9),
+    ),
+    "DTKD": (
+        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9},
+        call(losses.dtkd_loss, alpha=1.3, beta=2.3, temperature=2.9),
+    ),
+    "CTKD": (
+        KD_WEIGHTS | {"T_START": 1.3, "T_RANGE": 5.7, "EPOCHS": 7},
+        call(losses.ctkd_loss, temperature=1.3 + 5.7 * torch.sigmoid(torch.tensor(1.1))),
+    ),
+    "RLD": (
+        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9, "ALPHA_T": 1.7},
+        call(losses.rld_loss, targets=True, alpha=1.3, beta=2.3, temperature=2.9, confidence_temperature=1.7),
+    ),
+    "AT": (FEATURE_WEIGHTS | {"P": 3.5}, call(losses.at_loss, read="stages", p=3.5)),
+    "RKD": (
+        FEATURE_WEIGHTS | {"DISTANCE_WEIGHT": 1.3, "ANGLE_WEIGHT": 2.3, "PDIST.EPSILON": 0.5, "PDIST.SQUARED": True},
+        call(losses.rkd_loss, read="pooled", squared=True, eps=0.5, distance_weight=1.3, angle_weight=2.3),
+    ),
+    "NST": (FEATURE_WEIGHTS, call(losses.nst_loss, read="stages")),
+    "PKT": (FEATURE_WEIGHTS, call(losses.pkt_loss, read="pooled")),
+    "SP": (FEATURE_WEIGHTS, call(losses.sp_loss, read="last")),
+    "VID": (FEATURE_WEIGHTS | {"EPS": 0.7, "INIT_PRED_VAR": 2.3}, vid_by_hand),
+    "KDSVD": (FEATURE_WEIGHTS | {"K": 3}, call(losses.kdsvd_loss, read="stages", k=3)),
+    "FITNET": (
+        FEATURE_WEIGHTS | {"HINT_LAYER": 3},
+        lambda s, t, y, method: losses.hint_loss(method.regressor(s.features[3]), t.features[3]),
+    ),
+    "OFD": (FEATURE_WEIGHTS | {"CONNECTOR.KERNEL_SIZE": 3, "TEACHER_TRAIN_MODE": True}, ofd_by_hand),
+    "REVIEWKD": (
+        {"CE_WEIGHT": 0.37, "REVIEWKD_WEIGHT": 4.3, "WARMUP_EPOCHS": 9, "STU_PREACT": True}
+        | {"SHAPES": [1, 4, 8, 16], "OUT_SHAPES": [1, 8, 8, 16]}
+        | {"IN_CHANNELS": [6, 8, 10, 10], "OUT_CHANNELS": [5, 7, 9, 9]},
+        review_by_hand,
+    ),
+}  # CRD: see test_crd.py
+
+
+def keys_of(tree: dict[str, Any], within: str = "") -> set[str]:
+    """The dotted keys of a config node, without empty sections."""
+    found = (keys_of(value, f"{key}.") if isinstance(value, dict) else {key} for key, value in tree.items())
+    return {within + key for keys in found for key in keys}
+
+
+def test_every_method_has_a_row() -> None:
+    assert {*WIRING, "CRD"} == set(DISTILLERS)
+
+
+@pytest.mark.parametrize("name", WIRING)
+def test_every_key_reaches_its_argument(name: str) -> None:
+    changes, loss = WIRING[name]
+    assert keys_of(DISTILLERS[name].defaults) - UNUSED == changes.keys()
+    assert len({str(value) for value in changes.values()} - {"True"}) == len(
+        [v for v in changes.values() if v is not True]
+    )
+    method, batch = build(name, changes=changes), batch_of(4)
+    student, teacher = outputs(STUDENT, 4, "cpu", seed=1), outputs(TEACHER, 4, "cpu", seed=2)
+    with torch.no_grad():  # at the start, a variance of VID is INIT_PRED_VAR for any EPS
+        for parameter in method.parameters():
+            parameter += 0.1
+    expected = loss(student, teacher, batch.targets, method)
+    torch.testing.assert_close(method(student, teacher, batch), expected, rtol=1e-5, atol=0)
+    weights = [value for key, value in changes.items() if key.split(".")[-1] in WEIGHT_KEYS]
+    warmup = changes.get("WARMUP", changes.get("WARMUP_EPOCHS", 0))
+    assert (method.ce_weight, method.weight, method.warmup) == (0.37, weights[0] if weights else 1.0, warmup)
+    assert method.teacher_in_train_mode is (name == "OFD")
+
+
+@pytest.mark.parametrize("name", ["NST", "PKT", "SP", "VID", "KDSVD"])
+def test_defaults_are_mdistillers(name: str, facts: Path) -> None:
+    tree = json.loads((facts / "config_defaults.json").read_text())["NormKD"]
+    assert DISTILLERS[name].defaults == tree[name]
+
+
+def test_linear_warm_up() -> None:
+    assert [build("DKD").ramp(epoch) for epoch in (1, 5, 20, 21, 240)] == [0.05, 0.25, 1.0, 1.0, 1.0]
+    assert build("KD").ramp(1) == 1.0
+
+
+def test_stages_are_matched_from_the_deepest() -> None:
+    student, teacher = outputs(STUDENT).features, outputs(TEACHER[:3]).features
+    matched_s, matched_t = matched_stages(student, teacher)
+    assert (matched_s, matched_t) == (student[2:], teacher[1:])
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_needs_are_all_that_it_reads(name: str) -> None:
+    method = build(name).eval()
+    student, teacher, batch = outputs(STUDENT, 4, "cpu", 1), outputs(TEACHER, 4, "cpu", 2), batch_of(4)
+    nothing = torch.full((), torch.nan)
+    kept = teacher._replace(
+        logits=teacher.logits if method.need >= Need.LOGITS else nothing,
+        pooled=teacher.pooled if method.need >= Need.POOLED else nothing,
+        features=teacher.features if method.need >= Need.MAPS else (),
+        preacts=teacher.preacts if method.need >= Need.MAPS else (),
+    )
+    assert torch.equal(method(student, kept, batch), method(student, teacher, batch))
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_a_batch_of_one_trains(name: str) -> None:
+    method, student = build(name), outputs(STUDENT, 1, "cpu", 1)
+    leaves = tree_map(torch.Tensor.requires_grad_, student)
+    loss = method(leaves, outputs(TEACHER, 1, "cpu", 2), batch_of(1))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in tree_leaves(leaves))
+
+
+@pytest.mark.parametrize("name", ["FITNET", "OFD", "REVIEWKD", "VID", "CTKD"])
+def test_parameters_train_and_resume_is_bit_identical(name: str) -> None:
+    student, teacher, batch = outputs(STUDENT, 4, "cpu", 1), outputs(TEACHER, 4, "cpu", 2), batch_of(4)
+    method = build(name)
+    method.begin_epoch(10, seed=0)
+    before = copy.deepcopy(dict(method.named_parameters()))
+    method(student, teacher, batch).backward()
+    torch.optim.SGD(method.parameters(), lr=0.1).step()
+    moved = {key for key, value in method.named_parameters() if not torch.equal(before[key], value)}
+    assert {key for key in before if not key.endswith("0.bias")} <= moved  # a bias before a batch norm has no gradient
+    resumed = build(name)
+    resumed.load_state_dict(method.state_dict())
+    resumed.begin_epoch(10, seed=0)
+    assert torch.equal(method(student, teacher, batch), resumed(student, teacher, batch))
+    assert_same_state(method.state_dict(), resumed.state_dict())
+
+
+CIFAR_PAIRS = {
+    "res56_res20": ("resnet56", "resnet20"),
+    "res110_res32": ("resnet110", "resnet32"),
+    "res32x4_res8x4": ("resnet32x4", "resnet8x4"),
+    "wrn40_2_wrn_16_2": ("wrn_40_2", "wrn_16_2"),
+    "wrn40_2_wrn_40_1": ("wrn_40_2", "wrn_40_1"),
+    "vgg13_vgg8": ("vgg13", "vgg8"),
+    "res32x4_shuv1": ("resnet32x4", "ShuffleV1"),
+    "wrn40_2_shuv1": ("wrn_40_2", "ShuffleV1"),
+    "vgg13_mv2": ("vgg13", "MobileNetV2"),
+    "res50_mv2": ("ResNet50", "MobileNetV2"),
+    "res32x4_shuv2": ("resnet32x4", "ShuffleV2"),
+}
+IMAGENET_PAIRS = [("ResNet34", "ResNet18"), ("ResNet50", "MobileNetV1")]
+
+
+@functools.cache
+def network(name: str, variant: str) -> tuple[Network, Outputs]:
+    with torch.device("meta"):
+        built = build_model(name, 100 if variant == "cifar" else 1000, variant=variant)
+    return built, probe(built, (32, 32) if variant == "cifar" else (224, 224))
+
+
+def real_pair(teacher: str, student: str, variant: str = "cifar") -> Pair:
+    built, outputs_t = network(teacher, variant)
+    targets = torch.arange(50_000 if variant == "cifar" else 20_000) % 100
+    return Pair(network(student, variant)[1], outputs_t, built, targets, 100)
+
+
+def step_without_values(method: Distiller, pair: Pair, count: int = 5) -> None:
+    """Forward and backward on fake tensors, which raise for host synchronisation and data-dependent shapes."""
+    with FakeTensorMode() as mode:
+        state = {name: mode.from_tensor(buffer) for name, buffer in method.named_buffers()}
+        parameters = {name: torch.empty(p.shape, requires_grad=True) for name, p in method.named_parameters()}
+        student = tree_map(lambda x: torch.empty(count, *x.shape[1:], requires_grad=True), pair.student)
+        teacher = tree_map(lambda x: torch.empty(count, *x.shape[1:]), pair.teacher)
+        index = torch.empty(count, dtype=torch.int64)
+        batch = Batch(torch.empty(count, 3, 8, 8), index, index, index, torch.empty((), dtype=torch.int64))
+        loss = torch.func.functional_call(method, state | parameters, (student, teacher, batch))
+        assert loss.shape == ()
+        assert loss.dtype == torch.float32
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in parameters.values())
+        assert any(leaf.grad is not None for leaf in tree_leaves(student))
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_steps_of_all_pairs_do_not_synchronise(name: str) -> None:
+    """The pairs of the paper's tables, with the shipped configs of the feature methods."""
+    need = DISTILLERS[name].need
+    for file, (teacher, student) in list(CIFAR_PAIRS.items())[: None if need > Need.LOGITS else 1]:
+        path = ROOT / "configs" / "cifar100" / name.lower() / f"{file}.yaml"
+        cfg = load_config(path).node if path.exists() else default_config()
+        if path.exists() and name == cfg.DISTILLER.TYPE:
+            assert (teacher, student) == (cfg.DISTILLER.TEACHER, cfg.DISTILLER.STUDENT)
+        pair = real_pair(teacher, student)
+        step_without_values(DISTILLERS[name].from_config(cfg[name], pair), pair)
+    for teacher, student in IMAGENET_PAIRS if need > Need.LOGITS else []:
+        pair = real_pair(teacher, student, "imagenet")
+        step_without_values(build(name, pair), pair)
+
+
+def test_step_of_crd_with_gathered_rows_does_not_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crd, "DENSE_SAMPLES", 0)
+    pair = real_pair("resnet56", "resnet20")
+    step_without_values(build("CRD", pair, {"MODE": "relax"}), pair)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device and -m cuda")
+@pytest.mark.parametrize("name", [name for name in DISTILLERS if DISTILLERS[name].capturable])
+def test_step_replays_as_a_cuda_graph(name: str) -> None:
+    method, batch = build(name).cuda().eval(), Batch(*(field.cuda() for field in batch_of(8)))
+    method.begin_epoch(10, 0)
+    student, teacher = outputs(STUDENT, 8, "cuda", 1), outputs(TEACHER, 8, "cuda", 2)
+    leaves = tree_leaves(tree_map(torch.Tensor.requires_grad_, student))
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        loss = method(student, teacher, batch)
+        loss.backward()
+        return loss.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            eager = step()
+        gradients = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(captured, eager)
+    replayed = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    for one, other in zip(replayed, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# ------------------------------------------------------------------------------------------------------------ modules
+
+
+def test_curriculum_of_ctkd() -> None:
+    method = build("CTKD", changes={"EPOCHS": 10})
+    assert list(method.state_dict()) == ["theta"]
+    student, teacher = outputs(STUDENT, 5, "cpu", 1), outputs(TEACHER, 5, "cpu", 2)
+    theta = torch.ones((), requires_grad=True)
+    plain = losses.ctkd_loss(student.logits, teacher.logits, 1 + 20 * theta.sigmoid())
+    (slope,) = torch.autograd.grad(plain, theta)
+    for epoch, strength in ((1, (1 - math.cos(math.pi / 10)) / 2), (5, 0.5), (10, 1.0), (240, 1.0)):
+        method.begin_epoch(epoch, seed=0)
+        loss = method(student, teacher, batch_of(5))
+        (reversed_slope,) = torch.autograd.grad(loss, list(method.parameters()))
+        torch.testing.assert_close(loss, plain)
+        assert reversed_slope.item() == pytest.approx(-strength * slope.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("variance", [1e-4, 5.0, 1e9])
+def test_initial_variance_of_vid(variance: float) -> None:
+    scale = build("VID", changes={"INIT_PRED_VAR": variance}).state_dict()["log_scales.0"]
+    assert (F.softplus(scale) + 1e-5).tolist() == pytest.approx([variance] * len(scale), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "weights"),
+    [
+        ((4, 8, 8), (5, 8, 8), 4 * 5),
+        ((4, 16, 16), (5, 8, 8), 4 * 5 * 9),
+        ((4, 4, 4), (5, 8, 8), 4 * 5 * 16),
+        ((4, 9, 10), (5, 7, 7), 4 * 5 * 3 * 4),
+    ],
+)
+def test_regressor_of_fitnet_fits_the_map(student: tuple[int, ...], teacher: tuple[int, ...], weights: int) -> None:
+    source, target = torch.randn(2, *student), torch.randn(2, *teacher)
+    regressor = make_regressor(source, target)
+    assert regressor(source).shape == target.shape
+    assert sum(p.numel() for p in regressor.parameters()) == weights + 5 + 10  # bias, batch norm
+
+
+def test_fusion_of_reviewkd() -> None:
+    fusion = AttentionFusion(3, 4, 5, fuse=True).double().eval()
+    for module in fusion.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x, deeper = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    state = fusion.state_dict()
+
+    def norm(maps: Tensor, name: str) -> Tensor:
+        keys = ("running_mean", "running_var", "weight", "bias")
+        mean, var, weight, bias = (state[f"{name}.1.{key}"][:, None, None] for key in keys)
+        return (maps - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    this = norm(torch.einsum("bchw,dc->bdhw", x, state["inner.0.weight"][:, :, 0, 0]), "inner")
+    upsampled = deeper.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    attention = torch.einsum("bchw,dc->bdhw", torch.cat([this, upsampled], 1), state["attention.weight"][:, :, 0, 0])
+    attention = 1 / (1 + torch.exp(-(attention + state["attention.bias"][:, None, None])))
+    mixed = this * attention[:, :1] + upsampled * attention[:, 1:]
+    mixed = mixed.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    out, passed = fusion(x, deeper, (8, 8))
+    torch.testing.assert_close(out, norm(F.conv2d(mixed, state["outer.0.weight"], padding=1), "outer"))
+    torch.testing.assert_close(passed, mixed)
+
+
+# --------------------------------------------------------------------------------------------------------- parameters
+
+
+def test_extra_parameters_are_the_references(facts: Path) -> None:
+    """All counts of the reference, which includes five scalars for CRD and omits the variances of VID."""
+    rows = json.loads((facts / "distiller_pairs.json").read_text())["rows"]
+    rows = [row for row in rows if row["dataset"] == "cifar100" and row.get("forward") == "ok"]
+    rows = [row for row in rows if row["method"] in ("FITNET", "AT", "RKD", "CRD", "OFD", "REVIEWKD", "VID")]
+    assert len(rows) >= 60
+    for row in rows:
+        pair = real_pair(row["teacher"], row["student"])
+        expected = row["extra_parameters_reported_by_peer"]
+        expected -= 5 if row["method"] == "CRD" else 0
+        expected += sum(maps.shape[1] for maps in pair.teacher.features[1:]) if row["method"] == "VID" else 0
+        with torch.device("meta"):
+            method = build(row["method"], pair, {"NCE.K": 16384} if row["method"] == "CRD" else {})
+        assert method.extra_parameters() == expected, row
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "wide", "narrow", "count"),
+    [
+        ("ResNet34", "ResNet18", [64, 128, 256, 512, 512], [64, 128, 256, 512, 512], 7_552_904),
+        ("ResNet50", "MobileNetV1", [256, 512, 1024, 2048, 2048], [128, 256, 512, 1024, 1024], 28_664_328),
+    ],
+)
+def test_imagenet_shapes_of_mdistiller_are_accepted(
+    teacher: str, student: str, wide: list[int], narrow: list[int], count: int
+) -> None:
+    shapes = [1, 7, 14, 28, 56]
+    typed = {"SHAPES": shapes, "OUT_SHAPES": shapes, "IN_CHANNELS": narrow, "OUT_CHANNELS": wide}
+    changes = {"STU_PREACT": True, "MAX_MID_CHANNEL": 256} | typed
+    assert build("REVIEWKD", real_pair(teacher, student, "imagenet"), changes).extra_parameters() == count

@@ -1,0 +1,510 @@
+"""The pure losses: values and gradients against float64 references, precision, hard inputs and identities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import loss_references as ref
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdistiller_norm import functional as losses
+from mdistiller_norm.distillers.common import pool_to, unit
+from mdistiller_norm.distillers.crd import nce_slope
+from mdistiller_norm.distillers.ctkd import reverse_gradient
+from mdistiller_norm.distillers.kdsvd import leading_vectors
+from mdistiller_norm.distillers.ofd import margins_of
+from mdistiller_norm.distillers.temperature import STATISTICS, Temperature
+
+Tensors = list[Tensor]
+Shapes = list[tuple[int, ...]]
+MARGIN = np.array([-0.3, -1.2, -0.05])
+HALF = [torch.float16, torch.bfloat16]
+
+
+class Case(NamedTuple):
+    """A loss of lists of student and teacher tensors and the targets, its reference, and the shapes of its inputs."""
+
+    loss: Callable[[Tensors, Tensors, Tensor], Tensor]
+    reference: ref.Reference
+    student: Shapes
+    teacher: Shapes
+    analytic: bool = True
+    positive: bool = False
+    zero: bool = True  # for equal inputs
+
+
+def logit(loss: Callable[..., Tensor], reference: Callable[..., Any], *arguments: Any, **more: Any) -> Case:
+    """A loss of logits and its reference with the arguments of both."""
+    takes_targets = loss in (losses.dkd_loss, losses.norm_dkd_loss, losses.lsdkd_loss, losses.nkd_loss, losses.rld_loss)
+
+    def call(s: Tensors, t: Tensors, y: Tensor) -> Tensor:
+        return loss(s[0], t[0], *([y] if takes_targets else []), *arguments)
+
+    return Case(call, reference, [(5, 7)], [(5, 7)], **more)
+
+
+def ctkd_at_3(s: Tensors, t: Tensors, y: Tensor) -> Tensor:
+    return losses.ctkd_loss(s[0], t[0], torch.tensor(3.0, dtype=s[0].dtype))
+
+
+STD = partial(ref.softened, "std")
+EQUAL = [(2, 4, 4, 4), (2, 5, 2, 2)], [(2, 3, 4, 4), (2, 6, 2, 2)]
+LARGER = [(3, 3, 4, 4), (3, 4, 4, 4)], [(3, 3, 4, 4), (3, 5, 2, 2)]
+UNEVEN = [(3, 4, 6, 6), (3, 5, 4, 4), (3, 2, 7, 6)], [(3, 2, 6, 6), (3, 5, 2, 2), (3, 3, 3, 9)]
+GRIDS = [(2, 3, 8, 8), (2, 2, 7, 7), (2, 3, 4, 4), (2, 4, 2, 2), (2, 5, 1, 1)]
+ONE_MAP = [(4, 3, 3, 2)]
+
+CASES = {
+    "kd": logit(losses.kd_loss, ref.softened()),
+    "kd_t1": logit(losses.kd_loss, ref.softened(scales=(1.0,)), 1.0),
+    "kd_several": logit(losses.kd_loss, ref.softened(scales=(1.0, 2.0, 4.0, 6.0)), [1.0, 2.0, 4.0, 6.0]),
+    "kd_unsorted": logit(losses.kd_loss, ref.softened(scales=(6.0, 1.0)), (6, 1)),
+    "normkd": logit(losses.normkd_loss, STD((2.0,))),
+    "normkd_t1": logit(losses.normkd_loss, STD((1.0,)), 1.0),
+    "normkd_max": logit(partial(losses.normkd_loss, statistic="max"), ref.softened("max", (0.5,)), 0.5),
+    "normkd_range": logit(partial(losses.normkd_loss, statistic="range"), ref.softened("range", (0.5,)), 0.5),
+    "dkd": logit(losses.dkd_loss, ref.softened(dkd=(1.0, 8.0))),
+    "dkd_2_3": logit(losses.dkd_loss, ref.softened(scales=(1.5,), dkd=(2.0, 3.0)), 2.0, 3.0, 1.5),
+    "norm_dkd": logit(losses.norm_dkd_loss, STD((2.0,), dkd=(1.0, 8.0)), 1.0, 8.0),
+    "lskd": logit(losses.lskd_loss, STD((2.0,), compensate=False)),
+    "lsdkd": logit(losses.lsdkd_loss, STD((2.0,), compensate=False, dkd=(1.0, 8.0))),
+    "dist": logit(losses.dist_loss, partial(ref.dist, beta=1.0, gamma=1.0, t=4.0)),
+    "dist_2_3": logit(losses.dist_loss, partial(ref.dist, beta=2.0, gamma=3.0, t=1.0), 2.0, 3.0, 1.0),
+    "ttm": logit(losses.ttm_loss, partial(ref.ttm, gamma=0.1, weighted=False), zero=False),
+    "ttm_0.4": logit(losses.ttm_loss, partial(ref.ttm, gamma=0.4, weighted=False), 0.4, zero=False),
+    "wttm": logit(losses.wttm_loss, partial(ref.ttm, gamma=0.1, weighted=True), zero=False),
+    "wttm_0.4": logit(losses.wttm_loss, partial(ref.ttm, gamma=0.4, weighted=True), 0.4, zero=False),
+    "nkd": logit(losses.nkd_loss, partial(ref.nkd, gamma=3.5, t=3.0), zero=False),
+    "nkd_imagenet": logit(losses.nkd_loss, partial(ref.nkd, gamma=1.5, t=1.0), 1.5, 1.0, zero=False),
+    "dtkd": logit(losses.dtkd_loss, partial(ref.dtkd, alpha=3.0, beta=1.0, t=4.0)),
+    "dtkd_1_0.5": logit(losses.dtkd_loss, partial(ref.dtkd, alpha=1.0, beta=0.5, t=2.0), 1.0, 0.5, 2.0),
+    "ctkd": Case(ctkd_at_3, ref.softened(scales=(3.0,)), [(5, 7)], [(5, 7)]),
+    "rld": logit(losses.rld_loss, partial(ref.rld, alpha=1.0, beta=8.0, t=4.0, t_sure=1.0), zero=False),
+    "rld_same_t": logit(
+        losses.rld_loss, partial(ref.rld, alpha=2.0, beta=4.0, t=3.0, t_sure=3.0), 2.0, 4.0, 3.0, 3.0, zero=False
+    ),
+    **{
+        f"at_{p}": Case(lambda s, t, y, p=p: losses.at_loss(s, t, p), partial(ref.at, p=p), *UNEVEN, analytic=False)
+        for p in (1, 2, 3.5)
+    },
+    "fitnet": Case(lambda s, t, y: losses.hint_loss(s[0], t[0]), ref.hint, ONE_MAP, ONE_MAP),
+    "nst": Case(lambda s, t, y: losses.nst_loss(s, t), ref.nst, *EQUAL),
+    "nst_larger": Case(lambda s, t, y: losses.nst_loss(s, t), ref.nst, *UNEVEN),
+    "pkt": Case(lambda s, t, y: losses.pkt_loss(s[0], t[0]), ref.pkt, [(5, 6)], [(5, 4)]),
+    "sp": Case(lambda s, t, y: losses.sp_loss(s, t), ref.sp, [(3, 4, 4, 4)], [(3, 5, 2, 2)]),
+    "vid": Case(lambda s, t, y: losses.vid_loss(s[0], t[0], s[1]), ref.vid, [(4, 3, 3, 2), (3,)], ONE_MAP, zero=False),
+    **{
+        f"kdsvd_{k}": Case(
+            lambda s, t, y, k=k: losses.kdsvd_loss(s, t, k), partial(ref.kdsvd, k=k), *LARGER, False, True
+        )
+        for k in (1, 2)
+    },
+    **{
+        f"rkd_{squared}": Case(
+            lambda s, t, y, squared=squared: losses.rkd_loss(s[0], t[0], squared, 1e-12, 3.0, 7.0),
+            partial(ref.rkd, squared=squared, distance_weight=3.0, angle_weight=7.0),
+            [(6, 5)],
+            [(6, 7)],
+            analytic=False,
+        )
+        for squared in (False, True)
+    },
+    "rkd_defaults": Case(
+        lambda s, t, y: losses.rkd_loss(s[0], t[0]),
+        partial(ref.rkd, squared=False, distance_weight=25.0, angle_weight=50.0),
+        [(5, 3)],
+        [(5, 4)],
+        analytic=False,
+    ),
+    "ofd": Case(
+        lambda s, t, y: losses.feat_loss(s[0], t[0], torch.tensor(MARGIN).view(1, -1, 1, 1)),
+        partial(ref.ofd, margin=MARGIN),
+        ONE_MAP,
+        ONE_MAP,
+        analytic=False,
+        zero=False,
+    ),
+    "reviewkd": Case(lambda s, t, y: losses.hcl_loss(s, t), ref.hcl, GRIDS, GRIDS),
+    "crd": Case(
+        lambda s, t, y: losses.nce_loss(s[0], torch.tensor(math.log(37.0), dtype=torch.float64), 50),
+        partial(ref.nce, z=37.0, samples=50),
+        [(3, 9)],
+        [],
+        zero=False,
+    ),
+}
+LOGITS = [name for name, case in CASES.items() if case.student == [(5, 7)]]
+NORMALISED = ["normkd", "normkd_t1", "norm_dkd", "lskd", "lsdkd"]
+Inputs = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]
+
+
+def draw(name: str, seed: int = 0, shape: tuple[int, int] | None = None, scale: float = 3.0) -> Inputs:
+    """Random inputs of a case; ``shape`` replaces that of logits."""
+    case, rng = CASES[name], np.random.RandomState(seed)
+    sides = [[rng.standard_normal(shape or size) for size in sizes] for sizes in (case.student, case.teacher)]
+    if case.positive:
+        sides = [[np.abs(x) for x in side] for side in sides]
+    if name in LOGITS:
+        sides = [[scale * x for x in side] for side in sides]
+        for column, side in enumerate(sides):  # DTKD's formula requires a positive largest logit
+            side[0][:, column] = np.abs(side[0][:, column])
+    count = len(sides[0][0])
+    classes = sides[0][0].shape[1]
+    return sides[0], sides[1], rng.randint(0, classes, count)
+
+
+def evaluate(name: str, inputs: Inputs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensors]:
+    """Loss and gradients with respect to the student's tensors."""
+    students, teachers, targets = inputs
+    leaves = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in students]
+    loss = CASES[name].loss(leaves, [torch.tensor(x, dtype=dtype) for x in teachers], torch.as_tensor(targets))
+    loss.backward()
+    assert loss.shape == ()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) or name in ("crd", "ofd")
+    return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def logits(seed: int, batch: int = 5, classes: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    students, teachers, targets = draw("kd", seed, (batch, classes))
+    return torch.tensor(students[0]), torch.tensor(teachers[0]), torch.as_tensor(targets)
+
+
+# ------------------------------------------------------------------------------------------------- values, gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "scale"),
+    [(name, None, 3.0) for name in CASES]
+    + [(name, shape, scale) for name in LOGITS for shape, scale in (((1, 6), 3.0), ((4, 2), 3.0), ((3, 5), 60.0))],
+)
+def test_value_and_gradient(name: str, shape: tuple[int, int] | None, scale: float) -> None:
+    students, teachers, targets = inputs = draw(name, seed=len(name), shape=shape, scale=scale)
+    case = CASES[name]
+    loss, gradients = evaluate(name, inputs)
+    assert loss.item() == pytest.approx(np.real(case.reference(students, teachers, targets)), rel=1e-9, abs=1e-12)
+    for seed in (1, 2):
+        rng = np.random.RandomState(seed)
+        direction = [rng.standard_normal(x.shape) for x in students]
+        slope = ref.derivative(lambda x: case.reference(x, teachers, targets), students, direction, case.analytic)
+        found = sum((grad.numpy() * d).sum() for grad, d in zip(gradients, direction, strict=True))
+        assert found == pytest.approx(slope, rel=1e-8 if case.analytic else 1e-5, abs=1e-10 if case.analytic else 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("name", CASES)
+def test_lower_precision(name: str, dtype: torch.dtype) -> None:
+    students, teachers, targets = draw(name, seed=3)
+    # Inputs that the type can represent, so that only the arithmetic and the rounding of the gradient differ.
+    students, teachers = ([torch.tensor(x).to(dtype).double().numpy() for x in side] for side in (students, teachers))
+    exact, slopes = evaluate(name, (students, teachers, targets))
+    loss, gradients = evaluate(name, (students, teachers, targets), dtype)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-7)
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert gradient.dtype == dtype
+        allowed = max(torch.finfo(dtype).eps, 1e-4) * slope.abs().max()
+        assert (gradient.double() - slope).abs().max() <= allowed
+
+
+def hard(name: str, kind: str) -> Inputs:
+    """Inputs of a kind that breaks careless arithmetic."""
+    students, teachers, targets = draw(name, seed=11)
+
+    def each(change: Callable[[np.ndarray], np.ndarray], *sides: list[np.ndarray]) -> None:
+        for side in sides:
+            side[:] = [change(x) for x in side]
+
+    def opposed(x: np.ndarray, sign: float, roll: int) -> np.ndarray:
+        spike = 1e-3 * x  # no ties, at which the range has no gradient
+        spike[:, 3 + roll] = sign * 1e4
+        return spike
+
+    if kind == "huge":
+        each(lambda x: 1e4 * x / np.abs(x).max(), students, teachers)
+    elif kind == "tiny":
+        each(lambda x: 1e-9 * x, students, teachers)
+    elif kind == "near_constant":
+        each(lambda x: 1e-4 * x, students, teachers)
+    elif kind == "zero":
+        each(np.zeros_like, students, teachers)
+    elif kind == "constant_student":
+        each(lambda x: np.full_like(x, 2.5), students)
+    elif kind == "constant_teacher":
+        each(lambda x: np.full_like(x, 1.5), teachers)
+    elif kind == "equal_samples":
+        each(lambda x: np.repeat(x[:1], len(x), 0), students)
+    elif kind == "batch_of_one":
+        each(lambda x: x[:1] if len(x) == len(targets) else x, students, teachers)
+        targets = targets[:1]
+    elif kind == "dead":  # a sample and a channel after a ReLU
+        students[0][0] = students[0][:, 1] = 0.0
+    elif kind == "opposed":
+        each(lambda x: opposed(x, 1, 0), students)
+        each(lambda x: opposed(x, 1, 2), teachers)
+    elif kind == "negative":
+        each(lambda x: opposed(x, -1, 0), students)
+        each(lambda x: opposed(x, 1, 0), teachers)
+    elif kind == "offset":
+        each(lambda x: x + 1e4, students)
+        each(lambda x: x - 1e4, teachers)
+    return students, teachers, targets
+
+
+KINDS = ["huge", "tiny", "near_constant", "zero", "constant_student", "constant_teacher", "equal_samples"]
+KINDS += ["batch_of_one", "dead"]
+FOR_LOGITS = ["opposed", "negative", "offset"]
+# The reference divides by the sum of the largest logits of both sides, or by the spread of constant rows.
+UNDEFINED = [("dtkd", kind) for kind in ("zero", "constant_student", "negative", "offset", "dead")]
+UNDEFINED += [("dist", kind) for kind in ("tiny", "equal_samples", "dead")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in CASES for kind in KINDS] + [(name, kind) for name in LOGITS for kind in FOR_LOGITS],
+)
+def test_hard_inputs(name: str, kind: str) -> None:
+    inputs = hard(name, kind)
+    for dtype in (torch.float64, torch.float32, *HALF):
+        loss, gradients = evaluate(name, inputs, dtype)
+        assert loss.isfinite()
+        # A gradient above 65504 has no float16; under autocast, no loss gets a float16 input.
+        assert dtype == torch.float16 or all(gradient.isfinite().all() for gradient in gradients)
+    if name in LOGITS and (name.split("_")[0], kind) not in UNDEFINED:
+        size = max(np.abs(x).max() for side in inputs[:2] for x in side)
+        expected = np.real(CASES[name].reference(*inputs))
+        assert evaluate(name, inputs)[0].item() == pytest.approx(expected, rel=1e-9, abs=1e-9 * max(1.0, size) ** 2)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.zero])
+def test_equal_inputs_have_no_loss_and_no_gradient(name: str) -> None:
+    students, _, targets = draw(name, seed=15)
+    for dtype in (torch.float64, torch.float32):
+        loss, gradients = evaluate(name, (students, [x.copy() for x in students], targets), dtype)
+        near = name.startswith(("dist", "nst", "pkt", "sp", "kdsvd"))  # rounding; 1e-8 in DIST
+        assert abs(loss.item()) <= (1e-4 if near else 0.0)
+        assert all(gradient.abs().max() <= (1e-4 if near else 2000 * torch.finfo(dtype).eps) for gradient in gradients)
+
+
+# ---------------------------------------------------------------------------------------------- identities: logits
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_normalised_losses_do_not_depend_on_the_students_scale_and_offset(name: str) -> None:
+    """This holds only if the gradient includes the student's standard deviation."""
+    students, teachers, targets = draw(name, 7, (6, 9))
+    loss, (gradient,) = evaluate(name, (students, teachers, targets))
+    assert gradient.abs().max() > 1e-2
+    assert gradient.sum(1).abs().max() < 1e-13
+    assert (gradient * torch.tensor(students[0])).sum(1).abs().max() < 1e-12
+    scaled, (slope,) = evaluate(name, ([7.0 * students[0] - 3.0], teachers, targets))
+    torch.testing.assert_close(scaled, loss, rtol=1e-11, atol=0)
+    torch.testing.assert_close(slope, gradient / 7.0, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("normkd", 9.0), ("norm_dkd", 9.0), ("lskd", 1.0), ("lsdkd", 1.0)])
+def test_weight_is_the_squared_scale_of_the_teacher(name: str, factor: float) -> None:
+    students, teachers, targets = draw(name, 8)
+    base, _ = evaluate(name, (students, teachers, targets))
+    tripled, _ = evaluate(name, (students, [3.0 * teachers[0]], targets))
+    torch.testing.assert_close(tripled, factor * base, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("name", [*NORMALISED, "normkd_range"])
+def test_a_constant_row_does_not_change_the_others(name: str) -> None:
+    students, teachers, targets = draw(name, 13, (4, 6))
+    clean, (slope,) = evaluate(name, ([students[0][1:]], [teachers[0][1:]], targets[1:]))
+    for side in (0, 1):
+        inputs = ([students[0].copy()], [teachers[0].copy()], targets)
+        inputs[side][0][0] = 3.0
+        loss, (gradient,) = evaluate(name, inputs)
+        torch.testing.assert_close(gradient[1:], slope * 3 / 4, rtol=1e-12, atol=1e-15)
+        weighted = not name.startswith("ls")
+        if side == 0 or weighted:
+            assert not gradient[0].any()
+        if side == 1 and weighted:  # the weight of the sample is 0
+            torch.testing.assert_close(loss, clean * 3 / 4, rtol=1e-12, atol=0)
+
+
+def test_worked_by_hand() -> None:
+    """Three classes, sigma_t = 2 and sigma_s = 1: both softened rows are permutations of (1, 0, -1) / T_norm."""
+    student, teacher = torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[2.0, 0.0, -2.0]])
+    total = math.e + 1 + 1 / math.e
+    by_hand = 4.0 * (math.e - 1) / total  # (1 * 2)^2 * sum p (log p - log q)
+    assert losses.normkd_loss(student, teacher, 1.0).item() == pytest.approx(by_hand, rel=1e-6)
+    assert losses.lskd_loss(student, teacher, 1.0).item() == pytest.approx(by_hand / 4.0, rel=1e-6)
+
+
+def test_several_temperatures_average_probabilities_not_losses() -> None:
+    student, teacher, _ = logits(9)
+    together = losses.kd_loss(student, teacher, (6.0, 1.0)).item()
+    apart = [losses.kd_loss(student, teacher, t).item() / t**2 for t in (6.0, 1.0)]
+    assert abs(together - 36.0 * np.mean(apart)) > 0.1
+    assert torch.equal(losses.kd_loss(student, teacher, [4.0]), losses.kd_loss(student, teacher, 4.0))
+
+
+def test_losses_that_include_others() -> None:
+    student, teacher, targets = logits(10, 1, 8)
+    # DKD, Eq. 5: KD = TCKD + (1 - p_target of the teacher) * NCKD.
+    rest = 1.0 - (teacher / 4.0).softmax(1)[0, targets[0]].item()
+    plain = losses.kd_loss(student, teacher, 4.0)
+    torch.testing.assert_close(losses.dkd_loss(student, teacher, targets, 1.0, rest, 4.0), plain, rtol=1e-12, atol=0)
+    student, teacher, targets = logits(6, 6, 9)
+    for loss in (losses.ttm_loss, losses.wttm_loss):
+        torch.testing.assert_close(
+            loss(student, teacher, 1.0), losses.kd_loss(student, teacher, 1.0), rtol=1e-12, atol=0
+        )
+    right, wrong = teacher.argmax(1), teacher.argmin(1)
+    refined = losses.rld_loss(student, teacher, right, 1.0, 8.0, 4.0, 4.0)
+    torch.testing.assert_close(refined, losses.dkd_loss(student, teacher, right), rtol=1e-12, atol=0)
+    assert losses.rld_loss(student, teacher, wrong, 0.0, 8.0).item() == 0.0  # no class is ranked below the target
+    confidence = teacher.softmax(1).gather(1, targets[:, None]).squeeze(1)
+    entropy = nn.functional.cross_entropy(student, targets, reduction="none")
+    torch.testing.assert_close(losses.nkd_loss(student, teacher, targets, gamma=0.0), (confidence * entropy).mean())
+
+
+def test_no_positive_logit() -> None:
+    student, teacher, _ = logits(5)
+    student, teacher = -student.abs() - 1.0, -teacher.abs() - 1.0
+    both = losses.dtkd_loss(student, teacher, 3.0, 1.0, 4.0)
+    torch.testing.assert_close(both, 4 * losses.kd_loss(student, teacher, 4.0), rtol=1e-12, atol=0)
+    assert losses.normkd_loss(student, teacher, statistic="max").item() == 0.0
+
+
+def test_wttm_gives_uncertain_teachers_more_weight() -> None:
+    student = torch.zeros(1, 10, dtype=torch.float64)
+    sure, unsure = (scale * torch.eye(10, dtype=torch.float64)[:1] for scale in (20.0, 2.0))
+    ratios = [losses.wttm_loss(student, z, 0.5) / losses.ttm_loss(student, z, 0.5) for z in (sure, unsure)]
+    assert 1.0 < ratios[0] < ratios[1] < 10**0.5
+
+
+def test_gradient_reversal() -> None:
+    x = torch.randn(100, requires_grad=True)
+    y = reverse_gradient(x, torch.tensor(0.3))
+    assert torch.equal(x, y)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((100,), -0.3))
+
+
+@pytest.mark.parametrize("name", ["kd", "norm_dkd", "dist", "ttm", "rld"])
+@pytest.mark.parametrize(("student", "teacher"), [((3, 1), (3, 1)), ((5, 7), (5, 6)), ((7,), (7,))])
+def test_shapes_of_logits_are_checked(name: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least 2 classes and of the same shape"):
+        CASES[name].loss([torch.ones(student)], [torch.ones(teacher)], torch.zeros(student[0], dtype=torch.long))
+
+
+def test_standard_deviation_is_unbiased() -> None:
+    _, teacher, _ = logits(6)
+    measured = Temperature(1.0, "std").measure(teacher).squeeze(1)
+    torch.testing.assert_close(measured, teacher.std(1), rtol=1e-12, atol=0)
+    assert set(STATISTICS) >= {"constant", "std", "max", "range"}
+
+
+# -------------------------------------------------------------------------------------------- identities: features
+
+
+def test_at_loss_does_not_depend_on_the_scale() -> None:
+    s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    value = losses.at_loss([s], [t])
+    for scale in (1e-12, 1e12):
+        assert losses.at_loss([s * scale], [t]).item() == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_rkd_is_exact_for_a_common_offset() -> None:
+    s, t = torch.randn(8, 16), torch.randn(8, 16)
+    s = (s + 1e3).requires_grad_()  # rounded once, then exact for both
+    exact = s.detach().double().requires_grad_()
+    value, expected = losses.rkd_loss(s, t), losses.rkd_loss(exact - 1e3, t.double())
+    value.backward()
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(s.grad.double(), exact.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_equal_samples_have_no_gradient_between_them_in_rkd() -> None:
+    s = torch.randn(6, 4)
+    s[3] = s[1]
+    s.requires_grad_()
+    losses.rkd_loss(s, torch.randn(6, 4)).backward()
+    assert s.grad.norm(dim=1).max() < 10 * s.grad[[0, 2, 4, 5]].norm(dim=1).max()
+
+
+@pytest.mark.parametrize("loss", [losses.rkd_loss, losses.pkt_loss])
+def test_relations_of_one_sample_are_zero(loss: Callable[..., Tensor]) -> None:
+    one = torch.randn(1, 8, requires_grad=True)
+    value = loss(one, torch.randn(1, 6))
+    value.backward()
+    assert value.item() == 0
+    assert one.grad.abs().max() < 1e-6
+
+
+def test_kdsvd_does_not_depend_on_the_signs_of_the_solver() -> None:
+    students, teachers, _ = draw("nst", seed=15)
+    s, t = ([torch.tensor(x) for x in side] for side in (students, teachers))
+    loss = losses.kdsvd_loss(s, t, 1)
+    # A map and its negative have the same singular vectors up to the sign.
+    torch.testing.assert_close(losses.kdsvd_loss([-s[0], s[1]], [t[0], -t[1]], 1), loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kdsvd_gradient_is_finite_for_equal_and_zero_singular_values(dtype: torch.dtype) -> None:
+    equal = torch.eye(4, dtype=dtype).expand(2, 3, 4, 4).clone().requires_grad_()
+    rank_one = torch.ones(2, 3, 4, 4, dtype=dtype, requires_grad=True)
+    other = torch.rand(2, 3, 4, 4, dtype=dtype)
+    for student in (equal, rank_one):
+        loss = losses.kdsvd_loss([student, student * 2 + other], [other, other.flip(3)], 2)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+    vectors, values = leading_vectors(rank_one.detach(), 3)
+    assert (values[:, 0] > 1).all()
+    assert not vectors[..., 1:].any()  # the map does not determine them
+
+
+def test_vid_with_extreme_variances() -> None:
+    assert losses.vid_loss(
+        torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2), torch.tensor([-800.0, 0.0, 800.0])
+    ).isfinite()
+
+
+def test_slope_of_nce_is_its_derivative() -> None:
+    leaf, log_z = torch.tensor(draw("crd")[0][0], requires_grad=True), torch.tensor(3.6, dtype=torch.float64)
+    losses.nce_loss(leaf, log_z, 50).backward()
+    torch.testing.assert_close(nce_slope(leaf.detach(), log_z, 50), leaf.grad)
+
+
+def test_unit_vectors_do_not_overflow() -> None:
+    x = torch.tensor([[3e30, 4e30], [3e-30, 4e-30], [0.0, 0.0]], requires_grad=True)
+    y = unit(x, 1)
+    torch.testing.assert_close(y, torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]]))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.isfinite().all()
+    assert not gradient[2].any()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (3, 5), (2, 4), (1, 1), (16, 8)])
+def test_pooling_is_adaptive(size: tuple[int, int]) -> None:
+    maps = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    np.testing.assert_allclose(pool_to(maps, size), ref.block_mean(maps.numpy(), *size), rtol=1e-12)
+
+
+def test_margins_are_means_of_negative_values() -> None:
+    means, deviations = [0.3, -2.0, 5.0, 0.0, 0.9, -0.4, 0.0, 0.4], [0.7, -0.5, 1.0, 1.3, 0.3, 0.0, 0.0, 0.0]
+    norm = nn.BatchNorm2d(8)
+    with torch.no_grad():
+        norm.bias.copy_(torch.tensor(means))
+        norm.weight.copy_(torch.tensor(deviations))
+    margins = margins_of(norm)
+    assert margins.shape == (1, 8, 1, 1)
+    for margin, mean, deviation in zip(margins.flatten().tolist(), means, np.abs(deviations), strict=True):
+        expected = min(mean, 0.0)
+        if deviation:
+            x = np.linspace(min(mean, 0) - 12 * deviation, 0, 400_001)
+            density = np.exp(-(((x - mean) / deviation) ** 2) / 2) / (deviation * math.sqrt(2 * math.pi))
+            probability = density.mean() * -x[0]
+            expected = (x * density).sum() / density.sum() if probability > 0.001 else -3 * deviation
+        assert margin == pytest.approx(expected, rel=1e-4)
