@@ -1,4 +1,4 @@
-"""Weights from every kind of file, and nothing but weights."""
+"""Checkpoints: layouts of other projects, refused files, atomic writes, and the search for a teacher."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import assert_user_error, tool
 from torch import nn
 from torchvision.models import mnasnet0_5
 
@@ -28,52 +28,43 @@ def network() -> nn.Module:
     return build_model("resnet8", 10)
 
 
-def published(kind: str, state: dict[str, torch.Tensor]) -> Any:
-    """The layouts that are found in the wild."""
-    wrapped = {f"module.{key}": value for key, value in state.items()}
-    distiller = {f"module.student.{key}": value for key, value in state.items()}
-    distiller |= {f"module.teacher.{key}": value + 1 for key, value in state.items()}
-    return {
-        "bare": state,
-        "mdistiller": {"model": state},
-        "mdistiller distiller": {"epoch": 240, "model": distiller, "best_acc": np.float64(75.2)},
-        "RepDistiller": {
-            "epoch": 240,
-            "model": state,
-            "opt": argparse.Namespace(model="resnet8", learning_rate=0.05),
-            "best_acc": torch.tensor(72.3),
-            "accuracy": np.float32(72.3),
-        },
-        "compiled": {"net": {f"_orig_mod.{key}": value for key, value in wrapped.items()}, "acc": 72.3},
-        "tutorial": {"model_state_dict": {f"module._orig_mod.{key}": value for key, value in state.items()}},
-        "Lightning": {
-            "state_dict": {f"model.{key}": value for key, value in state.items()},
-            "epoch": 89,
-            "pytorch-lightning_version": "2.5",
-        },
-        "torchvision reference": {"state_dict": wrapped, "args": argparse.Namespace(lr=0.1), "epoch": 89},
-    }[kind]
+def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {prefix + key: value for key, value in state.items()}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "bare",
-        "mdistiller",
-        "mdistiller distiller",
-        "RepDistiller",
-        "compiled",
-        "tutorial",
-        "Lightning",
-        "torchvision reference",
-    ],
-)
-def test_published_layouts_load_strictly(tmp_path: Path, kind: str) -> None:
+LAYOUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "bare": lambda state: state,
+    "mdistiller": lambda state: {"model": state},
+    "mdistiller distiller": lambda state: {
+        "epoch": 240,
+        "model": prefixed("module.student.", state) | {f"module.teacher.{key}": v + 1 for key, v in state.items()},
+        "best_acc": np.float64(75.2),
+    },
+    "RepDistiller": lambda state: {
+        "model": state,
+        "opt": argparse.Namespace(model="resnet8", learning_rate=0.05),
+        "best_acc": torch.tensor(72.3),
+        "accuracy": np.float32(72.3),
+    },
+    "compiled": lambda state: {"net": prefixed("_orig_mod.module.", state), "acc": 72.3},
+    "tutorial": lambda state: {"model_state_dict": prefixed("module._orig_mod.", state)},
+    "Lightning": lambda state: {"state_dict": prefixed("model.", state), "pytorch-lightning_version": "2.5"},
+    "torchvision reference": lambda state: {
+        "state_dict": prefixed("module.", state), "args": argparse.Namespace(lr=0.1), "epoch": 89,
+    },
+    "metadata of another project": lambda state: {"model": state, "about": ["resnet8"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_load_strictly(tmp_path: Path, layout: str) -> None:
     source, target = network().eval(), network().eval()
-    torch.save(published(kind, source.state_dict()), tmp_path / "weights.pth")
-    load_into(target, load_weights(tmp_path / "weights.pth"), "resnet8")
+    torch.save(LAYOUTS[layout](source.state_dict()), tmp_path / "weights.pth")
+    weights = load_weights(tmp_path / "weights.pth")
+    load_into(target, weights, "resnet8")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(source(images), target(images))
+    assert weights.about == {}
 
 
 class Evil:
@@ -81,92 +72,58 @@ class Evil:
         return (os.system, ("echo code from a checkpoint ran",))
 
 
-def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    torch.save({"model": network().state_dict(), "extra": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match="holds more than weights"):
-        load_weights(tmp_path / "evil.pth")
-    assert "code from a checkpoint" not in capfd.readouterr().out
-    torch.save(network(), tmp_path / "whole.pth")
-    with pytest.raises(CheckpointError, match=r"saved whole, save its state_dict\(\)"):
-        load_weights(tmp_path / "whole.pth")
+def truncated(size: int) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        torch.save(network().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:size])
+
+    return write
 
 
+def saved(content: Any) -> Callable[[Path], object]:
+    return lambda path: torch.save(content, path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:.*TorchScript")
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("write", "message"),
     [
-        ({"model": {"a": 1}}, "holds no weights"),
-        ([1, 2], "holds a list"),
-        ({}, "holds no weights"),
+        (saved({"model": {}, "extra": Evil()}), "hold more than weights"),
+        (lambda path: torch.save(network(), path), r"save the state_dict\(\) of a network"),
+        *((truncated(size), "may be truncated") for size in (0, 10, 20_000, -10)),
+        *((lambda path, text=text: path.write_bytes(text), "not loaded") for text in (b"0 epochs\n", b"J\n", b"(l.\n")),
+        (lambda path: torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path), "not loaded"),
+        (saved({"model": {"a": 1}}), "holds no weights"),
+        (saved({}), "holds no weights"),
+        (saved([1, 2]), "holds a list"),
+        (lambda path: None, "there is no checkpoint"),
     ],
 )
-def test_files_without_weights_are_named(tmp_path: Path, content: Any, message: str) -> None:
-    torch.save(content, tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=rf"odd\.pth.* {message}|odd\.pth {message}"):
+def test_other_files_are_refused(
+    tmp_path: Path, write: Callable[[Path], object], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=message) as caught:
         load_weights(tmp_path / "odd.pth")
+    assert "odd.pth" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "code from a checkpoint" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("dataset", ["digits"]), ("name", 3), ("type", None), ("variant", {}), ("classes", "abc"), ("plugins", [1]),
-        ("mean", [0.5, 0.5]), ("std", [0.0, 0.1, 0.1]), ("image_size", []), ("resize", 0), ("top1", "good"),
-    ],
-)  # fmt: skip
-def test_facts_beside_the_weights_that_cannot_be_are_named(tmp_path: Path, key: str, value: Any) -> None:
-    torch.save({"model": network().state_dict(), "about": {"name": "resnet8", key: value}}, tmp_path / "odd.pt")
-    with pytest.raises(CheckpointError, match=rf"odd\.pt is damaged: it says that its {key} is"):
-        load_weights(tmp_path / "odd.pt")
-
-
-@pytest.mark.parametrize("about", [3, ["resnet8"], None])
-def test_facts_of_another_project_are_passed_over(tmp_path: Path, about: Any) -> None:
-    torch.save({"model": network().state_dict(), "about": about}, tmp_path / "theirs.pt")
-    assert load_weights(tmp_path / "theirs.pt").about == {}
-
-
-def test_cut_off_and_missing_files_are_named(tmp_path: Path) -> None:
-    torch.save(network().state_dict(), tmp_path / "cut.pth")
-    whole = (tmp_path / "cut.pth").read_bytes()
-    for size in (0, 10, len(whole) // 2, len(whole) - 10):
-        (tmp_path / "cut.pth").write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=r"cut\.pth") as caught:
-            load(tmp_path / "cut.pth")
-        assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        load(tmp_path / "none.pth")
-
-
-@pytest.mark.parametrize("text", [b"0 epochs\n", b"\x8a\x01", b"epoch 1/2\n", b"J\n", b"{}\n", b"(l.\n", b"i\n"])
-def test_files_that_are_something_else_are_one_line(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "worklog.txt").write_bytes(text)
-    with pytest.raises(CheckpointError, match=r"worklog\.txt"):
-        load(tmp_path / "worklog.txt")
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_programs_are_not_taken_for_damaged_files(tmp_path: Path) -> None:
-    torch.export.save(torch.export.export(nn.Linear(3, 2), (torch.randn(4, 3),)), tmp_path / "student.pt2")
-    torch.jit.save(torch.jit.script(nn.Linear(3, 2)), tmp_path / "student.pt")
-    for name in ("student.pt2", "student.pt"):
-        done = tool("eval", "-m", "resnet8", "-c", tmp_path / name, check=False)
-        assert_user_error(done, f"{name} is a program of torch.export or TorchScript: name the checkpoint")
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_weights_of_another_network_name_the_first_difference(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "resnet8.pth")
     weights = load_weights(tmp_path / "resnet8.pth")
     with pytest.raises(CheckpointError, match=r"does not fit resnet14: it lacks tensor layer1\.1\.conv1\.weight"):
         load_into(build_model("resnet14", 10), weights, "resnet14")
     with pytest.raises(CheckpointError, match=r"fc\.weight has shape \(10, 64\), not \(100, 64\)"):
         load_into(build_model("resnet8", 100), weights, "resnet8")
-    own_rule = Wrapped(mnasnet0_5(num_classes=4), 4, classifier="classifier.1")  # asks for a version, which files lack
-    torch.save(own_rule.state_dict(), tmp_path / "mnasnet.pth")
+    versioned = Wrapped(mnasnet0_5(num_classes=4), 4, classifier="classifier.1")  # requires a version in the metadata
+    torch.save(versioned.state_dict(), tmp_path / "mnasnet.pth")
     with pytest.raises(CheckpointError, match=r"mnasnet\.pth does not load into mnasnet: version should be set"):
-        load_into(own_rule, load_weights(tmp_path / "mnasnet.pth"), "mnasnet")
+        load_into(versioned, load_weights(tmp_path / "mnasnet.pth"), "mnasnet")
 
 
-def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_previous_file(tmp_path: Path) -> None:
     save_atomically({"a": torch.ones(2)}, tmp_path / "state.pt")
     before = (tmp_path / "state.pt").read_bytes()
 
@@ -177,72 +134,90 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             raise self.error
 
-    (tmp_path / ".state.pt.tmp").write_bytes(b"what a killed process leaves")
-    with pytest.raises(CheckpointError, match="could not be written"):
-        save_atomically([torch.zeros(2), CannotBeSaved(OSError("No space left"))], tmp_path / "state.pt")
-    with pytest.raises(KeyboardInterrupt):
-        save_atomically([torch.zeros(2), CannotBeSaved(KeyboardInterrupt())], tmp_path / "state.pt")
+    (tmp_path / ".state.pt.tmp").write_bytes(b"left by a killed process")
+    for error, raised in ((OSError("No space left"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        with pytest.raises(raised):
+            save_atomically([torch.zeros(2), CannotBeSaved(error)], tmp_path / "state.pt")
     assert (tmp_path / "state.pt").read_bytes() == before
     assert os.listdir(tmp_path) == ["state.pt"]
-    with pytest.raises(CheckpointError, match="could not be written"):
-        save_atomically({}, tmp_path / "no such folder" / "state.pt")
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_saver_writes_the_state_at_the_time_of_the_call(tmp_path: Path, background: bool) -> None:
+    saver, weights, module_state = Saver(tmp_path, background), torch.ones(3), nn.BatchNorm1d(2).state_dict()
+    state = {"trainable": {"w": weights}, "pair": (weights, [0.1, "text"]), "network": module_state}
+    saver.save({"best.pt": state, "latest.pt": state})
+    weights.zero_()
+    saver.finish()
+    for name in ("best.pt", "latest.pt"):
+        read = load(tmp_path / name)
+        assert torch.equal(read["trainable"]["w"], torch.ones(3))
+        assert torch.equal(read["pair"][0], torch.ones(3))
+        assert read["pair"][1] == [0.1, "text"]
+        assert read["network"]._metadata == module_state._metadata  # some networks do not load without it
+    (tmp_path / "best.pt").unlink()
+    (tmp_path / "best.pt").mkdir()  # cannot be replaced by a file
+    with pytest.raises(CheckpointError, match="could not be written"):  # noqa: PT012
+        saver.save({"best.pt": {}})
+        saver.finish()
+    saver.finish()  # the error is raised once
+
+
+# The search for a teacher
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, without the real project's manifest."""
+    """An empty working directory without the project's manifest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacher_file, "PROJECT", tmp_path)
+    monkeypatch.setattr(teacher_file, "ROOTS", (Path(), tmp_path))
     (tmp_path / "checkpoints").mkdir()
+    torch.save(network().state_dict(), tmp_path / "checkpoints" / "teacher.pt")
     return tmp_path
 
 
 def add_entry(project: Path, **changes: Any) -> None:
-    file = project / "checkpoints" / "teacher.pt"
-    if not file.exists():
-        torch.save(network().state_dict(), file)
     entry = {"file": "teacher.pt", "model": "resnet8", "dataset": "digits", "top1": 97.5} | changes
     (project / "checkpoints" / "manifest.yaml").write_text(yaml.safe_dump([entry]))
 
 
-def find(weights: str = "", dataset: str = "digits") -> TeacherFile:
-    return find_teacher("resnet8", dataset, weights, Path("output"), "python tools/train.py --cfg x.yaml")
+def find(weights: str = "", dataset: str = "digits", epochs: int = 0, **data: Any) -> TeacherFile:
+    return find_teacher("resnet8", dataset, weights, Path("output"), "python tools/train.py --cfg x.yaml", epochs, data)
 
 
-def test_the_manifest_is_looked_up_by_model_and_data_set(project: Path) -> None:
-    add_entry(project)
-    assert find().path == Path("checkpoints/teacher.pt")
-    assert find().top1 == 97.5
+def test_the_manifest_and_mdistillers_downloads_are_searched(project: Path) -> None:
+    add_entry(project, sha256=hashlib.sha256((project / "checkpoints" / "teacher.pt").read_bytes()).hexdigest())
+    assert find() == TeacherFile(Path("checkpoints/teacher.pt"), 97.5)
     assert find(str(project / "checkpoints" / "teacher.pt")).top1 == 97.5
     with pytest.raises(CheckpointError, match=r"no weights for the teacher resnet8 on cifar100.*train it with `python"):
         find(dataset="cifar100")
-
-
-def test_the_manifest_is_checked(project: Path) -> None:
-    add_entry(project, sha256=hashlib.sha256(b"other").hexdigest())
-    with pytest.raises(CheckpointError, match="its sha256 differs"):
-        find()
-    add_entry(project, sha256=hashlib.sha256((project / "checkpoints" / "teacher.pt").read_bytes()).hexdigest())
-    find()
-    (project / "checkpoints" / "teacher.pt").unlink()
-    with pytest.raises(CheckpointError, match="which is not there"):
-        find()
-    (project / "checkpoints" / "manifest.yaml").write_text("- file: only")
-    with pytest.raises(CheckpointError, match="at least file, model and dataset"):
-        find()
-    add_entry(project, file=["teacher.pt"])
-    with pytest.raises(CheckpointError, match="at least file, model and dataset"):
-        find()
-    (project / "checkpoints" / "manifest.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CheckpointError, match="cannot be read as a manifest"):
-        find()
-
-
-def test_mdistillers_download_folder_is_found(project: Path) -> None:
     folder = project / "download_ckpts" / "cifar_teachers" / "resnet8_vanilla"
     folder.mkdir(parents=True)
     torch.save({"model": network().state_dict()}, folder / "ckpt_epoch_240.pth")
     assert find(dataset="cifar100").path.name == "ckpt_epoch_240.pth"
+    with pytest.raises(CheckpointError, match=r"TEACHER_WEIGHTS: there is no file nowhere\.pth"):
+        find("nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"sha256": "0" * 64}], "its sha256 differs"),
+        ([{"file": "gone.pt"}], "does not exist"),
+        ([{"file": ["teacher.pt"]}], "must have file, model and dataset"),
+        (["teacher.pt"], "cannot be read as a manifest"),
+        (b"\xff\xfe\x00", "cannot be read as a manifest"),
+    ],
+)
+def test_invalid_manifests_are_refused(project: Path, content: Any, message: str) -> None:
+    if isinstance(content, bytes):
+        (project / "checkpoints" / "manifest.yaml").write_bytes(content)
+    elif isinstance(content[0], dict):
+        add_entry(project, **content[0])
+    else:
+        (project / "checkpoints" / "manifest.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match=message):
+        find()
 
 
 def add_run(project: Path, name: str, epochs: int, top1: float, **changes: Any) -> Path:
@@ -251,71 +226,29 @@ def add_run(project: Path, name: str, epochs: int, top1: float, **changes: Any) 
     torch.save({"model": network().state_dict()}, folder / "student_last.pt")
     result = {
         "method": [], "student": "resnet8", "dataset": "digits", "epochs": epochs, "last": {"top1": top1},
-        "config": {"DATASET": {"VAL_SPLIT": 0.0}},
+        "config": {"DATASET": {"VAL_SPLIT": 0.0, "CLASSES": []}},
     } | changes  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
     return Path("output", "digits", name, "student_last.pt")
 
 
-def test_of_the_teachers_trained_here_the_one_of_the_students_schedule_is_taken(project: Path) -> None:
-    def found(epochs: int) -> TeacherFile:
-        return find_teacher("resnet8", "digits", "", Path("output"), "python tools/train.py --cfg x.yaml", epochs)
-
+def test_finished_runs_are_searched_by_data_length_and_accuracy(project: Path) -> None:
     smoke = add_run(project, "smoke", 2, 99.0)
-    assert found(2) == TeacherFile(smoke, 99.0)
-    assert found(240).path == smoke
-    assert found(240).warning.startswith(f"the teacher {smoke} trained for 2 of the 240 epochs")
-    assert "python tools/train.py --cfg x.yaml" in found(240).warning
+    assert find(epochs=2) == TeacherFile(smoke, 99.0)
+    warning = find(epochs=240).warning
+    assert warning.startswith(f"the teacher {smoke} was trained for 2 epochs and the student trains for 240")
+    assert "python tools/train.py --cfg x.yaml" in warning
     add_run(project, "worse", 240, 90.0)
     full = add_run(project, "full", 240, 95.0)
-    # None of these is a plain run of the whole training set, or of this model.
+    # None of these is a plain run of this model on the whole training set.
     add_run(project, "held out", 240, 99.9, config={"DATASET": {"VAL_SPLIT": 0.1}})
     add_run(project, "distilled", 240, 99.9, method=["KD"])
     add_run(project, "another", 240, 99.9, student="resnet20")
     add_run(project, "unreadable", 240, 99.9, config="")
     (project / add_run(project, "without weights", 240, 99.9)).unlink()
-    assert found(240) == TeacherFile(full, 95.0)
-    assert found(2) == TeacherFile(smoke, 99.0)
-    assert found(100) == TeacherFile(full, 95.0), "a longer one is no reason for doubt"
-    assert found(0).path == full
-    add_entry(project)
-    assert found(240).path == Path("checkpoints/teacher.pt")
-
-
-def test_of_the_teachers_trained_here_one_on_the_same_classes_comes_first(project: Path) -> None:
-    add_run(project, "all", 240, 95.0, config={"DATASET": {"CLASSES": []}})
+    assert [find(epochs=epochs) for epochs in (240, 100)] == [TeacherFile(full, 95.0)] * 2
+    assert find(epochs=2) == TeacherFile(smoke, 99.0)
     two = add_run(project, "two", 2, 80.0, config={"DATASET": {"CLASSES": ["a", "b"]}})
-    assert find_teacher("resnet8", "digits", "", Path("output"), "", 240, {"CLASSES": ["a", "b"]}).path == two
-
-
-def test_given_weights_that_are_not_there_are_named() -> None:
-    with pytest.raises(CheckpointError, match=r"TEACHER_WEIGHTS: there is no file nowhere\.pth"):
-        find("nowhere.pth")
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_a_saver_writes_what_was_there_when_it_was_asked(tmp_path: Path, background: bool) -> None:
-    saver, weights, of_network = Saver(tmp_path, background), torch.ones(3), nn.BatchNorm1d(2).state_dict()
-    state = {"trainable": {"w": weights}, "rates": [0.1], "pair": (weights, "text"), "network": of_network}
-    saver.save({"best.pt": state, "latest.pt": state})
-    weights.zero_()
-    saver.finish()
-    for name in ("best.pt", "latest.pt"):
-        read = load(tmp_path / name)
-        assert torch.equal(read["trainable"]["w"], torch.ones(3))
-        assert torch.equal(read["pair"][0], torch.ones(3))
-        assert (read["rates"], read["pair"][1]) == ([0.1], "text")
-        assert read["network"]._metadata == of_network._metadata  # some networks do not load without
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_a_saver_says_what_it_could_not_write(tmp_path: Path, background: bool) -> None:
-    saver = Saver(tmp_path / "gone", background)
-
-    def save() -> None:
-        saver.save({"latest.pt": {}})
-        saver.finish()
-
-    with pytest.raises(CheckpointError, match="could not be written"):
-        save()
-    saver.finish()  # said once
+    assert find(epochs=240, CLASSES=["a", "b"]).path == two
+    add_entry(project)
+    assert find(epochs=240).path == Path("checkpoints/teacher.pt")

@@ -231,11 +231,8 @@ def test_what_cannot_be_divided_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         build_run(load_config(None, [*common, "SOLVER.SYNC_BN=true", "EXPERIMENT.NAME=sync"]))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(ConfigError, match="RANK is 2 and WORLD_SIZE 2"):
+    with pytest.raises(ConfigError, match="RANK must be less than WORLD_SIZE, got 2 and 2"):
         distributed.wanted()
-    monkeypatch.setenv("RANK", "first")
-    done = tool("train", "--cfg", "configs/digits/vanilla_resnet8.yaml", f"LOG.PREFIX={tmp_path}", check=False)
-    assert_user_error(done, "RANK is 'first' in the environment, not a number")
 
 
 # Whole runs
@@ -319,7 +316,7 @@ def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
     _, errors = processes[0].communicate(timeout=120)
     finish(processes[1:]) if processes[1].kill() else processes[1].wait(60)
     done = subprocess.CompletedProcess([], processes[0].returncode, "", errors)
-    assert_user_error(done, "process 0 of 2 waited in vain for process 1", "--resume")
+    assert_user_error(done, "process 0 of 2 timed out waiting for process 1", "--resume")
 
 
 OWN_STUDENT = """

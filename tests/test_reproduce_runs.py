@@ -621,7 +621,7 @@ def test_published_weights_teach_where_they_may(
     assert "published checkpoints/resnet8x4_cifar100_seed0.pt" in capsys.readouterr().out
     text = manifest.read_text()
     manifest.write_text(text.replace("resnet8x4", "resnet32x4"))
-    with pytest.raises(CheckpointError, match="which is not there"):  # no 240 epochs of training in its place
+    with pytest.raises(CheckpointError, match="does not exist"):  # no 240 epochs of training in its place
         execute(["reproduce", "--table", "6", "--dry-run"])
     manifest.write_text(text)
     teacher = find_teacher("resnet8x4", "cifar100", "", tmp_path, "")

@@ -1,11 +1,10 @@
-"""Compiling networks with TorchInductor, where a compiler is there and the run is long enough to pay for it."""
+"""Compilation of networks with TorchInductor, for runs that are long enough to gain from it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,82 +14,74 @@ from mdistiller_norm.errors import first_line
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Outputs
 
-# Steps below which compiling (half a minute to two) costs more than it saves.
-WORTHWHILE_STEPS = 3000
+WORTHWHILE_STEPS = 3000  # with fewer, compiling (30 to 120 seconds) costs more than it saves
 
 
 def compiler_missing(device: torch.device) -> str:
-    """Why nothing can be compiled for this device; empty if it can."""
+    """Return why nothing can be compiled for this device, or ""."""
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        return "no C++ compiler (g++ or clang++, or the one that CXX names) was found"
+        return "no C++ compiler was found (g++, clang++, or the one named by CXX)"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return "the GPU is older than what the compiler supports"
+        return "the GPU is too old for the compiler"
     return ""
 
 
 def choose(setting: str, device: torch.device, steps: int) -> tuple[str, str]:
-    """What to compile, and a line that says why.
+    """Choose the networks to compile.
 
     Args:
         setting: ``ENGINE.COMPILE``: auto, none, teacher or all.
         device: to compile for.
-        steps: of the whole run, so that a resumed one is compiled as it was before; 0 if none is left.
+        steps: of the whole run, so that a resumed one makes the same choice; 0 if none is left.
 
     Returns:
-        none, teacher or all; and the line, empty where there is nothing to say.
+        none, teacher or all; and a line with the reason, empty for the setting none.
     """
     if setting == "none":
         return "none", ""
-    if why := compiler_missing(device):
-        return "none", f"nothing is compiled: {why}"
+    if reason := compiler_missing(device):
+        return "none", f"not compiling: {reason}"
     if setting != "auto":
         return setting, f"compiling: {setting} (ENGINE.COMPILE)"
     if steps < WORTHWHILE_STEPS:
-        return "none", f"nothing is compiled: {steps} steps are fewer than the {WORTHWHILE_STEPS} that pay for it"
+        return "none", f"not compiling: {steps} step{'s' * (steps != 1)} (worth it from {WORTHWHILE_STEPS:,})"
     return "teacher", "compiling the teacher (ENGINE.COMPILE auto)"
 
 
 def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], None]) -> Callable[[Tensor], Outputs]:
-    """A frozen network with its weights as constants, laid out for the device; the network itself if that fails.
-
-    Args:
-        module: from images to outputs.
-        example: images of the usual batch.
-        warn: is told why it failed, in a line.
-    """
-    options: dict[str, Any] = {"freezing": True}
-    compiled = torch.compile(module, dynamic=False, options=options)
+    """Compile a frozen network with its weights as constants; return it uncompiled, with a warning, if that fails."""
+    compiled = torch.compile(module, dynamic=False, options={"freezing": True})
     try:
         with torch.no_grad():
             compiled(example)
-    except Exception as error:  # a compiler can fail in any way, and the run does not depend on it
+    except Exception as error:  # compilers fail in many ways, and the run does not depend on them
         warn(f"the teacher could not be compiled ({first_line(error)}): it runs uncompiled")
         return module
     return compiled
 
 
 def compile_student(network: Network, warn: Callable[[str], None], twice: bool = False) -> Callable[[Tensor], Outputs]:
-    """The passes of a network that trains, compiled at the first of each shape; as they are once that failed.
+    """Compile ``network.outputs`` for training, sharing its weights; run it uncompiled, with a warning, if that fails.
 
     Args:
-        network: stays as it is, and shares its weights.
-        warn: is told why it failed, in a line.
-        twice: each pass is differentiated more than once, as DOT does.
+        network: to compile, at the first pass of each shape.
+        warn: receives the warning.
+        twice: each pass is differentiated more than once, as in DOT.
     """
     if twice:
-        # A backward pass may be one that another run left on disk, and write over what the next one has to read:
-        # PyTorch then raises. It looks at this setting when it compiles and in every backward pass.
+        # Otherwise a backward pass may overwrite tensors that the next one reads. PyTorch reads this setting when it
+        # compiles and, for programs from its cache on disk, in every backward pass.
         functorch.donated_buffer = False
     compiled, failed = torch.compile(network.outputs, dynamic=False), False
 
-    def passes(images: Tensor) -> Outputs:
+    def forward(images: Tensor) -> Outputs:
         nonlocal failed
         if not failed:
             try:
                 return compiled(images)
-            except Exception as error:  # as above; what is the network's own fault is raised again below
+            except Exception as error:  # the network's own errors are raised again below
                 failed = True
                 warn(f"the student could not be compiled ({first_line(error)}): it runs uncompiled")
         return network.outputs(images)
 
-    return passes
+    return forward

@@ -1,4 +1,4 @@
-"""Accuracy and loss of a network over a test split."""
+"""Accuracy and loss of a network on a test split."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mdistiller_norm.models.base import Network
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found.
+    """Result of :func:`evaluate`.
 
     Attributes:
-        top1: percent of the samples whose largest logit is the target's.
-        top5: percent whose target is among the five largest (all, with five classes or fewer).
+        top1: accuracy in percent.
+        top5: percent of samples whose target is among the five largest logits (of fewer classes, among all).
         loss: mean cross entropy.
-        samples: how many.
+        samples: number of samples.
         images_per_second: over the whole evaluation.
-        per_class: top-1 in percent of each class, ``[C]``; NaN for a class without samples.
+        per_class: top-1 in percent of each class ``[C]``; NaN for a class without samples.
     """
 
     top1: float
@@ -45,16 +45,16 @@ def evaluate(
     autocast: torch.dtype | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
-    """Run a network over a split in eval mode (its mode is put back); waits for the device once, at the end.
+    """Evaluate a network in eval mode. Synchronises with the device once, at the end.
 
-    With several processes each runs over its share of the split, and all get the figures of the whole.
+    With several processes, each evaluates its share of the split, and all return the figures of the whole.
 
     Args:
         network: to evaluate.
         loader: batches of the split.
-        autocast: the dtype of its passes, None for float32.
-        forward: a faster form of ``network`` (a captured one). When not given, its batch norms are folded into its
-            convolutions in float32, where it can be traced: equal up to rounding.
+        autocast: dtype of the forward pass, None for float32.
+        forward: a captured form of ``network``. Without it, float32 passes use folded batch norms (equal up to
+            rounding).
     """
     was_training = network.training
     network.eval()
@@ -64,19 +64,20 @@ def evaluate(
     in_top5 = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     start = time.perf_counter()
-    run = forward or (_folded(network) if autocast is None else network)
+    if not forward:
+        forward = network if autocast else _folded(network)
     keep_freed_memory()
     for images, targets in loader:
-        # No cache: a graph would be recorded with the copies of the weights that an earlier pass left there.
+        # Without autocast's cache: a captured graph would keep the cached copies of old weights.
         with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-            logits = run(images)
+            logits = forward(images)
         logits = at_least_float32(logits)
         ranked = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
         correct.index_add_(0, targets, ranked[:, 0].long())
         seen.index_add_(0, targets, torch.ones_like(targets))
         in_top5 += ranked.sum()
         loss += F.cross_entropy(logits, targets, reduction="sum").double()
-    correct, seen, in_top5, loss = (distributed.total(counted) for counted in (correct, seen, in_top5, loss))
+    correct, seen, in_top5, loss = map(distributed.all_reduce, (correct, seen, in_top5, loss))
     samples = int(seen.sum())
     top1, top5 = 100 * int(correct.sum()) / samples, 100 * int(in_top5) / samples
     rate = samples / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Whole training steps, and passes of evaluation, as CUDA graphs: recorded once for each batch size, then replayed."""
+"""CUDA graphs of whole training steps and evaluation passes, recorded once for each shape of the inputs."""
 
 from __future__ import annotations
 
@@ -9,116 +9,97 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mdistiller_norm.data.base import Warn
 from mdistiller_norm.engine.teacher import Raw
 from mdistiller_norm.errors import first_line
 
+Warn = Callable[[str], None]
+
 
 class Step(Protocol):
-    """What can be captured: a function of tensors that writes to tensors which stay where they are."""
+    """A training step that can be captured: it writes only to tensors at fixed addresses."""
 
     def __call__(self, *raw: Tensor) -> None:
-        """Train on the batch that ``raw`` names."""
+        """Train on a raw batch."""
 
     def state_tensors(self) -> list[Tensor]:
-        """Every tensor that it writes to."""
+        """Return every tensor that it writes to."""
 
 
-class _Recorder:
-    """Graphs of a function by the shapes of its inputs; all of them share their working memory.
+class _Captured:
+    """A function of tensors that replays CUDA graphs, which share their working memory.
 
     Args:
-        function: of tensors. What it reads besides its inputs must stay at one address.
-        held: every tensor that it writes to and that outlives it.
-        warn: is told, in a line, why it cannot be recorded. From then on it runs as it is.
+        function: reads tensors at fixed addresses, besides its inputs.
+        state_tensors: returns every tensor that the function writes to and that outlives it.
+        warn: receives the reason if recording fails; the function then runs as it is.
     """
 
     WARMUP = 3
 
-    def __init__(self, function: Callable[..., Any], held: Callable[[], list[Tensor]], warn: Warn) -> None:
-        self.function, self.state_tensors, self.warn = function, held, warn
+    def __init__(self, function: Callable[..., Any], state_tensors: Callable[[], list[Tensor]], warn: Warn) -> None:
+        self._function, self._state_tensors, self._warn = function, state_tensors, warn
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
-        self._refused = False
+        self._failed = False
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the function gives; a recorded one writes it into the same tensors at every call."""
+        """Copy the inputs into the graph's buffers and replay it. The next call overwrites the outputs."""
         shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self._graphs and not self._refused:
+        if shapes not in self._graphs and not self._failed:
             try:
-                # Whose streams are taken; and the current one comes back: a recording that fails leaves its own.
+                # The contexts select the device's streams, and restore the current one if recording fails.
                 device = torch.cuda.device_of(inputs[0])  # type: ignore[no-untyped-call]
                 with device, torch.cuda.stream(torch.cuda.current_stream(inputs[0].device)):
                     self._graphs[shapes] = self._record(inputs)
             except RuntimeError as error:
-                self._refused = True
-                self.warn(f"warning: no CUDA graph, recording one failed ({first_line(error)})")
+                self._failed = True
+                self._warn(f"warning: no CUDA graph, recording one failed ({first_line(error)})")
         if shapes not in self._graphs:
-            return self.function(*inputs)
-        graph, static, outputs = self._graphs[shapes]
-        for buffer, tensor in zip(static, inputs, strict=True):
+            return self._function(*inputs)
+        graph, buffers, outputs = self._graphs[shapes]
+        for buffer, tensor in zip(buffers, inputs, strict=True):
             buffer.copy_(tensor, non_blocking=True)
         graph.replay()
         return outputs
 
     def _record(self, inputs: Raw) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
-        """Run it a few times on a side stream, as capturing requires, put back what that changed, and record it."""
-        static = [tensor.clone() for tensor in inputs]
-        state = self.state_tensors()
+        """Warm up on a side stream, as capturing requires, undo the changes of the warm-up, and record."""
+        buffers = [tensor.clone() for tensor in inputs]
+        state = self._state_tensors()
         before = [tensor.detach().clone() for tensor in state]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
                 for _ in range(self.WARMUP):
-                    self.function(*static)
-        finally:  # if one of these runs fails, too: nothing of them may stay
+                    self._function(*buffers)
+        finally:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.no_grad():
                 for tensor, saved in zip(state, before, strict=True):
                     tensor.copy_(saved)
-        # A graph of an earlier run that waits to be collected must not be destroyed in the middle of a recording.
-        gc.collect()
+        gc.collect()  # destroying an old graph during the recording would break it
         graph = torch.cuda.CUDAGraph()
-        # Other threads may wait for the device meanwhile: the teacher cache's writer does.
+        # Other threads may synchronise meanwhile: the teacher cache's writer does.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = self.function(*static)
+            outputs = self._function(*buffers)
         self._pool = graph.pool()
-        return graph, static, outputs
+        return graph, buffers, outputs
 
 
-class CapturedStep:
-    """A training step whose work is replayed from CUDA graphs.
+class CapturedStep(_Captured):
+    """A training step that replays CUDA graphs.
 
-    The inputs of a step are copied into static buffers; everything else it touches (weights, momenta, metrics, the
-    learning rate, the factors) stays at one address and is written in place.
-
-    Args:
-        step: the eager step.
-        warn: is told, in a line, if it cannot be recorded.
+    Inputs are copied into static buffers. All other tensors (weights, momenta, metrics, the learning rate, the loss
+    weights) stay at one address and are written in place.
     """
 
     def __init__(self, step: Step, warn: Warn = print) -> None:
-        self.step = step
-        self._run = _Recorder(step, step.state_tensors, warn)
-
-    def __call__(self, *raw: Tensor) -> None:
-        """Train on the batch that ``raw`` names."""
-        self._run(*raw)
+        super().__init__(step, step.state_tensors, warn)
 
 
-class CapturedNetwork:
-    """A network's logits for evaluation, replayed from CUDA graphs; the weights may change in place between calls.
-
-    Args:
-        network: in eval mode whenever this is called.
-        warn: is told, in a line, if it cannot be recorded.
-    """
+class CapturedNetwork(_Captured):
+    """The forward pass of a network in eval mode as CUDA graphs; weights may change in place between calls."""
 
     def __init__(self, network: nn.Module, warn: Warn = print) -> None:
-        self._run = _Recorder(network, lambda: [], warn)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of images, in a tensor that the next call overwrites."""
-        logits: Tensor = self._run(images)
-        return logits
+        super().__init__(network, list, warn)

@@ -1,4 +1,4 @@
-"""Training metrics that live on the device: added to in every step, read only when somebody looks."""
+"""Training metrics, accumulated on the device and read only when needed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Averages(NamedTuple):
     """Training metrics of an epoch so far.
 
     Attributes:
-        losses: mean of each loss by name, as it enters the total, and ``total``.
+        losses: mean of each weighted loss by name, and ``total``.
         top1: training accuracy in percent.
-        samples: how many samples they are over.
+        samples: number of samples.
     """
 
     losses: dict[str, float]
@@ -28,11 +28,7 @@ class Averages(NamedTuple):
 
 
 class TrainMeters(nn.Module):
-    """Sums over the samples of an epoch, as buffers. A module only for its state dict and its moves between devices.
-
-    Args:
-        names: of the losses in ``Losses.parts``.
-    """
+    """Sums over the samples of an epoch, by the names of ``Losses.parts``. A module for ``state_dict`` and ``to``."""
 
     sums: Tensor
     correct: Tensor
@@ -44,20 +40,19 @@ class TrainMeters(nn.Module):
         super().__init__()
         self.names = list(names)
         self.register_buffer("sums", torch.zeros(len(names), dtype=torch.float64))
-        self.register_buffer("correct", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("samples", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        for name in ("correct", "samples", "step"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("first_bad", torch.full((len(names),), -1, dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, losses: Losses, targets: Tensor, new_step: bool = True, counted: bool = True) -> None:
-        """Add a step, or another part of one; no synchronisation with the host.
+        """Add a micro-batch, without host synchronisation.
 
         Args:
-            losses: of the step.
+            losses: of the micro-batch.
             targets: ``[B]``.
-            new_step: it is the first part of a step.
-            counted: its samples are this process's own.
+            new_step: it is the first of its step.
+            counted: its samples belong to this process.
         """
         parts = losses.parts.detach()
         self.step += new_step
@@ -65,45 +60,45 @@ class TrainMeters(nn.Module):
             self.sums.add_(parts, alpha=len(targets))
             self.correct += (losses.logits.argmax(1) == targets).sum()
             self.samples += len(targets)
-        news = (parts - parts != 0) & (self.first_bad < 0)  # NaN and infinity less themselves are NaN
-        torch.where(news, self.step, self.first_bad, out=self.first_bad)
+        turned_bad = ~parts.isfinite() & (self.first_bad < 0)
+        torch.where(turned_bad, self.step, self.first_bad, out=self.first_bad)
 
     def reset(self) -> None:
-        """Forget everything: a new epoch."""
+        """Reset all sums, for a new epoch."""
         for buffer in (self.sums, self.correct, self.samples, self.step):
             buffer.zero_()
         self.first_bad.fill_(-1)
 
     def all_reduced_state(self) -> dict[str, Tensor]:
-        """The state of all processes together; all of them must ask for it."""
+        """Return the state over all processes, each of which must call this."""
         own = self.state_dict()
-        joined = {name: distributed.total(own[name]) for name in ("sums", "correct", "samples")}
-        return own | joined | {name: distributed.largest(own[name]) for name in ("step", "first_bad")}
+        sums = {name: distributed.all_reduce(own[name]) for name in ("sums", "correct", "samples")}
+        return sums | {name: distributed.all_reduce(own[name], maximum=True) for name in ("step", "first_bad")}
 
     def load_all_reduced_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`all_reduced_state` gave, so that together the processes have it once."""
+        """Load :meth:`all_reduced_state`; the sums go to the first process."""
         self.load_state_dict(state)
         if not distributed.is_first():
             for buffer in (self.sums, self.correct, self.samples):
                 buffer.zero_()
 
     def read(self, epoch: int, together: bool = False) -> Averages:
-        """The averages so far; this one waits for the device.
+        """Return the averages so far. Synchronises with the device.
 
         Args:
             epoch: for the message.
-            together: over all processes, all of which must ask for it; else over this one's samples.
+            together: average over all processes, each of which must call this.
 
         Raises:
-            NonFiniteLossError: a loss was NaN or infinite; names it, the epoch and the step (counted from 1).
+            NonFiniteLossError: a loss was NaN or infinite.
         """
         state = self.all_reduced_state() if together else self.state_dict()
         bad = {name: step for name, step in zip(self.names, state["first_bad"].tolist(), strict=True) if step > 0}
         if bad:
             step = min(bad.values())
-            guilty = " and ".join(name for name in bad if bad[name] == step)
+            names = " and ".join(name for name in bad if bad[name] == step)
             raise NonFiniteLossError(
-                f"the loss {guilty} became NaN or infinite in epoch {epoch}, step {step}: training stopped, the last "
+                f"the loss {names} became NaN or infinite in epoch {epoch}, step {step}: training stopped, the last "
                 "good checkpoint stays; a lower SOLVER.LR, a higher temperature or SOLVER.PRECISION fp32 may help"
             )
         samples = int(state["samples"])

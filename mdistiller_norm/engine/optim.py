@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of its learning rate."""
+"""SGD and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,30 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Learning rate that falls by a factor after given epochs.
-
-    Attributes:
-        base: learning rate of the first epoch.
-        stages: epochs, counted from 1, after which it falls: with 150 the first epoch at the lower rate is 151.
-        rate: the factor.
-    """
+    """Learning rate that is multiplied by ``rate`` after each epoch in ``stages`` (counted from 1)."""
 
     base: float
     stages: Sequence[int]
     rate: float
 
     def __call__(self, epoch: int) -> float:
-        """Learning rate of that epoch, counted from 1."""
+        """Return the learning rate of an epoch, counted from 1."""
         return self.base * self.rate ** sum(epoch > stage for stage in self.stages)
 
 
 def build_sgd(
     parameters: Iterable[torch.nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool
 ) -> torch.optim.SGD:
-    """SGD in one fused kernel; weight decay on every parameter, as the reference has it.
+    """Build fused SGD with weight decay on every parameter.
 
-    The momentum buffers start as zeros instead of being made in the first step, so that no step is special; the update
-    is the same. On CUDA the learning rate is a tensor, which a captured step reads anew.
+    Momentum buffers start as zeros, which computes the same updates, so that CUDA graphs can record any step. On CUDA,
+    the learning rate is a tensor, which a replayed graph reads.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     device = trained[0].device
@@ -50,7 +44,7 @@ def build_sgd(
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
-    """Write a learning rate into every parameter group, in place where it is a tensor."""
+    """Set the learning rate of every parameter group, in place where it is a tensor."""
     for group in groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

@@ -69,7 +69,7 @@ class TrainStep:
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         """Append the outputs of a cached teacher to the inputs of each step."""
-        return self.teacher.feed(batches) if self.teacher else batches
+        return self.teacher.with_teacher_outputs(batches) if self.teacher else batches
 
     def __call__(self, *raw: Tensor) -> None:
         """Train on one batch, given its tensors from :meth:`with_teacher_outputs`."""

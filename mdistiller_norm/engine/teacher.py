@@ -1,10 +1,9 @@
-"""The teacher: frozen, without gradients, outside of everything that trains or is saved."""
+"""The teacher: frozen, without gradients, outside of everything that is trained or saved."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -21,7 +20,7 @@ Raw = tuple[Tensor, ...]
 
 
 def weights_hash(network: nn.Module) -> str:
-    """SHA-256 of a network's parameters and buffers: names, shapes and values."""
+    """Return the SHA-256 of a network's parameters and buffers: names, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -30,27 +29,27 @@ def weights_hash(network: nn.Module) -> str:
 
 
 class Teacher(Protocol):
-    """What a training step asks of a teacher.
+    """A teacher as a training step uses it.
 
     Attributes:
         hash: of its weights.
-        network: as it was loaded, frozen, in eval mode.
-        extra: how many tensors it adds to what names a batch.
+        network: as loaded, frozen, in eval mode.
+        extra: number of tensors that :meth:`with_teacher_outputs` appends to a batch.
     """
 
     hash: str
     network: Network
     extra: int
 
-    def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
-        """What names each batch, and after it the tensors that :meth:`__call__` wants besides the batch."""
+    def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+        """Append to each raw batch the tensors that :meth:`__call__` needs."""
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
-        """What the teacher says of a batch."""
+        """Return the teacher's outputs for a batch."""
 
 
-class _Reads(nn.Module):
-    """A network's forward that gives just what is needed of its outputs."""
+class _Forward(nn.Module):
+    """``network.outputs`` as a forward pass, without the maps if they are not needed."""
 
     def __init__(self, network: Network, need: Need) -> None:
         super().__init__()
@@ -58,66 +57,34 @@ class _Reads(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         outputs = self.network.outputs(images)
-        if self.need < Need.MAPS:
-            return Outputs(outputs.logits, (), (), outputs.pooled)
-        return outputs
-
-
-def _is_fresh(value: object, graph: torch.fx.GraphModule) -> bool:
-    """Whether it is the output of a convolution, read once."""
-    if not (isinstance(value, torch.fx.Node) and value.op == "call_module" and len(value.users) == 1):
-        return False
-    return isinstance(graph.get_submodule(str(value.target)), nn.Conv2d)
-
-
-def _add_to(fresh: Tensor, other: Tensor) -> Tensor:
-    """The sum, in the memory of its first term where it has its shape and type."""
-    if isinstance(other, Tensor) and (other.shape, other.dtype) == (fresh.shape, fresh.dtype):
-        return fresh.add_(other)
-    return fresh + other
+        return outputs if self.need is Need.MAPS else outputs._replace(features=(), preacts=())
 
 
 def folded(network: Network, need: Need) -> nn.Module:
-    """A copy of a frozen network, its batch norms folded into the convolutions before them where they directly follow.
+    """Return a copy of a network in eval mode, its batch norms folded into the convolutions before them.
 
-    Equal to the network up to float rounding. Maps that are not needed are not computed. A network of a user's own that
-    cannot be traced is run as it is.
-
-    Args:
-        network: in eval mode; stays as it is.
-        need: what its outputs are read for.
-
-    Returns:
-        A module from images to :class:`Outputs` (without maps, where they are not needed).
+    Equal to the network up to rounding. Maps that are not needed are not computed. A network that cannot be traced is
+    copied as it is.
     """
-    whole = _Reads(copy.deepcopy(network), need).eval()
+    module: nn.Module = _Forward(copy.deepcopy(network), need).eval()
     try:
-        result = fuse(whole, inplace=True, no_trace=False)
-    except Exception:  # somebody's own network under a tracer may raise anything
-        return whole.requires_grad_(False)
-    assert isinstance(result, torch.fx.GraphModule)
-    for node in result.graph.nodes:
-        # Tracing turns the residual blocks' += into +. Where the sum's first term is a tensor that nothing else reads
-        # (which a module's output need not be: nn.Identity's is its input), adding in place saves a pass over memory.
-        if node.op == "call_function" and node.target is operator.add and _is_fresh(node.args[0], result):
-            node.target = _add_to
-    result.recompile()
-    for parameter in result.parameters():
-        parameter.requires_grad_(False)
-    return result.to(memory_format=torch.channels_last)
+        module = fuse(module, inplace=True, no_trace=False)
+    except Exception:  # tracing a user's network may raise anything
+        return module.requires_grad_(False)
+    return module.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class LiveTeacher:
     """A teacher that runs in every step.
 
-    Not an ``nn.Module``, so that no optimizer, wrapper or checkpoint can pick it up by accident.
+    Not an ``nn.Module``, so that no optimizer, wrapper or checkpoint includes it.
 
     Args:
         network: trained; put into eval mode and frozen.
-        need: what the distillers read.
-        autocast: the dtype of its pass, None for float32.
-        train_mode: run a copy with batch statistics, whose running averages drift (OFD's reference does this).
-        compiler: turns the folded network into something faster; None to run it as it is.
+        need: which outputs the distillers read.
+        autocast: dtype of the forward pass, None for float32.
+        train_mode: run a copy with batch statistics, whose running averages drift (as in OFD's reference code).
+        compiler: compiles the folded network; None to run it as it is.
     """
 
     extra = 0
@@ -133,34 +100,31 @@ class LiveTeacher:
         self.network = network.eval().requires_grad_(False)
         self.hash = weights_hash(network)
         self.need, self.autocast = need, autocast
-        self._runs: Callable[[Tensor], Outputs]
-        if train_mode:
-            self._runs = _Reads(copy.deepcopy(network), need).train()
-        else:
-            module = folded(network, need)
-            with self._arithmetic(next(network.parameters()).device):  # what is compiled is a program for just this
-                self._runs = compiler(module) if compiler else module
+        module = _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
+        self._forward: Callable[[Tensor], Outputs] = module
+        if compiler and not train_mode:
+            with self._context(next(network.parameters()).device):  # a compiled program is specific to these modes
+                self._forward = compiler(module)
 
-    def feed(self, batches: Iterator[Raw]) -> Iterator[Raw]:
-        """See :class:`Teacher`: nothing is added."""
+    def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         return batches
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
-        """See :class:`Teacher`."""
+        """Run the teacher on a batch."""
         return self.run(batch.images)
 
     @contextmanager
-    def _arithmetic(self, device: torch.device) -> Iterator[None]:
-        # What the student's loss may save for its backward must not be inference tensors, and copying maps costs more
-        # than no_grad's bookkeeping: only the small outputs leave inference mode, as copies.
+    def _context(self, device: torch.device) -> Iterator[None]:
+        # Tensors that the student's loss saves for backward must not be inference tensors. Copying the small outputs
+        # is cheap; for maps, no_grad is cheaper than copies.
         mode = torch.no_grad() if self.need is Need.MAPS else torch.inference_mode()
         with mode, torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             yield
 
     def run(self, images: Tensor) -> Outputs:
-        """The outputs for images ``[B, 3, H, W]``."""
-        with self._arithmetic(images.device):
-            outputs = self._runs(images)
+        """Return the outputs for images ``[B, 3, H, W]``."""
+        with self._context(images.device):
+            outputs = self._forward(images)
         if self.need is Need.MAPS:
             return outputs
         return Outputs(outputs.logits.clone(), (), (), outputs.pooled.clone())

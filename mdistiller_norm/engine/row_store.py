@@ -1,0 +1,191 @@
+"""Fixed-width rows in a file that processes share, and a copy of them in device memory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.files import whole_file, write_json
+
+Array = npt.NDArray[Any]
+
+
+def to_device(array: Array, device: torch.device) -> Tensor:
+    """Copy an array to a device without synchronising. On the CPU, the tensor shares the array's memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _checksums(values: Array) -> Array:
+    """Compute the CRC-32 of each row, with the highest bit set: zero marks a row that was never written."""
+    sums = np.fromiter((zlib.crc32(row) for row in np.ascontiguousarray(values)), np.uint32, len(values))
+    checksums: Array = sums | np.uint32(1 << 31)
+    return checksums
+
+
+class RowStore:
+    """Rows of numbers in one sparse file, shared by the processes of a machine. Each row is written once.
+
+    The file holds a checksum for each row, then the rows. A row is valid if its checksum matches, so a row that a
+    crash left half written is missing, and no write has to wait for the disk.
+
+    Args:
+        folder: created if it does not exist.
+        description: determines the rows; a folder with another description is refused.
+        rows: number of rows.
+        width: numbers in a row.
+        dtype: ``torch.float32`` or ``torch.float16``.
+    """
+
+    LAYOUT = "one file, crc32"
+    PENDING = 8  # groups of rows that may wait for the disk, which bounds the memory
+
+    def __init__(self, folder: Path, description: dict[str, object], rows: int, width: int, dtype: torch.dtype) -> None:
+        self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
+        self.row_bytes = width * dtype.itemsize
+        self._array_dtype = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
+        self._file = folder / "rows.bin"
+        self._header_bytes = rows * 4
+        self._thread = ThreadPoolExecutor(1, "teacher-cache")
+        self._pending: deque[Future[None]] = deque()
+        size = self._header_bytes + rows * self.row_bytes
+        description = description | {"rows": rows, "width": width, "dtype": str(dtype), "layout": self.LAYOUT}
+        try:
+            self._create(description, size)
+            found = json.loads((folder / "about.json").read_text())
+            with self._file.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != size:
+                    raise ValueError(f"{self._file.name} does not have {size} bytes")
+                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"the teacher cache {folder} cannot be created or read ({error}): remove it, or set "
+                "DISTILLER.TEACHER_CACHE off"
+            ) from error
+        if found != description:
+            raise CheckpointError(f"the teacher cache {folder} was made for something else: remove it")
+        self._checksums = np.frombuffer(mapped, np.uint32, rows)
+        self._values = np.frombuffer(mapped, self._array_dtype, offset=self._header_bytes).reshape(rows, width)
+
+    def _create(self, description: dict[str, object], size: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            if not (self.folder / "about.json").exists():
+                write_json(description, self.folder / "about.json")
+            if not self._file.exists():
+                with whole_file(self._file) as file:
+                    file.truncate(size)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self._checksums))
+
+    def written(self) -> Array:
+        """Return the rows that were written, in ascending order; a crash may have made some of them invalid."""
+        return np.flatnonzero(self._checksums)
+
+    def is_valid(self, rows: Array) -> Array:
+        """Return for each of the rows ``[n]`` whether it is stored and intact."""
+        checksums: Array = self._checksums[rows]
+        valid: Array = checksums != 0
+        valid[valid] = _checksums(self.read(rows[valid])) == checksums[valid]
+        return valid
+
+    def missing(self, rows: Array) -> Array:
+        """Return the distinct rows that are not valid, in ascending order."""
+        distinct = np.unique(rows)
+        missing: Array = distinct[~self.is_valid(distinct)]
+        return missing
+
+    def read(self, rows: Array) -> Array:
+        """Return the values ``[n, width]`` of valid rows."""
+        values: Array = self._values[rows]
+        return values
+
+    def write(self, rows: Array, values: Array) -> None:
+        """Write distinct rows ``[n]`` with values ``[n, width]``; rows that are valid already stay as they are."""
+        try:
+            with self._locked(), self._file.open("r+b", buffering=0) as file:
+                new = ~self.is_valid(rows)
+                order = np.argsort(rows[new])
+                rows, values = rows[new][order], values[new][order].astype(self._array_dtype)
+                checksums = _checksums(values)
+                runs = [*np.flatnonzero(np.diff(rows, prepend=-2) != 1), len(rows)]
+                for start, stop in pairwise(runs):  # of neighbouring rows
+                    # Not through the memory map, where a full disk would kill the process.
+                    row = int(rows[start])
+                    os.pwrite(file.fileno(), values[start:stop].data, self._header_bytes + row * self.row_bytes)
+                    os.pwrite(file.fileno(), checksums[start:stop].data, row * 4)
+        except OSError as error:
+            raise CheckpointError(
+                f"the teacher cache {self.folder} cannot be written ({error.strerror}): free space or set "
+                "DISTILLER.TEACHER_CACHE off; the rows written before stay valid"
+            ) from error
+
+    def write_later(self, rows: Array, values: Tensor) -> None:
+        """Write rows from any device in a thread; raise the errors of earlier writes."""
+        host = values.to("cpu", non_blocking=True)  # into pinned memory if it comes from a GPU
+        ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+        def write() -> None:
+            if ready:
+                ready.synchronize()
+            self.write(rows, host.numpy())
+
+        self._pending.append(self._thread.submit(write))
+        self.flush(self.PENDING)
+
+    def flush(self, leave: int = 0) -> None:
+        """Wait until at most ``leave`` groups of rows are pending; raise the errors of their writes."""
+        while len(self._pending) > leave:
+            self._pending.popleft().result()
+
+
+class DeviceRows:
+    """A store's valid rows in device memory, where a step gathers them without the host."""
+
+    def __init__(self, store: RowStore, device: torch.device) -> None:
+        self.store = store
+        self._values = torch.zeros(store.rows, store.width, dtype=store.dtype, device=device)
+        self._copied = np.zeros(store.rows, bool)
+        for rows in np.array_split(store.written(), len(store) // 2**17 + 1):
+            self.copy_rows(rows[store.is_valid(rows)])
+
+    def absent(self, rows: Array) -> Array:
+        """Return those of the rows that are not on the device."""
+        absent: Array = rows[~self._copied[rows]]
+        return absent
+
+    def copy_rows(self, rows: Array) -> None:
+        """Copy valid rows of the store."""
+        self.write(rows, to_device(self.store.read(rows), self._values.device))
+
+    def write(self, rows: Array, values: Tensor) -> None:
+        """Set rows ``[n]`` to values ``[n, width]`` on the device."""
+        self._values[to_device(rows, self._values.device)] = values
+        self._copied[rows] = True
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return the values ``[n, width]`` of rows as float32."""
+        return self._values[rows].float()
