@@ -68,18 +68,16 @@ class RowStore:
         description = description | {"rows": rows, "width": width, "dtype": str(dtype), "layout": self.LAYOUT}
         try:
             self._create(description, size)
-            found = json.loads((folder / "about.json").read_text())
+            if json.loads((folder / "about.json").read_text()) != description:
+                raise ValueError("it was made for something else")
             with self._file.open("rb") as file:
                 if os.fstat(file.fileno()).st_size != size:
                     raise ValueError(f"{self._file.name} does not have {size} bytes")
                 mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"the teacher cache {folder} cannot be created or read ({error}): remove it, or set "
-                "DISTILLER.TEACHER_CACHE off"
+                f"the teacher cache {folder} cannot be used ({error}): remove it, or set DISTILLER.TEACHER_CACHE off"
             ) from error
-        if found != description:
-            raise CheckpointError(f"the teacher cache {folder} was made for something else: remove it")
         self._checksums = np.frombuffer(mapped, np.uint32, rows)
         self._values = np.frombuffer(mapped, self._array_dtype, offset=self._header_bytes).reshape(rows, width)
 
