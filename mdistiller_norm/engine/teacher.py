@@ -101,10 +101,10 @@ class LiveTeacher:
         self.hash = weights_hash(network)
         self.need, self.autocast = need, autocast
         module = _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
-        self._forward: Callable[[Tensor], Outputs] = module
+        self._runs: Callable[[Tensor], Outputs] = module
         if compiler and not train_mode:
             with self._context(next(network.parameters()).device):  # a compiled program is specific to these modes
-                self._forward = compiler(module)
+                self._runs = compiler(module)
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         return batches
@@ -124,7 +124,7 @@ class LiveTeacher:
     def run(self, images: Tensor) -> Outputs:
         """Return the outputs for images ``[B, 3, H, W]``."""
         with self._context(images.device):
-            outputs = self._forward(images)
+            outputs = self._runs(images)
         if self.need is Need.MAPS:
             return outputs
         return Outputs(outputs.logits.clone(), (), (), outputs.pooled.clone())
