@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from mdistiller_norm.data import digits
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.evaluate import evaluate
-from mdistiller_norm.engine.graph import CapturedStep
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.models import build_model
@@ -112,7 +111,7 @@ def test_everything_that_a_step_changes_can_be_restored(tmp_path: Path, teacher:
     extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher]
     steps = [build_step(tmp_path, name, *extra) for name in ("straight", "restored")]
     raws = list(steps[0].loader.batches(1))[:3]
-    state = CapturedStep(steps[1]).step.state_tensors()
+    state = steps[1].state_tensors()
     addresses = [tensor.data_ptr() for tensor in state]
     before = [tensor.clone() for tensor in state]
     for raw in raws[1:]:
