@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("", "Train a student, with or without a teacher."),
     "eval": ("mdistiller_norm.evaluation", "Evaluate weights of networks on a test split."),
     "export": ("mdistiller_norm.export", "Write a trained network as a file that does not need this package."),
-    "reproduce": ("mdistiller_norm.reproduce.cli", "Train the runs of the paper's tables."),
+    "reproduce": ("mdistiller_norm.reproduce.command", "Train the runs of the paper's tables."),
     "report": ("mdistiller_norm.reproduce.report", "Write TABLES.md and report.html from the ledger of finished runs."),
     "visualize": ("mdistiller_norm.analysis.cli", "Draw the paper's figures from checkpoints."),
     "shards": ("mdistiller_norm.pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),

@@ -1,1 +1,1 @@
-"""The paper's tables as data, the runs that fill them, the ledger of what was measured, and the report."""
+"""Reproduction of the paper's tables: table data, run planning and execution, the ledger of runs and the report."""

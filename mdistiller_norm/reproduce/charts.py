@@ -1,95 +1,72 @@
-"""Line charts as inline SVG: coloured by the page's style sheet, so that they follow light and dark."""
+"""Learning curves as inline SVG, drawn by matplotlib."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
-from html import escape
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-COLOURS = 8  # --c0 ... in the style sheet
-_WIDTH, _HEIGHT = 420, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 26, 34
-_POINTS = 160  # of a line; more cannot be seen
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from mdistiller_norm.reproduce.ledger import Entry
+
+_TEXT = "#010203"  # replaced by the text colour of the page, which is light or dark
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mdistiller_norm",  # equal ledgers give equal pages
+    "font.size": 8,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.grid": True,
+    "grid.color": "#80808040",
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "legend.framealpha": 0,
+}
 
 
-class Line(NamedTuple):
-    """A line of a chart.
+def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Markup:
+    """Return an SVG element with a line for each label and its values by epoch; empty without finite values.
 
-    Attributes:
-        label: said when pointed at.
-        colour: number of the style sheet's colour; past the last one they begin again, dashed.
-        x: positions.
-        y: heights.
+    Lines with equal labels have the same colour and one entry in the legend.
     """
-
-    label: str
-    colour: int
-    x: Sequence[float]
-    y: Sequence[float]
-
-
-def look(colour: int) -> str:
-    """The attributes of a line, or of its mark in a legend, of that colour number."""
-    dashed = " dashed" if colour // COLOURS % 2 else ""
-    return f'class="line{dashed}" style="--colour: var(--c{colour % COLOURS})"'
-
-
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers from ``low`` to ``high``."""
-    if high <= low:
-        high = low + 1
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def line_chart(title: str, lines: Sequence[Line]) -> str:
-    """An SVG element with epochs on its horizontal axis.
-
-    Args:
-        title: above the chart.
-        lines: drawn in this order.
-    """
-    xs = [x for line in lines for x in line.x]
-    ys = [y for line in lines for y in line.y if math.isfinite(y)]
-    if not ys:
-        return ""
-    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    margin = 0.05 * (high - low) or 0.5
-    low, high = low - margin, high + margin
-
-    def across(x: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * ((x - left) / (right - left) if right > left else 0.5)
-
-    def down(y: float) -> float:
-        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - y) / (high - low)
-
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
-        f'<text class="title" x="{_LEFT}" y="15">{escape(title)}</text>',
-    ]
-    for tick in nice_ticks(low, high):
-        y = down(tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 5}" y="{y + 3.5:.1f}">{tick:g}</text>')
-    for tick in nice_ticks(left, right, 6):
-        if tick == int(tick):
-            parts.append(
-                f'<text class="tick" text-anchor="middle" x="{across(tick):.1f}" y="{_HEIGHT - 18}">{tick:g}</text>'
+    if not any(math.isfinite(value) for _, values in lines for value in values):
+        return Markup()
+    colours: dict[str, str] = {}
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3))
+        axes = figure.add_axes((0.1, 0.14, 0.87, 0.76), title=title, xlabel="epoch")
+        for label, values in lines:
+            shown = f"_{label}" if label in colours else label  # "_": not in the legend
+            colour = colours.setdefault(label, f"C{len(colours) % 10}")
+            axes.plot(
+                range(1, len(values) + 1), values, color=colour, label=shown, marker="." if len(values) < 2 else ""
             )
-    middle = (_LEFT + _WIDTH) / 2
-    parts.append(f'<text class="tick" text-anchor="middle" x="{middle:.0f}" y="{_HEIGHT - 4}">epoch</text>')
-    for line in lines:
-        stride = max(len(line.x) // _POINTS, 1)
-        kept = sorted({*range(0, len(line.x), stride), len(line.x) - 1})
-        points = [f"{across(line.x[i]):.1f},{down(line.y[i]):.1f}" for i in kept if math.isfinite(line.y[i])]
-        label = f"<title>{escape(line.label)}</title>"
-        if len(points) == 1:
-            cx, cy = points[0].split(",")
-            parts.append(f'<circle {look(line.colour)} cx="{cx}" cy="{cy}" r="2.5">{label}</circle>')
-        else:
-            parts.append(f'<polyline {look(line.colour)} points="{" ".join(points)}">{label}</polyline>')
-    return "".join([*parts, "</svg>"])
+        axes.legend()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue().replace(_TEXT, "currentColor")
+    return Markup(text[text.index("<svg") :].replace("<svg ", '<svg class="chart" role="img" ', 1))
+
+
+def run_charts(runs: Mapping[int, Entry]) -> list[Markup]:
+    """Return charts of the test top-1 and of the losses of some runs by seed."""
+    accuracy, losses = [], []
+    for seed, entry in sorted(runs.items()):
+        metrics = entry.record["metrics"]
+        accuracy.append((f"seed {seed}", metrics["test_top1"]))
+        losses += [(name, metrics[name]) for name in metrics if name.startswith("loss_") or name == "test_loss"]
+    return [line_chart("Test top-1 (%)", accuracy), line_chart("Losses", losses)]
+
+
+def mean_chart(title: str, rows: Mapping[str, Mapping[int, Entry]]) -> Markup:
+    """Return a chart of the mean test top-1 of each row's runs; empty for fewer than two rows with runs."""
+    lines = []
+    for name, runs in rows.items():
+        curves = [entry.record["metrics"]["test_top1"] for entry in runs.values()]
+        mean = [sum(values) / len(values) for values in zip(*curves, strict=False)]
+        lines += [(f"{name} (n = {len(curves)})", mean)] if curves else []
+    return line_chart(title, lines) if len(lines) > 1 else Markup()

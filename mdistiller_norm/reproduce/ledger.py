@@ -1,6 +1,6 @@
-"""The ledger of measured runs: one JSON file a run, never changed once written, checked on reading.
+"""The ledger: one JSON file per run, never changed once written and checked when read.
 
-A file's name ends in the beginning of its content's SHA-256, so that ledgers of several machines merge by copying.
+File names end with the first 10 digits of the SHA-256 of the content, so ledgers can be merged by copying files.
 """
 
 from __future__ import annotations
@@ -11,53 +11,37 @@ import math
 import os
 import re
 import statistics
-import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mdistiller_norm.engine.logger import Record, read_metrics
+import yaml
+
+from mdistiller_norm.config import REMOVED, default_config, leaves, method_names
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import write_text
-from mdistiller_norm.reproduce.jobs import identity
+from mdistiller_norm.run_folder import NEUTRAL
 
+Record = dict[str, Any]
 FORMAT = 1
-_Types = dict[str, type | tuple[type, ...]]
-_NUMBER = (int, float)
-# What is read of a record by somebody, by dotted key.
-_COMMON: _Types = {
-    "format": int, "status": str, "smoke": bool, "config_file": str, "seed": int, "at": str, "command": str,
-    "config.EXPERIMENT.PROJECT": str, "config.EXPERIMENT.TAG": str, "config.DISTILLER.TYPE": (str, list),
-}  # fmt: skip
-_FINISHED: _Types = {
-    "method": list, "student": str, "teacher": (dict, type(None)), "dataset": str, "epochs": int,
-    "last.top1": _NUMBER, "last.top5": _NUMBER, "best.top1": _NUMBER, "best.top5": _NUMBER, "best.epoch": int,
-    "seconds": _NUMBER, "extra_parameters": int, "metrics.test_top1": list, "metrics.images_per_second": list,
-    "environment.device": str, "environment.torch": str, "environment.python": str, "environment.platform": str,
-    "environment.commit": (str, type(None)), "environment.modified": bool,
-    "config.DATASET.TYPE": str, "config.DISTILLER.STUDENT": str, "config.DISTILLER.TEACHER": str,
-    "config.SOLVER.EPOCHS": int, "config.SOLVER.BATCH_SIZE": int, "config.SOLVER.PRECISION": str,
-    "config.SOLVER.LR": _NUMBER,
-}  # fmt: skip
-_PART: _Types = {
-    "from_step": int, "device": str, "precision": str, "processes": int, "torch": str, "python": str, "platform": str,
-    "commit": (str, type(None)), "modified": bool,
-}  # fmt: skip
-_TAUGHT: _Types = {"teacher.name": str, "teacher.top1": _NUMBER, "teacher.hash": str}
-_FAILED: _Types = {"error": str, "log": list}
+# Keys that do not change the result except for its seed and rounding (INIT_SEED: in records of earlier versions).
+NOT_IDENTIFYING = (
+    *(key for key in NEUTRAL if key != "SOLVER.EPOCHS"),
+    *("SEED", "SOLVER.PRECISION", "SOLVER.INIT_SEED"),
+)
+_LARGEST = 1e15  # absolute value of a number in a record
+# Raised for files that are not records: invalid JSON, deep nesting, unexpected types, huge integers.
+_MALFORMED = (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the ledger that passed all checks.
-
-    Attributes:
-        path: the file.
-        record: its content.
-        identity: what its config computes (see :func:`~mdistiller_norm.reproduce.jobs.identity`).
-    """
+    """A checked record with its file and the identity of its config."""
 
     path: Path
     record: Record
@@ -65,46 +49,29 @@ class Entry:
 
     @property
     def seed(self) -> int:
-        """Of the run."""
         return int(self.record["seed"])
 
     @property
-    def finished(self) -> bool:
-        """False for the record of a failure."""
-        return bool(self.record["status"] == "finished")
-
-    @property
     def precision(self) -> str:
-        """That it was trained in, which is not the config's where the machine has no fast kernels for that."""
-        trained = str(self.record.get("precision", self.record["config"]["SOLVER"]["PRECISION"]))
-        rounded = (self.record["teacher"] or {}).get("cache") == "fp16" != trained
-        return f"{trained}, teacher cache in fp16" if rounded else trained
-
-    def top1(self, which: str) -> float:
-        """Test top-1 in percent of the ``last`` or the ``best`` epoch."""
-        return float(self.record[which]["top1"])
-
-    def top5(self, which: str) -> float:
-        """Test top-5 in percent of the ``last`` or the ``best`` epoch."""
-        return float(self.record[which]["top5"])
+        """Precision used in training; differs from the config's on a device that does not support that one."""
+        used = str(self.record.get("precision", self.record["config"]["SOLVER"]["PRECISION"]))
+        cache = (self.record["teacher"] or {}).get("cache")
+        return f"{used}, teacher cache in fp16" if cache == "fp16" != used else used
 
     @property
     def milliseconds(self) -> float:
-        """Time of a training step: the median over the epochs."""
-        rates = self.record["metrics"]["images_per_second"]
-        return float(1000 * self.record["config"]["SOLVER"]["BATCH_SIZE"] / statistics.median(rates))
+        """Time of a training step, from the median speed of the epochs."""
+        speed = statistics.median(self.record["metrics"]["images_per_second"])
+        return float(1000 * self.record["config"]["SOLVER"]["BATCH_SIZE"] / speed)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a folder of records holds.
+    """The records of a folder.
 
-    Attributes:
-        runs: finished runs by identity, then by seed; of several with the same seed the one that finished first.
-        duplicates: the later ones.
-        failures: by time, the latest record of each failed run that no finished one of its identity and seed has made
-            good.
-        left_out: files that are broken, and why.
+    ``runs`` holds the finished runs by identity and seed; of several with the same seed, the first one counts and the
+    others are ``duplicates``. ``failures`` holds the latest failure of each run that has not finished since, and
+    ``left_out`` the broken files with the reason.
     """
 
     runs: dict[str, dict[int, Entry]] = field(default_factory=dict)
@@ -112,227 +79,193 @@ class Ledger:
     failures: list[Entry] = field(default_factory=list)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
 
-    def of(self, identity: str | None) -> dict[int, Entry]:
-        """Finished runs of an identity by seed."""
-        return self.runs.get(identity or "", {})
+    def of(self, identity: str) -> dict[int, Entry]:
+        return self.runs.get(identity, {})
 
     def all_runs(self) -> list[Entry]:
-        """Every finished run that counts."""
         return [entry for runs in self.runs.values() for entry in runs.values()]
 
 
+def identity(tree: Mapping[str, Any]) -> str:
+    """Return a hash of everything in a resolved config that determines the result, except the seed.
+
+    Runs with the same identity fill the same cell. Keys about storage and execution, the nodes of unused methods and
+    values equal to the defaults are left out; records from before a key was added therefore stay valid.
+    """
+    used = method_names(tree)
+    defaults = dict(leaves(default_config())) | {key: value for key, (value, _) in REMOVED.items()}
+    kept = {}
+    for key, value in leaves(tree):
+        section = key.split(".")[0]
+        unused = section in DISTILLERS and section not in used
+        if unused or key.startswith(NOT_IDENTIFYING) or (key == "DISTILLER.TEACHER" and not used):
+            continue
+        value = list(value) if isinstance(value, tuple) else value
+        if key == "DISTILLER.TYPE":
+            value = used
+        if key not in defaults or value != defaults[key]:
+            kept[key] = value
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def digest(record: Record) -> str:
-    """SHA-256 of a record without its own ``sha256``."""
+    """Return the SHA-256 of a record without its ``sha256`` field."""
     content = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_types(record: Record, wanted: _Types) -> None:
-    for key, kind in wanted.items():
+def signed_record(record: Record) -> Record:
+    """Return a record with its ``sha256`` field."""
+    return record | {"sha256": digest(record)}
+
+
+@cache
+def load_schema() -> dict[str, dict[str, str]]:
+    """Return the sections of ``record.yaml``."""
+    text = Path(__file__).with_name("record.yaml").read_text(encoding="utf-8")
+    schema: dict[str, dict[str, str]] = yaml.safe_load(text)
+    return schema
+
+
+def _check_types(record: Record, section: str) -> None:
+    for key, types in load_schema()[section].items():
         value: Any = record
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
                 raise DataError(f"{key} is missing")
             value = value[part]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise DataError(f"{key} is {value!r}, of the wrong type")
+        if type(value).__name__ not in types.split():
+            raise DataError(f"{key} must be {types.replace(' ', ' or ')}, got {value!r}")
+
+
+def _check_numbers(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item)
+    elif isinstance(value, int | float) and not abs(value) < _LARGEST:
+        raise DataError("a number is not finite or too large")
 
 
 def check(record: Any) -> None:
-    """Check a record's shape, its hash, and that its numbers agree with each other.
+    """Check a record's types and hash, and that its numbers agree with each other.
 
     Raises:
-        DataError: says what is wrong, without the file's name.
+        DataError: without the name of the file.
     """
     if not isinstance(record, dict):
         raise DataError("not a record")
-    _check_types(record, _COMMON)
+    _check_types(record, "every")
     if record["format"] != FORMAT:
-        raise DataError(f"format {record['format']}, this version reads {FORMAT}")
-    if record["status"] not in ("finished", "failed"):
-        raise DataError(f"status is {record['status']!r}")
-    _check_types(record, _FINISHED if record["status"] == "finished" else _FAILED)
+        raise DataError(f"format must be {FORMAT}, got {record['format']}")
+    finished = record["status"] == "finished"
+    _check_types(record, "finished" if finished else "failed")
     if record.get("sha256") != digest(record):
-        raise DataError("its content is not what was written (sha256 differs): it was edited or cut off")
-    if record["status"] == "failed":
+        raise DataError("the content was edited or cut off (sha256 differs)")
+    if not finished:
         return
+    _check_numbers({key: value for key, value in record.items() if key not in ("config", "environment")})
     if record["teacher"]:
-        _check_types(record, _TAUGHT)
+        _check_types(record["teacher"], "teacher")
     for part in record.get("parts", []):  # older records have none
-        _check_types(part, _PART)
-    held_out = record["config"]["DATASET"].get("VAL_SPLIT", 0)  # older records do not know the key
-    if not isinstance(held_out, int | float):
-        raise DataError(f"config.DATASET.VAL_SPLIT is {held_out!r}, of the wrong type")
-    metrics, epochs = record["metrics"], record["epochs"]
-    if epochs != record["config"]["SOLVER"]["EPOCHS"]:
-        raise DataError(f"epochs {epochs} differs from SOLVER.EPOCHS {record['config']['SOLVER']['EPOCHS']}")
-    if metrics.get("epoch") != list(range(1, epochs + 1)):
-        raise DataError(f"its metrics are not of the epochs 1 to {epochs}")
+        _check_types(part, "part")
+    metrics, epochs, planned = record["metrics"], record["epochs"], record["config"]["SOLVER"]["EPOCHS"]
+    if epochs != planned:
+        raise DataError(f"epochs {epochs} differs from SOLVER.EPOCHS {planned}")
     for name, values in metrics.items():
-        if len(values) != epochs or not all(isinstance(value, int | float) for value in values):
+        if len(values) != epochs or not {type(value) for value in values} <= {int, float}:
             raise DataError(f"metric {name} does not have {epochs} numbers")
+    if metrics.get("epoch") != list(range(1, epochs + 1)):
+        raise DataError(f"the metrics do not cover the epochs 1 to {epochs}")
     curve = metrics["test_top1"]
     for which, expected in (("last", curve[-1]), ("best", max(curve))):
         if not math.isclose(record[which]["top1"], expected, abs_tol=1e-3):
-            raise DataError(f"{which} top1 {record[which]['top1']} differs from its metrics' {expected}")
+            raise DataError(f"{which} top1 {record[which]['top1']} differs from the metrics' {expected}")
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():  # a FIFO would block
+        raise DataError("not a regular file")
+    return path.read_text(encoding="utf-8")
 
 
 def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
-    """Read and check all records of a folder; broken ones are named, never fatal.
-
-    Args:
-        folder: holds ``*.json``; need not exist.
-        smoke: read the records of the short schedule instead of the others.
-    """
+    """Read and check all records of a folder, which may be missing; ``smoke`` selects those of the short schedule."""
     ledger = Ledger()
     entries: list[Entry] = []
     for path in sorted(folder.glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(_read(path))
             check(record)
             entries.append(Entry(path, record, identity(record["config"])))
         except DataError as error:
             ledger.left_out.append((path, str(error)))
-        except (OSError, ValueError, RecursionError) as error:
-            ledger.left_out.append((path, f"not JSON ({error})"))
-        except (LookupError, TypeError, AttributeError) as error:
+        except _MALFORMED as error:
             ledger.left_out.append((path, f"malformed ({type(error).__name__}: {error})"))
     entries = [entry for entry in entries if entry.record["smoke"] == smoke]
+    failed: dict[tuple[str, int], Entry] = {}
     for entry in sorted(entries, key=lambda entry: (entry.record["at"], entry.path.name)):
-        if not entry.finished:
-            ledger.failures.append(entry)
+        if entry.record["status"] != "finished":
+            failed[entry.identity, entry.seed] = entry
         elif entry.seed in ledger.runs.setdefault(entry.identity, {}):
             ledger.duplicates.append(entry)
         else:
             ledger.runs[entry.identity][entry.seed] = entry
-    latest = {(entry.identity, entry.seed): entry for entry in ledger.failures}
-    ledger.failures[:] = [e for e in ledger.failures if e in latest.values() and e.seed not in ledger.of(e.identity)]
+    ledger.failures.extend(entry for entry in failed.values() if entry.seed not in ledger.of(entry.identity))
     return ledger
 
 
-def _columns(metrics: Sequence[Record]) -> Record:
-    """Metrics by name instead of by epoch, to seven digits: a tenth of the space."""
-    names = list(dict.fromkeys(name for record in metrics for name in record))
-    rounded = [{name: float(f"{value:.7g}") for name, value in record.items()} for record in metrics]
-    return {"epoch": [record["epoch"] for record in metrics]} | {
-        name: [record[name] for record in rounded] for name in names if name != "epoch"
-    }
-
-
-def _portable(result: Record) -> Record:
-    """A result whose paths start at the folder of all projects, as they do in everybody's checkout."""
-    prefix = Path(result["config"]["LOG"]["PREFIX"])
-    if not prefix.is_absolute():
-        return result
-
-    def shortened(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: shortened(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [shortened(item) for item in value]
-        return value.replace(str(prefix), prefix.name) if isinstance(value, str) else value
-
-    short: Record = shortened(result)
-    return short
-
-
 def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Record:
-    """The record of a finished run folder.
+    """Return the record of a finished run folder.
 
     Raises:
-        DataError: it is not finished, or its files do not agree with each other.
+        DataError: the run is not finished, or its files do not agree with each other.
     """
     path = run / "result.json"
+    head: Record = {"format": FORMAT, "status": "finished", "smoke": smoke, "config_file": config_file}
     try:
-        result = _portable(json.loads(path.read_text(encoding="utf-8")))
-        record: Record = {
-            "format": FORMAT, "status": "finished", "smoke": smoke, "config_file": config_file,
-            "at": _utc(path.stat().st_mtime),
-        } | result | {"metrics": _columns(read_metrics(run / "metrics.jsonl"))}  # fmt: skip
-        record["sha256"] = digest(record)
+        text = _read(path)
+        prefix = Path(json.loads(text)["config"]["LOG"]["PREFIX"])
+        if prefix.is_absolute():  # keep paths as they are in any other checkout
+            text = text.replace(json.dumps(str(prefix))[1:-1], prefix.name)
+        record = head | {"at": _utc(path.stat().st_mtime)} | json.loads(text)
+        record = signed_record(record | {"metrics": _metrics_by_name(run / "metrics.jsonl")})
         check(record)
     except DataError as error:
         raise DataError(f"{run}: {error}") from None
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{run} is not a finished run ({error})") from None
+    except _MALFORMED as error:
+        raise DataError(f"{run} is not a finished run ({type(error).__name__}: {error})") from None
     return record
 
 
-def failed_record(
-    config_file: str, config: Record, seed: int, command: str, error: str, log: list[str], smoke: bool
-) -> Record:
-    """The record of a run that ended in an error.
-
-    Args:
-        config_file: relative to the project.
-        config: resolved.
-        seed: of the run.
-        command: the command line.
-        error: one line.
-        log: the last lines that it printed.
-        smoke: on the short schedule.
-    """
-    record: Record = {
-        "format": FORMAT, "status": "failed", "smoke": smoke, "config_file": config_file,
-        "at": _utc(datetime.now(timezone.utc).timestamp()), "seed": seed, "command": command, "config": config,
-        "error": error, "log": log,
-    }  # fmt: skip
-    return record | {"sha256": digest(record)}
+def _metrics_by_name(path: Path) -> Record:
+    """Return one list per metric, rounded to seven digits to keep records small."""
+    epochs = read_metrics(path)
+    names = dict.fromkeys(name for metrics in epochs for name in metrics if name != "epoch")
+    columns = {name: [float(f"{metrics[name]:.7g}") for metrics in epochs] for name in names}
+    return {"epoch": [metrics["epoch"] for metrics in epochs]} | columns
 
 
-def check_writable(folder: Path) -> None:
-    """Make the ledger's folder, before anything is trained for it.
-
-    Raises:
-        DataError: no record could be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> DataError:
-    return DataError(f"the ledger {folder} cannot be written ({error})")
+def failed_record(head: Record, config: Record, error: str, log: list[str]) -> Record:
+    """Return the record of a run that ended with an error; ``log`` holds the last lines of its output."""
+    record: Record = {"format": FORMAT, "status": "failed", "at": _utc(time.time()), **head}
+    return signed_record(record | {"config": config, "error": error, "log": log})
 
 
 def add(record: Record, folder: Path) -> Path:
-    """Write a record under a name of its own; the same record twice is one file.
-
-    Raises:
-        DataError: it does not pass the checks, or the folder cannot be written.
-    """
+    """Write a record to a file of the ledger and return its path; adding a record twice gives one file."""
     check(record)
-    about = record["config"]["EXPERIMENT"]
-    words = re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{about['PROJECT']}-{about['TAG']}-seed{record['seed']}")
+    experiment = record["config"]["EXPERIMENT"]
+    name = f"{experiment['PROJECT']}-{experiment['TAG']}-seed{record['seed']}"
     failed = "" if record["status"] == "finished" else "-failed"
-    path = folder / f"{words}{failed}-{record['sha256'][:10]}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            mine = path.with_suffix(f".{os.getpid()}")  # two calls may add the same record at the same time
-            write_text(_render(record), mine)
-            mine.replace(path)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+    path = folder / (re.sub(r"[^A-Za-z0-9_.+-]+", "-", name) + f"{failed}-{record['sha256'][:10]}.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}")  # two processes may add the same record at once
+        lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+        write_text("{\n" + ",\n".join(lines) + "\n}\n", temporary)
+        temporary.replace(path)
     return path
 
 
-def _render(record: Record) -> str:
-    """JSON with a line for each key, and for each metric."""
-
-    def lines(mapping: Record, indent: str) -> str:
-        inside = indent + "  "
-        items = [
-            f"{inside}{json.dumps(key)}: {lines(value, inside) if key == 'metrics' else json.dumps(value)}"
-            for key, value in mapping.items()
-        ]
-        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-
-    return lines(record, "") + "\n"
-
-
 def _utc(timestamp: float) -> str:
-    return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))

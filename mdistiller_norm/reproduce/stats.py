@@ -1,4 +1,4 @@
-"""Means, spreads and paired comparisons over seeds."""
+"""Means, standard deviations and paired differences over seeds, and their text in reports."""
 
 from __future__ import annotations
 
@@ -8,69 +8,69 @@ from typing import NamedTuple
 
 from scipy import stats
 
-ALIKE = 1e-6  # accuracies, in percent, that differ by rounding only
-HOLDS, CONTRADICTED, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "not tested yet"
+ROUNDING = 1e-6  # in percent: differences of accuracies below this are rounding errors
+HOLDS, CONTRADICTED, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "not tested"
+MINUS = "\N{MINUS SIGN}"
 
 
-class Spread(NamedTuple):
-    """Some numbers in short.
+def signed(value: float) -> str:
+    """Return a difference with its sign and two decimals."""
+    text = f"{value:+.2f}"
+    return "±0.00" if text in ("+0.00", "-0.00") else text.replace("-", MINUS)
 
-    Attributes:
-        n: how many.
-        mean: of them.
-        std: their sample standard deviation (n - 1); None for a single one.
-    """
+
+class MeanStd(NamedTuple):
+    """Mean and sample standard deviation of ``n`` values; ``std`` is None for a single value."""
 
     n: int
     mean: float
     std: float | None
 
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "")
 
-class Paired(NamedTuple):
-    """A difference of two methods over the seeds that both have.
 
-    Attributes:
-        n: seeds.
-        mean: difference.
-        low: of the 95% interval of the mean by Student's t; None with fewer than 3 seeds, and where all differences are
-            alike: a few test images make that a coincidence of their steps, and the interval would have no width.
-        high: likewise.
+class PairedDifference(NamedTuple):
+    """Mean difference over ``n`` common seeds with the 95% interval of the mean by Student's t.
+
+    The interval is None with fewer than 3 seeds, and if all differences are equal: on a small test set that is a
+    coincidence, and the interval would have no width.
     """
 
     n: int
     mean: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
 
     @property
     def verdict(self) -> str:
-        """Whether the difference is above zero: it holds where the whole interval is, and is undecided without one."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return UNDECIDED
         return HOLDS if self.low > 0 else CONTRADICTED
 
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            reason = "no interval with fewer than 3 seeds" if self.n < 3 else "identical in all seeds"
+            return f"{signed(self.mean)} (n = {self.n}, {reason})"
+        return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}] (n = {self.n})"
 
-def spread(values: Iterable[float]) -> Spread | None:
-    """Mean and standard deviation; None of nothing."""
+
+def mean_std(values: Iterable[float]) -> MeanStd | None:
+    """Return mean and sample standard deviation, or None if there are no values."""
     numbers = list(values)
     if not numbers:
         return None
-    return Spread(len(numbers), statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return MeanStd(len(numbers), statistics.fmean(numbers), std)
 
 
-def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Paired | None:
-    """``first - second`` over common seeds; None where there is none."""
-    differences = spread(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys()))
-    if not differences:
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference | None:
+    """Return ``first - second`` over the common seeds, or None if there is no common seed."""
+    result = mean_std(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys()))
+    if not result:
         return None
-    if differences.n < 3 or differences.std is None or differences.std < ALIKE:
-        return Paired(differences.n, differences.mean, None, None)
-    half = float(stats.t.ppf(0.975, differences.n - 1)) * differences.std / differences.n**0.5
-    return Paired(differences.n, differences.mean, differences.mean - half, differences.mean + half)
-
-
-def plus_minus(numbers: Spread | None) -> str:
-    """Mean ± std, to two decimals."""
-    if numbers is None:
-        return ""
-    return f"{numbers.mean:.2f}" + (f" ± {numbers.std:.2f}" if numbers.std is not None else "")
+    n, mean, std = result
+    if n < 3 or std is None or std < ROUNDING:
+        return PairedDifference(n, mean)
+    half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
+    return PairedDifference(n, mean, mean - half, mean + half)

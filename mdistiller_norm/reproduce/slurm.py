@@ -1,0 +1,80 @@
+"""Execution of jobs on a cluster through submitit: one Slurm job per run, resubmitted on preemption."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller_norm.errors import ConfigError, first_line
+from mdistiller_norm.reproduce.plan import Job, JobKey
+from mdistiller_norm.reproduce.runner import BLOCKED, DONE, FAILED, QUEUED, Execution, Outcomes
+
+
+class ClusterTask:
+    """The work of one cluster job: it runs one job and is saved and resubmitted on preemption."""
+
+    def __init__(self, job: Job, folder: Path, processes: int) -> None:
+        self.job, self.folder, self.processes = job, folder, processes
+        self._execution: Execution | None = None
+
+    def __call__(self) -> None:
+        """Run the job; raises if it does not finish, so that Slurm does not start the students of its teacher."""
+        self._execution = Execution(self.job, self.folder, self.processes)
+        while not self._execution.start():
+            time.sleep(1)
+        while not (outcome := self._execution.poll()):
+            time.sleep(0.2)
+        if outcome != DONE:
+            raise RuntimeError(f"{outcome}: {self._execution.error}")
+
+    def checkpoint(self) -> Any:
+        """Save and resubmit; submitit calls it before the job is preempted."""
+        import submitit
+
+        if self._execution:
+            self._execution.stop(kill=True)
+            while not self._execution.poll():
+                time.sleep(0.1)
+        return submitit.helpers.DelayedSubmission(ClusterTask(self.job, self.folder, self.processes))
+
+
+def submit(jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping[str, Any], processes: int) -> Outcomes:
+    """Submit jobs, students with a dependency on their teacher.
+
+    Args:
+        jobs: teachers before their students.
+        folder: folder of the ledger, on a file system that the cluster shares.
+        cluster: ``slurm``, or ``local`` for processes on this machine, which this function waits for.
+        options: arguments of submitit's ``AutoExecutor.update_parameters``.
+        processes: number of processes of each job, on one machine.
+    """
+    if not importlib.util.find_spec("submitit"):
+        raise ConfigError("--launcher slurm requires submitit: python -m pip install submitit")
+    import submitit
+
+    try:
+        executor = submitit.AutoExecutor(folder=str(folder.parent / ".submitit" / "%j"), cluster=cluster)
+        executor.update_parameters(**{"name": "mdistiller_norm", "timeout_min": 24 * 60} | dict(options))
+        extra = dict(options.get("slurm_additional_parameters") or {})
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"submitit cannot use {cluster}: {first_line(error)}") from error
+    outcomes, submitted = Outcomes(), dict[JobKey, Any]()
+    for job in jobs:
+        teacher = submitted.get(job.teacher.key) if job.teacher else None
+        if cluster == "slurm":
+            after = {"dependency": f"afterok:{teacher.job_id}", "kill_on_invalid_dep": "yes"} if teacher else {}
+            executor.update_parameters(slurm_additional_parameters=extra | after)
+        elif teacher and teacher.exception():  # waits for the teacher
+            outcomes[job.key] = BLOCKED
+            continue
+        try:
+            submitted[job.key] = executor.submit(ClusterTask(job, folder, processes))
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # sbatch's errors are RuntimeErrors
+            raise ConfigError(f"cannot submit {job.name}: {first_line(error)} (submitted: {len(submitted)})") from error
+        print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
+    for key, task in submitted.items():
+        outcomes[key] = QUEUED if cluster == "slurm" else FAILED if task.exception() else DONE
+    return outcomes
