@@ -1,23 +1,22 @@
-"""The command line ``mdistiller-norm COMMAND ...``; ``tools/*.py`` run single commands of it."""
+"""The command line ``mdistiller-norm COMMAND ...``; each file in ``tools/`` runs one of its commands."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from errno import EACCES, EDQUOT, EIO, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from typing import NoReturn
 
 from mdistiller_norm import __version__
 from mdistiller_norm.errors import ConfigError, Interrupted, UserError, first_line
 
-# Command -> module and help. The module, imported only for its command, offers `add_arguments(parser)` and
+# Command -> module and help. The module, imported only for its command, provides `add_arguments(parser)` and
 # `main(options)`, which returns the exit code.
-COMMANDS: dict[str, tuple[str, str]] = {
+COMMANDS = {
     "train": ("", "Train a student, with or without a teacher."),
     "eval": ("mdistiller_norm.evaluation", "Evaluate weights of networks on a test split."),
     "export": ("mdistiller_norm.export", "Write a trained network as a file that does not need this package."),
@@ -27,10 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards": ("mdistiller_norm.pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
 _WITH_OVERRIDES = ("train", "reproduce")  # KEY VALUE may be placed between the options
-_DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR,
-    errno.ENAMETOOLONG,
-}  # fmt: skip
+_DISK_ERRORS = {EACCES, EDQUOT, EIO, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -41,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "") -> int:
-    """Run a command and return its exit code, see :func:`run`.
+    """Run a command, print its errors (see :func:`run`) and return its exit code.
 
     Args:
         arguments: the command and its arguments; default: those of the process.
@@ -56,62 +52,51 @@ def main(arguments: Sequence[str] | None = None, prog: str = "") -> int:
 
 
 def run(program: Callable[[], int]) -> int:
-    """Call a program and print its errors on one line.
+    """Call a program and print its error on one line.
 
     Returns:
-        Its exit code; 1 if the output was closed, 2 for wrong input, 128 + the number of the signal that stopped it.
+        The exit code: 1 if the output was closed, 2 for an error, 128 + the number of the signal that stopped it.
     """
     try:
         return program()
-    except UserError as error:
-        return _print_error(_lost_worker(error) or str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        return _print_error(f"{where}{error.strerror}: free some space or choose another path")
-    except RuntimeError as error:
-        if not (message := _lost_worker(error)):
-            raise
-        return _print_error(message)
+    except KeyboardInterrupt:
+        return 130
     except Interrupted as stop:
         print(f"{stop}; the state is saved: add --resume to the command to continue", file=sys.stderr)
         return 128 + stop.signal_number
-    except KeyboardInterrupt:
-        return 130
-
-
-def _lost_worker(error: BaseException | None) -> str:
-    """Return the message for a loader worker that was killed, or an empty string.
-
-    PyTorch raises this error in a signal handler, so it may be the cause of any other error.
-    """
-    while error is not None:
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
-            return (
-                f"{first_line(error).rstrip('.')}: a process that loads images was lost. If memory or shared memory is "
-                "short, lower DATASET.NUM_WORKERS; --resume continues a run that has saved a state"
-            )
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _print_error(text: str) -> int:
-    """Print an error and return exit code 2."""
+    except (UserError, OSError, RuntimeError) as error:
+        message = _message(error)
+        if not message:
+            raise
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # rank 0 reports an error of all ranks, after which torchrun ends the others
-    print(f"error: {' '.join(text.splitlines())}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
+
+
+def _message(error: BaseException) -> str:
+    """Return the message for a user, or an empty string for an unexpected error."""
+    cause: BaseException | None = error
+    while cause is not None:  # PyTorch raises it in a signal handler, so it may cause any other error
+        if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker (pid"):
+            return (
+                f"{first_line(cause).rstrip('.')}: a process that loads images was lost. If memory or shared memory is "
+                "short, lower DATASET.NUM_WORKERS; --resume continues a run that has saved a state"
+            )
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return f"{error.filename or 'output'}: {error.strerror}: free some space or choose another path"
+    return str(error) if isinstance(error, UserError) else ""
 
 
 def execute(arguments: Sequence[str], prog: str = "") -> int:
     """Parse a command and its arguments, run it and return its exit code.
 
     Raises:
-        UserError: wrong input.
+        UserError: the input is wrong.
         Interrupted: a signal stopped the command after it had saved its state.
     """
     parser = ArgumentParser(prog="mdistiller-norm", description="Knowledge distillation for image classifiers.")
@@ -149,35 +134,18 @@ def _train(options: argparse.Namespace) -> int:
     if options.show:
         print(config.show(resolved))
         return 0
-
     if options.check_data:
         from mdistiller_norm.build import build_dataset
         from mdistiller_norm.pack_shards import list_unreadable
 
-        broken = list_unreadable(build_dataset(resolved.node))
-        print(f"{len(broken)} images cannot be read")
-        return 2 if broken else 0
+        return 2 if list_unreadable(build_dataset(resolved.node)) else 0
 
     from mdistiller_norm.run import train
 
-    command = [*_launcher(), *options.command]
-    train(resolved, options.resume, command)
+    launcher = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+        nodes, processes = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+        where = ["--standalone"] if nodes == "1" else ["--nnodes", nodes]
+        launcher = ["torchrun", *where, "--nproc-per-node", processes]
+    train(resolved, options.resume, [*launcher, *options.command])
     return 0
-
-
-def _launcher() -> list[str]:
-    """Return the program that started this process, read from torchrun's environment variables."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ["python"]
-    nodes, processes = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
-    return ["torchrun", *(["--nnodes", nodes] if nodes != "1" else ["--standalone"]), "--nproc-per-node", processes]
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Check that the output file of an option can be created.
-
-    Raises:
-        ConfigError: the path is a folder, or its folder does not exist.
-    """
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise ConfigError(f"{option} {path} must be a file in an existing folder")

@@ -231,9 +231,7 @@ def _read_file(path: Path, done: set[Path]) -> _Settings:
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
-        near = nearest(path.name, [file.name for file in path.parent.glob("*.yaml")])
-        hint = f": did you mean {' or '.join(near)}?" if near else ""
-        raise ConfigError(f"config file {path} does not exist{hint}") from None
+        raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):

@@ -8,14 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mdistiller_norm.build import (
-    build_dataset,
-    build_device,
-    build_precision,
-    open_checkpoint,
-    placed,
-    train_command,
-)
+from mdistiller_norm.build import build_dataset, build_device, build_precision, open_checkpoint, placed, train_command
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
@@ -27,44 +20,37 @@ from mdistiller_norm.plugins import import_plugin
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``eval``."""
     parser.epilog = "example: python tools/eval.py -c output/digits/student_normkd/student_last.pt"
-    parser.add_argument("-m", "--model", default="", help="model name; default: the name stored in student_*.pt")
-    parser.add_argument(
-        "-c", "--ckpt", required=True, nargs="+",
-        help="checkpoint files; pretrain: the teacher weights found for -m and -d; torchvision:NAME: published weights",
-    )  # fmt: skip
-    parser.add_argument(
-        "-d", "--dataset", default="", help="data set; default: the one stored in student_*.pt, else cifar100"
-    )
+    weights = "checkpoint files, torchvision:NAME, or pretrain: the teacher weights of -m on -d"
+    parser.add_argument("-c", "--ckpt", required=True, nargs="+", help=weights)
+    parser.add_argument("-m", "--model", default="", help="model name (default: from the checkpoint)")
+    parser.add_argument("-d", "--dataset", default="", help="data set (default: from the checkpoint, else cifar100)")
     parser.add_argument("--cfg", metavar="FILE", help="config whose DATASET.* to use instead of -d and --root")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--root", default="", help="folder of the data sets (default: data)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the run")
-    parser.add_argument(
-        "--precision", default="fp32", choices=("fp32", "bf16", "fp16"),
-        help="precision of the networks; use a run's SOLVER.PRECISION to get its recorded accuracy",
-    )  # fmt: skip
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION")
     parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
 
 
 def main(options: argparse.Namespace) -> int:
     """Evaluate the checkpoints and print a line for each."""
     if options.batch_size < 1:
-        raise ConfigError(f"-bs must be at least 1, got {options.batch_size}")
+        raise ConfigError(f"-bs must be >= 1, got {options.batch_size}")
     if options.cfg and (options.dataset or options.root):
         raise ConfigError("--cfg sets the data set: remove -d and --root")
     dataset = build_dataset(load_config(options.cfg).node) if options.cfg else None
     device = build_device(options.device)
-    autocast, slow = build_precision(options.precision, device)
-    if slow:
-        raise ConfigError(f"--precision {options.precision}: {slow}, also in training: remove the option")
+    autocast, warning = build_precision(options.precision, device)
+    if warning:
+        raise ConfigError(f"--precision {options.precision}: {warning}, also in training: remove the option")
     for name in options.ckpt:
         _evaluate(_find_weights(name, options, dataset), options, dataset, device, autocast)
     return 0
 
 
 def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | None) -> str:
-    """Return the file of a checkpoint name; ``pretrain`` is mdistiller's name for a teacher's published weights."""
+    """Return the file of a checkpoint name; mdistiller calls the published weights of a teacher ``pretrain``."""
     if name.startswith(TORCHVISION):
         return str(published(name.removeprefix(TORCHVISION)).path)
     if name != "pretrain" or Path(name).exists():
@@ -81,17 +67,14 @@ def _evaluate(
     path: str, options: argparse.Namespace, data: Dataset | None, device: torch.device, autocast: torch.dtype | None
 ) -> None:
     network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root or "data"), data)
-    measured = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
-    if not math.isfinite(measured.loss):
-        raise CheckpointError(
-            f"{path} gives NaN or infinite logits on {dataset.name}: its training diverged, or the file is damaged"
-        )
-    size = "x".join(map(str, dataset.image_size))
+    result = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
+    if not math.isfinite(result.loss):
+        raise CheckpointError(f"{path} gives NaN or infinite logits on {dataset.name}: it diverged or is damaged")
     print(
-        f"{network.name:12} {dataset.name}  top-1 {measured.top1:6.2f}  top-5 {measured.top5:6.2f}  "
-        f"loss {measured.loss:7.4f}  {measured.samples} images of {size}, {options.precision}, "
-        f"{measured.images_per_second:.0f} images/s  {path}"
+        f"{network.name:12} {dataset.name}  top-1 {result.top1:6.2f}  top-5 {result.top5:6.2f}  "
+        f"loss {result.loss:7.4f}  {result.samples} images of {'x'.join(map(str, dataset.image_size))}, "
+        f"{options.precision}, {result.images_per_second:.0f} images/s  {path}"
     )
     if options.per_class:
-        for label, accuracy in zip(dataset.classes, measured.per_class.tolist(), strict=True):
+        for label, accuracy in zip(dataset.classes, result.per_class.tolist(), strict=True):
             print(f"  {label}: {accuracy:.2f}")

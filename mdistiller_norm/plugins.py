@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 from mdistiller_norm.errors import ConfigError
@@ -26,12 +27,12 @@ def import_plugin(name: str, beside: Path = Path()) -> str:
     Raises:
         ConfigError: the plugin does not exist, or raises an error, for example since it registers an existing name.
     """
-    is_file = name.endswith(".py") or "/" in name
-    found = next((folder / name for folder in (beside, Path()) if (folder / name).is_file()), None)
-    if is_file and found is None:
-        folders = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in (beside, Path())))
-        raise ConfigError(f"plugin {name} does not exist in {folders}")
-    file = found.resolve() if is_file and found else None
+    file = None
+    if name.endswith(".py") or "/" in name:
+        file = next((path.resolve() for path in (beside / name, Path(name)) if path.is_file()), None)
+        if file is None:
+            folders = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in (beside, Path())))
+            raise ConfigError(f"plugin {name} does not exist in {folders}")
     try:
         if file is None:
             importlib.import_module(name)
@@ -47,15 +48,15 @@ def _import_file(file: Path) -> None:
     name = f"plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError("its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
+    loader = SourceFileLoader(name, str(file))
+    spec = spec_from_loader(name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # last: it must not hide installed modules
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ COMMANDS = [
     ("train --cfg", ["argument --cfg: expected one argument"]),
     (f"{NORMKD} --frobnicate", ["unrecognized arguments: --frobnicate"]),
     ("train --cfg nowhere.yaml", ["config file nowhere.yaml does not exist"]),
-    (f"train --cfg {ROOT}/configs/digits/normkdd.yaml", ["does not exist: did you mean normkd.yaml"]),
     ("train --cfg .", ["config file . cannot be read"]),
     (f"{DIGITS} SOLVER.LRR 1", ["command line: unknown key SOLVER.LRR: did you mean SOLVER.LR"]),
     (f"{DIGITS} LR 1", ["unknown key LR: did you mean SOLVER.LR?"]),
@@ -44,15 +44,11 @@ COMMANDS = [
     (f"{DIGITS} DEVICE tpu", ["DEVICE", "tpu"]),
     (f"{DIGITS} DISTILLER.STUDENT resnet21", ["resnet21", "resnet20"]),
     ("eval -c x.pt -bs x", ["argument -bs/--batch-size: invalid int value: 'x'"]),
-    ("eval -c x.pt -bs 0", ["-bs must be at least 1, got 0"]),
+    ("eval -c x.pt -bs 0", ["-bs must be >= 1, got 0"]),
     ("eval -c x.pt --cfg x.yaml -d digits", ["--cfg sets the data set"]),
-    ("eval -c none.pt", ["none.pt"]),
     ("eval -c 'two\nlines.pt'", ["two lines.pt"]),
-    ("eval -c run.yaml", ["run.yaml"]),
-    ("eval -c pretrain", ["-c pretrain requires the model name: add -m"]),
-    ("eval -c torchvision:ResNet9_Weights.V1", ["ResNet9_Weights.V1"]),
     ("shards --root x", ["required: --out"]),
-    ("shards --root x --out y --per-shard 0", ["--per-shard must be at least 1, got 0"]),
+    ("shards --root x --out y --per-shard 0", ["--per-shard must be >= 1"]),
     ("shards --root x --out y", ["x"]),
     ("visualize", ["required: FIGURE: see mdistiller-norm visualize --help"]),
     ("visualize tsne", ["required: -c/--ckpt: see mdistiller-norm visualize tsne --help"]),
@@ -168,10 +164,14 @@ USED_PLUGINS = [
 
 
 @pytest.fixture(autouse=True)
-def _own_folder_and_registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_folder_and_registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    for registry in (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS):
-        monkeypatch.setattr(registry, "_entries", dict(registry))
+    registries = (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 def check(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,11 +80,14 @@ LOG: {{PREFIX: {folder}}}
 @pytest.fixture(scope="module", autouse=True)
 def _registries_as_before() -> Iterator[None]:
     """Restore the registries for the other test files."""
+    registries = (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS)
+    before = [dict(registry) for registry in registries]
     with pytest.MonkeyPatch.context() as patch:
-        for registry in (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS):
-            patch.setattr(registry, "_entries", dict(registry))
         patch.setattr(sys, "path", [*sys.path])
         yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from mdistiller_norm.build import build_device, build_precision, image_options
-from mdistiller_norm.cli import ArgumentParser, check_output, run
+from mdistiller_norm.cli import ArgumentParser, run
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import MemoryTrainLoader
 from mdistiller_norm.data.class_tree import class_folders, data_root, scan
@@ -217,7 +217,8 @@ def parse(arguments: Sequence[str]) -> Any:
     add("--json", type=Path, metavar="FILE", help="write all numbers: median, q1, q3, n, values over the rounds")
     add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     options = parser.parse_intermixed_args(arguments)
-    check_output("--json", options.json)
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise ConfigError(f"--json {options.json} must be a file in an existing folder")
     for name in ("blocks", "steps", "warmup"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(options, name)}")
