@@ -26,7 +26,7 @@ from mdistiller_norm.data import (
     TrainLoader,
     open_dataset,
 )  # fmt: skip
-from mdistiller_norm.data.image_folder import ImageDataset, data_root
+from mdistiller_norm.data.folder import ImageDataset, data_root
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load_into, load_weights

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from mdistiller_norm.data import Dataset, ImageOptions, image_folder
-from mdistiller_norm.data.image_folder import MEAN, STD
-from mdistiller_norm.data.webdataset import pack
+from mdistiller_norm.data.folder import MEAN, STD
+from mdistiller_norm.data.shards import pack
 from mdistiller_norm.errors import ConfigError, DataError
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.cli import execute
 from mdistiller_norm.data.digits import digits
-from mdistiller_norm.data.image_folder import MEAN, STD
+from mdistiller_norm.data.folder import MEAN, STD
 from mdistiller_norm.engine.checkpoint import load, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.export import check, open_subject

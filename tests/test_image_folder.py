@@ -33,8 +33,8 @@ from mdistiller_norm.cli import execute
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.data import Share, image_loader
 from mdistiller_norm.data.decode import View, decode, draw_view, eval_image, train_image
-from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset, ImageOptions, image_folder, imagenet, measure
-from mdistiller_norm.data.webdataset import INDEX, webdataset
+from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, ImageOptions, image_folder, imagenet, measure
+from mdistiller_norm.data.shards import INDEX, webdataset
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.trainable import Trainable

@@ -31,8 +31,7 @@ from mdistiller_norm.build import build_device, build_precision, image_options
 from mdistiller_norm.cli import ArgumentParser, run
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import MemoryTrainLoader
-from mdistiller_norm.data.class_tree import class_folders, data_root, scan
-from mdistiller_norm.data.image_folder import MEAN, STD, ImageDataset
+from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, class_folders, data_root, scan
 from mdistiller_norm.engine.checkpoint import load_weights
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.logger import environment

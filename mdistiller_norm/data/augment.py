@@ -1,7 +1,7 @@
-"""CIFAR's augmentation as batched tensor code: zero padding, random crop, horizontal flip, normalisation.
+"""CIFAR's augmentation as batched tensor operations: zero padding, random crop, horizontal flip, normalisation.
 
-Every outcome has a name, its *view*: with padding p there are (2p+1)^2 crop offsets and, where flips are on, two
-orientations of each, so ``view = (y * (2p+1) + x) * flips + flip``.
+Each outcome has a number, its *view*. Padding p allows (2p + 1) ** 2 crop offsets, each in one or two orientations:
+``view = (y * (2p + 1) + x) * flips + flip``.
 """
 
 from __future__ import annotations
@@ -15,62 +15,39 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class PadCropFlip:
-    """Pad by ``padding`` zeros on each side, crop back to the original size, mirror or not.
-
-    Attributes:
-        padding: pixels on each side.
-        flip: whether views include mirrored ones.
-    """
+    """Pad each side with ``padding`` zeros, crop to the original size, and optionally flip."""
 
     padding: int
     flip: bool
 
     @property
-    def offsets(self) -> int:
-        """Crop positions along one axis."""
-        return 2 * self.padding + 1
-
-    @property
     def views(self) -> int:
-        """Number of different outcomes for one image."""
-        return self.offsets**2 * (2 if self.flip else 1)
-
-    @property
-    def identity(self) -> int:
-        """The view that leaves an image as it is."""
-        return self.name(self.padding, self.padding, 0)
-
-    def name(self, y: int, x: int, flip: int) -> int:
-        """The view with that crop offset and orientation."""
-        return (y * self.offsets + x) * (2 if self.flip else 1) + flip
+        """Number of views of an image."""
+        return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
 
     def __call__(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
-        """The named views of the named images.
-
-        Only the batch is padded, not the whole split: that would be half as large again in memory.
+        """Return one view of each indexed image, ``[B, H, W, 3]``.
 
         Args:
-            images: ``[N, H, W, 3]``, a whole split.
+            images: ``[N, H, W, 3]``, a whole split. Only the batch is padded, to save memory.
             indices: ``[B]`` int64.
             views: ``[B]`` int64.
-
-        Returns:
-            ``[B, H, W, 3]``.
         """
         height, width = images.shape[1], images.shape[2]
         padded = functional.pad(images[indices], (0, 0, *[self.padding] * 4))
-        flips = 2 if self.flip else 1
+        offsets, flips = 2 * self.padding + 1, 2 if self.flip else 1
         offset, mirrored = views // flips, (views % flips)[:, None]
-        rows = (offset // self.offsets)[:, None] + torch.arange(height, device=views.device)
+        rows = (offset // offsets)[:, None] + torch.arange(height, device=views.device)
         column = torch.arange(width, device=views.device)
-        columns = (offset % self.offsets)[:, None] + torch.where(mirrored == 1, width - 1 - column, column)
+        column = torch.where(mirrored == 1, width - 1 - column, column)
+        columns = (offset % offsets)[:, None] + column
         sample = torch.arange(len(padded), device=views.device)
         return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 ``[B, H, W, 3]`` to ``(x / 255 - mean) / std``, float32 ``[B, 3, H, W]`` in channels_last memory order.
+    """Return ``(images / 255 - mean) / std``, bit-identical to torchvision's ToTensor and Normalize.
 
-    The operations and their order are those of torchvision's ToTensor and Normalize: equal to the bit.
+    Images are uint8 ``[B, H, W, 3]``; the result is float32 ``[B, 3, H, W]`` in channels_last memory format.
     """
     return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""What a data set is, and what the trainer asks of the two loaders made from it."""
+"""Interfaces of data sets and of their two loaders."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Warn = Callable[[str], None]
 
 
 class Dataset(ABC):
-    """A training and a test split: what the builders and the tools ask of any data set.
+    """A training split and a test split.
 
     Attributes:
-        name: what checkpoints and results call it.
+        name: name in checkpoints and results.
         classes: class names, in the order of the class numbers.
-        mean: of the channels, of pixels in [0, 1].
-        std: likewise.
-        variant: which networks fit its images, a name of :data:`mdistiller_norm.models.VARIANTS`.
+        mean: mean of each channel, of pixels in [0, 1].
+        std: standard deviation of each channel.
+        variant: kind of networks that fits the images, a name of :data:`mdistiller_norm.models.VARIANTS`.
     """
 
     name: str
@@ -36,68 +36,54 @@ class Dataset(ABC):
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images that a network sees."""
+        """Height and width of a network's input."""
 
     @property
     @abstractmethod
     def targets(self) -> Tensor:
-        """``[N]`` int64, the class of every training sample, on the CPU."""
+        """Class of every training sample, ``[N]`` int64, on the CPU."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of what tells its training split from others, for runs that go on: classes and targets at least."""
+        """Return a SHA-256 that identifies the training split, from at least the classes and targets."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         digest.update(self.targets.numpy().data)
         return digest.hexdigest()
 
     def summary(self) -> str:
-        """What it holds, in a line."""
+        """Describe the data set in one line."""
         return f"{self.name}: {len(self.classes)} classes, {len(self.targets)} training images"
 
     def unreadable(self) -> list[str]:
-        """Names of the files of both splits that cannot be read, with the reason; reads all of them."""
+        """Read the files of both splits; return the name of each unreadable one and the reason."""
         return []
 
     @abstractmethod
     def train_loader(
         self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
     ) -> TrainLoader:
-        """Training batches on that device.
-
-        Args:
-            batch_size: of one step over all processes.
-            seed: of the order and the augmentation.
-            device: where the batches are needed.
-            share: this process among those that train together.
-            warn: is told of what a person should know, a line each.
-
-        Raises:
-            ConfigError: the batch cannot be shared out evenly.
-        """
+        """Return a :class:`TrainLoader` of batches on ``device``; ``warn`` is called with each warning."""
 
     @abstractmethod
     def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
-        """This process's share of the test split, in batches of at most ``batch_size``, on that device."""
+        """Return a loader of this process's share of the test split."""
 
 
 class TrainLoader(ABC):
-    """Training batches whose every random choice is a function of (seed, epoch, position in the epoch).
+    """Training batches; each random choice is a function of (seed, epoch, position in the epoch).
 
-    A batch is made in two parts: ``batches`` yields what names it (index tensors, or decoded images), and ``prepare``
-    turns that into images inside the training step, on the device, where it can be compiled or captured with the rest.
+    ``batches`` yields the raw tensors of a batch (indices, or decoded images). ``prepare`` turns them into a batch
+    inside the training step, on the device, where it can be compiled or captured with the rest of the step.
 
     Args:
-        samples: of the training split.
+        samples: size of the training split.
         batch_size: samples of one step over all processes.
-        seed: of the order and the augmentation.
-        share: this process among those that train together.
+        seed: seed of order and augmentation.
+        share: rank and number of processes.
 
     Attributes:
-        batch_size: samples in a full batch of this process.
-        steps: batches an epoch, the last one possibly short.
-        views: how many outcomes the augmentation of an image has; None where they cannot be named.
-
-    Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        batch_size: samples of this process in a full batch.
+        steps: batches of an epoch; the last one may be short.
+        views: number of views of an image; None if the augmentation has no finite set of views.
     """
 
     views: int | None = None
@@ -106,29 +92,30 @@ class TrainLoader(ABC):
         if batch_size % share.world:
             raise ConfigError(f"SOLVER.BATCH_SIZE {batch_size} cannot be split evenly over {share.world} processes")
         self.samples, self.seed, self.share = samples, seed, share
-        self.global_batch_size, self.batch_size = batch_size, batch_size // share.world
+        self.global_batch_size = batch_size
+        self.batch_size = batch_size // share.world
         self.steps = -(-samples // batch_size)
 
     def part(self, step: int) -> Part:
-        """Which places of the epoch's order this process has in that step (counted from 0)."""
+        """Return this process's part of a step's batch (counted from 0)."""
         first = step * self.global_batch_size
         return share_out(first, min(self.global_batch_size, self.samples - first), self.share)
 
     @abstractmethod
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """What names the batches of an epoch (counted from 1), from ``first_step`` (counted from 0) on."""
+        """Yield the raw batches of an epoch (counted from 1), starting at ``first_step`` (counted from 0)."""
 
     @abstractmethod
     def prepare(self, *raw: Tensor) -> Batch:
-        """The batch of that name: tensor operations of static shape only."""
+        """Build the batch from its raw tensors, with operations of static shape only."""
 
 
 class EvalLoader(ABC):
-    """Every sample of this process's share of the test split once, in order."""
+    """This process's share of the test split, each sample once and in order."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images ``[B, 3, H, W]`` and targets ``[B]``."""
+        """Yield normalised images ``[B, 3, H, W]`` and targets ``[B]``."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Handwritten digits: the data set that is always there, inside scikit-learn."""
+"""Handwritten digits, a data set that scikit-learn includes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from mdistiller_norm.data.memory import Split, TensorDataset
 
 
 def digits() -> TensorDataset:
-    """1,797 real 8x8 grey images as 32x32 colour ones, split 1,437 / 360 with equal shares of the classes.
+    """Return 1,797 grey 8x8 images, enlarged to 32x32 RGB and split 1,437 / 360, stratified by class.
+
+    Images are not flipped: digits are not mirror-symmetric.
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998).
-    No flips: digits are not mirror-symmetric.
     """
-    from sklearn.datasets import load_digits  # seconds to import, which users of other data sets need not spend
+    from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
     from sklearn.model_selection import train_test_split
 
     source = load_digits()
-    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # they count 0..16
+    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # values are 0..16
     pixels = pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3)
     parts = train_test_split(
         pixels, source.target.astype(np.int64), test_size=360, stratify=source.target, random_state=0

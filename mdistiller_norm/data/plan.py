@@ -1,7 +1,7 @@
-"""The plan of an epoch: which sample stands where, and through which augmentation it goes.
+"""Order, augmentation and random key of an epoch, and each process's share of it.
 
-Everything is a pure function of (seed, epoch), so a checkpoint needs no state of a random generator, and a run that
-resumes, in mid-epoch too, sees exactly what an uninterrupted one would have seen.
+All of it is a pure function of (seed, epoch, rank). Checkpoints need no generator state, and a run that is resumed, in
+the middle of an epoch too, is bit-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class EpochPlan(NamedTuple):
-    """One epoch of a data set of N samples.
+    """Random choices of one epoch over N samples.
 
     Attributes:
         order: ``[N]`` int64, a permutation of the samples.
-        views: ``[N]`` int64, the augmentation of the sample at the same place of ``order``.
+        views: ``[N]`` int64, the augmentation of the sample at the same position of ``order``.
         key: 62-bit integer; step s of the epoch may draw randomness from ``key + s``.
     """
 
@@ -28,21 +28,16 @@ class EpochPlan(NamedTuple):
 
 
 def epoch_plan(seed: int, epoch: int, samples: int, views: int) -> EpochPlan:
-    """The plan of that epoch (counted from 1); the same on every machine and device."""
+    """Return the plan of an epoch (counted from 1). It is the same on every machine and device."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     order = torch.randperm(samples, generator=generator)
-    names = torch.randint(views, (samples,), generator=generator)
-    return EpochPlan(order, names, int(state[1] >> np.uint64(2)))
+    drawn = torch.randint(views, (samples,), generator=generator)
+    return EpochPlan(order, drawn, int(state[1] >> np.uint64(2)))
 
 
 class Share(NamedTuple):
-    """One of the processes that train together.
-
-    Attributes:
-        rank: its number, from 0.
-        world: how many there are.
-    """
+    """Rank of this process and the number of processes that train together."""
 
     rank: int = 0
     world: int = 1
@@ -52,14 +47,14 @@ ALONE = Share()
 
 
 class Part(NamedTuple):
-    """What one process has of a batch.
+    """One process's part of a batch.
 
     Attributes:
-        rows: places in the epoch's order; never empty.
-        weight: what the mean over these rows is multiplied by so that the mean over all processes is the mean over the
-            batch: 1 where the batch divides evenly. 0 where there is no sample for this process: its one row is then
-            another's, to have something to run on.
-        smallest: the fewest rows that any process has.
+        rows: positions in the epoch's order; never empty.
+        weight: factor of the mean over these rows, such that the mean over all processes is the mean over the batch:
+            1 if the batch divides evenly. It is 0 for a process without a sample, which gets a row of another one
+            because every process must run the step.
+        smallest: the smallest number of rows over all processes.
     """
 
     rows: slice
@@ -68,7 +63,7 @@ class Part(NamedTuple):
 
 
 def share_out(first: int, count: int, share: Share) -> Part:
-    """Split ``count`` places from ``first`` on over the processes, contiguously, sizes differing by at most one."""
+    """Split ``count`` positions from ``first`` contiguously over the processes; sizes differ by at most one."""
     rank, world = share
     size, longer = divmod(count, world)
     start = first + rank * size + min(rank, longer)
@@ -79,6 +74,6 @@ def share_out(first: int, count: int, share: Share) -> Part:
 
 
 def eval_share(count: int, share: Share) -> range:
-    """The test samples that this process evaluates; possibly none."""
+    """Return the test samples that this process evaluates, possibly none."""
     rank, world = share
     return range(rank * count // world, (rank + 1) * count // world)

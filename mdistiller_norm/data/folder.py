@@ -1,0 +1,198 @@
+"""ImageNet and other data sets of image files, ``train/<class>/*`` and ``val/<class>/*``."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller_norm.data.base import Dataset, Warn
+from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
+from mdistiller_norm.data.loader import ImageEvalLoader, ImageOptions, ImageSplit, ImageTrainLoader, Source, unreadable
+from mdistiller_norm.data.plan import ALONE, Share
+from mdistiller_norm.errors import ConfigError, DataError
+
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+# torchvision's constants, with which its published weights were trained.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+MEASURED = 1000  # images that mean and standard deviation are measured on
+
+
+class Files:
+    """Image files, by their names in a folder."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder = folder
+        # One array, which forked workers share without copying.
+        self._names = np.array([os.fsencode(name) for name in names], dtype=bytes)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> bytes:
+        return Path(self._path(index)).read_bytes()
+
+    def name(self, index: int) -> str:
+        return _printable(self._path(index))
+
+    def _path(self, index: int) -> str:
+        return f"{self.folder}{os.sep}{os.fsdecode(bytes(self._names[index]))}"
+
+
+def _printable(name: str) -> str:
+    """Escape the bytes of a file name that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the sorted names of the class folders of a split."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}): images belong in {folder}/<class>/") from error
+    if not names:
+        raise DataError(f"{folder} has no class folders: images belong in {folder}/<class>/")
+    for name in names:
+        if _printable(name) != name:
+            raise DataError(f"the class folder {_printable(name)} in {folder} has a name that is not UTF-8: rename it")
+    return names
+
+
+def scan(folder: Path, classes: Sequence[str]) -> ImageSplit:
+    """List the images of the class folders of a split, nested folders included, sorted by name."""
+    names: list[str] = []
+    targets: list[int] = []
+    for number, label in enumerate(classes):
+        found = sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}"))
+        if not found:
+            raise DataError(f"{folder / label} has no images ({', '.join(EXTENSIONS)}): complete it or remove it")
+        names += found
+        targets += [number] * len(found)
+    return ImageSplit(Files(folder, names), torch.tensor(targets))
+
+
+def _images(folder: str, prefix: str) -> Iterator[str]:
+    for entry in os.scandir(folder):
+        if entry.name[0] == ".":
+            continue
+        if entry.name.lower().endswith(EXTENSIONS):
+            yield prefix + entry.name
+        elif entry.is_dir(follow_symlinks=False):  # a link may form a cycle
+            yield from _images(entry.path, f"{prefix}{entry.name}{os.sep}")
+
+
+def data_root(root: Path, name: str) -> Path:
+    """Return ``root``, or its folder ``name`` if only that one contains splits."""
+
+    def has_split(folder: Path) -> bool:
+        return (folder / "train").is_dir() or (folder / "val").is_dir()
+
+    return root / name if has_split(root / name) and not has_split(root) else root
+
+
+def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageDataset:
+    """Open a data set of image files, ``root/{train,val}/<class>/*``.
+
+    Args:
+        root: folder of the data set, or the parent of a folder ``name``.
+        options: how the images are read.
+        name: name of the data set; its folder's by default.
+    """
+    root = data_root(root, name)
+    found = {split: class_folders(root / split) for split in ("train", "val") if options.train or split == "val"}
+    classes = options.classes or tuple(sorted(set().union(*found.values())))
+    if len(set(classes)) < len(classes):
+        raise DataError(f"DATASET.CLASSES must name each class once, got {', '.join(classes)}")
+    for split, names in found.items():
+        if missing := sorted(set(classes) - set(names)):
+            raise DataError(
+                f"{root / split} lacks {len(missing)} classes, the first is {missing[0]}: train and val need the same "
+                "class folders"
+            )
+    splits = [scan(root / split, classes) for split in found]
+    return ImageDataset(name or root.resolve().name, classes, splits[0], splits[-1], options)
+
+
+def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
+    """Open ImageNet (ILSVRC 2012): ``root/{train,val}/<wnid>/*`` or ``root/imagenet/{train,val}/<wnid>/*``.
+
+    Class numbers follow the sorted names of the folders, as in torchvision's weights.
+
+    Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge" (2015).
+    """
+    return image_folder(root, replace(options, mean=options.mean or MEAN, std=options.std or STD), "imagenet")
+
+
+class ImageDataset(Dataset):
+    """Encoded images, read by worker processes. Mean and standard deviation are measured if they are not given."""
+
+    def __init__(
+        self, name: str, classes: tuple[str, ...], train: ImageSplit, test: ImageSplit, options: ImageOptions
+    ) -> None:
+        if options.resize < options.size:
+            raise ConfigError(f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {options.size}, got {options.resize}")
+        if bool(options.mean) != bool(options.std):
+            raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither to measure them on images")
+        self.name, self.classes, self.train, self.test = name, classes, train, test
+        self.mean, self.std = (options.mean, options.std) if options.mean else measure(train.source, options)
+        self.options = replace(options, mean=self.mean, std=self.std)
+        self.variant = options.variant
+        if self.variant == "auto":
+            self.variant = "imagenet" if options.size > 64 else "cifar"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.options.size, self.options.size
+
+    @property
+    def targets(self) -> Tensor:
+        return self.train.targets
+
+    def fingerprint(self) -> str:
+        source, sizes = self.train.source, []
+        for index in range(0, len(source), max(len(source) // 200, 1)):
+            with contextlib.suppress(OSError):
+                sizes.append(len(source.read(index)))
+        return hashlib.sha256(f"{super().fingerprint()} {sizes}".encode()).hexdigest()
+
+    def summary(self) -> str:
+        return f"{self.name}: {len(self.classes)} classes, {len(self.train.source)} + {len(self.test.source)} images"
+
+    def train_loader(
+        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
+    ) -> ImageTrainLoader:
+        return ImageTrainLoader(self.train, self.options, batch_size, seed, device, share, warn)
+
+    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> ImageEvalLoader:
+        return ImageEvalLoader(self.test, self.options, batch_size, device, share)
+
+    def unreadable(self) -> list[str]:
+        splits = [self.train] if self.train is self.test else [self.train, self.test]
+        return [name for split in splits for name in unreadable(split, self.options)]
+
+
+def measure(source: Source, options: ImageOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Measure mean and standard deviation of each channel on evenly spaced images, rounded to four digits.
+
+    The deviation of a constant channel is set to 1, so that its normalised value is 0.
+    """
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    pixels = 0
+    for index in range(0, len(source), max(len(source) // MEASURED, 1)):
+        with contextlib.suppress(*UNREADABLE):
+            image = eval_image(decode(source.read(index)), options.resize, options.size).flatten(1).double() / 255
+            sums += torch.stack([image.sum(1), image.square().sum(1)])
+            pixels += image.shape[1]
+    if not pixels:
+        raise DataError(f"none of the images such as {source.name(0)} can be read: set DATASET.ROOT to another folder")
+    mean, square = sums / pixels
+    std = (square - mean**2).clamp_min(0).sqrt()
+    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) or 1.0 for x in std.tolist())

@@ -1,0 +1,188 @@
+"""Shards: the images of a data set in few large tar files, for file systems with a limited number of files.
+
+The files have WebDataset's format (``<key>.jpg`` and ``<key>.cls``, the class number as text). An index holds the
+position of each image, so that images are read in any order, and order and augmentation are a function of (seed, epoch)
+as with a folder. Shards must be on a file system, or on mounted object storage.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mdistiller_norm.data.folder import EXTENSIONS, MEAN, STD, ImageDataset, data_root
+from mdistiller_norm.data.loader import ImageOptions, ImageSplit
+from mdistiller_norm.errors import DataError
+
+INDEX, CLASSES = "index.npz", "classes.txt"
+
+
+class Shards:
+    """Images in tar files; ``positions`` ``[N, 3]`` are shard number, first byte and number of bytes."""
+
+    def __init__(self, folder: Path, shards: list[str], positions: NDArray[np.int64]) -> None:
+        self.folder, self.shards, self.positions = folder, shards, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, index: int) -> bytes:
+        shard, first, size = self.positions[index].tolist()
+        with (self.folder / self.shards[shard]).open("rb") as file:
+            file.seek(first)
+            content: bytes = file.read(size)
+        return content
+
+    def name(self, index: int) -> str:
+        shard, first, _ = self.positions[index].tolist()
+        return f"{self.folder / self.shards[shard]}, byte {first}"
+
+
+def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
+    """Open shards, ``root/{train,val}/*.tar`` and ``root/classes.txt``, normalised as ImageNet by default."""
+    root = data_root(root, "webdataset")
+    splits = [open_shards(root / split) for split in ("train", "val") if options.train or split == "val"]
+    path = root / CLASSES
+    try:
+        classes = tuple(path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+        if "" in classes or len(set(classes)) < len(classes):
+            raise ValueError("empty or repeated name")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} must contain one class name per line ({error})") from error
+    if options.classes not in ((), classes):
+        raise DataError(f"{path} must contain the classes of DATASET.CLASSES in the same order")
+    for split in splits:
+        least, largest = (int(bound) for bound in split.targets.aminmax())
+        if least < 0 or largest >= len(classes):
+            raise DataError(f"{path} has {len(classes)} classes, and the shards have class numbers {least}..{largest}")
+    options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
+    return ImageDataset(root.resolve().name, classes, splits[0], splits[-1], options)
+
+
+def open_shards(folder: Path) -> ImageSplit:
+    """List the images of all shards of a folder, from its index or, without one, from the headers of the tar files."""
+    shards = sorted(path.name for path in folder.glob("*.tar"))
+    if not shards:
+        raise DataError(f"{folder} has no shards (*.tar): create them with tools/make_shards.py")
+    positions, targets = _read_index(folder, shards) if (folder / INDEX).is_file() else _scan(folder, shards)
+    if not len(targets):
+        raise DataError(f"the shards in {folder} have no images ({', '.join(EXTENSIONS)})")
+    return ImageSplit(Shards(folder, shards, positions), torch.from_numpy(targets))
+
+
+def _read_index(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    sizes = np.array([(folder / name).stat().st_size for name in shards])
+    try:
+        with np.load(folder / INDEX) as index:
+            names, positions, targets = index["shards"].tolist(), index["places"], index["targets"]
+        matches = names == shards and positions.shape == (len(targets), 3) and targets.dtype == np.int64
+        matches = matches and positions.min(initial=0) >= 0
+        if not matches or (positions[:, 1:].sum(1) > sizes[positions[:, 0]]).any():
+            raise ValueError("it was written for others")
+    except Exception as error:  # a damaged archive may raise any exception
+        raise DataError(f"{folder / INDEX} does not match the shards ({error}): remove it to scan them") from error
+    return positions, targets
+
+
+def _scan(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    positions: list[tuple[int, int, int]] = []
+    targets: list[int] = []
+    for number, name in enumerate(shards):
+        try:
+            images, labels = _scan_shard(folder / name)
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise DataError(f"the shard {folder / name} cannot be read ({error}): create it again") from error
+        positions += [(number, *images[key]) for key in images]
+        targets += [labels[key] for key in images]
+    return np.array(positions, dtype=np.int64).reshape(-1, 3), np.array(targets, dtype=np.int64)
+
+
+def _scan_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """Return position and size of the images, and the class numbers, by key."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    with tarfile.open(path, "r:") as tar:  # not compressed: images are read by position
+        for member in tar:
+            key, extension = os.path.splitext(member.name)
+            if not member.isfile() or os.path.basename(key).startswith("._"):  # macOS adds these to archives
+                continue
+            if extension.lower() in EXTENSIONS:
+                images[key] = member.offset_data, member.size
+            elif extension == ".cls" and (content := tar.extractfile(member)):
+                labels[key] = int(content.read())
+    with path.open("rb") as file:  # tarfile ends without an error at a header that it cannot read
+        file.seek(tar.offset)
+        rest = file.read(2 * tarfile.RECORDSIZE + 1)
+    if any(rest) or not 2 * tarfile.BLOCKSIZE <= len(rest) <= 2 * tarfile.RECORDSIZE:
+        raise ValueError(f"truncated or damaged after byte {tar.offset}")
+    if unpaired := images.keys() ^ labels.keys():
+        raise ValueError(f"{min(unpaired)} must have both an image and a .cls")
+    return images, labels
+
+
+def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
+    """Write a data set as shards for :func:`webdataset`, completely or not at all.
+
+    Args:
+        dataset: data set to write; its files are copied without decoding them.
+        folder: folder to create; it must not contain shards.
+        per_shard: images per shard.
+
+    Returns:
+        The number of shards of each split.
+    """
+    parts = ("train", "val", CLASSES)
+    for part in parts:
+        if (folder / part).exists():
+            raise DataError(f"{folder / part} exists: choose another folder, or remove it")
+    unfinished = folder / ".unfinished_shards"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        unfinished.mkdir(parents=True)
+        splits = {"train": dataset.train, "val": dataset.test}
+        counts = {name: _write_split(split, unfinished / name, per_shard) for name, split in splits.items()}
+        (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
+        for part in parts:
+            (unfinished / part).rename(folder / part)
+    except OSError as error:
+        raise DataError(f"the shards in {folder} cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return counts
+
+
+def _write_split(split: ImageSplit, folder: Path, per_shard: int) -> int:
+    """Write shards and index in a random order, so that reading them in sequence is a shuffle."""
+    folder.mkdir()
+    order = torch.randperm(len(split.source), generator=torch.Generator().manual_seed(0)).numpy()
+    names: list[str] = []
+    positions: list[tuple[int, int, int]] = []
+    for first in range(0, len(order), per_shard):
+        number = len(names)
+        names.append(f"{number:06d}.tar")
+        with tarfile.open(folder / names[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, index in enumerate(order[first : first + per_shard].tolist()):
+                key, content = f"{number:06d}{row:08d}", split.source.read(index)
+                extension = os.path.splitext(split.source.name(index))[1].lower().replace("jpeg", "jpg")
+                positions.append((number, _add(tar, key + extension, content), len(content)))
+                _add(tar, f"{key}.cls", str(int(split.targets[index])).encode())
+    with (folder / INDEX).open("wb") as file:
+        np.savez(file, shards=np.array(names), places=np.array(positions), targets=split.targets.numpy()[order])
+    return len(names)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Append a file and return the position of its first byte."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    first = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(member, io.BytesIO(content))
+    return first
