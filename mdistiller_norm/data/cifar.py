@@ -108,9 +108,10 @@ def cifar100(root: str | Path) -> TensorDataset:
     missing = [name for name in ("train", "test", "meta") if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}: remove the folder to download it, or complete it")
+    classes = _read(folder / "meta", _class_names)
     train, test = _read(folder / "train", _split), _read(folder / "test", _split)
     if (len(train), len(test)) != (50_000, 10_000):
         raise DataError(f"{folder} must contain 50,000 + 10,000 images, got {len(train):,} + {len(test):,}")
-    dataset = TensorDataset("cifar100", train, test, _read(folder / "meta", _class_names), MEAN, STD)
+    dataset = TensorDataset("cifar100", train, test, classes, MEAN, STD)
     dataset.check()
     return dataset

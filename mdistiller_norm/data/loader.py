@@ -138,6 +138,7 @@ def _start_worker(number: int, trainer: int) -> None:
 
     Workers end with the loader, with the training process, or by a SIGTERM that the training process sends.
     """
+    sys.excepthook = lambda *error: None  # multiprocessing would print that the training process has ended
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere the sender of a signal is unknown: SIGTERM ends workers at once

@@ -112,18 +112,20 @@ class TensorDataset(Dataset):
 
 
 def _check_split(name: str, split: Split, classes: int) -> None:
-    (dtype, shape), (target_dtype, target_shape) = (
-        (getattr(value, "dtype", None), tuple(getattr(value, "shape", ()))) for value in (split.images, split.targets)
-    )
-    if dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise DataError(f"{name} images must be a non-empty uint8 tensor [N, H, W, 3], got {dtype} {list(shape)}")
-    if target_dtype != torch.int64 or target_shape != shape[:1]:
-        raise DataError(
-            f"{name} targets must be an int64 tensor {list(shape[:1])}, got {target_dtype} {list(target_shape)}"
-        )
-    least, largest = (int(bound) for bound in split.targets.aminmax())
+    images: object = split.images
+    targets: object = split.targets
+    shape = images.shape if isinstance(images, Tensor) and images.dtype == torch.uint8 else ()
+    if len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise DataError(f"{name} images must be a non-empty uint8 tensor [N, H, W, 3], got {_describe(images)}")
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.shape != shape[:1]:
+        raise DataError(f"{name} targets must be an int64 tensor [{shape[0]}], got {_describe(targets)}")
+    least, largest = (int(bound) for bound in targets.aminmax())
     if least < 0 or largest >= classes:
         raise DataError(f"{name} targets must be in 0..{classes - 1}, got {least}..{largest}")
+
+
+def _describe(value: object) -> str:
+    return f"{type(value).__name__} {getattr(value, 'dtype', '')} {list(getattr(value, 'shape', []))}"
 
 
 class MemoryTrainLoader(TrainLoader):
