@@ -1,11 +1,12 @@
-"""A trained network as a file for people without this package: ``torch.export``, ONNX, or a bare state dict.
+"""The command ``export``: write a trained network as a file that does not need this package.
 
-Every file is loaded again and compared with the network before it gets its name.
+Each file is loaded again and compared with the network before it replaces an existing one.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 from collections.abc import Callable
@@ -23,305 +24,184 @@ from mdistiller_norm.models import build_model
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.plugins import import_plugin
 
-# The first suffix of a format is the default.
-FORMATS = {"pt2": (".pt2",), "onnx": (".onnx",), "state_dict": (".pth", ".pt")}
-# Of a logit, relative to the largest of its batch: other kernels sum in another order, and a wrong file is far off.
-TOLERANCE = 1e-4
-ABOUT = "about.json"  # the extra file inside a .pt2
-_KNOWN = ("name", "variant", "dataset", "classes", "mean", "std", "image_size")
-
-Run = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
+Metadata = dict[str, Any]
+TOLERANCE = 1e-4  # of a logit, relative to the largest of its batch: other kernels sum in another order
+ABOUT = "about.json"  # name of the metadata in a .pt2
+SUFFIXES = {".pt2": "pt2", ".onnx": "onnx", ".pth": "state_dict", ".pt": "state_dict"}
+_REQUIRED = ("name", "variant", "dataset", "classes", "mean", "std", "image_size")
 
 
-class Subject(NamedTuple):
-    """What is exported.
-
-    Attributes:
-        network: in eval mode, on the CPU.
-        about: its name, variant, data set, classes, mean, std, image_size, and top1 where that is known.
-        real: normalised images of the test split, ``[N, 3, H, W]``; None where they are not on this machine.
-        missing: why not, or empty.
-    """
+class Student(NamedTuple):
+    """A trained network in eval mode, its metadata, and normalised test images or the reason why there are none."""
 
     network: Network
-    about: dict[str, Any]
-    real: Tensor | None
+    about: Metadata
+    images: Tensor | None
     missing: str = ""
 
-    @property
-    def mean(self) -> Tensor:
-        """Of the channels, of pixels in [0, 1]: ``[3, 1, 1]``."""
-        return torch.tensor(self.about["mean"])[:, None, None]
 
-    @property
-    def std(self) -> Tensor:
-        """Likewise."""
-        return torch.tensor(self.about["std"])[:, None, None]
-
-
-class WithNormalisation(nn.Module):
-    """A network that takes pixels in [0, 1] and normalises them itself.
-
-    Args:
-        subject: the network, its mean and its standard deviation.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, subject: Subject) -> None:
-        super().__init__()
-        self.network = subject.network
-        self.register_buffer("mean", subject.mean)
-        self.register_buffer("std", subject.std)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of RGB ``images`` ``[B, 3, H, W]``."""
-        logits: Tensor = self.network((images - self.mean) / self.std)
-        return logits
-
-
-def open_subject(path: Path, model: str, kind: str, root: Path, count: int) -> Subject:
-    """The network of a weights file, and real images to check its export on.
-
-    The images may be missing if the file knows what else the data set says of the network, as a ``student_*.pt`` does.
-
-    Args:
-        path: the weights file.
-        model: see :func:`~mdistiller_norm.build.open_checkpoint`, as the next two.
-        kind: of the data set.
-        root: folder of the data sets.
-        count: images wanted; fewer where the test split has fewer.
-
-    Raises:
-        UserError: see :func:`~mdistiller_norm.build.open_checkpoint`.
-    """
+def load_student(path: Path, model: str = "", kind: str = "", root: Path = Path("data"), count: int = 64) -> Student:
+    """Load a weights file as ``build.open_checkpoint`` does, with ``count`` test images if they are available."""
     weights = load_weights(path)
-    about, known = weights.about, all(key in weights.about for key in _KNOWN)
+    about, complete = weights.about, weights.about.keys() >= {*_REQUIRED}
     try:
-        if known and (kind or about.get("type")) == "cifar100" and not (root / "cifar-100-python").exists():
-            raise DataError(f"there is no {root / 'cifar-100-python'}")  # not worth a download
+        if complete and (kind or about.get("type")) == "cifar100" and not (root / "cifar-100-python").exists():
+            raise DataError(f"{root / 'cifar-100-python'} does not exist")  # do not download it for a check
         network, dataset = open_checkpoint(path, model, kind, root)
-        real, _ = next(iter(dataset.eval_loader(count, torch.device("cpu"))))
+        images, _ = next(iter(dataset.eval_loader(count, torch.device("cpu"))))
     except DataError as error:
-        if not known:
+        if not complete:
             raise
         network = build_model(model or about["name"], len(about["classes"]), variant=about["variant"])
         load_into(network, weights, f"{network.name} with {network.num_classes} classes")
-        return Subject(network.eval(), _facts(about, network), None, str(error))
-    facts = {
+        return Student(network.eval(), metadata(about, network), None, str(error))
+    about = about | {
         "variant": dataset.variant, "dataset": dataset.name, "classes": list(dataset.classes),
         "mean": list(dataset.mean), "std": list(dataset.std), "image_size": list(dataset.image_size),
     }  # fmt: skip
-    return Subject(network.eval(), _facts(about | facts, network), real)
+    return Student(network.eval(), metadata(about, network), images)
 
 
-def _facts(about: dict[str, Any], network: Network) -> dict[str, Any]:
-    """What a consumer of the file wants to know."""
-    return {key: about[key] for key in (*_KNOWN, "top1") if key in about} | {"name": network.name}
+def metadata(about: Metadata, network: Network) -> Metadata:
+    """Return the metadata of an exported file: the facts of a weights file and the preprocessing of its images."""
+    kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
+    from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
+    resize = about.get("resize", 256) if from_files else about["image_size"][0]
+    return kept | {"resize": resize, "crop": "center", "interpolation": "bilinear, antialiased", "channels": "RGB"}
 
 
-def export(subject: Subject, path: Path, form: str, with_normalisation: bool) -> list[str]:
-    """Write a network, load the file again, and give it its name if its logits are the network's.
+def export(student: Student, path: Path, form: str, with_normalisation: bool) -> list[str]:
+    """Write a network, load the file again, compare both, and return lines about the file.
 
     Args:
-        subject: the network.
-        path: of the file; one that is there is replaced, and stays as it is if anything fails.
-        form: a key of :data:`FORMATS`.
-        with_normalisation: the file takes pixels in [0, 1], not normalised ones.
-
-    Returns:
-        What the check found, in lines.
+        student: the network.
+        path: file to write; on failure an existing file is kept.
+        form: format, a value of :data:`SUFFIXES`.
+        with_normalisation: include the normalisation, so that the input are pixels in [0, 1].
 
     Raises:
         CheckpointError: the file cannot be written, or its logits differ by more than rounding.
-        ConfigError: the network cannot be traced.
     """
-    content_of, reader = _FORMS[form]
-    taken = "RGB in 0..1" if with_normalisation else "RGB in 0..1, minus mean, divided by std"
-    about = subject.about | {"input": f"float32 [B, 3, {', '.join(map(str, subject.about['image_size']))}], {taken}"}
-    module = WithNormalisation(subject).eval() if with_normalisation else subject.network
+    module: nn.Module = student.network
+    mean, std = (torch.tensor(student.about[key]).expand(3) for key in ("mean", "std"))
+    taken = "RGB in 0..1, minus mean, divided by std"
+    if with_normalisation:
+        norm = nn.BatchNorm2d(3, eps=0.0, affine=False)
+        norm.load_state_dict({"running_mean": mean, "running_var": std**2}, strict=False)
+        module, taken = nn.Sequential(norm, module).eval(), "RGB in 0..1"
+    height, width = student.about["image_size"]
+    about = student.about | {"input": f"float32 [B, 3, {height}, {width}], {taken}"}
     try:
         with whole_file(path) as file:
-            file.write(content_of(module, about))
+            file.write(_encode(form, module, about))
             file.flush()
-            lines = check(reader(Path(file.name), subject), subject, with_normalisation)
+            forward = read(Path(file.name), form, about)
+            if with_normalisation:
+                lines = check(lambda images: forward(images * std[:, None, None] + mean[:, None, None]), student)
+            else:
+                lines = check(forward, student)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error})") from error
+        raise CheckpointError(f"{path} cannot be written ({error})") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not written: {error}") from error
-    return [f"{path}: {subject.network.name}, {len(about['classes'])} classes, input {about['input']}", *lines]
+    return [f"{path}: {about['name']}, {len(about['classes'])} classes, input {about['input']}", *lines]
 
 
-def check(run: Run, subject: Subject, with_normalisation: bool, count: int = 16) -> list[str]:
-    """Compare an export with its network, on one image and on many, random and real.
-
-    Args:
-        run: the exported network.
-        subject: the network itself, and the real images.
-        with_normalisation: what ``run`` takes, see :func:`export`.
-        count: random images.
-
-    Returns:
-        The largest differences, a line for each kind of images.
-
-    Raises:
-        CheckpointError: a logit differs by more than :data:`TOLERANCE`, or is not finite.
-    """
-    mean, std = subject.mean, subject.std
-    pixels = torch.rand(count, 3, *subject.about["image_size"], generator=torch.Generator().manual_seed(0))
-    kinds = {"random": (pixels - mean) / std, str(subject.about["dataset"]): subject.real}
-    lines = []
+def check(forward: Forward, student: Student) -> list[str]:
+    """Compare an export, a function of normalised images, with its network; return the largest differences in lines."""
+    random = torch.randn(16, 3, *student.about["image_size"], generator=torch.Generator().manual_seed(0))
+    kinds, lines = {"random": random, student.about["dataset"]: student.images}, []
     for kind, images in kinds.items():
         if images is None:
-            lines.append(f"checked on random images only: {subject.missing}")
+            lines.append(f"checked on random images only: {student.missing}")
             continue
         largest = 0.0
         for batch in (images[:1], images):
             with torch.no_grad():
-                expected = subject.network(batch)
-                difference = (run(batch * std + mean if with_normalisation else batch) - expected).abs().max().item()
-            if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
-                raise CheckpointError(f"on {kind} images its logits differ by {difference:.2g} from the network's own")
+                expected = student.network(batch)
+                difference = float((forward(batch) - expected).abs().max())
+            if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+                raise CheckpointError(f"on {kind} images its logits differ by {difference:.2g} from the network's")
             largest = max(largest, difference)
         lines.append(f"largest difference of a logit: {largest:.2g} on {kind} images, batches of 1 and {len(images)}")
     return lines
 
 
-def _trace(module: nn.Module, about: dict[str, Any]) -> torch.export.ExportedProgram:
-    example = torch.zeros(2, 3, *about["image_size"])  # of 2: a batch of 1 would be taken for a constant
-    batch = torch.export.Dim("batch", min=1)
-    try:
-        return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
-    # Whatever a network of a user's own does that cannot be traced.
-    except Exception as error:
-        reason = first_line(error)
-        raise ConfigError(f"{about['name']} cannot be traced ({reason}): --format state_dict needs no trace") from error
-
-
-# The files as bytes: torch's own writers end the process when the disk is full.
-
-
-def _pt2(module: nn.Module, about: dict[str, Any]) -> bytes:
+def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
+    """Return the content of a file; PyTorch's writers of files abort the process if the disk is full."""
     content = io.BytesIO()
-    torch.export.save(_trace(module, about), content, extra_files={ABOUT: json.dumps(about)})
-    return content.getvalue()
-
-
-def _read_pt2(path: Path, subject: Subject) -> Run:
-    with path.open("rb") as file:
-        module: Run = torch.export.load(file).module()
-    return module
-
-
-def _onnx(module: nn.Module, about: dict[str, Any]) -> bytes:
-    traced = _trace(module, about)
+    if form == "state_dict":
+        torch.save({"model": module.state_dict()}, content)
+        return content.getvalue()
+    example = torch.zeros(2, 3, *about["image_size"])  # a batch of 1 would become a constant
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
     try:
-        program = torch.onnx.export(traced, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
-    except Exception as error:  # an operation that ONNX lacks, in a network of a user's own
-        cause: BaseException = error
-        while cause.__cause__:  # the first one names the operation
-            cause = cause.__cause__
-        reason = first_line(cause)
-        raise ConfigError(f"{about['name']} has no form in ONNX ({reason}): choose --format pt2") from error
-    assert program is not None
+        program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+        if form == "pt2":
+            torch.export.save(program, content, extra_files={ABOUT: json.dumps(about)})
+            return content.getvalue()
+        onnx = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+    except Exception as error:  # any error of a user's network; its cause names the operation
+        reason = first_line(error.__cause__ or error)
+        raise ConfigError(f"{about['name']} cannot be exported ({reason}); use --format state_dict") from error
+    assert onnx is not None
     for key, value in about.items():
-        program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    content: bytes = program.model_proto.SerializeToString()
-    return content
+        onnx.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    encoded: bytes = onnx.model_proto.SerializeToString()
+    return encoded
 
 
-def _read_onnx(path: Path, subject: Subject) -> Run:
+def read(path: Path, form: str, about: Metadata) -> Forward:
+    """Load an exported file as a function of images; a state dict requires the metadata of its network."""
+    if form == "state_dict":
+        network = build_model(about["name"], len(about["classes"]), variant=about["variant"])
+        load_into(network, load_weights(path), about["name"])
+        return network.eval()
+    if form == "pt2":
+        with path.open("rb") as file:
+            module: Forward = torch.export.load(file).module()
+        return module
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
 
-def _state_dict(module: nn.Module, about: dict[str, Any]) -> bytes:
-    content = io.BytesIO()
-    torch.save({"model": module.state_dict()}, content)
-    return content.getvalue()
-
-
-def _read_state_dict(path: Path, subject: Subject) -> Run:
-    about = subject.about
-    network = build_model(about["name"], len(about["classes"]), variant=about["variant"])
-    load_into(network, load_weights(path), about["name"])
-    return network.eval()
-
-
-_FORMS: dict[str, tuple[Callable[[nn.Module, dict[str, Any]], bytes], Callable[[Path, Subject], Run]]] = {
-    "pt2": (_pt2, _read_pt2),
-    "onnx": (_onnx, _read_onnx),
-    "state_dict": (_state_dict, _read_state_dict),
-}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``export``."""
-    parser.epilog = (
-        "example: python tools/export.py -c output/digits/student_normkd/student_best.pt --with-normalisation"
-    )
-    parser.add_argument("-c", "--ckpt", required=True, type=Path, help="checkpoint file")
-    parser.add_argument("-o", "--out", type=Path, help="file to write; else beside the checkpoint")
-    parser.add_argument("--format", default="", help="pt2, onnx or state_dict; else that of -o's suffix, else pt2")
-    parser.add_argument("--with-normalisation", action="store_true", help="the file takes pixels in 0..1")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
-    parser.add_argument("-m", "--model", default="", help="its name; a student_*.pt knows it")
-    parser.add_argument("-d", "--dataset", default="", help="data set; a student_*.pt knows it; else cifar100")
-    parser.add_argument("-bs", "--batch-size", type=int, default=64, help="real images that the file is checked on")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data set")
-    parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="the run's EXPERIMENT.PLUGINS")
+    parser.epilog = "example: python tools/export.py -c output/digits/student_normkd/student_best.pt --format onnx"
+    add = parser.add_argument
+    add("-c", "--ckpt", required=True, type=Path, metavar="FILE", help="checkpoint")
+    add("-o", "--out", type=Path, metavar="FILE", help="default: beside the checkpoint, with the format's suffix")
+    add("--format", choices=list(dict.fromkeys(SUFFIXES.values())), help="default: by the suffix of -o, else pt2")
+    add("--with-normalisation", action="store_true", help="include the normalisation: the input are pixels in 0..1")
+    add("--force", action="store_true", help="replace an existing file")
+    add("-m", "--model", default="", help="model name; default: the name stored in student_*.pt")
+    add("-d", "--dataset", default="", help="data set; default: the one stored in student_*.pt, else cifar100")
+    add("-bs", "--batch-size", type=int, default=64, help="number of test images to check the file with")
+    add("--root", type=Path, default=Path("data"), help="folder of the data sets")
+    add("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the run")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command ``export``."""
+    """Export a checkpoint; all options are checked before it is loaded."""
     if options.batch_size < 1:
-        raise ConfigError(f"-bs must be at least 1, not {options.batch_size}")
-    form = _format(options.format, options.out)
-    path: Path = options.out or options.ckpt.with_suffix(FORMATS[form][0])
+        raise ConfigError(f"-bs must be >= 1, got {options.batch_size}")
+    form: str = options.format or (SUFFIXES.get(options.out.suffix, "") if options.out else "pt2")
+    path: Path = options.out or options.ckpt.with_suffix(next(s for s, name in SUFFIXES.items() if name == form))
+    if SUFFIXES.get(path.suffix) != form:
+        raise ConfigError(f"-o {path} must end in the suffix of its format: {', '.join(SUFFIXES)}")
     if form == "state_dict" and options.with_normalisation:
-        raise ConfigError("--with-normalisation: a state dict holds weights only: choose --format pt2 or onnx")
+        raise ConfigError("--with-normalisation requires --format pt2 or onnx: a state dict has weights only")
     if form == "onnx":
-        _need_onnx()
-    _writable(path, options.ckpt, options.force)
-    subject = open_subject(options.ckpt, options.model, options.dataset, options.root, options.batch_size)
-    print("\n".join(export(subject, path, form, options.with_normalisation)))
+        packages = ("onnx", "onnxscript", "onnxruntime")
+        if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+            raise ConfigError(f"--format onnx requires `python -m pip install {' '.join(missing)}`")
+    if path.resolve() == options.ckpt.resolve() or path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"-o {path} must be a file in an existing folder, and not the checkpoint")
+    if path.exists() and not options.force:
+        raise ConfigError(f"{path} exists: choose another -o, or replace it with --force")
+    student = load_student(options.ckpt, options.model, options.dataset, options.root, options.batch_size)
+    print("\n".join(export(student, path, form, options.with_normalisation)))
     return 0
-
-
-def _format(name: str, out: Path | None) -> str:
-    """The format that is asked for, by name or by suffix."""
-    by_suffix = {suffix: form for form, suffixes in FORMATS.items() for suffix in suffixes}
-    form = name or (by_suffix.get(out.suffix, "") if out else "pt2")
-    if form not in FORMATS:
-        unknown = f"--format {name!r}" if name else f"-o {out}: {out.suffix if out else ''!r}"
-        raise ConfigError(
-            f"{unknown} is not known: choose --format {', '.join(FORMATS)} or end in {', '.join(by_suffix)}"
-        )
-    if out and by_suffix.get(out.suffix, form) != form:
-        raise ConfigError(f"-o {out} has the suffix of {by_suffix[out.suffix]}, and --format is {form}: change one")
-    return form
-
-
-def _need_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        packages = "onnx onnxscript onnxruntime"
-        raise ConfigError(f"--format onnx: {error}: install it with `python -m pip install {packages}`") from error
-
-
-def _writable(path: Path, source: Path, force: bool) -> None:
-    """Refuse what would destroy or cannot be, before any work is done."""
-    if not source.is_file():
-        raise CheckpointError(f"there is no checkpoint {source}")
-    if path.resolve() == source.resolve():
-        raise ConfigError(f"-o {path} is the checkpoint itself: choose another name")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"-o {path} is a folder, or in one that is not there: name a file in one that is")
-    if path.exists() and not force:
-        raise ConfigError(f"{path} is there already: choose another -o, or replace it with --force")
