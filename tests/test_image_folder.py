@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -23,21 +24,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, assert_user_error, unpacked
+from conftest import ROOT, unpacked
 from PIL import Image
 from torchvision import transforms as T
 
-from mdistiller_norm.build import build_dataset, build_distillers
 from mdistiller_norm.cli import execute
+from mdistiller_norm.cli import run as run_program
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.data import Share
-from mdistiller_norm.data.decode import Crop, decode, draw_crop, eval_image, train_image
+from mdistiller_norm.data.decode import decode, draw_crop, eval_image, train_image
 from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, ImageOptions, image_folder, imagenet, measure
 from mdistiller_norm.data.shards import INDEX, webdataset
-from mdistiller_norm.engine.checkpoint import load
-from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.engine.checkpoint import load, save_atomically
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
-from mdistiller_norm.models import build_model
 from mdistiller_norm.run import build_run, train
 
 CPU = torch.device("cpu")
@@ -103,13 +102,18 @@ def test_decode_equals_pillow(jpegs: list[Path]) -> None:
         with Image.open(io.BytesIO(content)) as image:
             expected = torch.from_numpy(np.array(image.convert("RGB"))).int()
         assert (decode(content).permute(1, 2, 0).int() - expected).abs().max() <= tolerance
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(encoded(Image.new("1", (9500, 9500)), "PNG"))  # Pillow warns about its size
+
+
+def test_upper_8_of_16_bits_are_kept_and_32_bits_refused() -> None:
     deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     grey = torch.arange(256, dtype=torch.uint8).reshape(16, 16).expand(3, -1, -1)
     for kind in ("PNG", "TIFF"):
         assert torch.equal(decode(encoded(Image.fromarray(deep), kind)), grey)
-    for pixels in (deep.astype(np.float32), deep.astype(np.int32)):
-        with pytest.raises(ValueError, match="32 bits have no known range"):
-            decode(encoded(Image.fromarray(pixels), "TIFF"))
+    with pytest.raises(ValueError, match="32 bits have no known range"):
+        decode(encoded(Image.fromarray(deep.astype(np.float32)), "TIFF"))
 
 
 def test_crops_are_within_two_levels_of_torchvision(jpegs: list[Path]) -> None:
@@ -130,7 +134,7 @@ def test_crops_are_within_two_levels_of_torchvision(jpegs: list[Path]) -> None:
 
 def test_crops_are_distributed_as_in_torchvision() -> None:
     random, draws = np.random.default_rng(1), 4000
-    for height, width, scale in ((375, 500, (0.08, 1.0)), (100, 400, (0.5, 1.0)), (64, 64, (0.25, 1.0))):
+    for height, width, scale in ((375, 500, (0.08, 1.0)), (100, 400, (0.5, 1.0))):
         blank = torch.empty(3, height, width)
         ours = np.array([draw_crop(random, height, width, scale) for _ in range(draws)], dtype=float)
         theirs = np.array([T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)])
@@ -139,7 +143,7 @@ def test_crops_are_distributed_as_in_torchvision() -> None:
             assert abs(a.mean() - b.mean()) < 5 * np.hypot(a.std(), b.std()) / draws**0.5 + 1e-9
             assert a.std() == pytest.approx(b.std(), rel=0.1, abs=1)
         assert ours[:, 4].mean() == pytest.approx(0.5, abs=0.05)
-    assert draw_crop(random, 10, 1000, (1.0, 1.0))[:4] == Crop(0, 493, 10, 13, False)[:4]  # no attempt fits
+    assert draw_crop(random, 10, 1000, (1.0, 1.0))[:4] == (0, 493, 10, 13)  # no attempt fits
 
 
 # The folder
@@ -185,16 +189,16 @@ def test_names_that_are_not_utf8_are_escaped(copy: Path) -> None:
         image_folder(copy, SMALL)
 
 
-def test_measuring_skips_unreadable_images_and_constant_channels(copy: Path, tmp_path: Path) -> None:
-    files = sorted((copy / "train").rglob("*.JPEG"))
-    for path in files[1:]:
+def test_measuring_skips_unreadable_images_and_constant_channels(copy: Path) -> None:
+    first, *others = sorted((copy / "train").rglob("*.JPEG"))
+    with Image.open(first) as image:
+        Image.fromarray(np.asarray(image.convert("RGB")) * np.array([1, 1, 0], np.uint8)).save(first, "PNG")
+    for path in others:
         path.write_bytes(b"")
-    with Image.open(files[0]) as image:
-        Image.fromarray(np.asarray(image.convert("RGB")) * np.array([1, 1, 0], np.uint8)).save(files[0], "PNG")
     mean, std = measure(image_folder(copy, SMALL).train.source, SMALL)
-    assert 0 < mean[0] < 1
+    assert mean[0] > 0
     assert (mean[2], std[2]) == (0.0, 1.0)
-    files[0].write_bytes(b"")
+    first.write_bytes(b"")
     with pytest.raises(DataError, match="none of the images such as"):
         image_folder(copy, ImageOptions(size=64))
 
@@ -231,66 +235,49 @@ def test_workers_and_processes_do_not_change_a_pixel(tree: Path) -> None:
             assert torch.equal(torch.cat(pieces), tensor)
 
 
-@pytest.mark.parametrize(
-    ("action", "words"),
-    [
-        ("raise DataError('out of memory')", ["error: out of memory"]),
-        ("save_atomically(Slow(), Path(sys.argv[2], 'latest.pt'))", ["killed by signal", "lower DATASET.NUM_WORKERS"]),
-    ],
-)
-def test_program_with_a_lost_worker_or_an_error_ends(tree: Path, tmp_path: Path, action: str, words: list[str]) -> None:
-    program = f"""
-import multiprocessing, os, signal, sys, time, torch
-from pathlib import Path
-from mdistiller_norm.cli import run
-from mdistiller_norm.data import ImageOptions, image_folder
-from mdistiller_norm.engine.checkpoint import save_atomically
-from mdistiller_norm.errors import DataError
-
 class Slow:
+    """Kills a worker while it is saved."""
+
     def __reduce__(self):
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         time.sleep(30)
 
-def main():
-    options = ImageOptions(size=48, mean=(0.5,) * 3, std=(0.5,) * 3, workers=2)
-    batches = image_folder(Path(sys.argv[1]), options).train_loader(8, 0, torch.device("cpu")).batches(1)
-    next(batches)
-    {action}
 
-sys.exit(run(main))
-"""
-    command = [sys.executable, "-c", program, str(tree), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert_user_error(done, *words)
+def test_worker_that_is_killed_while_a_checkpoint_is_saved_is_reported(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program() -> int:
+        batches = image_folder(tree, replace(SMALL, workers=2)).train_loader(8, 0, CPU).batches(1)
+        next(batches)
+        save_atomically(Slow(), tmp_path / "latest.pt")
+        return 0
+
+    assert run_program(program) == 2
+    message = capsys.readouterr().err
+    assert "killed by signal" in message
+    assert "lower DATASET.NUM_WORKERS" in message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
-def test_run_with_a_killed_worker_keeps_its_state(tree: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "tools/train.py", "--cfg", VANILLA, *RUN]
-    process = subprocess.Popen(
-        [*command, "DATASET.NUM_WORKERS=2", f"DATASET.ROOT={tree}", f"LOG.PREFIX={tmp_path}", "EXPERIMENT.NAME=run",
-         "SOLVER.EPOCHS=500"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    latest = tmp_path / "digits" / "run" / "latest.pt"
-    for _ in range(600):
-        if latest.exists():
-            break
-        time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    output, errors = process.communicate(timeout=60)
-    done = subprocess.CompletedProcess(command, process.returncode, output, errors)
-    assert_user_error(done, "DataLoader worker (pid", "lower DATASET.NUM_WORKERS", "--resume")
-    assert load(latest)["epoch"] > 1
+def test_program_that_fails_ends_its_workers(tree: Path) -> None:
+    program = f"""
+import torch
+from pathlib import Path
+from mdistiller_norm.data import ImageOptions, image_folder
+
+options = ImageOptions(size=48, mean=(0.5,) * 3, std=(0.5,) * 3, workers=2)
+batches = image_folder(Path({str(tree)!r}), options).train_loader(8, 0, torch.device("cpu")).batches(1)
+next(batches)
+raise RuntimeError("out of memory")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty"])
-def test_damaged_training_image_is_replaced_and_reported_once(copy: Path, damage: str) -> None:
+@pytest.mark.parametrize("size", [300, 0])
+def test_damaged_training_image_is_replaced_and_reported_once(copy: Path, size: int) -> None:
     damaged = sorted((copy / "train").rglob("*.JPEG"))[7]
-    damaged.write_bytes(damaged.read_bytes()[:300] if damage == "cut" else b"")
+    damaged.write_bytes(damaged.read_bytes()[:size])
     expected = epoch(image_folder(copy, SMALL))
     indices = torch.cat([indices for _, _, indices, _ in expected])
     assert 7 not in indices
@@ -324,16 +311,6 @@ def test_check_data_and_shards_list_unreadable_files(copy: Path, capsys: pytest.
         list(image_folder(copy, SMALL).eval_loader(8, CPU))
 
 
-def test_pillows_warnings_are_not_shown(jpegs: list[Path]) -> None:
-    with Image.open(jpegs[0]) as image:
-        file = io.BytesIO()
-        image.quantize(16).save(file, "PNG", transparency=bytes(range(16)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        decode(file.getvalue())
-        decode(encoded(Image.new("1", (9500, 9500)), "PNG"))  # slightly larger than Pillow's limit
-
-
 # Shards
 
 
@@ -362,23 +339,26 @@ def test_shards_contain_the_same_images_and_classes(tree: Path, shards: Path, tm
     assert same(epoch(webdataset(copy, SMALL)), epoch(packed))
 
 
-def changed_index(**change: Any) -> Callable[[Path], None]:
+def replaced(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda root: (root / name).write_bytes(content) and None
+
+
+def index(**change: Any) -> Callable[[Path], None]:
     def damage(root: Path) -> None:
-        with np.load(root / "train" / INDEX) as index:
-            content = dict(index) | change
-        np.savez(root / "train" / INDEX, **content)
+        with np.load(root / "train" / INDEX) as content:
+            np.savez(root / "train" / INDEX, **(dict(content) | change))
 
     return damage
 
 
-def changed_shard(change: Callable[[bytes, int, int], bytes], keep_index: bool = False) -> Callable[[Path], None]:
-    """Change the second shard, given its bytes, the position of the fourth image's header, and its end."""
+def shard(change: Callable[[bytes, int], bytes], keep_index: bool = False) -> Callable[[Path], None]:
+    """Change the second shard, given its bytes and the position of a header in the middle."""
 
     def damage(root: Path) -> None:
-        shard = root / "train" / "000001.tar"
-        with tarfile.open(shard) as tar:
-            members = tar.getmembers()
-        shard.write_bytes(change(shard.read_bytes(), members[6].offset, members[-1].offset_data + 512))
+        path = root / "train" / "000001.tar"
+        with tarfile.open(path) as tar:
+            middle = tar.getmembers()[6].offset
+        path.write_bytes(change(path.read_bytes(), middle))
         if not keep_index:
             (root / "train" / INDEX).unlink()
 
@@ -393,36 +373,31 @@ def lone_image() -> bytes:
     return file.getvalue()
 
 
-def changed_file(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda root: (root / name).write_bytes(content) and None
-
-
 TRUNCATED = r"000001\.tar cannot be read \(truncated or damaged after byte \d+\)"
 STALE = r"index\.npz does not match the shards"
+CLASSES = r"classes\.txt must contain one class name per line"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (changed_shard(lambda whole, first, end: whole[:first]), TRUNCATED),
-        (changed_shard(lambda whole, first, end: whole[: first + 100]), TRUNCATED),
-        (changed_shard(lambda whole, first, end: whole[:first] + bytes(len(whole) - first)), TRUNCATED),
-        (changed_shard(lambda whole, first, end: whole[:first] + b"x" * 512 + whole[first + 512 :]), TRUNCATED),
-        (changed_shard(lambda whole, first, end: whole[:end]), TRUNCATED),
-        (changed_shard(lambda whole, first, end: gzip.compress(whole)), r"000001\.tar cannot be read"),
-        (changed_shard(lambda *_: lone_image()), "a must have both an image and a .cls"),
-        (changed_shard(lambda whole, first, end: whole[:5000], keep_index=True), STALE),
-        (changed_index(shards=["000000.tar"]), STALE),
-        (changed_index(places=np.zeros((36, 2), np.int64)), STALE),
-        (changed_index(places=np.full((36, 3), -1)), STALE),
-        (changed_index(places=np.full((36, 3), 9)), STALE),
-        (changed_index(targets=np.zeros(36)), STALE),
-        (changed_index(targets=np.full(36, -1)), r"has 3 classes, and the shards have class numbers -1\.\.-1"),
-        (changed_index(places=np.empty((0, 3), np.int64), targets=np.empty(0, np.int64)), "train have no images"),
-        (changed_file(f"train/{INDEX}", b"PK\x03\x04 cut off"), STALE),
-        (changed_file("classes.txt", b"a\nb\nc\n\n\nd\n"), r"classes\.txt must contain one class name per line"),
-        (changed_file("classes.txt", b"a\nb\nb\n"), r"classes\.txt must contain one class name per line"),
-        (changed_file("classes.txt", b"\xff"), r"classes\.txt must contain one class name per line"),
+        (shard(lambda whole, middle: whole[:middle]), TRUNCATED),
+        (shard(lambda whole, middle: whole[: middle + 100]), TRUNCATED),
+        (shard(lambda whole, middle: whole[:middle] + bytes(len(whole) - middle)), TRUNCATED),
+        (shard(lambda whole, middle: whole[:middle] + b"x" * 512 + whole[middle + 512 :]), TRUNCATED),
+        (shard(lambda whole, middle: gzip.compress(whole)), r"000001\.tar cannot be read"),
+        (shard(lambda whole, middle: lone_image()), "a must have both an image and a .cls"),
+        (shard(lambda whole, middle: whole[:5000], keep_index=True), STALE),
+        (index(shards=["000000.tar"]), STALE),
+        (index(places=np.full((36, 3), -1)), STALE),
+        (index(places=np.full((36, 3), 9)), STALE),
+        (index(targets=np.zeros(36)), STALE),
+        (index(targets=np.full(36, -1)), r"has 3 classes, and the shards have class numbers -1\.\.-1"),
+        (index(places=np.empty((0, 3), np.int64), targets=np.empty(0, np.int64)), "train have no images"),
+        (replaced(f"train/{INDEX}", b"PK\x03\x04 cut off"), STALE),
+        (replaced("classes.txt", b"a\nb\nc\n\n\nd\n"), CLASSES),
+        (replaced("classes.txt", b"a\nb\nb\n"), CLASSES),
+        (replaced("classes.txt", b"\xff"), CLASSES),
     ],
 )
 def test_damaged_shards_are_refused(shards: Path, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -481,38 +456,21 @@ def test_shards_are_written_completely_or_not_at_all(copy: Path, shards: Path, t
 # Networks and runs
 
 
-def test_torchvisions_weights_give_torchvisions_logits(jpegs: list[Path], tmp_path: Path) -> None:
-    for label, some in (("all", jpegs[:4]), ("none", jpegs[6:7])):
-        (tmp_path / "val" / label).mkdir(parents=True)
-        for path in some:
-            shutil.copy(path, tmp_path / "val" / label)
-    with Image.open(jpegs[5]) as image:
-        image.convert("L").save(tmp_path / "val" / "all" / "grey.JPEG")
-    theirs = torchvision.models.resnet34(num_classes=1000).eval()
-    ours = build_model("ResNet34", 1000, variant="imagenet").eval()
-    ours.load_state_dict(theirs.state_dict())
-    data = imagenet(tmp_path, ImageOptions(train=False, workers=0))
-    with torch.inference_mode():
-        for images, _ in data.eval_loader(3, CPU):
-            assert images.shape[1:] == (3, 224, 224)
-            torch.testing.assert_close(ours(images), theirs(images))
-
-
 def test_torchvisions_weights_are_found_by_name(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    overrides = [
-        *RUN, f"DATASET.ROOT={tree}", "DATASET.VARIANT=imagenet", "DISTILLER.TYPE=KD", "DISTILLER.STUDENT=ResNet18",
-        "DISTILLER.TEACHER=ResNet34", f"LOG.PREFIX={tmp_path / 'out'}", "SOLVER.EPOCHS=1", "SOLVER.BATCH_SIZE=12",
-    ]  # fmt: skip
-    name = "DISTILLER.TEACHER_WEIGHTS=torchvision:ResNet34_Weights."
-    with pytest.raises(CheckpointError, match=r"ResNet34_Weights\.IMAGENET1K_V9"):
-        train(load_config(None, [*overrides, name + "IMAGENET1K_V9"]))
+    given = [
+        "DATASET.VARIANT=imagenet",
+        "DISTILLER.TYPE=KD",
+        "DISTILLER.STUDENT=ResNet18",
+        "DISTILLER.TEACHER=ResNet34",
+    ]
+    name = "DISTILLER.TEACHER_WEIGHTS=torchvision:ResNet34_Weights.IMAGENET1K_V1"
     # A file of this name in torchvision's cache is not downloaded; it has three classes in place of a thousand.
-    cache = tmp_path / "hub" / "checkpoints"
-    cache.mkdir(parents=True)
-    torch.save(torchvision.models.resnet34(num_classes=3).state_dict(), cache / "resnet34-b627a593.pth")
-    result = train(load_config(None, [*overrides, name + "IMAGENET1K_V1"]))
-    assert result["teacher"]["file"] == str(cache / "resnet34-b627a593.pth")
+    file = tmp_path / "hub" / "checkpoints" / "resnet34-b627a593.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet34(num_classes=3).state_dict(), file)
+    result = train(run_config(tree, tmp_path / "out", "named", *given, name, "SOLVER.EPOCHS=1"))
+    assert result["teacher"]["file"] == str(file)
 
 
 def run_config(tree: Path, out: Path, name: str, *overrides: str):
@@ -548,9 +506,6 @@ def test_eval_reproduces_the_recorded_accuracy(
         shown = capsys.readouterr().out
         for word in (f"top-1 {student['about']['top1']:6.2f}", f"loss {student['about']['loss']:7.4f}", "32x32"):
             assert word in shown
-    for extra in (["-d", "digits"], ["--root", str(tree)]):
-        with pytest.raises(ConfigError, match="--cfg"):
-            execute([*bare, *extra])
 
 
 def test_teacher_trained_on_other_images_is_reported(
@@ -558,20 +513,19 @@ def test_teacher_trained_on_other_images_is_reported(
 ) -> None:
     weights = f"DISTILLER.TEACHER_WEIGHTS={run}/distill/whole/student_last.pt"
 
-    def warnings_of(name: str, *overrides: str) -> str:
-        given = ("DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet8", weights, *overrides)
-        build_run(run_config(tree, tmp_path, name, *given))
+    def build(name: str, *overrides: str) -> str:
+        build_run(
+            run_config(tree, tmp_path, name, "DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet8", weights, *overrides)
+        )
         return "".join(line for line in capsys.readouterr().out.splitlines() if "was trained" in line)
 
-    assert warnings_of("same") == ""
+    assert build("same") == ""
     (tmp_path / "moved").symlink_to(shutil.copytree(tree, tmp_path / "another"))
-    assert "was trained on tiny, not on another" in warnings_of("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
-    assert "image_size [32, 32] (here [40, 40])" in warnings_of("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
-    other = warnings_of("mean", "DATASET.MEAN=[0.1,0.1,0.1]", "DATASET.STD=[0.2,0.2,0.2]")
-    assert "(here [0.1, 0.1, 0.1])" in other
+    assert "was trained on tiny, not on another" in build("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
+    assert "image_size [32, 32] (here [40, 40])" in build("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
     with pytest.raises(CheckpointError, match=f"was trained with '{first}' as class 0, which is '{second}' here"):
-        warnings_of("order", f"DATASET.CLASSES=[{second},{first},{third}]")
+        build("order", f"DATASET.CLASSES=[{second},{first},{third}]")
 
 
 # ImageNet's configs
@@ -581,34 +535,32 @@ METHODS = {
     "dkd_normkd": "DKD+NormKD",
 }  # fmt: skip
 PAIRS = {"r34_r18": ("ResNet34", "ResNet18", "table4"), "r50_mv1": ("ResNet50", "MobileNetV1", "table5")}
+# Shapes are read from the networks, and the width in the middle is computed from them.
+COMPUTED = {"FEAT", "SHAPES", "OUT_SHAPES", "IN_CHANNELS", "OUT_CHANNELS", "MAX_MID_CHANNEL"}
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("method", METHODS)
-def test_imagenet_config_is_the_references(pair: str, method: str, facts: Path) -> None:
+def test_imagenet_config_has_the_papers_protocol(pair: str, method: str, facts: Path) -> None:
     teacher, student, table = PAIRS[pair]
     path = ROOT / "configs" / "imagenet" / pair / f"{method}.yaml"
     node = load_config(path).node
-    (row,) = [
-        row
-        for row in json.loads((facts / "protocol.json").read_text())["paper_pair_rows"]
-        if (row["dataset"], row["method"], row["teacher"]) == ("imagenet", METHODS[method], teacher)
-    ]
     assert (teacher, student) == (node.DISTILLER.TEACHER, node.DISTILLER.STUDENT)
     assert f"torchvision:{teacher}_Weights.IMAGENET1K_V1" == node.DISTILLER.TEACHER_WEIGHTS
-    solver = node.SOLVER
-    if row["config"]:  # none is published of OFD for ResNet18
-        assert (row["batch"], row["lr_in_config"], row["epochs"]) == (solver.BATCH_SIZE, solver.LR, solver.EPOCHS)
-        assert (row["stages"], row["decay"]) == (solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE)
-        assert (row["wd"], row["momentum"], True) == (solver.WEIGHT_DECAY, solver.MOMENTUM, solver.NESTEROV)
-        # Shapes are probed from the networks; the middle's width is a function of them.
-        probed = {"FEAT", "SHAPES", "OUT_SHAPES", "IN_CHANNELS", "OUT_CHANNELS", "MAX_MID_CHANNEL"}
-        for key, value in row["method_params"].items():
-            if key not in probed:
-                ours = node[node.DISTILLER.TYPE][key]
-                assert (dict(ours) if isinstance(value, dict) else ours) == value, key
     top1, top5 = json.loads((facts / "paper_tables.json").read_text())[table]["rows"][METHODS[method]]
     assert f"# Paper: {top1:.2f} top-1, {top5:.2f} top-5" in path.read_text()
+    rows = json.loads((facts / "protocol.json").read_text())["paper_pair_rows"]
+    wanted = ("imagenet", METHODS[method], teacher)
+    (row,) = [row for row in rows if (row["dataset"], row["method"], row["teacher"]) == wanted]
+    if not row["config"]:  # OFD for ResNet18 is not published
+        return
+    solver = node.SOLVER
+    assert (row["batch"], row["lr_in_config"], row["epochs"]) == (solver.BATCH_SIZE, solver.LR, solver.EPOCHS)
+    assert (row["stages"], row["decay"]) == (solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE)
+    assert (row["wd"], row["momentum"], True) == (solver.WEIGHT_DECAY, solver.MOMENTUM, solver.NESTEROV)
+    for key in row["method_params"].keys() - COMPUTED:
+        ours, theirs = node[node.DISTILLER.TYPE][key], row["method_params"][key]
+        assert (dict(ours) if isinstance(theirs, dict) else ours) == theirs, key
 
 
 def test_table_7_is_covered(facts: Path) -> None:
@@ -616,27 +568,3 @@ def test_table_7_is_covered(facts: Path) -> None:
         path = ROOT / "configs" / "imagenet" / "ablation" / "table7" / f"t_norm_{row['T_norm']:g}.yaml"
         assert row["T_norm"] == load_config(path).node.NormKD.TEMPERATURE_NORM
         assert f"{row['top1']:.2f} top-1, {row['top5']:.2f} top-5" in path.read_text()
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("method", ["at", "ofd", "reviewkd"])
-def test_imagenet_pairs_can_be_built(pair: str, method: str, jpegs: list[Path], tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        for number in range(2):
-            (tmp_path / split / str(number)).mkdir(parents=True)
-            for path in jpegs[number * 4 : number * 4 + 4]:
-                shutil.copy(path, tmp_path / split / str(number))
-    overrides = [f"DATASET.ROOT={tmp_path}", "DATASET.NUM_WORKERS=0"]
-    cfg = load_config(ROOT / "configs" / "imagenet" / pair / f"{method}.yaml", overrides).node
-    data = build_dataset(cfg)
-    student, teacher = (build_model(cfg.DISTILLER[side], 2, variant=data.variant) for side in ("STUDENT", "TEACHER"))
-    distillers = build_distillers(cfg, student, teacher, data)
-    loader = data.train_loader(2, 0, CPU)
-    batch = loader.prepare(*next(loader.batches(1)))
-    assert batch.images.shape == (2, 3, 224, 224)
-    with torch.no_grad():
-        taught = teacher.eval().outputs(batch.images)
-    losses = Trainable(student, distillers)(batch, taught, torch.ones(2))
-    losses.total.backward()
-    assert losses.parts.isfinite().all()
-    assert all(parameter.grad is not None for parameter in student.parameters())
