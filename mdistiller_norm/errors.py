@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def first_line(error: BaseException) -> str:
@@ -36,3 +38,14 @@ class Interrupted(Exception):  # noqa: N818 - a requested stop, not an error
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
+
+
+@contextmanager
+def needs_extra(extra: str, feature: str) -> Iterator[None]:
+    """Raise a ConfigError that names an extra of the package if an import in the block fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f'{feature} needs the extra "{extra}": pip install "mdistiller_norm[{extra}]" ({error.name} is missing)'
+        ) from error

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on real data, from nothing: trains a teacher on handwritten digits, distils a student from it by NormKD,
-# trains the same student without a teacher, and compares them. Needs Python >= 3.10 and a package index, nothing else.
+# trains the same student without a teacher, and compares them. Needs Python >= 3.11 and a package index, nothing else.
 # Stopped half-way, the same command goes on. Run folders: output/digits (LOG.PREFIX can be set by OUTPUT).
 set -euo pipefail
 cd "$(dirname "$0")/.."

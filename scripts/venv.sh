@@ -1,12 +1,12 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes .venv with this project in it, and puts it on the PATH.
 # $1: what to install besides the core, as a pip extra ("" or "test").
-# $PYTHON: the interpreter that makes the environment; python3 by default, needs 3.10 or newer.
+# $PYTHON: the interpreter that makes the environment; python3 by default, needs 3.11 or newer.
 extra=${1:-}
 python=${PYTHON:-python3}
 if [ ! -x .venv/bin/python ]; then
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: $python is older than 3.10: set PYTHON to a newer one" >&2
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is older than 3.11: set PYTHON to a newer one" >&2
     exit 2
   }
   "$python" -m venv .venv

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, needs_extra
 from mdistiller_norm.plugins import import_plugin
 
 
@@ -49,11 +49,12 @@ def main(options: argparse.Namespace) -> int:
         raise ConfigError(f"--names must have {len(options.ckpt)} names, one for each file, got {len(options.names)}")
     stem = Path(options.out or Path("output", "figures", options.figure))
 
-    import matplotlib as mpl
+    with needs_extra("report", "visualize"):
+        import matplotlib as mpl
 
-    from mdistiller_norm.analysis import correlation, softening, tsne
+        from mdistiller_norm.analysis import correlation, softening, tsne
+        from mdistiller_norm.analysis.figures import STYLE, save
     from mdistiller_norm.analysis.collect import Collected, collect, short_names
-    from mdistiller_norm.analysis.figures import STYLE, save
     from mdistiller_norm.build import build_device, open_checkpoint
 
     device = build_device(options.device)

@@ -1,6 +1,12 @@
-"""Handwritten digits, a data set that scikit-learn includes."""
+"""Handwritten digits, the data set that the package includes.
+
+``digits.npz`` holds the images and targets of scikit-learn's ``load_digits``, a copy of the test set of UCI's "Optical
+Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998), and the indices of a stratified split.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,23 +18,17 @@ def digits() -> TensorDataset:
     """Return 1,797 grey 8x8 images, enlarged to 32x32 RGB and split 1,437 / 360, stratified by class.
 
     Images are not flipped: digits are not mirror-symmetric.
-
-    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998).
     """
-    from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
-    from sklearn.model_selection import train_test_split
-
-    source = load_digits()
-    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # values are 0..16
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        source = dict(file)
+    pixels = np.round(source["images"] * (255 / 16)).astype(np.uint8)  # values are 0..16
     pixels = pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3)
-    parts = train_test_split(
-        pixels, source.target.astype(np.int64), test_size=360, stratify=source.target, random_state=0
-    )
-    train_x, test_x, train_y, test_y = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+    images, targets = torch.from_numpy(pixels), torch.from_numpy(source["targets"].astype(np.int64))
+    train, test = (torch.from_numpy(source[part].astype(np.int64)) for part in ("train", "test"))
     return TensorDataset(
         name="digits",
-        train=Split(train_x, train_y),
-        test=Split(test_x, test_y),
+        train=Split(images[train], targets[train]),
+        test=Split(images[test], targets[test]),
         classes=tuple(str(digit) for digit in range(10)),
         mean=(0.3054,) * 3,
         std=(0.3760,) * 3,

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from mdistiller_norm.config import leaves
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.errors import ConfigError, needs_extra
 from mdistiller_norm.files import write_text
-from mdistiller_norm.reproduce.charts import mean_chart, run_charts
 from mdistiller_norm.reproduce.ledger import Entry, Ledger, Record, load_schema, read_ledger
 from mdistiller_norm.reproduce.plan import cell_command, cell_identity, counted, duration
 from mdistiller_norm.reproduce.stats import (
@@ -226,6 +223,10 @@ def _peak(cells: Mapping[str, CellView], peak: Sequence[str]) -> list[CellView]:
 
 def render(report: Report, template: str) -> str:
     """Return the report by ``report.md.j2`` or ``report.html.j2``; values are escaped in both."""
+    with needs_extra("report", "the report"):
+        import jinja2
+
+        from mdistiller_norm.reproduce.charts import mean_chart, run_charts
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined

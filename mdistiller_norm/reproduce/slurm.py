@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller_norm.errors import ConfigError, first_line
+from mdistiller_norm.errors import ConfigError, first_line, needs_extra
 from mdistiller_norm.reproduce.plan import Job, JobKey
 from mdistiller_norm.reproduce.runner import BLOCKED, DONE, FAILED, QUEUED, Execution, Outcomes
 
@@ -51,9 +50,8 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping[str
         options: arguments of submitit's ``AutoExecutor.update_parameters``.
         processes: number of processes of each job, on one machine.
     """
-    if not importlib.util.find_spec("submitit"):
-        raise ConfigError("--launcher slurm requires submitit: python -m pip install submitit")
-    import submitit
+    with needs_extra("slurm", "--launcher slurm"):
+        import submitit
 
     try:
         executor = submitit.AutoExecutor(folder=str(folder.parent / ".submitit" / "%j"), cluster=cluster)

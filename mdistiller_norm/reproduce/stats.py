@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from scipy import stats
+from mdistiller_norm.errors import needs_extra
 
 ROUNDING = 1e-6  # in percent: differences of accuracies below this are rounding errors
 HOLDS, CONTRADICTED, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "not tested"
@@ -72,5 +72,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     n, mean, std = result
     if n < 3 or std is None or std < ROUNDING:
         return PairedDifference(n, mean)
+    with needs_extra("report", "a confidence interval"):
+        from scipy import stats
     half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5
     return PairedDifference(n, mean, mean - half, mean + half)
