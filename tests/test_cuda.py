@@ -24,7 +24,8 @@ pytestmark = [
 COMMON = ["DEVICE=cuda", "SOLVER.BATCH_SIZE=64", "ENGINE.COMPILE=none", "ENGINE.DETERMINISTIC=true"]
 METHODS = [
     ["NONE"], ["KD"], ["NormKD"], ["DKD"], ["NormKD_W_DKD"], ["FITNET"], ["RKD"], ["CRD", "CRD.NCE.K=128"],
-    ["REVIEWKD"], ["AT"], ["OFD", "OFD.TEACHER_TRAIN_MODE=true"], ["NormKD", "SOLVER.PRECISION=bf16"],
+    ["REVIEWKD"], ["AT"], ["NST"], ["PKT"], ["SP"], ["VID"], ["DIST"], ["TTM"], ["WTTM"], ["NKD"], ["DTKD"], ["CTKD"],
+    ["RLD"], ["LSKD"], ["LSDKD"], ["OFD", "OFD.TEACHER_TRAIN_MODE=true"], ["NormKD", "SOLVER.PRECISION=bf16"],
     ["NormKD", "SOLVER.PRECISION=fp16"], ["NormKD", "DISTILLER.TEACHER_CACHE=lazy"], ["NormKD", "SOLVER.TRAINER=dot"],
     ["NormKD", "SOLVER.ACCUMULATE=2"], ["NormKD", "ENGINE.COMPILE=all"],
 ]  # fmt: skip

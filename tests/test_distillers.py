@@ -90,7 +90,6 @@ def build(name: str, pair: Pair | None = None, changes: dict[str, Any] | None = 
 @pytest.mark.parametrize(
     ("name", "key", "value", "words"),
     [
-        ("KD", "TEMPERATURE", 0.0, "positive"),
         ("KD", "TEMPERATURE", [4.0, math.nan], "positive"),
         ("NormKD", "TEMPERATURE_NORM", math.inf, "positive"),
         ("NormKD", "STATISTIC", "rang", "range"),
@@ -114,13 +113,9 @@ def build(name: str, pair: Pair | None = None, changes: dict[str, Any] | None = 
         ("KDSVD", "K", 5, "maps 6x16x16, 8x8x8, 10x4x4 and teacher maps 5x16x16, 7x8x8, 9x8x8"),
         ("OFD", "CONNECTOR.KERNEL_SIZE", 2, "OFD.CONNECTOR.KERNEL_SIZE must be odd"),
         ("FITNET", "HINT_LAYER", 4, "got 4 for student maps 4x16x16.* teacher maps 8x16x16"),
-        ("FITNET", "HINT_LAYER", -1, "FITNET.HINT_LAYER"),
         ("REVIEWKD", "IN_CHANNELS", [6, 8, 10, 11], r"IN_CHANNELS must be \[6, 8, 10, 10\]"),
-        ("REVIEWKD", "SHAPES", [1, 4, 8], r"REVIEWKD.SHAPES must be \[1, 4, 8, 16\]"),
-        ("REVIEWKD", "OUT_CHANNELS", [1, 2, 3, 4], r"OUT_CHANNELS must be \[5, 7, 9, 9\]"),
         ("REVIEWKD", "OUT_SHAPES", [1, 8, 8, 32], r"OUT_SHAPES must be \[1, 8, 8, 16\]"),
         ("CRD", "FEAT.STUDENT_DIM", 64, "STUDENT_DIM must be 10"),
-        ("CRD", "FEAT.TEACHER_DIM", 64, "TEACHER_DIM must be 9"),
         ("CRD", "FEAT.DIM", 10**10, r"2458\.\d+ GiB"),
         ("CRD", "NCE.K", 14, "CRD.NCE.K must be <= 13"),
         ("CRD", "NCE.TEMPERATURE", 0.0, "TEMPERATURE > 0"),
@@ -133,25 +128,20 @@ def test_bad_values(name: str, key: str, value: Any, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_matching_shapes_are_accepted() -> None:
-    build("REVIEWKD", changes={"IN_CHANNELS": [6, 8, 10, 10], "SHAPES": [1, 4, 8, 16], "OUT_SHAPES": (1, 8, 8, 16)})
-    build("CRD", changes={"FEAT.STUDENT_DIM": 10, "FEAT.TEACHER_DIM": 9})
-
-
 def pair_without_norms(*norms: nn.Module | None) -> Pair:
     pair = make_pair()
     pair.teacher_network.norms_before_relu = lambda: norms  # type: ignore[method-assign]
     return pair
 
 
+STEMS = make_pair(STUDENT[:1], TEACHER[:1])
+
+
 @pytest.mark.parametrize(
     ("name", "pair", "words"),
     [
         ("FITNET", make_pair([(4, 16), (6, 8), (8, 3)], [(8, 16), (5, 16), (7, 8)]), "8x3x3.*7x8x8"),
-        *(
-            (name, make_pair(STUDENT[:1], TEACHER[:1]), "4x16x16.*8x16x16")
-            for name in ("AT", "NST", "VID", "KDSVD", "OFD")
-        ),
+        *((name, STEMS, "4x16x16.*8x16x16") for name in ("AT", "NST", "VID", "KDSVD", "OFD")),
         ("REVIEWKD", make_pair(STUDENT, TEACHER[:1]), "teacher stages none"),
         ("OFD", pair_without_norms(None, nn.BatchNorm2d(5), nn.BatchNorm2d(7), nn.BatchNorm2d(3)), "map 9x8x8"),
         ("OFD", pair_without_norms(), "map 5x16x16"),  # as of a wrapped network
@@ -168,7 +158,8 @@ def test_pairs_that_do_not_work(name: str, pair: Pair, words: str) -> None:
 Call = Callable[[Outputs, Outputs, Tensor, Any], Tensor]
 KD_WEIGHTS = {"LOSS.CE_WEIGHT": 0.37, "LOSS.KD_WEIGHT": 4.3}
 FEATURE_WEIGHTS = {"LOSS.CE_WEIGHT": 0.37, "LOSS.FEAT_WEIGHT": 4.3}
-RAMPED = {"CE_WEIGHT": 0.37, "WARMUP": 9}
+DECOUPLED = {"CE_WEIGHT": 0.37, "WARMUP": 9, "ALPHA": 1.3, "BETA": 2.3}
+ALPHA_BETA: dict[str, Any] = {"targets": True, "alpha": 1.3, "beta": 2.3}
 UNUSED = {"INPUT_SIZE", "MAX_MID_CHANNEL"}
 WEIGHT_KEYS = ("KD_WEIGHT", "FEAT_WEIGHT", "REVIEWKD_WEIGHT")
 
@@ -218,17 +209,11 @@ WIRING: dict[str, tuple[dict[str, Any], Call]] = {
         call(losses.normkd_loss, t_norm=1.7, statistic="range"),
     ),
     "LSKD": (KD_WEIGHTS | {"TEMPERATURE": 0.7}, call(losses.lskd_loss, base_temperature=0.7)),
-    "DKD": (
-        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9},
-        call(losses.dkd_loss, targets=True, alpha=1.3, beta=2.3, temperature=2.9),
-    ),
-    "NormKD_W_DKD": (
-        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "TEMPERATURE_NORM": 1.7},
-        call(losses.norm_dkd_loss, targets=True, alpha=1.3, beta=2.3, t_norm=1.7),
-    ),
+    "DKD": (DECOUPLED | {"T": 2.9}, call(losses.dkd_loss, **ALPHA_BETA, temperature=2.9)),
+    "NormKD_W_DKD": (DECOUPLED | {"TEMPERATURE_NORM": 1.7}, call(losses.norm_dkd_loss, **ALPHA_BETA, t_norm=1.7)),
     "LSDKD": (
-        RAMPED | {"KD_WEIGHT": 4.3, "ALPHA": 1.3, "BETA": 2.3, "TEMPERATURE": 1.7},
-        call(losses.lsdkd_loss, targets=True, alpha=1.3, beta=2.3, base_temperature=1.7),
+        DECOUPLED | {"KD_WEIGHT": 4.3, "TEMPERATURE": 1.7},
+        call(losses.lsdkd_loss, **ALPHA_BETA, base_temperature=1.7),
     ),
     "DIST": (
         KD_WEIGHTS | {"TEMPERATURE": 2.9, "BETA": 1.3, "GAMMA": 2.3},
@@ -240,17 +225,14 @@ WIRING: dict[str, tuple[dict[str, Any], Call]] = {
         KD_WEIGHTS | {"TEMPERATURE": 2.9, "GAMMA": 1.3},
         call(losses.nkd_loss, targets=True, gamma=1.3, temperature=2.9),
     ),
-    "DTKD": (
-        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9},
-        call(losses.dtkd_loss, alpha=1.3, beta=2.3, temperature=2.9),
-    ),
+    "DTKD": (DECOUPLED | {"T": 2.9}, call(losses.dtkd_loss, alpha=1.3, beta=2.3, temperature=2.9)),
     "CTKD": (
         KD_WEIGHTS | {"T_START": 1.3, "T_RANGE": 5.7, "EPOCHS": 7},
         call(losses.ctkd_loss, temperature=1.3 + 5.7 * torch.sigmoid(torch.tensor(1.1))),
     ),
     "RLD": (
-        RAMPED | {"ALPHA": 1.3, "BETA": 2.3, "T": 2.9, "ALPHA_T": 1.7},
-        call(losses.rld_loss, targets=True, alpha=1.3, beta=2.3, temperature=2.9, confidence_temperature=1.7),
+        DECOUPLED | {"T": 2.9, "ALPHA_T": 1.7},
+        call(losses.rld_loss, **ALPHA_BETA, temperature=2.9, confidence_temperature=1.7),
     ),
     "AT": (FEATURE_WEIGHTS | {"P": 3.5}, call(losses.at_loss, read="stages", p=3.5)),
     "RKD": (
@@ -268,9 +250,8 @@ WIRING: dict[str, tuple[dict[str, Any], Call]] = {
     ),
     "OFD": (FEATURE_WEIGHTS | {"CONNECTOR.KERNEL_SIZE": 3, "TEACHER_TRAIN_MODE": True}, ofd_by_hand),
     "REVIEWKD": (
-        {"CE_WEIGHT": 0.37, "REVIEWKD_WEIGHT": 4.3, "WARMUP_EPOCHS": 9, "STU_PREACT": True}
-        | {"SHAPES": [1, 4, 8, 16], "OUT_SHAPES": [1, 8, 8, 16]}
-        | {"IN_CHANNELS": [6, 8, 10, 10], "OUT_CHANNELS": [5, 7, 9, 9]},
+        {"CE_WEIGHT": 0.37, "REVIEWKD_WEIGHT": 4.3, "WARMUP_EPOCHS": 9, "STU_PREACT": True, "SHAPES": [1, 4, 8, 16]}
+        | {"OUT_SHAPES": [1, 8, 8, 16], "IN_CHANNELS": [6, 8, 10, 10], "OUT_CHANNELS": [5, 7, 9, 9]},
         review_by_hand,
     ),
 }  # CRD: see test_crd.py
@@ -282,17 +263,10 @@ def keys_of(tree: dict[str, Any], within: str = "") -> set[str]:
     return {within + key for keys in found for key in keys}
 
 
-def test_every_method_has_a_row() -> None:
-    assert {*WIRING, "CRD"} == set(DISTILLERS)
-
-
-@pytest.mark.parametrize("name", WIRING)
+@pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "CRD"])
 def test_every_key_reaches_its_argument(name: str) -> None:
     changes, loss = WIRING[name]
     assert keys_of(DISTILLERS[name].defaults) - UNUSED == changes.keys()
-    assert len({str(value) for value in changes.values()} - {"True"}) == len(
-        [v for v in changes.values() if v is not True]
-    )
     method, batch = build(name, changes=changes), batch_of(4)
     student, teacher = outputs(STUDENT, 4, "cpu", seed=1), outputs(TEACHER, 4, "cpu", seed=2)
     with torch.no_grad():  # at the start, a variance of VID is INIT_PRED_VAR for any EPS
@@ -304,12 +278,6 @@ def test_every_key_reaches_its_argument(name: str) -> None:
     warmup = changes.get("WARMUP", changes.get("WARMUP_EPOCHS", 0))
     assert (method.ce_weight, method.weight, method.warmup) == (0.37, weights[0] if weights else 1.0, warmup)
     assert method.teacher_in_train_mode is (name == "OFD")
-
-
-@pytest.mark.parametrize("name", ["NST", "PKT", "SP", "VID", "KDSVD"])
-def test_defaults_are_mdistillers(name: str, facts: Path) -> None:
-    tree = json.loads((facts / "config_defaults.json").read_text())["NormKD"]
-    assert DISTILLERS[name].defaults == tree[name]
 
 
 def test_linear_warm_up() -> None:
@@ -350,7 +318,7 @@ def test_a_batch_of_one_trains(name: str) -> None:
     assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in tree_leaves(leaves))
 
 
-@pytest.mark.parametrize("name", ["FITNET", "OFD", "REVIEWKD", "VID", "CTKD"])
+@pytest.mark.parametrize("name", ["FITNET", "OFD", "REVIEWKD", "VID", "CTKD", "CRD"])
 def test_parameters_train_and_resume_is_bit_identical(name: str) -> None:
     student, teacher, batch = outputs(STUDENT, 4, "cpu", 1), outputs(TEACHER, 4, "cpu", 2), batch_of(4)
     method = build(name)
@@ -433,39 +401,6 @@ def test_step_of_crd_with_gathered_rows_does_not_synchronise(monkeypatch: pytest
     monkeypatch.setattr(crd, "DENSE_SAMPLES", 0)
     pair = real_pair("resnet56", "resnet20")
     step_without_values(build("CRD", pair, {"MODE": "relax"}), pair)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device and -m cuda")
-@pytest.mark.parametrize("name", [name for name in DISTILLERS if DISTILLERS[name].capturable])
-def test_step_replays_as_a_cuda_graph(name: str) -> None:
-    method, batch = build(name).cuda().eval(), Batch(*(field.cuda() for field in batch_of(8)))
-    method.begin_epoch(10, 0)
-    student, teacher = outputs(STUDENT, 8, "cuda", 1), outputs(TEACHER, 8, "cuda", 2)
-    leaves = tree_leaves(tree_map(torch.Tensor.requires_grad_, student))
-
-    def step() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        loss = method(student, teacher, batch)
-        loss.backward()
-        return loss.detach()
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            eager = step()
-        gradients = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.testing.assert_close(captured, eager)
-    replayed = [leaf.grad for leaf in leaves if leaf.grad is not None]
-    for one, other in zip(replayed, gradients, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 # ------------------------------------------------------------------------------------------------------------ modules

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller_norm import functional as losses
-from mdistiller_norm.distillers.common import pool_to, unit
-from mdistiller_norm.distillers.crd import nce_slope
-from mdistiller_norm.distillers.ctkd import reverse_gradient
+from mdistiller_norm.distillers.common import pool_to
 from mdistiller_norm.distillers.kdsvd import leading_vectors
 from mdistiller_norm.distillers.ofd import margins_of
-from mdistiller_norm.distillers.temperature import STATISTICS, Temperature
 
 Tensors = list[Tensor]
 Shapes = list[tuple[int, ...]]
@@ -47,10 +44,6 @@ def logit(loss: Callable[..., Tensor], reference: Callable[..., Any], *arguments
         return loss(s[0], t[0], *([y] if takes_targets else []), *arguments)
 
     return Case(call, reference, [(5, 7)], [(5, 7)], **more)
-
-
-def ctkd_at_3(s: Tensors, t: Tensors, y: Tensor) -> Tensor:
-    return losses.ctkd_loss(s[0], t[0], torch.tensor(3.0, dtype=s[0].dtype))
 
 
 STD = partial(ref.softened, "std")
@@ -84,7 +77,10 @@ CASES = {
     "nkd_imagenet": logit(losses.nkd_loss, partial(ref.nkd, gamma=1.5, t=1.0), 1.5, 1.0, zero=False),
     "dtkd": logit(losses.dtkd_loss, partial(ref.dtkd, alpha=3.0, beta=1.0, t=4.0)),
     "dtkd_1_0.5": logit(losses.dtkd_loss, partial(ref.dtkd, alpha=1.0, beta=0.5, t=2.0), 1.0, 0.5, 2.0),
-    "ctkd": Case(ctkd_at_3, ref.softened(scales=(3.0,)), [(5, 7)], [(5, 7)]),
+    "ctkd": Case(
+        lambda s, t, y: losses.ctkd_loss(s[0], t[0], s[0].new_tensor(3.0)),
+        ref.softened(scales=(3.0,)), [(5, 7)], [(5, 7)],
+    ),
     "rld": logit(losses.rld_loss, partial(ref.rld, alpha=1.0, beta=8.0, t=4.0, t_sure=1.0), zero=False),
     "rld_same_t": logit(
         losses.rld_loss, partial(ref.rld, alpha=2.0, beta=4.0, t=3.0, t_sure=3.0), 2.0, 4.0, 3.0, 3.0, zero=False
@@ -101,44 +97,29 @@ CASES = {
     "vid": Case(lambda s, t, y: losses.vid_loss(s[0], t[0], s[1]), ref.vid, [(4, 3, 3, 2), (3,)], ONE_MAP, zero=False),
     **{
         f"kdsvd_{k}": Case(
-            lambda s, t, y, k=k: losses.kdsvd_loss(s, t, k), partial(ref.kdsvd, k=k), *LARGER, False, True
+            lambda s, t, y, k=k: losses.kdsvd_loss(s, t, k), partial(ref.kdsvd, k=k), *LARGER, analytic=False,
+            positive=True,
         )
         for k in (1, 2)
     },
     **{
         f"rkd_{squared}": Case(
-            lambda s, t, y, squared=squared: losses.rkd_loss(s[0], t[0], squared, 1e-12, 3.0, 7.0),
-            partial(ref.rkd, squared=squared, distance_weight=3.0, angle_weight=7.0),
-            [(6, 5)],
-            [(6, 7)],
+            lambda s, t, y, squared=squared: losses.rkd_loss(s[0], t[0], squared),
+            partial(ref.rkd, squared=squared, distance_weight=25.0, angle_weight=50.0), [(6, 5)], [(6, 7)],
             analytic=False,
         )
         for squared in (False, True)
     },
-    "rkd_defaults": Case(
-        lambda s, t, y: losses.rkd_loss(s[0], t[0]),
-        partial(ref.rkd, squared=False, distance_weight=25.0, angle_weight=50.0),
-        [(5, 3)],
-        [(5, 4)],
-        analytic=False,
-    ),
     "ofd": Case(
         lambda s, t, y: losses.feat_loss(s[0], t[0], torch.tensor(MARGIN).view(1, -1, 1, 1)),
-        partial(ref.ofd, margin=MARGIN),
-        ONE_MAP,
-        ONE_MAP,
-        analytic=False,
-        zero=False,
+        partial(ref.ofd, margin=MARGIN), ONE_MAP, ONE_MAP, analytic=False, zero=False,
     ),
     "reviewkd": Case(lambda s, t, y: losses.hcl_loss(s, t), ref.hcl, GRIDS, GRIDS),
     "crd": Case(
         lambda s, t, y: losses.nce_loss(s[0], torch.tensor(math.log(37.0), dtype=torch.float64), 50),
-        partial(ref.nce, z=37.0, samples=50),
-        [(3, 9)],
-        [],
-        zero=False,
+        partial(ref.nce, z=37.0, samples=50), [(3, 9)], [], zero=False,
     ),
-}
+}  # fmt: skip
 LOGITS = [name for name, case in CASES.items() if case.student == [(5, 7)]]
 NORMALISED = ["normkd", "normkd_t1", "norm_dkd", "lskd", "lsdkd"]
 Inputs = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]
@@ -211,64 +192,45 @@ def test_lower_precision(name: str, dtype: torch.dtype) -> None:
         assert (gradient.double() - slope).abs().max() <= allowed
 
 
-def hard(name: str, kind: str) -> Inputs:
-    """Inputs of a kind that breaks careless arithmetic."""
-    students, teachers, targets = draw(name, seed=11)
-
-    def each(change: Callable[[np.ndarray], np.ndarray], *sides: list[np.ndarray]) -> None:
-        for side in sides:
-            side[:] = [change(x) for x in side]
-
-    def opposed(x: np.ndarray, sign: float, roll: int) -> np.ndarray:
-        spike = 1e-3 * x  # no ties, at which the range has no gradient
-        spike[:, 3 + roll] = sign * 1e4
-        return spike
-
-    if kind == "huge":
-        each(lambda x: 1e4 * x / np.abs(x).max(), students, teachers)
-    elif kind == "tiny":
-        each(lambda x: 1e-9 * x, students, teachers)
-    elif kind == "near_constant":
-        each(lambda x: 1e-4 * x, students, teachers)
-    elif kind == "zero":
-        each(np.zeros_like, students, teachers)
-    elif kind == "constant_student":
-        each(lambda x: np.full_like(x, 2.5), students)
-    elif kind == "constant_teacher":
-        each(lambda x: np.full_like(x, 1.5), teachers)
-    elif kind == "equal_samples":
-        each(lambda x: np.repeat(x[:1], len(x), 0), students)
-    elif kind == "batch_of_one":
-        each(lambda x: x[:1] if len(x) == len(targets) else x, students, teachers)
-        targets = targets[:1]
-    elif kind == "dead":  # a sample and a channel after a ReLU
-        students[0][0] = students[0][:, 1] = 0.0
-    elif kind == "opposed":
-        each(lambda x: opposed(x, 1, 0), students)
-        each(lambda x: opposed(x, 1, 2), teachers)
-    elif kind == "negative":
-        each(lambda x: opposed(x, -1, 0), students)
-        each(lambda x: opposed(x, 1, 0), teachers)
-    elif kind == "offset":
-        each(lambda x: x + 1e4, students)
-        each(lambda x: x - 1e4, teachers)
-    return students, teachers, targets
+def spike(x: np.ndarray, sign: float, column: int) -> np.ndarray:
+    x = 1e-3 * x  # no ties, at which the range has no gradient
+    x[:, column] = sign * 1e4
+    return x
 
 
-KINDS = ["huge", "tiny", "near_constant", "zero", "constant_student", "constant_teacher", "equal_samples"]
-KINDS += ["batch_of_one", "dead"]
-FOR_LOGITS = ["opposed", "negative", "offset"]
+Change = Callable[[np.ndarray], np.ndarray]
+SAME: Change = np.copy
+# Changes of the student's and of the teacher's inputs.
+HARD: dict[str, tuple[Change, Change]] = {
+    "huge": (lambda x: 1e4 * x / np.abs(x).max(), lambda x: 1e4 * x / np.abs(x).max()),
+    "tiny": (lambda x: 1e-9 * x, lambda x: 1e-9 * x),
+    "near_constant": (lambda x: 1e-4 * x, lambda x: 1e-4 * x),
+    "zero": (np.zeros_like, np.zeros_like),
+    "constant_student": (lambda x: np.full_like(x, 2.5), SAME),
+    "constant_teacher": (SAME, lambda x: np.full_like(x, 1.5)),
+    "equal_samples": (lambda x: np.repeat(x[:1], len(x), 0), SAME),
+    "dead_samples": (lambda x: np.concatenate([0 * x[:2], x[2:]]), SAME),
+    "batch_of_one": (lambda x: x[:1] if x.ndim > 1 else x, lambda x: x[:1]),
+}
+HARD_LOGITS: dict[str, tuple[Change, Change]] = {
+    "opposed": (lambda x: spike(x, 1, 3), lambda x: spike(x, 1, 5)),
+    "negative": (lambda x: spike(x, -1, 3), lambda x: spike(x, 1, 3)),
+    "offset": (lambda x: x + 1e4, lambda x: x - 1e4),
+}
 # The reference divides by the sum of the largest logits of both sides, or by the spread of constant rows.
-UNDEFINED = [("dtkd", kind) for kind in ("zero", "constant_student", "negative", "offset", "dead")]
-UNDEFINED += [("dist", kind) for kind in ("tiny", "equal_samples", "dead")]
+UNDEFINED = [("dtkd", kind) for kind in ("zero", "constant_student", "negative", "offset", "dead_samples")]
+UNDEFINED += [("dist", kind) for kind in ("tiny", "equal_samples", "dead_samples")]
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in CASES for kind in KINDS] + [(name, kind) for name in LOGITS for kind in FOR_LOGITS],
+    [(name, kind) for name in CASES for kind in HARD] + [(name, kind) for name in LOGITS for kind in HARD_LOGITS],
 )
 def test_hard_inputs(name: str, kind: str) -> None:
-    inputs = hard(name, kind)
+    students, teachers, targets = draw(name, seed=11)
+    change_student, change_teacher = (HARD | HARD_LOGITS)[kind]
+    students, teachers = [change_student(x) for x in students], [change_teacher(x) for x in teachers]
+    inputs = (students, teachers, targets[: len(students[0])])
     for dtype in (torch.float64, torch.float32, *HALF):
         loss, gradients = evaluate(name, inputs, dtype)
         assert loss.isfinite()
@@ -291,27 +253,6 @@ def test_equal_inputs_have_no_loss_and_no_gradient(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- identities: logits
-
-
-@pytest.mark.parametrize("name", NORMALISED)
-def test_normalised_losses_do_not_depend_on_the_students_scale_and_offset(name: str) -> None:
-    """This holds only if the gradient includes the student's standard deviation."""
-    students, teachers, targets = draw(name, 7, (6, 9))
-    loss, (gradient,) = evaluate(name, (students, teachers, targets))
-    assert gradient.abs().max() > 1e-2
-    assert gradient.sum(1).abs().max() < 1e-13
-    assert (gradient * torch.tensor(students[0])).sum(1).abs().max() < 1e-12
-    scaled, (slope,) = evaluate(name, ([7.0 * students[0] - 3.0], teachers, targets))
-    torch.testing.assert_close(scaled, loss, rtol=1e-11, atol=0)
-    torch.testing.assert_close(slope, gradient / 7.0, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(("name", "factor"), [("normkd", 9.0), ("norm_dkd", 9.0), ("lskd", 1.0), ("lsdkd", 1.0)])
-def test_weight_is_the_squared_scale_of_the_teacher(name: str, factor: float) -> None:
-    students, teachers, targets = draw(name, 8)
-    base, _ = evaluate(name, (students, teachers, targets))
-    tripled, _ = evaluate(name, (students, [3.0 * teachers[0]], targets))
-    torch.testing.assert_close(tripled, factor * base, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("name", [*NORMALISED, "normkd_range"])
@@ -337,14 +278,6 @@ def test_worked_by_hand() -> None:
     by_hand = 4.0 * (math.e - 1) / total  # (1 * 2)^2 * sum p (log p - log q)
     assert losses.normkd_loss(student, teacher, 1.0).item() == pytest.approx(by_hand, rel=1e-6)
     assert losses.lskd_loss(student, teacher, 1.0).item() == pytest.approx(by_hand / 4.0, rel=1e-6)
-
-
-def test_several_temperatures_average_probabilities_not_losses() -> None:
-    student, teacher, _ = logits(9)
-    together = losses.kd_loss(student, teacher, (6.0, 1.0)).item()
-    apart = [losses.kd_loss(student, teacher, t).item() / t**2 for t in (6.0, 1.0)]
-    assert abs(together - 36.0 * np.mean(apart)) > 0.1
-    assert torch.equal(losses.kd_loss(student, teacher, [4.0]), losses.kd_loss(student, teacher, 4.0))
 
 
 def test_losses_that_include_others() -> None:
@@ -375,21 +308,6 @@ def test_no_positive_logit() -> None:
     assert losses.normkd_loss(student, teacher, statistic="max").item() == 0.0
 
 
-def test_wttm_gives_uncertain_teachers_more_weight() -> None:
-    student = torch.zeros(1, 10, dtype=torch.float64)
-    sure, unsure = (scale * torch.eye(10, dtype=torch.float64)[:1] for scale in (20.0, 2.0))
-    ratios = [losses.wttm_loss(student, z, 0.5) / losses.ttm_loss(student, z, 0.5) for z in (sure, unsure)]
-    assert 1.0 < ratios[0] < ratios[1] < 10**0.5
-
-
-def test_gradient_reversal() -> None:
-    x = torch.randn(100, requires_grad=True)
-    y = reverse_gradient(x, torch.tensor(0.3))
-    assert torch.equal(x, y)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, torch.full((100,), -0.3))
-
-
 @pytest.mark.parametrize("name", ["kd", "norm_dkd", "dist", "ttm", "rld"])
 @pytest.mark.parametrize(("student", "teacher"), [((3, 1), (3, 1)), ((5, 7), (5, 6)), ((7,), (7,))])
 def test_shapes_of_logits_are_checked(name: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
@@ -397,21 +315,7 @@ def test_shapes_of_logits_are_checked(name: str, student: tuple[int, ...], teach
         CASES[name].loss([torch.ones(student)], [torch.ones(teacher)], torch.zeros(student[0], dtype=torch.long))
 
 
-def test_standard_deviation_is_unbiased() -> None:
-    _, teacher, _ = logits(6)
-    measured = Temperature(1.0, "std").measure(teacher).squeeze(1)
-    torch.testing.assert_close(measured, teacher.std(1), rtol=1e-12, atol=0)
-    assert set(STATISTICS) >= {"constant", "std", "max", "range"}
-
-
 # -------------------------------------------------------------------------------------------- identities: features
-
-
-def test_at_loss_does_not_depend_on_the_scale() -> None:
-    s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
-    value = losses.at_loss([s], [t])
-    for scale in (1e-12, 1e12):
-        assert losses.at_loss([s * scale], [t]).item() == pytest.approx(value.item(), rel=1e-5)
 
 
 def test_rkd_is_exact_for_a_common_offset() -> None:
@@ -463,27 +367,6 @@ def test_kdsvd_gradient_is_finite_for_equal_and_zero_singular_values(dtype: torc
     vectors, values = leading_vectors(rank_one.detach(), 3)
     assert (values[:, 0] > 1).all()
     assert not vectors[..., 1:].any()  # the map does not determine them
-
-
-def test_vid_with_extreme_variances() -> None:
-    assert losses.vid_loss(
-        torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2), torch.tensor([-800.0, 0.0, 800.0])
-    ).isfinite()
-
-
-def test_slope_of_nce_is_its_derivative() -> None:
-    leaf, log_z = torch.tensor(draw("crd")[0][0], requires_grad=True), torch.tensor(3.6, dtype=torch.float64)
-    losses.nce_loss(leaf, log_z, 50).backward()
-    torch.testing.assert_close(nce_slope(leaf.detach(), log_z, 50), leaf.grad)
-
-
-def test_unit_vectors_do_not_overflow() -> None:
-    x = torch.tensor([[3e30, 4e30], [3e-30, 4e-30], [0.0, 0.0]], requires_grad=True)
-    y = unit(x, 1)
-    torch.testing.assert_close(y, torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]]))
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert gradient.isfinite().all()
-    assert not gradient[2].any()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (3, 5), (2, 4), (1, 1), (16, 8)])
