@@ -24,9 +24,6 @@ def derivative(function: Callable[[Arrays], Any], at: Arrays, direction: Arrays,
     return float(ahead - behind) / 2e-6
 
 
-# ------------------------------------------------------------------------------------------------------ logit methods
-
-
 def log_sum_exp(z: np.ndarray) -> Any:
     peak = z.real.max()
     return peak + np.log(np.exp(z - peak).sum())
@@ -150,9 +147,6 @@ def rld(
         total = total + alpha * t_sure**2 * kl(*halves)
         total = total + (beta * t**2 * kd(z_s[below] / t, z_t[below] / t) if below else 0.0)
     return total / len(targets)
-
-
-# ---------------------------------------------------------------------------------------------------- feature methods
 
 
 def block_mean(maps: np.ndarray, rows: int, columns: int) -> np.ndarray:

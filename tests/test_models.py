@@ -236,13 +236,6 @@ def test_probe_does_not_change_the_network(variant: str, name: str) -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
 
 
-def test_name_and_classes_of_a_built_network() -> None:
-    network = build_model("ResNet18", 7, variant="imagenet")
-    assert (network.name, network.num_classes) == ("ResNet18", 7)
-    assert network.get_submodule("fc").out_features == 7
-    assert build_model("ResNet18", 7).get_submodule("linear").out_features == 7
-
-
 @pytest.mark.parametrize(
     ("name", "num_classes", "variant", "message"),
     [
@@ -252,16 +245,10 @@ def test_name_and_classes_of_a_built_network() -> None:
         ("resnet8x4", 3, "imagenet", "'resnet8x4' requires DATASET.VARIANT cifar.*ResNet34"),
         ("ResNet18", 100, "imagnet", "imagenet"),
         ("resnet20", 1, "cifar", "at least 2"),
+        ("vgg8", 10, "cifar", "'vgg8' cannot take images of 4x4 pixels"),
     ],
 )
-def test_build_model_errors(name: str, num_classes: int, variant: str, message: str) -> None:
+def test_errors(name: str, num_classes: int, variant: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        build_model(name, num_classes, variant=variant)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("size", [(4, 4), (0, 32), (32, -1)])
-def test_probe_of_an_unsupported_size(size: tuple[int, int]) -> None:
-    with pytest.raises(ConfigError, match=rf"'vgg8' cannot take images of {size[0]}x{size[1]} pixels") as caught:
-        probe(build("cifar", "vgg8"), size)
+        probe(build_model(name, num_classes, variant=variant), (4, 4))
     assert "\n" not in str(caught.value)
