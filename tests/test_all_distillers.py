@@ -243,13 +243,13 @@ def test_stored_losses_of_all_cases() -> None:
 
 def test_table_of_methods_in_the_docs() -> None:
     text = (ROOT / "docs" / "distillers.md").read_text()
-    table = text.split("## All of them")[1].split("\n## ")[0]
+    table = text.split("## Overview")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if "| `" in line]
     assert sorted(row[0].strip("` ") for row in rows) == sorted(DISTILLERS)
     with torch.device("meta"):
         networks = [build_model(name, 100) for name in ("resnet8x4", "resnet32x4")]
     pair = Pair(*(probe(made) for made in networks), networks[1], torch.arange(50_000) % 100, 100)
-    for name, _, _, reads, weights, extra, published, _ in ([row[0].strip("` "), *row[1:]] for row in rows):
+    for name, _, _, reads, weights, extra, published in ([row[0].strip("` "), *row[1:]] for row in rows):
         with torch.device("meta"):
             method = DISTILLERS[name].from_config(default_config()[name], pair)
         assert reads.split(" + ")[0] == method.need.name.lower(), name
