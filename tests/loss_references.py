@@ -75,7 +75,7 @@ def decoupled(u_s: np.ndarray, u_t: np.ndarray, y: int, alpha: float, beta: floa
 def softened(
     stat: str = "constant",
     scales: Sequence[float] = (4.0,),
-    compensate: bool = True,
+    weighting: str = "teacher",
     dkd: tuple[float, float] | None = None,
 ) -> Reference:
     """KD, NormKD, DKD and logit standardization: mean of ``(max T * statistic_t)^2 * divergence``."""
@@ -89,7 +89,8 @@ def softened(
                 divergence = kl(log_mean_softmax(u_t, scales), log_mean_softmax(u_s, scales))
             else:
                 divergence = decoupled(u_s / scales[0], u_t / scales[0], y, *dkd)
-            total = total + (max(scales) * (tau_t if compensate else 1.0)) ** 2 * divergence
+            weight = {"teacher": tau_t**2, "student_teacher": np.real(tau_s) * tau_t, "none": 1.0}[weighting]
+            total = total + max(scales) ** 2 * weight * divergence  # the weight has no gradient
         return total / len(targets)
 
     return loss

@@ -172,11 +172,11 @@ def test_steps_equal_the_reference(
 def test_config_keys_reach_their_arguments(mode: str) -> None:
     node = CfgNode(copy.deepcopy(CRD.defaults))
     node.merge_from_list(["MODE", mode, "FEAT.DIM", 11, "NCE.K", 5, "NCE.MOMENTUM", 0.8, "NCE.TEMPERATURE", 0.2])
-    node.merge_from_list(["LOSS.CE_WEIGHT", 0.37, "LOSS.FEAT_WEIGHT", 4.3])
+    node.merge_from_list(["LOSS.CE_WEIGHT", 0.37, "LOSS.FEAT_WEIGHT", 4.3, "WARMUP", 9])
     student, teacher, batch = crd_batch([1, 2, 3], key=0)
     pair = Pair(student, teacher, torch.nn.Identity(), UNEQUAL, 5)
     method = CRD.from_config(node, pair).double()
-    assert (method.ce_weight, method.weight) == (0.37, 4.3)
+    assert (method.ce_weight, method.weight, method.warmup) == (0.37, 4.3, 9)
     assert method.student_memory.shape == method.teacher_memory.shape == (33, 11)
     reference = ReferenceCRD(method, momentum=0.8, temperature=0.2)
     chosen = ContrastSampler(UNEQUAL, 5, 5, relaxed=mode == "relax")(batch.targets, batch.indices, batch.key)

@@ -84,6 +84,7 @@ def build(name: str, pair: Pair | None = None, changes: dict[str, Any] | None = 
         ("KD", "TEMPERATURE", [4.0, math.nan], "positive"),
         ("NormKD", "TEMPERATURE_NORM", math.inf, "positive"),
         ("NormKD", "STATISTIC", "rang", "range"),
+        ("NormKD", "WEIGHTING", "both", "WEIGHTING must be teacher, student_teacher or none"),
         ("DKD", "T", -1.0, "positive"),
         ("NKD", "TEMPERATURE", 0.0, "positive"),
         ("DTKD", "T", 0.0, "positive"),
@@ -139,8 +140,8 @@ def test_pairs_that_do_not_work(name: str, pair: Pair, words: str) -> None:
 
 
 Call = Callable[[Outputs, Outputs, Tensor, Any], Tensor]
-KD_WEIGHTS = {"LOSS.CE_WEIGHT": 0.37, "LOSS.KD_WEIGHT": 4.3}
-FEATURE_WEIGHTS = {"LOSS.CE_WEIGHT": 0.37, "LOSS.FEAT_WEIGHT": 4.3}
+KD_WEIGHTS = {"WARMUP": 9, "LOSS.CE_WEIGHT": 0.37, "LOSS.KD_WEIGHT": 4.3}
+FEATURE_WEIGHTS = {"WARMUP": 9, "LOSS.CE_WEIGHT": 0.37, "LOSS.FEAT_WEIGHT": 4.3}
 DECOUPLED = {"CE_WEIGHT": 0.37, "WARMUP": 9, "ALPHA": 1.3, "BETA": 2.3}
 ALPHA_BETA: dict[str, Any] = {"targets": True, "alpha": 1.3, "beta": 2.3}
 UNUSED = {"INPUT_SIZE", "MAX_MID_CHANNEL"}
@@ -188,8 +189,8 @@ def review_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
 WIRING: dict[str, tuple[dict[str, Any], Call]] = {
     "KD": (KD_WEIGHTS | {"TEMPERATURE": 2.9}, call(losses.kd_loss, temperature=2.9)),
     "NormKD": (
-        KD_WEIGHTS | {"TEMPERATURE_NORM": 1.7, "STATISTIC": "range"},
-        call(losses.normkd_loss, t_norm=1.7, statistic="range"),
+        KD_WEIGHTS | {"TEMPERATURE_NORM": 1.7, "STATISTIC": "range", "WEIGHTING": "student_teacher"},
+        call(losses.normkd_loss, t_norm=1.7, statistic="range", weighting="student_teacher"),
     ),
     "LSKD": (KD_WEIGHTS | {"TEMPERATURE": 0.7}, call(losses.lskd_loss, base_temperature=0.7)),
     "DKD": (DECOUPLED | {"T": 2.9}, call(losses.dkd_loss, **ALPHA_BETA, temperature=2.9)),
@@ -258,9 +259,8 @@ def test_every_key_reaches_its_argument(name: str) -> None:
     expected = loss(student, teacher, batch.targets, method)
     torch.testing.assert_close(method(student, teacher, batch), expected, rtol=1e-5, atol=0)
     weights = [value for key, value in changes.items() if key.split(".")[-1] in WEIGHT_KEYS]
-    warmup = changes.get("WARMUP", changes.get("WARMUP_EPOCHS", 0))
-    assert (method.ce_weight, method.weight, method.warmup) == (0.37, weights[0] if weights else 1.0, warmup)
-    assert [method.ramp(epoch) for epoch in (3, 9, 10)] == [1 / 3 if warmup else 1.0, 1.0, 1.0]
+    assert (method.ce_weight, method.weight, method.warmup) == (0.37, weights[0] if weights else 1.0, 9)
+    assert [method.ramp(epoch) for epoch in (3, 9, 10)] == [1 / 3, 1.0, 1.0]
     assert method.teacher_in_train_mode is (name == "OFD")
 
 

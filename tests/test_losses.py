@@ -62,11 +62,14 @@ CASES = {
     "normkd_t1": logit(losses.normkd_loss, STD((1.0,)), 1.0),
     "normkd_max": logit(partial(losses.normkd_loss, statistic="max"), ref.softened("max", (0.5,)), 0.5),
     "normkd_range": logit(partial(losses.normkd_loss, statistic="range"), ref.softened("range", (0.5,)), 0.5),
+    "normkd_student_teacher": logit(
+        partial(losses.normkd_loss, weighting="student_teacher"), STD((2.0,), weighting="student_teacher"), 2.0
+    ),
     "dkd": logit(losses.dkd_loss, ref.softened(dkd=(1.0, 8.0))),
     "dkd_2_3": logit(losses.dkd_loss, ref.softened(scales=(1.5,), dkd=(2.0, 3.0)), 2.0, 3.0, 1.5),
     "norm_dkd": logit(losses.norm_dkd_loss, STD((2.0,), dkd=(1.0, 8.0)), 1.0, 8.0),
-    "lskd": logit(losses.lskd_loss, STD((2.0,), compensate=False)),
-    "lsdkd": logit(losses.lsdkd_loss, STD((2.0,), compensate=False, dkd=(1.0, 8.0))),
+    "lskd": logit(losses.lskd_loss, STD((2.0,), weighting="none")),
+    "lsdkd": logit(losses.lsdkd_loss, STD((2.0,), weighting="none", dkd=(1.0, 8.0))),
     "dist": logit(losses.dist_loss, partial(ref.dist, beta=1.0, gamma=1.0, t=4.0)),
     "dist_2_3": logit(losses.dist_loss, partial(ref.dist, beta=2.0, gamma=3.0, t=1.0), 2.0, 3.0, 1.0),
     "ttm": logit(losses.ttm_loss, partial(ref.ttm, gamma=0.1, weighted=False), zero=False),

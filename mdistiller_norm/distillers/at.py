@@ -47,7 +47,7 @@ def at_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor], p: float = 2) ->
 class AT(Distiller):
     """Attention transfer between matched stages."""
 
-    defaults = {"P": 2.0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0}}
+    defaults = {"P": 2.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0}}
     need = Need.MAPS
 
     def __init__(self, p: float = 2, **weights: Any) -> None:

@@ -114,14 +114,9 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def keyed_integers(key: Tensor, counters: Tensor) -> Tensor:
-    """Return random integers that depend only on ``key`` and ``counters``, the same on every device.
+    """Return uniform random int64 numbers of the shape of ``counters``, positions in the stream of the scalar ``key``.
 
-    Args:
-        key: int64 scalar; adjacent keys give unrelated streams.
-        counters: int64 of any shape, positions in the stream of the key.
-
-    Returns:
-        int64 of the shape of ``counters``, uniform over all values, distinct for distinct counters.
+    They depend on nothing else, and distinct counters give distinct numbers.
     """
     return _mix(_mix(key) + counters * GAMMA)
 

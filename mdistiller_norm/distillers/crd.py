@@ -22,10 +22,8 @@ from mdistiller_norm.distillers.common import check_typed, keyed_below, keyed_pe
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
-# For at most this many samples, products with the whole memory are faster than gathering a third of its rows.
-DENSE_SAMPLES = 1 << 17
-# Above, rows are gathered for some anchors at a time: at most this many numbers (256 MiB).
-CHUNK = 1 << 26
+DENSE_SAMPLES = 1 << 17  # up to here, products with the whole memory are faster than gathering a third of its rows
+CHUNK = 1 << 26  # above, rows are gathered for some anchors at a time: at most this many numbers (256 MiB)
 EPS = 1e-7
 
 
@@ -135,11 +133,10 @@ class CRD(Distiller):
     """
 
     defaults = {
-        "MODE": "exact",
+        "MODE": "exact", "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
         "FEAT": {"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256},
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
-        "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
-    }
+        "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
+    }  # fmt: skip
     need = Need.POOLED
     student_memory: Tensor
     teacher_memory: Tensor

@@ -45,7 +45,9 @@ def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tenso
 class CTKD(Distiller):
     """Curriculum temperature ``T = start + span * sigmoid(theta)``, reversed with full strength from ``epochs`` on."""
 
-    defaults = {"T_START": 1.0, "T_RANGE": 20.0, "EPOCHS": 10, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+    defaults = {
+        "T_START": 1.0, "T_RANGE": 20.0, "EPOCHS": 10, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
+    }  # fmt: skip
 
     theta: Tensor
     strength: Tensor

@@ -53,7 +53,9 @@ def dist_loss(
 class DIST(Distiller):
     """Distillation of inter-class and intra-class relations."""
 
-    defaults = {"TEMPERATURE": 4.0, "BETA": 1.0, "GAMMA": 1.0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 2.0}}
+    defaults = {
+        "TEMPERATURE": 4.0, "BETA": 1.0, "GAMMA": 1.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 2.0},
+    }  # fmt: skip
 
     def __init__(self, temperature: Temperature, beta: float, gamma: float, **weights: Any) -> None:
         super().__init__(**weights)

@@ -38,7 +38,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
 class KD(Distiller):
     """Knowledge distillation with one fixed temperature or several."""
 
-    defaults = {"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+    defaults = {"TEMPERATURE": 4.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
 
     def __init__(self, temperature: Temperature, **weights: Any) -> None:
         super().__init__(**weights)

@@ -62,9 +62,7 @@ def _aligned(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int = 1) -> Tensor:
-    """Squared difference of ``exp(-(v_i - w_j)^2 / 8)``, with ``v`` and ``w`` the vectors of adjacent stages.
-
-    Summed over the elements of the vectors and over the stages, averaged over the batch.
+    """Sum of squared differences of ``exp(-(v_i - w_j)^2 / 8)``, ``v`` and ``w`` the vectors of adjacent stages.
 
     Args:
         g_s: maps of the student, ``[B, D_i, H_i, W_i]``, at least two.
@@ -89,7 +87,7 @@ def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int = 1) -> Tens
 class KDSVD(Distiller):
     """Distillation of the singular vectors of matched stages."""
 
-    defaults = {"K": 1, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}}
+    defaults = {"K": 1, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}}
     need = Need.MAPS
     capturable = False  # torch.linalg.eigh synchronises with the host
 

@@ -21,7 +21,7 @@ from mdistiller_norm.distillers.temperature import Temperature
 
 
 def _standardized(base_temperature: float) -> Temperature:
-    return Temperature(base_temperature, "std", compensate=False)
+    return Temperature(base_temperature, "std", weighting="none")
 
 
 def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, base_temperature: float = 2.0) -> Tensor:
@@ -46,7 +46,7 @@ def lsdkd_loss(
 class LSKD(KD):
     """KD on standardized logits."""
 
-    defaults = {"TEMPERATURE": 2.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 9.0}}
+    defaults = {"TEMPERATURE": 2.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 9.0}}
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> LSKD:

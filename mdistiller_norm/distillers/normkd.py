@@ -18,7 +18,12 @@ from mdistiller_norm.distillers.temperature import Temperature
 
 
 def normkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, t_norm: float = 2.0, *, statistic: str = "std"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    t_norm: float = 2.0,
+    *,
+    statistic: str = "std",
+    weighting: str = "teacher",
 ) -> Tensor:
     """``(T_norm * sigma_t)^2 * KL(p_t || p_s)`` of logits divided by ``T_norm * sigma``, averaged over the batch.
 
@@ -28,8 +33,10 @@ def normkd_loss(
         student_logits, teacher_logits: ``[B, C]``. Gradients include the student's standard deviation.
         t_norm: T_norm (Eq. 6); the paper uses 2.0 for CIFAR-100 and 1.0 for ImageNet.
         statistic: ``std`` (unbiased), or ``max`` or ``range`` of Table 8.
+        weighting: ``teacher`` as in the paper, or ``student_teacher`` for the weight ``T_norm^2 * sigma_s * sigma_t``
+            (without a gradient), which keeps the gradient small while the student's logits are.
     """
-    return kl_divergence(Temperature(t_norm, statistic).soften(student_logits, teacher_logits))
+    return kl_divergence(Temperature(t_norm, statistic, weighting).soften(student_logits, teacher_logits))
 
 
 def norm_dkd_loss(
@@ -54,11 +61,15 @@ def norm_dkd_loss(
 class NormKD(KD):
     """KD with the temperature ``TEMPERATURE_NORM * STATISTIC(logits)`` for each sample and network."""
 
-    defaults = {"TEMPERATURE_NORM": 2.0, "STATISTIC": "std", "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+    defaults = {
+        "TEMPERATURE_NORM": 2.0, "STATISTIC": "std", "WEIGHTING": "teacher", "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
+    }  # fmt: skip
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> NormKD:
-        return cls(Temperature(node.TEMPERATURE_NORM, node.STATISTIC), **loss_weights(node))
+        temperature = Temperature(node.TEMPERATURE_NORM, node.STATISTIC, node.WEIGHTING)
+        return cls(temperature, **loss_weights(node))
 
 
 @register("NormKD_W_DKD")

@@ -44,7 +44,7 @@ def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 class NST(Distiller):
     """Neuron selectivity transfer between matched stages."""
 
-    defaults = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0}}
+    defaults = {"WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0}}
     need = Need.MAPS
 
     @classmethod

@@ -65,10 +65,9 @@ class OFD(Distiller):
     """
 
     defaults = {
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001},
-        "CONNECTOR": {"KERNEL_SIZE": 1},
-        "TEACHER_TRAIN_MODE": False,
-    }
+        "CONNECTOR": {"KERNEL_SIZE": 1}, "TEACHER_TRAIN_MODE": False,
+        "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001},
+    }  # fmt: skip
     need = Need.MAPS
 
     def __init__(

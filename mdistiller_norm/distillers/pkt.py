@@ -41,7 +41,7 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 class PKT(Distiller):
     """Probabilistic knowledge transfer of the pooled features."""
 
-    defaults = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}}
+    defaults = {"WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}}
     need = Need.POOLED
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

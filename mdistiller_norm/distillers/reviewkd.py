@@ -90,7 +90,6 @@ def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _levels(maps: Maps, pooled: Tensor) -> Maps:
-    """Maps and pooled features as one list, shallow to deep."""
     return (*maps, pooled[:, :, None, None])
 
 
@@ -103,16 +102,10 @@ class ReviewKD(Distiller):
 
     # The four lists are probed, and checked if a config contains them. MAX_MID_CHANNEL is unused, as in mdistiller.
     defaults = {
-        "CE_WEIGHT": 1.0,
-        "REVIEWKD_WEIGHT": 1.0,
-        "WARMUP_EPOCHS": 20,
-        "SHAPES": [1, 8, 16, 32],
-        "OUT_SHAPES": [1, 8, 16, 32],
-        "IN_CHANNELS": [64, 128, 256, 256],
-        "OUT_CHANNELS": [64, 128, 256, 256],
-        "MAX_MID_CHANNEL": MAX_MID_CHANNELS,
-        "STU_PREACT": False,
-    }
+        "CE_WEIGHT": 1.0, "REVIEWKD_WEIGHT": 1.0, "WARMUP_EPOCHS": 20, "STU_PREACT": False, "MAX_MID_CHANNEL": 512,
+        "SHAPES": [1, 8, 16, 32], "OUT_SHAPES": [1, 8, 16, 32],
+        "IN_CHANNELS": [64, 128, 256, 256], "OUT_CHANNELS": [64, 128, 256, 256],
+    }  # fmt: skip
     need = Need.MAPS
 
     def __init__(

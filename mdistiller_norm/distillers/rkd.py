@@ -68,11 +68,9 @@ class RKD(Distiller):
     """Distances and angles of the pooled features."""
 
     defaults = {
-        "DISTANCE_WEIGHT": 25.0,
-        "ANGLE_WEIGHT": 50.0,
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
-        "PDIST": {"EPSILON": 1e-12, "SQUARED": False},
-    }
+        "DISTANCE_WEIGHT": 25.0, "ANGLE_WEIGHT": 50.0, "PDIST": {"EPSILON": 1e-12, "SQUARED": False},
+        "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
+    }  # fmt: skip
     need = Need.POOLED
 
     def __init__(self, squared: bool, eps: float, distance_weight: float, angle_weight: float, **weights: Any) -> None:

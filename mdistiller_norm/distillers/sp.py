@@ -40,7 +40,7 @@ def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 class SP(Distiller):
     """Similarity-preserving distillation of the last map."""
 
-    defaults = {"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}}
+    defaults = {"WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 3000.0}}
     need = Need.MAPS
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

@@ -64,19 +64,22 @@ class Temperature:
     Attributes:
         scale: T, T_norm or T_v. For several, the softened *probabilities* are averaged over them (Eq. 3).
         statistic: name of a statistic in ``STATISTICS``.
-        compensate: weight each sample by the teacher's ``tau ** 2`` (for a constant ``max(scale) ** 2``, Eq. 4). If
-            False, every sample has the weight ``max(scale) ** 2`` (logit standardization).
+        weighting: weight of a sample. ``teacher``: the teacher's ``tau ** 2`` (for a constant ``max(scale) ** 2``, Eq.
+            4); ``student_teacher``: the product of both ``tau``, without a gradient; ``none``: ``max(scale) ** 2`` for
+            every sample (logit standardization).
 
     Raises:
-        ConfigError: the statistic is unknown, or a scale is not positive and finite.
+        ConfigError: the statistic or the weighting is unknown, or a scale is not positive and finite.
     """
 
     scale: float | Sequence[float] = 4.0
     statistic: str = "constant"
-    compensate: bool = True
+    weighting: str = "teacher"
 
     def __post_init__(self) -> None:
         STATISTICS[self.statistic]
+        if self.weighting not in ("teacher", "student_teacher", "none"):
+            raise ConfigError(f"WEIGHTING must be teacher, student_teacher or none, got {self.weighting!r}")
         if not self.scales or any(not math.isfinite(scale) or scale <= 0 for scale in self.scales):
             raise ConfigError(f"the temperature must be positive and finite, got {self.scale!r}")
 
@@ -112,11 +115,14 @@ class Temperature:
             )
         # One pass over both: on a GPU, the cost of tensors this small is the number of operations.
         divided, statistics = self._divide(torch.cat([student_logits, teacher_logits]))
-        (student, teacher), statistic = divided.chunk(2), statistics.chunk(2)[1]
+        (student, teacher), (student_statistic, statistic) = divided.chunk(2), statistics.chunk(2)
         if not teacher_logits.requires_grad:
             teacher, statistic = teacher.detach(), statistic.detach()
-        weight = max(self.scales) * (statistic if self.compensate else torch.ones_like(statistic))
-        return Softened(student, teacher, (weight**2).squeeze(1))
+        if self.weighting == "none":
+            statistic = torch.ones_like(statistic)
+        elif self.weighting == "student_teacher":
+            statistic = (student_statistic * statistic).detach().sqrt()
+        return Softened(student, teacher, ((max(self.scales) * statistic) ** 2).squeeze(1))
 
     def _divide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the softened logits (for several scales, the log of the mean probability) and the statistic."""

@@ -48,7 +48,7 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1
 class TTM(Distiller):
     """Transformed teacher matching."""
 
-    defaults = {"GAMMA": 0.1, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 100.0}}
+    defaults = {"GAMMA": 0.1, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 100.0}}
 
     def __init__(self, gamma: float, **weights: Any) -> None:
         super().__init__(**weights)
@@ -68,7 +68,7 @@ class TTM(Distiller):
 class WTTM(TTM):
     """Transformed teacher matching, with samples weighted by the teacher's uncertainty."""
 
-    defaults = {"GAMMA": 0.1, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 3.0}}
+    defaults = {"GAMMA": 0.1, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 3.0}}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return wttm_loss(student.logits, teacher.logits, self.gamma)

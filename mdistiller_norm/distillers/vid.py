@@ -47,7 +47,8 @@ class VID(Distiller):
 
     # INPUT_SIZE is unused; mdistiller's configs may contain it.
     defaults = {
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}, "EPS": 1e-5, "INIT_PRED_VAR": 5.0, "INPUT_SIZE": [32, 32],
+        "EPS": 1e-5, "INIT_PRED_VAR": 5.0, "INPUT_SIZE": [32, 32],
+        "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
     }  # fmt: skip
     need = Need.MAPS
 

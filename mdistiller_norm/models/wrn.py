@@ -100,6 +100,5 @@ class WideResNet(Network):
         return (None, self.block2.first_norm, self.block3.first_norm, self.bn1)
 
 
-for _depth in (16, 40):
-    for _widen in (1, 2):
-        CIFAR_MODELS.register(f"wrn_{_depth}_{_widen}")(partial(WideResNet, depth=_depth, widen=_widen))
+for _depth, _widen in ((16, 1), (16, 2), (40, 1), (40, 2)):
+    CIFAR_MODELS.register(f"wrn_{_depth}_{_widen}")(partial(WideResNet, depth=_depth, widen=_widen))
