@@ -69,19 +69,13 @@ def differences(a: dict, b: dict) -> list[str]:
 
 
 def plain(node: dict) -> dict:
-    """A tree as nested dicts."""
+    """Return a tree as nested dicts."""
     return {name: plain(value) if isinstance(value, dict) else value for name, value in node.items()}
 
 
 def values(node: dict, *keys: str) -> tuple:
-    """The values of dotted keys."""
-    found = []
-    for key in keys:
-        value = node
-        for part in key.split("."):
-            value = value[part]
-        found.append(value)
-    return tuple(found)
+    found = dict(leaves(node))
+    return tuple(found[key] for key in keys)
 
 
 # Shipped files
@@ -95,20 +89,15 @@ def test_shipped_config_loads_and_round_trips(path, tmp_path):
     assert again.node == config.node
 
 
-@pytest.mark.parametrize("path", RUNS)
-def test_shipped_run_names_its_networks_and_its_command(path):
-    node = load_config(ROOT / path).node
-    assert node.DISTILLER.TEACHER
-    assert node.DISTILLER.STUDENT
-    header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
-    assert any(f"--cfg {path}" in line for line in header)
-
-
-def test_shipped_runs_write_to_different_folders():
+def test_runs_name_their_command_and_write_to_different_folders():
     places = Counter()
     for path in RUNS:
-        experiment = load_config(ROOT / path).node.EXPERIMENT
-        places[experiment.PROJECT, experiment.NAME or experiment.TAG] += 1
+        node = load_config(ROOT / path).node
+        assert node.DISTILLER.TEACHER
+        assert node.DISTILLER.STUDENT
+        header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
+        assert any(f"--cfg {path}" in line for line in header)
+        places[node.EXPERIMENT.PROJECT, node.EXPERIMENT.NAME or node.EXPERIMENT.TAG] += 1
     assert [place for place, count in places.items() if count > 1] == []
 
 
@@ -132,26 +121,21 @@ def test_pair_has_the_papers_protocol(method, pair, facts):
     assert values(solver, "WEIGHT_DECAY", "MOMENTUM", "NESTEROV") == (row["wd"], row["momentum"], True)
     ours = plain(node[kind])
     assert ours == ours | row["method_params"]
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("method", METHODS)
-def test_header_prints_the_papers_number(method, pair, facts):
     tables = json.loads((facts / "paper_tables.json").read_text())
-    name = "_".join(PAIRS[pair])
+    name = f"{teacher}_{student}"
     (number,) = [
-        table["rows"][METHODS[method][1]][table["pairs"].index(name)]
+        table["rows"][row_name][table["pairs"].index(name)]
         for table in (tables["table2"], tables["table3"])
         if name in table["pairs"]
     ]
     assert f"# Paper: {number:.2f} top-1" in (ROOT / f"configs/cifar100/{method}/{pair}.yaml").read_text()
 
 
-@pytest.mark.parametrize("model", sorted({model for pair in PAIRS.values() for model in pair}))
-def test_every_teacher_and_student_has_a_vanilla_config(model):
-    node = load_config(ROOT / f"configs/cifar100/vanilla/{model}.yaml").node
-    lr = 0.01 if model.startswith(("Shuffle", "Mobile")) else 0.05
-    assert values(node, "DISTILLER.TYPE", "DISTILLER.STUDENT", "SOLVER.LR") == ("NONE", model, lr)
+def test_every_teacher_and_student_has_a_vanilla_config():
+    for model in {model for pair in PAIRS.values() for model in pair}:
+        node = load_config(ROOT / f"configs/cifar100/vanilla/{model}.yaml").node
+        lr = 0.01 if model.startswith(("Shuffle", "Mobile")) else 0.05
+        assert values(node, "DISTILLER.TYPE", "DISTILLER.STUDENT", "SOLVER.LR") == ("NONE", model, lr)
 
 
 def test_ablations_cover_tables_1_6_and_8(facts):
@@ -159,7 +143,7 @@ def test_ablations_cover_tables_1_6_and_8(facts):
     folder = ROOT / "configs/cifar100/ablation"
 
     def found(table: str, kind: str, key: str) -> dict:
-        """Value -> header of each file of a table."""
+        """Map the values of a table to the text of their files."""
         files = sorted((folder / table).glob("*.yaml"))
         values = [load_config(file).node[kind][key] for file in files]
         assert len(files) == len(tables[table]["rows"])
@@ -267,10 +251,8 @@ def test_files_that_include_each_other_are_read_once(tmp_path):
         (["SOLVER.LR", "1", "SOLVER.LR=0.5"], "SOLVER.LR", 0.5),
         (["SOLVER.LR_DECAY_STAGES", "[1, 2]"], "SOLVER.LR_DECAY_STAGES", [1, 2]),
         (["SOLVER.LR_DECAY_STAGES", "(1, 2)"], "SOLVER.LR_DECAY_STAGES", [1, 2]),
-        (["SOLVER.LR_DECAY_STAGES=[]"], "SOLVER.LR_DECAY_STAGES", []),
         (["SOLVER.NESTEROV", "True"], "SOLVER.NESTEROV", True),
         (["DISTILLER.TYPE", "[NormKD, DKD]"], "DISTILLER.TYPE", ["NormKD", "DKD"]),
-        (["DISTILLER.TYPE=NormKD"], "DISTILLER.TYPE", "NormKD"),
         (["EXPERIMENT.NAME", "007"], "EXPERIMENT.NAME", "007"),
         (["EXPERIMENT.NAME", "a=b: c"], "EXPERIMENT.NAME", "a=b: c"),
         (["EXPERIMENT.TAG", "kd, a ..b"], "EXPERIMENT.TAG", "kd, a ..b"),
@@ -308,16 +290,11 @@ def test_values_have_the_types_of_their_defaults(tmp_path):
     text = "SOLVER: {WEIGHT_DECAY: 5e-4, LR: 1E-2, EPOCHS: '7', LR_DECAY_STAGES: '(3, 5)', NESTEROV: yes}\n"
     text += "DATASET: {CLASSES: ['1', 02], MEAN: [0.5, 5e-1, 0.5]}\nENGINE: {CUDA_GRAPH: on}\nEXPERIMENT: {TAG: 3}\n"
     path = write(tmp_path, "run.yaml", text)
-    solver = load_config(path).node.SOLVER
-    assert (solver.WEIGHT_DECAY, solver.LR, solver.EPOCHS, solver.LR_DECAY_STAGES) == (5e-4, 1e-2, 7, [3, 5])
-    found = values(load_config(path).node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH")
-    assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on")
-    assert load_config(path).node.EXPERIMENT.TAG == "3"
-
-
-def test_a_config_with_a_name_needs_no_tag(tmp_path):
-    path = write(tmp_path, "run.yaml", "EXPERIMENT: {TAG: ''}\n")
-    assert load_config(path, ["EXPERIMENT.NAME", "x"]).node.EXPERIMENT.TAG == ""
+    node = load_config(path).node
+    found = values(node, "SOLVER.WEIGHT_DECAY", "SOLVER.LR", "SOLVER.EPOCHS", "SOLVER.LR_DECAY_STAGES")
+    assert found == (5e-4, 1e-2, 7, [3, 5])
+    found = values(node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH", "EXPERIMENT.TAG")
+    assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on", "3")
 
 
 def test_empty_file_is_the_defaults(tmp_path):
@@ -346,11 +323,6 @@ def test_show_prints_values_with_their_sources_and_only_nodes_in_use(tmp_path):
     assert len({line.index("#") for line in text.splitlines() if "#" in line}) == 1
 
 
-def test_show_of_several_methods_shows_all_their_nodes():
-    shown = yaml.safe_load(show(load_config(None, ["DISTILLER.TYPE", "[KD, NormKD]"])))
-    assert {"KD", "NormKD"} == set(shown) & set(DISTILLERS)
-
-
 def test_dump_keeps_awkward_values(tmp_path):
     awkward = [
         "EXPERIMENT.NAME", "'5e-4: # [x]'", "EXPERIMENT.TAG", "ü" * 200, "DATASET.ROOT", "true", "SOLVER.LR", "1e-12",
@@ -367,5 +339,3 @@ def test_config_is_frozen():
     config = load_config()
     with pytest.raises(AttributeError):
         config.node.SOLVER.LR = 1.0
-    with pytest.raises(AttributeError):
-        config.node = default_config()  # type: ignore[misc]

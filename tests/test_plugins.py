@@ -12,16 +12,16 @@ import pytest
 import torch
 from conftest import assert_user_error, tool
 from short_runs import assert_same_state, state_of
-from torchvision.models import VisionTransformer, mobilenet_v3_small, resnet18
+from torchvision.models import VisionTransformer, mobilenet_v3_small
 
 from mdistiller_norm.cli import execute
 from mdistiller_norm.config import load_config, show
 from mdistiller_norm.data import DATASETS
 from mdistiller_norm.distillers import DISTILLERS, Need
-from mdistiller_norm.engine.checkpoint import load, load_into, load_weights
+from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher import LiveTeacher
-from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS, Wrapped, build_model, probe
 from mdistiller_norm.plugins import import_plugin
 
@@ -137,7 +137,7 @@ def test_a_wrapped_teacher_gives_the_logits_of_its_module(mine: Path) -> None:
     own = ["DISTILLER.STUDENT=resnet8", "DISTILLER.TEACHER=resnet10", f"DISTILLER.TEACHER_WEIGHTS={mine}/wrapped.pth"]
     run(mine, "back", "DISTILLER.TYPE=[NormKD,AT]", *own)
     for method in ("OFD", "REVIEWKD"):  # they need maps from before the activation
-        with pytest.raises(ConfigError, match=f"{method}: .*before their ReLU, and the teacher shows none"):
+        with pytest.raises(ConfigError, match=f"{method}: requires maps before their ReLU"):
             run(mine, "refused", f"DISTILLER.TYPE={method}", *own)
     assert not (mine / "distill" / "refused").exists()
 
@@ -153,7 +153,7 @@ def test_training_and_evaluation_in_processes_of_their_own(mine: Path) -> None:
     tool("train", "--cfg", mine / "mine.yaml", "DISTILLER.TYPE", "MSE", "EXPERIMENT.NAME", "own")
     weights = mine / "distill" / "own" / "student_last.pt"
     refused = tool("eval", "-c", weights, check=False)
-    assert_user_error(refused, "student_last.pt is of resnet10 on few_digits", "--plugin", "mine.py")
+    assert_user_error(refused, "student_last.pt is resnet10 on few_digits", "--plugin", "mine.py")
     evaluated = tool("eval", "-c", weights, "--plugin", mine / "mine.py")
     top1 = json.loads(weights.with_name("result.json").read_text())["last"]["top1"]
     assert evaluated.stdout.split()[:4] == ["resnet10", "few_digits", "top-1", f"{top1:.2f}"]
@@ -194,17 +194,6 @@ def test_wrapping_changes_nothing_about_a_module() -> None:
         torch.testing.assert_close(outputs.logits, logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(module.classifier(outputs.pooled), logits, rtol=1e-4, atol=1e-5)
     assert not [each for each in network.modules() if each._forward_hooks or each._forward_pre_hooks]
-
-
-def test_published_weights_load_strictly(tmp_path: Path) -> None:
-    torch.save(resnet18(num_classes=10).state_dict(), tmp_path / "published.pth")
-    published = load_weights(tmp_path / "published.pth")
-    network = Wrapped(resnet18(num_classes=10), 10, classifier="fc")
-    load_into(network, published, "resnet18")
-    assert_same_state(dict(network.module.state_dict()), dict(published.state))
-    del published.state["layer1.0.conv1.weight"]
-    with pytest.raises(CheckpointError, match=r"lacks tensor layer1\.0\.conv1\.weight"):
-        load_into(network, published, "resnet18")
 
 
 def test_a_network_without_feature_maps_trains_with_pkt(mine: Path, tmp_path: Path) -> None:
