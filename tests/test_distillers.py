@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from yacs.config import CfgNode
 
 from mdistiller_norm import functional as losses
-from mdistiller_norm.config import load_config
+from mdistiller_norm.config import leaves, load_config
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair, crd
 from mdistiller_norm.distillers.common import matched_stages, pool_to
 from mdistiller_norm.distillers.fitnet import make_regressor
@@ -115,9 +115,8 @@ def build(name: str, pair: Pair | None = None, changes: dict[str, Any] | None = 
     ],
 )
 def test_bad_values(name: str, key: str, value: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words):
         build(name, changes={key: value})
-    assert "\n" not in str(caught.value)
 
 
 STEMS = make_pair(STUDENT[:1], TEACHER[:1])
@@ -134,9 +133,8 @@ STEMS = make_pair(STUDENT[:1], TEACHER[:1])
     ],
 )
 def test_pairs_that_do_not_work(name: str, pair: Pair, words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words):
         build(name, pair)
-    assert "\n" not in str(caught.value)
 
 
 Call = Callable[[Outputs, Outputs, Tensor, Any], Tensor]
@@ -241,16 +239,10 @@ WIRING: dict[str, tuple[dict[str, Any], Call]] = {
 }  # CRD: see test_crd.py
 
 
-def keys_of(tree: dict[str, Any], within: str = "") -> set[str]:
-    """The dotted keys of a config node, without empty sections."""
-    found = (keys_of(value, f"{key}.") if isinstance(value, dict) else {key} for key, value in tree.items())
-    return {within + key for keys in found for key in keys}
-
-
 @pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "CRD"])
 def test_every_key_reaches_its_argument(name: str) -> None:
     changes, loss = WIRING[name]
-    assert keys_of(DISTILLERS[name].defaults) - UNUSED == changes.keys()
+    assert {key for key, _ in leaves(DISTILLERS[name].defaults)} - UNUSED == changes.keys()
     method, batch = build(name, changes=changes), batch_of(4)
     student, teacher = outputs(STUDENT, 4, "cpu", seed=1), outputs(TEACHER, 4, "cpu", seed=2)
     with torch.no_grad():  # at the start, a variance of VID is INIT_PRED_VAR for any EPS
@@ -378,12 +370,6 @@ def test_curriculum_of_ctkd() -> None:
         (reversed_slope,) = torch.autograd.grad(loss, list(method.parameters()))
         torch.testing.assert_close(loss, plain)
         assert reversed_slope.item() == pytest.approx(-strength * slope.item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("variance", [1e-4, 5.0, 1e9])
-def test_initial_variance_of_vid(variance: float) -> None:
-    scale = build("VID", changes={"INIT_PRED_VAR": variance}).state_dict()["log_scales.0"]
-    assert (F.softplus(scale) + 1e-5).tolist() == pytest.approx([variance] * len(scale), rel=1e-5)
 
 
 @pytest.mark.parametrize(

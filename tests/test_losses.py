@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller_norm import functional as losses
-from mdistiller_norm.distillers.common import pool_to
 from mdistiller_norm.distillers.kdsvd import leading_vectors
 from mdistiller_norm.distillers.ofd import margins_of
 
@@ -344,12 +343,6 @@ def test_kdsvd_gradient_is_finite_for_equal_and_zero_singular_values(dtype: torc
     vectors, values = leading_vectors(rank_one.detach(), 3)
     assert (values[:, 0] > 1).all()
     assert not vectors[..., 1:].any()  # the map does not determine them
-
-
-@pytest.mark.parametrize("size", [(8, 8), (3, 5), (2, 4), (1, 1), (16, 8)])
-def test_pooling_is_adaptive(size: tuple[int, int]) -> None:
-    maps = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    np.testing.assert_allclose(pool_to(maps, size), ref.block_mean(maps.numpy(), *size), rtol=1e-12)
 
 
 def test_margins_are_means_of_negative_values() -> None:

@@ -240,7 +240,6 @@ def test_probe_does_not_change_the_network(variant: str, name: str) -> None:
     ("name", "num_classes", "variant", "message"),
     [
         ("resnet65", 100, "cifar", "resnet56"),
-        ("shufflev3", 100, "cifar", "ShuffleV1"),
         ("MobileNetV1", 100, "cifar", "'MobileNetV1' requires DATASET.VARIANT imagenet.*MobileNetV2"),
         ("resnet8x4", 3, "imagenet", "'resnet8x4' requires DATASET.VARIANT cifar.*ResNet34"),
         ("ResNet18", 100, "imagnet", "imagenet"),
@@ -249,6 +248,5 @@ def test_probe_does_not_change_the_network(variant: str, name: str) -> None:
     ],
 )
 def test_errors(name: str, num_classes: int, variant: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message):
         probe(build_model(name, num_classes, variant=variant), (4, 4))
-    assert "\n" not in str(caught.value)
