@@ -215,7 +215,7 @@ def build_teacher_runner(
     if not cached or not isinstance(loader, MemoryTrainLoader):
         return live
     pooled = probe(network, image_size).pooled.shape[1]
-    teacher = CachedTeacher(live, loader, checkpoint, loader.fingerprint(), network.num_classes, pooled, cached)
+    teacher = CachedTeacher(live, loader, checkpoint, pooled, cached)
     teacher.check_answers()
     if line := teacher.hold_on_device():
         log(line)

@@ -1,4 +1,4 @@
-"""Two processes against one, on the CPU, with real images: the same samples, the same weights, the same figures."""
+"""Training with two processes against one, on the CPU: the same samples, the same weights, the same figures."""
 
 from __future__ import annotations
 
@@ -34,21 +34,12 @@ from mdistiller_norm.run import build_run
 from mdistiller_norm.types import Batch
 
 # 1437 training samples: the last of 180 batches of 8 has 5, which two processes cannot share evenly.
-STEPS, BATCH = 20, 8
+STEPS, FIRST, BATCH = 20, 160, 8
 PAIR = [
-    "DATASET.TYPE=digits",
-    "DEVICE=cpu",
-    "ENGINE.COMPILE=none",
-    "DISTILLER.TEACHER=resnet14",
+    "DATASET.TYPE=digits", "DEVICE=cpu", "ENGINE.COMPILE=none", "DISTILLER.TEACHER=resnet14",
     "DISTILLER.STUDENT=resnet8",
-]
-METHODS = {
-    "NONE": [], "KD": [], "NormKD": [], "DKD": [], "CRD": ["CRD.NCE.K=64"], "REVIEWKD": [],
-}  # fmt: skip
-
-
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "80"} | more
+]  # fmt: skip
+METHODS = {"NONE": [], "NormKD": [], "CRD": ["CRD.NCE.K=64"], "REVIEWKD": []}
 
 
 def free_port() -> int:
@@ -57,24 +48,32 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start(rank: int, world: int, port: int, *command: object) -> subprocess.Popen[str]:
-    """One of several processes, as Slurm would start it."""
-    who = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+def start(*command: object, **more: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "80"} | more
     return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **who),
+        env=environment,
     )  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each."""
+def start_pair(*command: object) -> list[subprocess.Popen[str]]:
+    """Start two processes that train together, as Slurm would."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    return [start(*command, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
     try:
-        return [
-            (process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=300)]
-        ]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+    return [subprocess.CompletedProcess([], p.returncode, "", e) for p, e in zip(processes, errors, strict=True)]
+
+
+def assert_finished(processes: list[subprocess.Popen[str]]) -> None:
+    for done in finish(processes):
+        assert done.returncode == 0, done.stderr
 
 
 def without_batch_norm(module: nn.Module) -> None:
@@ -84,13 +83,14 @@ def without_batch_norm(module: nn.Module) -> None:
                 setattr(child, name, nn.Identity())
 
 
-def train_steps(method: str, folder: Path, *overrides: str, first_step: int = 0) -> dict[str, Any]:
-    """The weights after some steps in float64, without batch norm, and the samples that this process saw."""
+def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
+    """Return the weights after some steps in float64, without batch norm, and the samples of this process."""
     config = [
         *PAIR, f"DISTILLER.TYPE={method}", f"LOG.PREFIX={folder}", f"SOLVER.BATCH_SIZE={BATCH}",
         f"DISTILLER.TEACHER_WEIGHTS={folder / 'teacher.pt'}", f"EXPERIMENT.NAME={method}", *METHODS[method], *overrides,
     ]  # fmt: skip
     trainer = build_run(load_config(None, config)).trainer
+    trainer.log.close()
     step = trainer.step
     without_batch_norm(step.trainable.double())
     prepare = step.loader.prepare
@@ -108,29 +108,20 @@ def train_steps(method: str, folder: Path, *overrides: str, first_step: int = 0)
     )  # fmt: skip
     step.trainable.train()
     seen = []
-    for number, raw in enumerate(step.loader.batches(1, first_step), first_step):
-        if number == first_step + STEPS:
-            break
-        part = step.loader.part(number)
-        seen.append(raw[0].tolist() if part.weight else [])
-        whole.part = part
+    for number, raw in zip(range(FIRST, FIRST + STEPS), step.loader.batches(1, FIRST), strict=False):
+        whole.part = step.loader.part(number)
+        seen.append(raw[0].tolist() if whole.part.weight else [])
         whole(*raw)
-    trainer.log.close()
     averages = step.meters.read(1, together=True)
-    return {
-        "weights": step.trainable.state_dict(),
-        "seen": seen,
-        "losses": averages.losses,
-        "samples": averages.samples,
-    }
+    return {"weights": step.trainable.state_dict(), "seen": seen, **averages._asdict()}
 
 
 def main(folder: Path) -> None:
-    """What each of the processes runs; with no data in between but what the engine exchanges."""
+    """Run in each of two processes, and save the results."""
     share = distributed.wanted()
     for method in METHODS:
-        torch.save(train_steps(method, folder, first_step=160), folder / f"{method}_{share.rank}.pt")
-    accumulated = train_steps("NormKD", folder, "SOLVER.ACCUMULATE=2", "EXPERIMENT.NAME=accumulated", first_step=160)
+        torch.save(train_steps(method, folder), folder / f"{method}_{share.rank}.pt")
+    accumulated = train_steps("NormKD", folder, "SOLVER.ACCUMULATE=2", "EXPERIMENT.NAME=accumulated")
     torch.save(accumulated, folder / f"accumulated_{share.rank}.pt")
     torch.manual_seed(3)
     network = build_model("resnet8", 10)
@@ -145,94 +136,87 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes left what they found."""
+    """The folder with the results of two processes."""
     folder = tmp_path_factory.mktemp("both")
     torch.manual_seed(1)
     torch.save({"model": build_model("resnet14", 10).state_dict()}, folder / "teacher.pt")
-    port = free_port()
-    for code, errors in finish([start(rank, 2, port, __file__, folder) for rank in range(2)]):
-        assert code == 0, errors
+    assert_finished(start_pair(__file__, folder))
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(both: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """What one process finds with a method; run once for each."""
+def alone(both: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Results of one process, computed once for each method."""
 
     @cache
-    def run(method: str) -> dict[str, Any]:
+    def run(method: str, *overrides: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("alone")
         (folder / "teacher.pt").write_bytes((both / "teacher.pt").read_bytes())
-        return train_steps(method, folder, first_step=160)
+        return train_steps(method, folder, *overrides)
 
     return run
 
 
+def assert_same_training(result: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert result["samples"] == expected["samples"] == 19 * BATCH + 5
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    for key, weights in expected["weights"].items():
+        torch.testing.assert_close(
+            result["weights"][key], weights, rtol=0, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one(both: Path, alone: Callable[[str], dict[str, Any]], method: str) -> None:
+def test_two_processes_train_as_one(both: Path, alone: Callable[..., dict[str, Any]], method: str) -> None:
     single = alone(method)
     one, two = (torch.load(both / f"{method}_{rank}.pt") for rank in range(2))
-    # The samples, in their order, the last batch of 5 included.
     assert [a + b for a, b in zip(one["seen"], two["seen"], strict=True)] == single["seen"]
     assert [len(step) for step in one["seen"]][-2:] == [4, 3]
-    assert one["samples"] == two["samples"] == single["samples"] == 19 * BATCH + 5
-    assert one["losses"] == two["losses"] == pytest.approx(single["losses"], rel=1e-5)
-    for key, weights in single["weights"].items():
-        assert torch.equal(one["weights"][key], two["weights"][key]), key
-        torch.testing.assert_close(one["weights"][key], weights, rtol=0, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+    assert_same_training(one, single)
+    for key, weights in one["weights"].items():
+        assert torch.equal(two["weights"][key], weights), key
 
 
-def test_two_processes_that_accumulate_train_as_one_that_does_not(both: Path) -> None:
+def test_accumulated_gradients_give_the_same_update(both: Path, alone: Callable[..., dict[str, Any]]) -> None:
     for rank in range(2):
-        whole, parts = (torch.load(both / f"{name}_{rank}.pt") for name in ("NormKD", "accumulated"))
-        assert parts["samples"] == whole["samples"]
-        for key, weights in whole["weights"].items():
-            torch.testing.assert_close(parts["weights"][key], weights, rtol=0, atol=1e-9)
+        assert_same_training(torch.load(both / f"accumulated_{rank}.pt"), alone("NormKD"))
+    for method in ("NormKD", "REVIEWKD"):
+        assert_same_training(alone(method, "SOLVER.ACCUMULATE=4"), alone(method))
 
 
 def test_several_processes_evaluate_every_image_once(both: Path) -> None:
     torch.manual_seed(3)
-    alone = evaluate(build_model("resnet8", 10), digits().eval_loader(7, torch.device("cpu")))
+    expected = evaluate(build_model("resnet8", 10), digits().eval_loader(7, torch.device("cpu")))
     for rank in range(2):
         found = torch.load(both / f"evaluation_{rank}.pt")
-        assert (found["top1"], found["top5"], found["samples"]) == (alone.top1, alone.top5, 360)
-        assert found["loss"] == pytest.approx(alone.loss, rel=1e-6)
-        assert torch.equal(found["per_class"], alone.per_class)
+        assert (found["top1"], found["top5"], found["samples"]) == (expected.top1, expected.top5, 360)
+        assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
+        assert torch.equal(found["per_class"], expected.per_class)
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
-def test_shares_of_the_test_split_are_disjoint_and_whole(world: int) -> None:
+def test_shares_of_the_test_split_are_disjoint_and_complete(world: int) -> None:
     data = digits()
     parts = [list(data.eval_loader(50, torch.device("cpu"), Share(rank, world))) for rank in range(world)]
     assert torch.equal(torch.cat([targets for part in parts for _, targets in part]), data.test.targets)
     assert len(data.eval_loader(50, torch.device("cpu"), Share(0, world))) == 360
 
 
-@pytest.mark.parametrize("method", ["KD", "NormKD", "DKD", "REVIEWKD"])
-def test_accumulation_gives_the_same_update(
-    both: Path, alone: Callable[[str], dict[str, Any]], tmp_path: Path, method: str
+@pytest.mark.parametrize(
+    ("override", "environment", "message"),
+    [
+        ("SOLVER.ACCUMULATE=7", {}, r"SOLVER\.ACCUMULATE 7 does not divide"),
+        ("SOLVER.SYNC_BN=true", {}, r"SOLVER\.SYNC_BN requires a GPU, got cpu"),
+        ("SEED=1", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be less than WORLD_SIZE, got 2 and 2"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, environment: dict[str, str], message: str
 ) -> None:
-    (tmp_path / "teacher.pt").write_bytes((both / "teacher.pt").read_bytes())
-    parts, whole = train_steps(method, tmp_path, "SOLVER.ACCUMULATE=4", first_step=160), alone(method)
-    assert parts["samples"] == whole["samples"]
-    assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    for key, weights in whole["weights"].items():
-        torch.testing.assert_close(parts["weights"][key], weights, rtol=0, atol=1e-9)
-
-
-def test_what_cannot_be_divided_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    common = [*PAIR, f"LOG.PREFIX={tmp_path}"]
-    with pytest.raises(ConfigError, match=r"SOLVER\.ACCUMULATE 7 does not divide"):
-        build_run(load_config(None, [*common, "SOLVER.ACCUMULATE=7"]))
-    data = digits()
-    with pytest.raises(ConfigError, match=r"SOLVER\.BATCH_SIZE 64 cannot be split evenly over 3"):
-        data.train_loader(64, 0, torch.device("cpu"), Share(0, 3))
-    with pytest.raises(ConfigError, match=r"SOLVER\.SYNC_BN needs CUDA"):
-        build_run(load_config(None, [*common, "SOLVER.SYNC_BN=true", "EXPERIMENT.NAME=sync"]))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "2")
-    with pytest.raises(ConfigError, match="RANK must be less than WORLD_SIZE, got 2 and 2"):
-        distributed.wanted()
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match=message):
+        build_run(load_config(None, [*PAIR, f"LOG.PREFIX={tmp_path}", override]))
 
 
 # Whole runs
@@ -240,21 +224,14 @@ def test_what_cannot_be_divided_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 
 def run_arguments(folder: Path, name: str, *overrides: str, epochs: int = 2) -> list[str]:
     return [
-        "--cfg", "configs/digits/vanilla_resnet8.yaml", "DEVICE=cpu", f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}",
-        f"SOLVER.EPOCHS={epochs}", "SOLVER.BATCH_SIZE=48", "LOG.CHECKPOINT_STEPS=4", *overrides,
+        "tools/train.py", "--cfg", "configs/digits/vanilla_resnet8.yaml", "DEVICE=cpu", f"LOG.PREFIX={folder}",
+        f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", "SOLVER.BATCH_SIZE=48", "LOG.CHECKPOINT_STEPS=4",
+        *overrides,
     ]  # fmt: skip
 
 
-def torchrun(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "--max-restarts", "1", "--monitor-interval", "0.2", "tools/train.py", *arguments],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
-    )  # fmt: skip
-
-
 def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The children of torchrun that train."""
+    """Return the children of torchrun that train."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"tools/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
@@ -263,19 +240,18 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"{path} did not come"
+        assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
-def test_a_killed_worker_costs_no_bit(tmp_path: Path) -> None:
-    port = free_port()
-    whole = [start(rank, 2, port, "tools/train.py", *run_arguments(tmp_path, "whole", epochs=1)) for rank in range(2)]
-    for code, errors in finish(whole):
-        assert code == 0, errors
-    process = torchrun(*run_arguments(tmp_path, "killed", epochs=1))
-    wait_for(tmp_path / "digits" / "killed" / "latest.pt", process)  # the first comes in mid-epoch
+def test_training_with_a_killed_worker_is_bit_identical(tmp_path: Path) -> None:
+    assert_finished(start_pair(*run_arguments(tmp_path, "whole", epochs=1)))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    killed = run_arguments(tmp_path, "killed", epochs=1)
+    process = start("-m", *torchrun, "--monitor-interval", "0.2", *killed)
+    wait_for(tmp_path / "digits" / "killed" / "latest.pt", process)  # the first is saved within the epoch
     os.kill(workers(process)[1], signal.SIGKILL)
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -287,35 +263,32 @@ def test_a_killed_worker_costs_no_bit(tmp_path: Path) -> None:
         assert json.loads((folder / "result.json").read_text())["processes"] == 2
     for key, weights in ends[0].items():
         assert torch.equal(ends[1][key], weights), key
-    # What two processes left, one goes on with.
-    done = tool("train", "--resume", *run_arguments(tmp_path, "killed"))
+    # One process continues the run of two.
+    done = tool("train", "--resume", *run_arguments(tmp_path, "killed")[1:])
     assert "at epoch 2, step 1" in done.stdout
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
-    port, folder = free_port(), tmp_path / "digits" / "run"
-    arguments = run_arguments(tmp_path, "run", epochs=100)
-    processes = [start(rank, 2, port, "tools/train.py", *arguments) for rank in range(2)]
+    processes = start_pair(*run_arguments(tmp_path, "run", epochs=100))
+    folder = tmp_path / "digits" / "run"
     wait_for(folder / "latest.pt", processes[0])
     processes[1].send_signal(signal.SIGUSR1)
-    for code, errors in finish(processes):
-        assert code == 128 + signal.SIGUSR1, errors
-        assert "--resume" in errors
+    for done in finish(processes):
+        assert done.returncode == 128 + signal.SIGUSR1, done.stderr
+        assert "--resume" in done.stderr
     state = load(folder / "latest.pt")
     assert int(state["meters"]["samples"]) in (48 * state["steps_done"], 0)
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_named(tmp_path: Path) -> None:
-    port = free_port()
-    arguments = run_arguments(tmp_path, "run", "SOLVER.TIMEOUT=8", epochs=100)
-    processes = [start(rank, 2, port, "tools/train.py", *arguments) for rank in range(2)]
+def test_the_error_names_a_process_that_hangs(tmp_path: Path) -> None:
+    processes = start_pair(*run_arguments(tmp_path, "run", "SOLVER.TIMEOUT=8", epochs=100))
     wait_for(tmp_path / "digits" / "run" / "latest.pt", processes[0])
     processes[1].send_signal(signal.SIGSTOP)
-    _, errors = processes[0].communicate(timeout=120)
-    finish(processes[1:]) if processes[1].kill() else processes[1].wait(60)
-    done = subprocess.CompletedProcess([], processes[0].returncode, "", errors)
+    done = finish(processes[:1])[0]
+    processes[1].kill()
+    processes[1].communicate()
     assert_user_error(done, "process 0 of 2 timed out waiting for process 1", "--resume")
 
 
@@ -325,10 +298,9 @@ from mdistiller_norm import models
 
 
 class Own(models.Network):
-    def __init__(self, num_classes, unread=False, breaks=False):
+    def __init__(self, num_classes, unread):
         super().__init__(num_classes)
-        self.inner, self.drop, self.shown = models.build_model("resnet8", num_classes), torch.nn.Dropout(0.5), False
-        self.breaks, self.steps = breaks, 0
+        self.inner, self.drop, self.steps = models.build_model("resnet8", num_classes), torch.nn.Dropout(0.5), 0
         if unread:
             self.unread = torch.nn.Linear(4, 4)
 
@@ -336,53 +308,38 @@ class Own(models.Network):
         outputs = self.inner.outputs(images)
         logits = self.drop(outputs.logits)
         self.steps += self.training
-        if self.breaks and self.steps == 3 and torch.distributed.get_rank() == 1:
+        if self.training and self.steps == 1:
+            torch.save(logits != 0, f"FOLDER/mask_{torch.distributed.get_rank()}.pt")
+        if self.steps == 3 and torch.distributed.get_rank() == 1:
             logits = logits * float("nan")
-        if self.training and not self.shown:
-            self.shown = True
-            torch.save(logits != 0, f"mask_{torch.distributed.get_rank()}.pt")
         return outputs._replace(logits=logits)
 
     def norms_before_relu(self):
         return self.inner.norms_before_relu()
 
 
-models.register("dropping")(lambda num_classes: Own(num_classes))
-models.register("breaking")(lambda num_classes: Own(num_classes, breaks=True))
+models.register("breaking")(lambda num_classes: Own(num_classes, unread=False))
 models.register("unread")(lambda num_classes: Own(num_classes, unread=True))
 """
 
 
-def own_students(folder: Path, student: str) -> list[tuple[int, str]]:
-    """Two processes that train a plugin's network for an epoch: exit code and stderr of each."""
-    (folder / "own.py").write_text(OWN_STUDENT.replace("mask_", f"{folder}/mask_"))
-    own = [f"EXPERIMENT.PLUGINS={folder / 'own.py'}", f"DISTILLER.STUDENT={student}"]
-    own += ["SOLVER.BATCH_SIZE=240", "LOG.TENSORBOARD_FREQ=1"]
-    port, arguments = free_port(), run_arguments(folder, student, *own, epochs=1)
-    return finish([start(rank, 2, port, "tools/train.py", *arguments) for rank in range(2)])
-
-
 @pytest.mark.slow
-def test_processes_drop_other_activations(tmp_path: Path) -> None:
-    for code, errors in own_students(tmp_path, "dropping"):
-        assert code == 0, errors
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ("breaking", ("the loss ce became NaN or infinite in epoch 1, step 3", "lower SOLVER.LR")),
+        ("unread", ("takes no part in the loss", "remove it")),
+    ],
+)
+def test_all_processes_report_an_error_of_one(tmp_path: Path, student: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "own.py").write_text(OWN_STUDENT.replace("FOLDER", str(tmp_path)))
+    own = [f"EXPERIMENT.PLUGINS={tmp_path / 'own.py'}", f"DISTILLER.STUDENT={student}"]
+    own += ["SOLVER.BATCH_SIZE=240", "LOG.TENSORBOARD_FREQ=1"]
+    for done in finish(start_pair(*run_arguments(tmp_path, student, *own, epochs=1))):
+        assert_user_error(done, *words)
     one, two = (torch.load(tmp_path / f"mask_{rank}.pt") for rank in range(2))
     assert one.shape == two.shape
-    assert not torch.equal(one, two)
-
-
-@pytest.mark.slow
-def test_a_parameter_that_no_loss_reaches_is_one_line(tmp_path: Path) -> None:
-    for code, errors in own_students(tmp_path, "unread"):
-        assert_user_error(subprocess.CompletedProcess([], code, "", errors), "takes no part in the loss", "remove it")
-
-
-@pytest.mark.slow
-def test_a_loss_that_one_process_alone_loses_is_told_by_all(tmp_path: Path) -> None:
-    """It reaches the other's weights by the gradients, and that one's loss a step later."""
-    for code, errors in own_students(tmp_path, "breaking"):
-        done = subprocess.CompletedProcess([], code, "", errors)
-        assert_user_error(done, "the loss ce became NaN or infinite in epoch 1, step 3", "lower SOLVER.LR")
+    assert not torch.equal(one, two), "the processes must drop different activations"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -14,10 +14,10 @@ import torch
 from conftest import assert_user_error, tool
 from short_runs import SMALLER, config
 from torch import nn
-from torch.utils.tensorboard import writer
 
 from mdistiller_norm.build import build_precision
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need
+from mdistiller_norm.engine.logger import RunLog
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.models import build_model
@@ -26,7 +26,7 @@ from mdistiller_norm.types import Batch, Outputs
 
 
 def half_step(folder: Path, teacher: str, method: str, dtype: torch.dtype) -> TrainStep:
-    """A step as a device with native half precision would run it: the CPU emulates it, slowly, which builders avoid."""
+    """Build a step in half precision, which the CPU emulates."""
     extra = [f"DISTILLER.TYPE={method}", "SOLVER.BATCH_SIZE=8", *SMALLER.get(method, []), teacher]
     run = build_run(config(folder, "run", *extra))
     run.trainer.log.close()
@@ -51,21 +51,16 @@ def test_losses_are_float32_and_finite_under_bf16(tmp_path: Path, teacher: str, 
     assert losses.parts.isfinite().all()
 
 
-class _Looks(Distiller):
-    """Notes the types of what it is given of the student."""
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
-        given = (student.logits, student.pooled, student.features[1], student.preacts[1])
-        self.in_float32 = [tensor.dtype is torch.float32 for tensor in given]
-        return student.logits.mean()
-
-
 @pytest.mark.parametrize("need", [Need.LOGITS, Need.POOLED, Need.MAPS])
-def test_what_no_method_reads_of_the_student_keeps_the_precision_of_its_pass(
-    tmp_path: Path, teacher: str, need: Need
-) -> None:
+def test_only_outputs_that_a_method_reads_are_converted_to_float32(tmp_path: Path, teacher: str, need: Need) -> None:
+    class Recording(Distiller):
+        def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
+            given = (student.logits, student.pooled, student.features[1], student.preacts[1])
+            self.in_float32 = [tensor.dtype is torch.float32 for tensor in given]
+            return student.logits.mean()
+
     step = half_step(tmp_path, teacher, "KD", torch.bfloat16)
-    method = _Looks()
+    method = Recording()
     method.need = need
     step.trainable.distillers["KD"] = method
     batch = step.loader.prepare(*next(step.loader.batches(1)))
@@ -74,7 +69,7 @@ def test_what_no_method_reads_of_the_student_keeps_the_precision_of_its_pass(
 
 
 @pytest.mark.parametrize("need", [Need.LOGITS, Need.MAPS])
-def test_a_teacher_is_compiled_in_the_arithmetic_it_runs_in(need: Need) -> None:
+def test_a_teacher_is_compiled_in_the_modes_it_runs_in(need: Need) -> None:
     modes: list[tuple[bool, ...]] = []
 
     def compiler(module: nn.Module) -> Callable[[torch.Tensor], Outputs]:
@@ -102,7 +97,7 @@ def test_steps_train_in_half_precision(tmp_path: Path, teacher: str, dtype: torc
     step.meters.read(epoch=1)
 
 
-def test_a_scaler_skips_a_step_whose_gradients_overflow(tmp_path: Path, teacher: str) -> None:
+def test_a_step_whose_gradients_overflow_is_skipped(tmp_path: Path, teacher: str) -> None:
     step = half_step(tmp_path, teacher, "KD", torch.float16)
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     before = {name: p.detach().clone() for name, p in step.trainable.named_parameters()}
@@ -112,7 +107,7 @@ def test_a_scaler_skips_a_step_whose_gradients_overflow(tmp_path: Path, teacher:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_emulated_half_precision_is_a_warning_and_fp32(precision: str) -> None:
+def test_emulated_half_precision_is_replaced_by_fp32(precision: str) -> None:
     dtype, warning = build_precision(precision, torch.device("cpu"))
     if dtype is None:
         assert f"no fast {precision}: using fp32" in warning
@@ -121,7 +116,7 @@ def test_emulated_half_precision_is_a_warning_and_fp32(precision: str) -> None:
         assert warning == ""
 
 
-def test_eval_finds_the_figures_that_a_run_in_bf16_recorded(tmp_path: Path) -> None:
+def test_eval_computes_the_figures_of_a_run_in_bf16(tmp_path: Path) -> None:
     result = train(config(tmp_path, "run", "SOLVER.BATCH_SIZE=64", "SOLVER.PRECISION=bf16"))
     weights = tmp_path / "distill" / "run" / "student_last.pt"
     fp16 = tool("eval", "-c", weights, "--precision", "fp16", "--device", "cpu", check=False)
@@ -132,67 +127,38 @@ def test_eval_finds_the_figures_that_a_run_in_bf16_recorded(tmp_path: Path) -> N
     assert f"{result['precision']}, " in done
 
 
-def test_wandb_starts_before_the_writers_that_it_mirrors(
+def test_wandb_mirrors_the_writers_of_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a module in its place that patches what wandb patches: writers that were made before are not seen."""
-    stub, seen = types.ModuleType("wandb"), list[str]()
-
-    class Error(Exception):
-        pass
-
-    class Mirrored(writer.EventFileWriter):
-        def __init__(self, folder: str, *arguments: Any, **options: Any) -> None:
-            seen.append(folder.removeprefix(root[-1]))
-            super().__init__(folder, *arguments, **options)
-
-    root, original = list[str](), writer.EventFileWriter
-
-    def patch(root_logdir: str) -> None:
-        root.append(root_logdir)
-        monkeypatch.setattr(writer, "EventFileWriter", Mirrored)
-
-    def unpatch() -> None:
-        monkeypatch.setattr(writer, "EventFileWriter", original)
+    """wandb patches the class of writers, so it must start before they are created."""
+    stub, patched = types.ModuleType("wandb"), list[Path]()
 
     def init(**options: Any) -> None:
         if options["name"] == "refused":
-            raise Error("no API key\nlog in")
+            raise stub.Error("no API key\nlog in")
+        assert not list(patched[-1].glob("**/events*"))
         stub.run = types.SimpleNamespace(name=options["name"])
 
-    def finish() -> None:
-        stub.run = None
-
-    stub.run, stub.Error, stub.init, stub.finish = None, Error, init, finish
-    stub.tensorboard = types.SimpleNamespace(patch=patch, unpatch=unpatch)
+    stub.run, stub.Error, stub.init = None, type("Error", (Exception,), {}), init
+    stub.finish = lambda: setattr(stub, "run", None)
+    stub.tensorboard = types.SimpleNamespace(
+        patch=lambda root_logdir: patched.append(Path(root_logdir)), unpatch=lambda: patched.pop()
+    )
     monkeypatch.setitem(sys.modules, "wandb", stub)
 
-    def warnings(name: str) -> tuple[str, Callable[[], None]]:
-        close = build_run(config(tmp_path, name, "LOG.WANDB=true")).trainer.log.close
-        return "".join(line for line in capsys.readouterr().out.splitlines() if "warning" in line), close
+    def opened(name: str) -> tuple[str, RunLog]:
+        log = build_run(config(tmp_path, name, "LOG.WANDB=true")).trainer.log
+        return "".join(line for line in capsys.readouterr().out.splitlines() if "warning" in line), log
 
-    said, close = warnings("refused")
-    assert "wandb does not start (no API key): going on without" in said
-    close()
-    seen.clear()
-    for name in ("one", "another"):
-        said, close = warnings(name)
-        assert (said, seen) == ("", ["", "/steps"])
-        aside, close_aside = warnings("aside")
-        assert f"{name} is mirrored already" in aside
-        close_aside()
-        close()
-        assert stub.run is None
-        assert writer.EventFileWriter is original
-        seen.clear()
-        shutil.rmtree(tmp_path / "distill" / "aside")
+    warning, log = opened("refused")
+    assert "wandb does not start (no API key)" in warning
+    log.close()
+    assert patched == []
+    assert opened("one")[0] == ""
+    assert "and one is active" in opened("two")[0]
 
 
-def test_wandb_that_is_not_installed_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        train(config(tmp_path, "run", "LOG.WANDB=true", epochs=1))
-        assert "wandb is not installed" in capsys.readouterr().out
-    else:
-        pytest.skip("wandb is installed here")
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_missing_wandb_causes_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_run(config(tmp_path, "run", "LOG.WANDB=true")).trainer.log.close()
+    assert "wandb is not installed" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from mdistiller_norm.build import build_dataset, build_device
 from mdistiller_norm.config import Config
 from mdistiller_norm.data import Split, TensorDataset
 from mdistiller_norm.data.cifar import MEAN, STD
-from mdistiller_norm.engine.runtime import freed_memory_as_usual
+from mdistiller_norm.engine.runtime import keep_freed_memory
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model, probe
 from mdistiller_norm.plugins import import_plugin
@@ -168,13 +168,15 @@ class Reference:
         """Replace CUDA, the data folder and the output of its code while it runs; keep its allocator settings."""
         output = contextlib.redirect_stderr(self._null), contextlib.redirect_stdout(self._null)
         cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True)  # as its tools/train.py sets it
-        contexts: list[Any] = [freed_memory_as_usual(), *output, cudnn]
+        contexts: list[Any] = [*output, cudnn]
         if self.device.type == "cpu":
             contexts += [patch.object(kind, "cuda", lambda self, *_, **__: self) for kind in (Tensor, nn.Module)]
         if data:  # the checksums are those of the original files
             contexts += [patch("torchvision.datasets.cifar.check_integrity", return_value=True)]
             contexts += [patch("mdistiller.dataset.cifar100.get_data_folder", return_value=str(data), create=True)]
         with contextlib.ExitStack() as stack:
+            keep_freed_memory(False)
+            stack.callback(keep_freed_memory)
             for context in contexts:
                 stack.enter_context(context)
             yield

@@ -1,8 +1,7 @@
 """Checkpoints: written atomically, read without running code.
 
-Weights are read from this project's files (``student_*.pt``, ``latest.pt``) and from other projects' state dicts: bare
-or under a usual key (``model`` in mdistiller and RepDistiller), with or without the prefixes of DataParallel,
-torch.compile and Lightning.
+Weights are read from this project's files and from state dicts of other projects: bare or under a usual key, with or
+without the prefixes of DataParallel, torch.compile and Lightning.
 """
 
 from __future__ import annotations
@@ -35,11 +34,7 @@ _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DataParallel and tor
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """Call ``torch.save`` so that the file holds either its old or its whole new content.
-
-    Raises:
-        CheckpointError: it could not be written.
-    """
+    """Call ``torch.save`` so that the file holds either its old or its whole new content."""
     try:
         with whole_file(path) as file:
             torch.save(content, file)
@@ -48,12 +43,7 @@ def save_atomically(content: Any, path: Path) -> None:
 
 
 class Saver:
-    """Writes the checkpoints of a folder in order.
-
-    Args:
-        folder: existing folder.
-        background: write copies of the tensors from a thread, while training continues on a GPU.
-    """
+    """Writes the checkpoints of a folder in order; in the background from copies, while a GPU continues training."""
 
     def __init__(self, folder: Path, background: bool) -> None:
         self.folder = folder
@@ -95,11 +85,7 @@ def _to_host(value: Any) -> Any:
 
 
 def load(path: str | Path) -> Any:
-    """Read a checkpoint onto the CPU with ``weights_only``.
-
-    Raises:
-        CheckpointError: missing, damaged, or with types that no checkpoint needs.
-    """
+    """Read a checkpoint onto the CPU with ``weights_only``."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
@@ -116,13 +102,7 @@ def load(path: str | Path) -> Any:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a network and their metadata.
-
-    Attributes:
-        state: the state dict.
-        path: the file.
-        about: this project's metadata (``name``, ``num_classes``, ``dataset``, ``top1`` ...), or empty.
-    """
+    """The state dict of a network, its file, and this project's metadata (``name``, ``dataset``, ``top1`` ...)."""
 
     state: dict[str, Tensor]
     path: Path
@@ -130,11 +110,7 @@ class Weights:
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Read the weights of a network from any of the known layouts.
-
-    Raises:
-        CheckpointError: as :func:`load`, or a file without weights.
-    """
+    """Read the weights of a network from any of the known layouts."""
     path = Path(path)
     content = load(path)
     about: dict[str, Any] = {}
@@ -161,11 +137,7 @@ def _without_prefix(state: dict[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def load_into(network: nn.Module, weights: Weights, name: str) -> None:
-    """Load weights strictly: every name and shape must match.
-
-    Raises:
-        CheckpointError: they do not fit; names the first difference.
-    """
+    """Load weights strictly: every name and shape must match."""
     expected = network.state_dict()
     state = _without_prefix(weights.state, expected)
     misfit = f"{weights.path} does not fit {name}"

@@ -27,15 +27,12 @@ def compiler_missing(device: torch.device) -> str:
 
 
 def choose(setting: str, device: torch.device, steps: int) -> tuple[str, str]:
-    """Choose the networks to compile.
+    """Choose the networks to compile (none, teacher or all) and describe the reason.
 
     Args:
         setting: ``ENGINE.COMPILE``: auto, none, teacher or all.
         device: to compile for.
-        steps: of the whole run, so that a resumed one makes the same choice; 0 if none is left.
-
-    Returns:
-        none, teacher or all; and a line with the reason, empty for the setting none.
+        steps: of the whole run, so that a resumed run makes the same choice.
     """
     if setting == "none":
         return "none", ""
@@ -61,7 +58,7 @@ def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], No
 
 
 def compile_student(network: Network, warn: Callable[[str], None], twice: bool = False) -> Callable[[Tensor], Outputs]:
-    """Compile ``network.outputs`` for training, sharing its weights; run it uncompiled, with a warning, if that fails.
+    """Compile ``network.outputs`` for training; run it uncompiled, with a warning, if that fails.
 
     Args:
         network: to compile, at the first pass of each shape.

@@ -56,9 +56,7 @@ def local_device() -> torch.device:
 def start(device: torch.device, timeout: int) -> Share:
     """Connect to the other processes, if any, and make the device the current one.
 
-    Args:
-        device: of this process.
-        timeout: in seconds, of the connection and of every later collective.
+    The timeout, in seconds, is that of the connection and of every later collective.
     """
     global _store
     share = wanted()
@@ -88,13 +86,10 @@ def stop() -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Exit; after distributed training, without finalising the interpreter.
-
-    Gloo's threads release the tensors of collectives with a delay. If the interpreter is finalised meanwhile, the
-    process aborts (SIGABRT) and its exit code is lost.
-    """
+    """Exit; after distributed training, without finalising the interpreter."""
     if _store is None:
         sys.exit(code)
+    # Gloo's threads release tensors with a delay. Finalising the interpreter meanwhile would abort the process.
     atexit._run_exitfuncs()  # stops loader workers, among others
     sys.stdout.flush()
     sys.stderr.flush()
@@ -117,7 +112,7 @@ def restarted() -> bool:
 
 
 def launcher() -> str:
-    """Return an identifier of the launcher: torchrun's job, else the parent process."""
+    """Return an identifier of torchrun's job, else of the parent process."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return job if job != "none" else f"{socket.gethostname()}:{os.getppid()}"
 
@@ -161,19 +156,14 @@ def wrap(module: nn.Module) -> nn.Module:
 def synchronise_batch_norms(module: nn.Module, device: torch.device) -> None:
     """Make the batch norms inside a module use the batch of all processes."""
     if device.type != "cuda":
-        raise ConfigError("SOLVER.SYNC_BN needs CUDA: PyTorch's SyncBatchNorm supports only GPUs")
+        raise ConfigError(f"SOLVER.SYNC_BN requires a GPU, got {device}")
     if together():
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def collective_errors() -> Iterator[None]:
-    """Convert the errors of collectives to one line that names the missing processes.
-
-    Raises:
-        LostProcessError: a process hangs, has died, or cannot be reached.
-        ConfigError: a parameter takes no part in the loss.
-    """
+    """Convert the errors of collectives to one line that names the missing processes."""
     try:
         yield
     except RuntimeError as error:

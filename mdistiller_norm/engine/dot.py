@@ -37,10 +37,10 @@ class DOT:
     compute ``theta - lr * (v_task + v_kd)``.
 
     Args:
-        trainable: the module to train.
-        batch: any training batch. A copy of ``trainable`` runs on it once, to find the parameters of each loss.
-        teacher: computes its outputs for the batch.
-        delta: difference of the momenta from the usual one.
+        trainable: to train. A copy runs once, to find the parameters that each loss reaches.
+        batch: any training batch, for that run.
+        teacher: likewise.
+        delta: added to one momentum and subtracted from the other.
         sgd: the other arguments of :func:`~mdistiller_norm.engine.optim.build_sgd`.
     """
 
@@ -75,11 +75,7 @@ class DOT:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def step(self, parts: Tensor) -> None:
-        """Differentiate the losses separately, on one graph, and update the parameters.
-
-        Args:
-            parts: weighted losses ``[1 + distillers]``, cross entropy first.
-        """
+        """Differentiate the weighted losses ``[1 + distillers]`` separately and update the parameters."""
         task = _gradients(parts[0], self._task, keep_graph=True)
         distill = _gradients(parts[1:].sum(), self._distill)
         by_task, by_distill, *others = self._optimizers

@@ -19,15 +19,9 @@ from mdistiller_norm.models.base import Network
 
 
 class Evaluation(NamedTuple):
-    """Result of :func:`evaluate`.
+    """Accuracies in percent and the mean cross entropy.
 
-    Attributes:
-        top1: accuracy in percent.
-        top5: percent of samples whose target is among the five largest logits (of fewer classes, among all).
-        loss: mean cross entropy.
-        samples: number of samples.
-        images_per_second: over the whole evaluation.
-        per_class: top-1 in percent of each class ``[C]``; NaN for a class without samples.
+    ``per_class`` is the top-1 accuracy of each class ``[C]``, NaN for a class without samples.
     """
 
     top1: float
@@ -45,27 +39,26 @@ def evaluate(
     autocast: torch.dtype | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
-    """Evaluate a network in eval mode. Synchronises with the device once, at the end.
-
-    With several processes, each evaluates its share of the split, and all return the figures of the whole.
+    """Evaluate a network in eval mode. With several processes, each evaluates a share, and all return the whole.
 
     Args:
         network: to evaluate.
         loader: batches of the split.
         autocast: dtype of the forward pass, None for float32.
-        forward: a captured form of ``network``. Without it, float32 passes use folded batch norms (equal up to
-            rounding).
+        forward: captured form of ``network``. Defaults to ``network``, in float32 with folded batch norms.
     """
     was_training = network.training
     network.eval()
     device = next(network.parameters()).device
     classes = network.num_classes
+    # Accumulated on the device and read once, at the end.
     correct, seen = (torch.zeros(classes, dtype=torch.int64, device=device) for _ in range(2))
     in_top5 = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     start = time.perf_counter()
     if not forward:
-        forward = network if autocast else _folded(network)
+        module = None if autocast else folded(network, Need.LOGITS)
+        forward = (lambda images: module(images).logits) if module else network
     keep_freed_memory()
     for images, targets in loader:
         # Without autocast's cache: a captured graph would keep the cached copies of old weights.
@@ -84,8 +77,3 @@ def evaluate(
     network.train(was_training)
     per_class = (100 * correct.double() / seen.double()).cpu()
     return Evaluation(top1, top5, float(loss) / samples, samples, rate, per_class)
-
-
-def _folded(network: Network) -> Callable[[Tensor], Tensor]:
-    module = folded(network, Need.LOGITS)
-    return lambda images: module(images).logits

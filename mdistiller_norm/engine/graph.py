@@ -28,10 +28,13 @@ class Step(Protocol):
 class _Captured:
     """A function of tensors that replays CUDA graphs, which share their working memory.
 
+    Inputs are copied into static buffers. Other tensors that the function reads (weights, the learning rate) must stay
+    at one address. If recording fails, the function runs as it is, with a warning.
+
     Args:
-        function: reads tensors at fixed addresses, besides its inputs.
-        state_tensors: returns every tensor that the function writes to and that outlives it.
-        warn: receives the reason if recording fails; the function then runs as it is.
+        function: to capture.
+        state_tensors: returns the tensors that the function writes to and that outlive it.
+        warn: receives the warning.
     """
 
     WARMUP = 3
@@ -88,18 +91,14 @@ class _Captured:
 
 
 class CapturedStep(_Captured):
-    """A training step that replays CUDA graphs.
-
-    Inputs are copied into static buffers. All other tensors (weights, momenta, metrics, the learning rate, the loss
-    weights) stay at one address and are written in place.
-    """
+    """A training step that replays CUDA graphs."""
 
     def __init__(self, step: Step, warn: Warn = print) -> None:
         super().__init__(step, step.state_tensors, warn)
 
 
 class CapturedNetwork(_Captured):
-    """The forward pass of a network in eval mode as CUDA graphs; weights may change in place between calls."""
+    """The forward pass of a network in eval mode that replays CUDA graphs."""
 
     def __init__(self, network: nn.Module, warn: Warn = print) -> None:
         super().__init__(network, list, warn)

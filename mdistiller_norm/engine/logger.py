@@ -65,19 +65,11 @@ def _append_line(path: Path, text: str) -> None:
 
 
 class RunLog:
-    """The log of a run folder.
-
-    Args:
-        folder: of the run.
-        first_epoch: metrics of this and later epochs, left by an interrupted run, are dropped.
-        first_step: likewise for scalars by step.
-
-    Attributes:
-        held: closed with the log; holds the lock of the run folder.
-    """
+    """The log of a run folder. Drops entries from ``first_epoch`` and ``first_step`` on, left by an interrupted run."""
 
     def __init__(self, folder: Path, first_epoch: int = 1, first_step: int = 0) -> None:
-        self.folder, self.held = folder, ExitStack()
+        self.folder = folder
+        self.held = ExitStack()  # holds the lock of the run folder, until the log is closed
         self.metrics = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(self.metrics) if record["epoch"] < first_epoch]
         write_text("".join(json.dumps(record) + "\n" for record in kept), self.metrics)

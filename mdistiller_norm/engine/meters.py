@@ -14,13 +14,7 @@ from mdistiller_norm.types import Losses
 
 
 class Averages(NamedTuple):
-    """Training metrics of an epoch so far.
-
-    Attributes:
-        losses: mean of each weighted loss by name, and ``total``.
-        top1: training accuracy in percent.
-        samples: number of samples.
-    """
+    """Mean of each weighted loss by name (and ``total``), accuracy in percent and number of samples."""
 
     losses: dict[str, float]
     top1: float
@@ -46,13 +40,9 @@ class TrainMeters(nn.Module):
 
     @torch.no_grad()
     def update(self, losses: Losses, targets: Tensor, new_step: bool = True, counted: bool = True) -> None:
-        """Add a micro-batch, without host synchronisation.
+        """Add a micro-batch with targets ``[B]``, without host synchronisation.
 
-        Args:
-            losses: of the micro-batch.
-            targets: ``[B]``.
-            new_step: it is the first of its step.
-            counted: its samples belong to this process.
+        Only the first micro-batch of a step is a ``new_step``. Samples of other processes are not ``counted``.
         """
         parts = losses.parts.detach()
         self.step += new_step
@@ -83,11 +73,7 @@ class TrainMeters(nn.Module):
                 buffer.zero_()
 
     def read(self, epoch: int, together: bool = False) -> Averages:
-        """Return the averages so far. Synchronises with the device.
-
-        Args:
-            epoch: for the message.
-            together: average over all processes, each of which must call this.
+        """Return the averages so far, of this process or of all together. Synchronises with the device.
 
         Raises:
             NonFiniteLossError: a loss was NaN or infinite.

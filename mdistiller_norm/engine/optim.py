@@ -26,18 +26,15 @@ class StepSchedule:
 def build_sgd(
     parameters: Iterable[torch.nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool
 ) -> torch.optim.SGD:
-    """Build fused SGD with weight decay on every parameter.
-
-    Momentum buffers start as zeros, which computes the same updates, so that CUDA graphs can record any step. On CUDA,
-    the learning rate is a tensor, which a replayed graph reads.
-    """
+    """Build fused SGD with weight decay on every parameter."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     device = trained[0].device
+    # On CUDA, a tensor that replayed graphs read.
     rate: float | Tensor = torch.tensor(lr, device=device) if device.type == "cuda" else lr
     optimizer = torch.optim.SGD(
         trained, lr=rate, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
     )
-    if momentum:
+    if momentum:  # buffers of zeros give the same updates, and CUDA graphs can record any step
         for parameter in trained:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

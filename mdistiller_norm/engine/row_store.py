@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
 import zlib
 from collections import deque
@@ -43,14 +42,8 @@ class RowStore:
     """Rows of numbers in one sparse file, shared by the processes of a machine. Each row is written once.
 
     The file holds a checksum for each row, then the rows. A row is valid if its checksum matches, so a row that a
-    crash left half written is missing, and no write has to wait for the disk.
-
-    Args:
-        folder: created if it does not exist.
-        description: determines the rows; a folder with another description is refused.
-        rows: number of rows.
-        width: numbers in a row.
-        dtype: ``torch.float32`` or ``torch.float16``.
+    crash left half written is missing, and no write has to wait for the disk. A folder with another description of the
+    rows is refused.
     """
 
     LAYOUT = "one file, crc32"
@@ -64,40 +57,34 @@ class RowStore:
         self._header_bytes = rows * 4
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._pending: deque[Future[None]] = deque()
-        size = self._header_bytes + rows * self.row_bytes
         description = description | {"rows": rows, "width": width, "dtype": str(dtype), "layout": self.LAYOUT}
         try:
-            self._create(description, size)
+            self._create(description)
             if json.loads((folder / "about.json").read_text()) != description:
                 raise ValueError("it was made for something else")
-            with self._file.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != size:
-                    raise ValueError(f"{self._file.name} does not have {size} bytes")
-                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            self._checksums: Array = np.memmap(self._file, np.uint32, "r", shape=rows)
+            self._values: Array = np.memmap(
+                self._file, self._array_dtype, "r", offset=self._header_bytes, shape=(rows, width)
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"the teacher cache {folder} cannot be used ({error}): remove it, or set DISTILLER.TEACHER_CACHE off"
             ) from error
-        self._checksums = np.frombuffer(mapped, np.uint32, rows)
-        self._values = np.frombuffer(mapped, self._array_dtype, offset=self._header_bytes).reshape(rows, width)
 
-    def _create(self, description: dict[str, object], size: int) -> None:
+    def _create(self, description: dict[str, object]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             if not (self.folder / "about.json").exists():
                 write_json(description, self.folder / "about.json")
             if not self._file.exists():
                 with whole_file(self._file) as file:
-                    file.truncate(size)
+                    file.truncate(self._header_bytes + self.rows * self.row_bytes)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with (self.folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-    def __len__(self) -> int:
-        return int(np.count_nonzero(self._checksums))
 
     def written(self) -> Array:
         """Return the rows that were written, in ascending order; a crash may have made some of them invalid."""
@@ -106,7 +93,7 @@ class RowStore:
     def is_valid(self, rows: Array) -> Array:
         """Return for each of the rows ``[n]`` whether it is stored and intact."""
         checksums: Array = self._checksums[rows]
-        valid: Array = checksums != 0
+        valid = np.asarray(checksums != 0)
         valid[valid] = _checksums(self.read(rows[valid])) == checksums[valid]
         return valid
 
@@ -118,8 +105,7 @@ class RowStore:
 
     def read(self, rows: Array) -> Array:
         """Return the values ``[n, width]`` of valid rows."""
-        values: Array = self._values[rows]
-        return values
+        return np.asarray(self._values[rows])
 
     def write(self, rows: Array, values: Array) -> None:
         """Write distinct rows ``[n]`` with values ``[n, width]``; rows that are valid already stay as they are."""
@@ -167,7 +153,8 @@ class DeviceRows:
         self.store = store
         self._values = torch.zeros(store.rows, store.width, dtype=store.dtype, device=device)
         self._copied = np.zeros(store.rows, bool)
-        for rows in np.array_split(store.written(), len(store) // 2**17 + 1):
+        written = store.written()
+        for rows in np.array_split(written, len(written) // 2**17 + 1):
             self.copy_rows(rows[store.is_valid(rows)])
 
     def absent(self, rows: Array) -> Array:

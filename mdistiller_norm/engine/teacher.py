@@ -29,17 +29,11 @@ def weights_hash(network: nn.Module) -> str:
 
 
 class Teacher(Protocol):
-    """A teacher as a training step uses it.
+    """A teacher as a training step uses it."""
 
-    Attributes:
-        hash: of its weights.
-        network: as loaded, frozen, in eval mode.
-        extra: number of tensors that :meth:`with_teacher_outputs` appends to a batch.
-    """
-
-    hash: str
-    network: Network
-    extra: int
+    hash: str  # of the weights
+    network: Network  # as loaded, frozen, in eval mode
+    extra: int  # number of tensors that with_teacher_outputs appends to a batch
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         """Append to each raw batch the tensors that :meth:`__call__` needs."""
@@ -63,8 +57,7 @@ class _Forward(nn.Module):
 def folded(network: Network, need: Need) -> nn.Module:
     """Return a copy of a network in eval mode, its batch norms folded into the convolutions before them.
 
-    Equal to the network up to rounding. Maps that are not needed are not computed. A network that cannot be traced is
-    copied as it is.
+    Maps that are not needed are not computed. A network that cannot be traced is copied as it is.
     """
     module: nn.Module = _Forward(copy.deepcopy(network), need).eval()
     try:
@@ -75,15 +68,13 @@ def folded(network: Network, need: Need) -> nn.Module:
 
 
 class LiveTeacher:
-    """A teacher that runs in every step.
-
-    Not an ``nn.Module``, so that no optimizer, wrapper or checkpoint includes it.
+    """A teacher that runs in every step. Not an ``nn.Module``: no optimizer or checkpoint includes it.
 
     Args:
         network: trained; put into eval mode and frozen.
-        need: which outputs the distillers read.
+        need: outputs that the distillers read.
         autocast: dtype of the forward pass, None for float32.
-        train_mode: run a copy with batch statistics, whose running averages drift (as in OFD's reference code).
+        train_mode: use batch statistics and update a copy's running averages, as OFD's reference code does.
         compiler: compiles the folded network; None to run it as it is.
     """
 

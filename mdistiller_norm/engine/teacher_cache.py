@@ -1,11 +1,8 @@
 """Exact cache of a teacher's outputs.
 
 Where a data set enumerates its augmentations (CIFAR: 81 crops x 2 orientations), the teacher is a fixed function of
-(image, view), and its logits are row ``index * views + view`` of a store beside the teacher's checkpoint. Rows never
-change, so runs that fill the store and runs that read it see the same bits.
-
-The plan of an epoch is a function of the seed, so the rows of the next steps are known: missing ones are computed
-before these steps, in full batches.
+(image, view), and its logits are row ``index * views + view`` of a store beside the teacher's checkpoint. The rows of
+the next steps follow from the seed: missing ones are computed before these steps, in full batches.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mdistiller_norm.data.base import TrainLoader
+from mdistiller_norm.data import MemoryTrainLoader, TrainLoader
 from mdistiller_norm.distillers.base import Need
 from mdistiller_norm.engine.row_store import Array, DeviceRows, RowStore, to_device
 from mdistiller_norm.engine.teacher import LiveTeacher, Raw
@@ -40,37 +37,32 @@ class CachedTeacher:
     """A teacher that runs only for the rows that its store lacks.
 
     Args:
-        live: computes missing rows; reads logits, or logits and the pooled feature.
+        live: computes missing rows.
         loader: training batches with enumerated views.
         checkpoint: the teacher's weights; the cache is created beside them.
-        data_hash: of the training images and their normalisation.
-        classes: C.
         pooled: width D of the pooled feature, stored if a method reads it.
         dtype: of the stored numbers, ``fp32`` or ``fp16``.
 
     Attributes:
-        requested: rows that steps have read.
-        computed: rows that the teacher was run for.
+        requested: number of rows that steps have read.
+        computed: number of rows that the teacher was run for.
     """
 
     extra = 1
 
-    def __init__(
-        self, live: LiveTeacher, loader: TrainLoader, checkpoint: Path, data_hash: str, classes: int, pooled: int,
-        dtype: str,
-    ) -> None:  # fmt: skip
+    def __init__(self, live: LiveTeacher, loader: MemoryTrainLoader, checkpoint: Path, pooled: int, dtype: str) -> None:
+        self.live, self.loader, self.hash, self.network = live, loader, live.hash, live.network
+        self.classes = live.network.num_classes
         assert loader.views is not None
-        self.live, self.loader, self.hash, self.classes = live, loader, live.hash, classes
-        self.network = live.network
         self._views = loader.views
         self._device = next(live.network.parameters()).device
         description: dict[str, object] = {
-            "teacher": live.hash, "data": data_hash, "views": loader.views, "need": live.need.name,
+            "teacher": live.hash, "data": loader.fingerprint(), "views": loader.views, "need": live.need.name,
             "precision": str(live.autocast or torch.float32),
         }  # fmt: skip
         key = json.dumps([description, dtype, RowStore.LAYOUT], sort_keys=True)
         folder = checkpoint.parent / f"{checkpoint.name}.cache" / hashlib.sha256(key.encode()).hexdigest()[:12]
-        width = classes + (pooled if live.need is Need.POOLED else 0)
+        width = self.classes + (pooled if live.need is Need.POOLED else 0)
         self.store = RowStore(folder, description, loader.samples * loader.views, width, DTYPES[dtype])
         self.requested = self.computed = 0
         self.device_rows: DeviceRows | None = None
@@ -81,8 +73,8 @@ class CachedTeacher:
 
     def check_space(self, steps: int) -> str:
         """Check that the disk has room for the rows of that many steps; return a line about the size."""
-        store = self.store
-        new = min(steps * self.loader.global_batch_size, store.rows - len(store))
+        store, stored = self.store, len(self.store.written())
+        new = min(steps * self.loader.global_batch_size, store.rows - stored)
         # Rows are scattered: each may be the first in its block of the file system.
         needed = min(new * (store.row_bytes + 4096), store.rows * store.row_bytes)
         free = shutil.disk_usage(store.folder).free
@@ -92,7 +84,7 @@ class CachedTeacher:
                 f"{free / 1e9:.2f} GB free: make room or set DISTILLER.TEACHER_CACHE off"
             )
         return (
-            f"teacher cache {store.folder}: {len(store):,} of {store.rows:,} rows of {store.row_bytes} bytes are "
+            f"teacher cache {store.folder}: {stored:,} of {store.rows:,} rows of {store.row_bytes} bytes are "
             f"stored, at most {needed / 1e9:.2f} GB more on disk"
         )
 
@@ -160,11 +152,9 @@ class CachedTeacher:
             yield
         rows = np.flatnonzero(visited)
         size = PREFETCH_STEPS * self.batch_size(self.loader, self._device)
-        with tqdm(total=len(rows), desc="teacher cache", leave=False, mininterval=0.5, disable=None) as bar:
-            for first in range(0, len(rows), size):
-                self._compute_missing(rows[first : first + size])
-                bar.update(len(rows[first : first + size]))
-                yield
+        for first in tqdm(range(0, len(rows), size), "teacher cache", leave=False, disable=None):
+            self._compute_missing(rows[first : first + size])
+            yield
         self.store.flush()
 
     def _values(self, rows: Array, on_device: Tensor) -> Tensor:

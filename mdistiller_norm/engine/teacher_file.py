@@ -24,17 +24,11 @@ PEER_TEACHERS = Path("download_ckpts/cifar_teachers")  # mdistiller's folder of 
 
 @dataclass(frozen=True)
 class TeacherFile:
-    """A file with a teacher's weights.
-
-    Attributes:
-        path: the file.
-        top1: accuracy in percent that the manifest, the run or torchvision states, or None.
-        warning: why the file may not be the intended teacher, or empty.
-    """
+    """A file with a teacher's weights."""
 
     path: Path
-    top1: float | None = None
-    warning: str = ""
+    top1: float | None = None  # accuracy in percent that the manifest, the run or torchvision states
+    warning: str = ""  # why it may not be the intended teacher
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
@@ -69,17 +63,9 @@ def find_teacher(
 ) -> TeacherFile:
     """Find a teacher's weights: those given, the manifest's, mdistiller's download, or a finished run's.
 
-    Of the runs of plain training, those with the same ``data`` come first, then those as long as the student's, then
+    ``weights`` is a file, ``torchvision:NAME`` or empty. Of the runs of plain training in ``runs`` (``LOG.PREFIX``),
+    those with the same ``data`` (keys of ``DATASET``) come first, then those with as many epochs as the student, then
     the longest, then the best.
-
-    Args:
-        model: name of the teacher.
-        dataset: name of its data set.
-        weights: a file, ``torchvision:NAME``, or empty.
-        runs: folder (``LOG.PREFIX``) that is searched for finished runs.
-        train_command: trains the teacher, for messages.
-        epochs: of the student; a teacher trained for fewer causes a warning.
-        data: keys of ``DATASET`` that determine the images.
     """
     if weights.startswith(TORCHVISION):
         return published(weights.removeprefix(TORCHVISION))
@@ -105,11 +91,7 @@ def find_teacher(
 
 
 def known_teacher(model: str, dataset: str) -> TeacherFile | None:
-    """Find a teacher in the manifest or in mdistiller's download folder.
-
-    Raises:
-        CheckpointError: the file in the manifest is missing or was replaced.
-    """
+    """Find a teacher in the manifest or in mdistiller's download folder."""
     for root in ROOTS:
         for path, entry in _manifest_files(root):
             if (entry["model"], entry["dataset"]) == (model, dataset) and not entry.get("method"):
@@ -130,14 +112,11 @@ def published(name: str) -> TeacherFile:
 
     try:
         weights = get_weight(name)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"torchvision has no weights {name} ({error})") from error
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    try:
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         if not path.is_file():
             weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{weights.url} could not be downloaded ({error}): save it as {path}") from error
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"torchvision's weights {name} are not available ({error})") from error
     return TeacherFile(path, weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1"))
 
 
@@ -162,19 +141,13 @@ def _finished_run(
 
 
 def check_preprocessing(weights: Weights, classes: Sequence[str], expected: Mapping[str, Sequence[float]]) -> str:
-    """Compare the metadata of weights with a data set; return a warning or "".
-
-    Args:
-        weights: of the teacher.
-        classes: of the data set, in order.
-        expected: ``image_size``, ``mean`` and ``std`` of the data set.
-    """
+    """Compare the metadata of weights with the classes and images of a data set; return a warning or ""."""
     about = weights.about
     for number, (theirs, ours) in enumerate(zip(about.get("classes", ()), classes, strict=False)):
         if theirs != ours:
             raise CheckpointError(
-                f"{weights.path} was trained with {theirs!r} as class {number}, which is {ours!r} here: set "
-                "DATASET.CLASSES as in its training, or DISTILLER.TEACHER_WEIGHTS to another file"
+                f"class {number} is {theirs!r} in {weights.path} and {ours!r} here: set DATASET.CLASSES as in its "
+                "training, or DISTILLER.TEACHER_WEIGHTS to another file"
             )
     different = [
         f"{key} {list(about[key])} (here {list(ours)})"
