@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from yacs.config import CfgNode
 
 from mdistiller_norm.config import method_names
@@ -19,7 +18,6 @@ from mdistiller_norm.data import (
     Dataset,
     EvalLoader,
     ImageOptions,
-    MemoryEvalLoader,
     MemoryTrainLoader,
     Share,
     TensorDataset,
@@ -31,14 +29,12 @@ from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
-from mdistiller_norm.engine.dot import DOT
-from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep
+from mdistiller_norm.engine.dot import DOT, build_optimizer
 from mdistiller_norm.engine.meters import TrainMeters
-from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
-from mdistiller_norm.engine.teacher_file import TeacherFile, check_preprocessing, find_teacher
+from mdistiller_norm.engine.teacher_file import TeacherFile, check_preprocessing, check_teacher, find_teacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
 from mdistiller_norm.files import PROJECT
@@ -93,8 +89,8 @@ def image_options(cfg: Any) -> ImageOptions:
 
 def build_dataset(cfg: Any) -> Dataset:
     """Open the data set; with ``DATASET.VAL_SPLIT``, part of the training split replaces the test split."""
-    data = cfg.DATASET
-    dataset = open_dataset(data.TYPE, Path(data.ROOT), image_options(cfg))
+    data, options = cfg.DATASET, image_options(cfg)
+    dataset = open_dataset(data.TYPE, Path(data.ROOT), options)
     if not data.VAL_SPLIT:
         return dataset
     if not isinstance(dataset, TensorDataset):
@@ -121,8 +117,8 @@ def train_command(kind: str, model: str) -> str:
 def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
     """Return the teacher with its trained weights."""
     name = cfg.DISTILLER.TEACHER
-    network = build_model(name, len(dataset.classes), variant=dataset.variant)
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
+    network = build_model(name, len(dataset.classes), variant=dataset.variant)
     data = {key: cfg.DATASET[key] for key in ("CLASSES", "IMAGE_SIZE", "MEAN", "STD")}
     file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS, data)
     weights = load_weights(file.path)
@@ -176,50 +172,58 @@ def build_loader(
 
 
 def build_teacher_runner(
-    network: Network,
+    cfg: Any,
+    trained: tuple[Network, TeacherFile],
     distillers: Mapping[str, Distiller],
     loader: TrainLoader,
+    test: EvalLoader,
     image_size: tuple[int, int],
-    checkpoint: Path,
     autocast: torch.dtype | None,
     compiled: bool,
-    cached: str,
+    steps_left: int,
     log: Log,
-) -> Teacher:
-    """Return the teacher as a step uses it: run in every step, or cached.
+) -> tuple[Teacher, dict[str, Any]]:
+    """Evaluate the teacher; return it as a step uses it (run in every step, or cached), and its record.
 
     Args:
-        network: with trained weights, on its device.
+        cfg: the config.
+        trained: the network, on its device, and the file of its weights.
         distillers: methods that read its outputs.
         loader: training batches.
+        test: split to evaluate it on.
         image_size: height and width.
-        checkpoint: of the network; the cache is stored beside it.
         autocast: dtype of the forward pass, None for float32.
         compiled: compile the network.
-        cached: precision of the cached outputs, empty for no cache.
-        log: receives the reason if the outputs cannot be cached.
+        steps_left: steps that read the cache.
+        log: receives the accuracy and the state of the cache.
     """
+    network, file = trained
     device = next(network.parameters()).device
-    if cached and (reason := _no_cache_reason(distillers, loader)):
+    need = max(method.need for method in distillers.values())
+    train_mode = any(method.teacher_in_train_mode for method in distillers.values())
+    cache = "" if cfg.DISTILLER.TEACHER_CACHE == "off" else cfg.DISTILLER.TEACHER_CACHE_PRECISION
+    if cache and (reason := _no_cache_reason(distillers, loader)):
         log(f"no teacher cache: {reason}")
-        cached = ""
+        cache = ""
+    pooled = probe(network, image_size).pooled.shape[1]
+    record = check_teacher(network, file, test, log)
     compiler = None
     if compiled:
-        size = CachedTeacher.batch_size(loader, device) if cached else loader.batch_size
+        size = CachedTeacher.batch_size(loader, device) if cache else loader.batch_size
         # Created outside inference mode: an inference tensor would cause a second compilation in the first step.
         example = torch.zeros(size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
         compiler = partial(compile_teacher, example=example, warn=log)
-    need = max(method.need for method in distillers.values())
-    train_mode = any(method.teacher_in_train_mode for method in distillers.values())
     live = LiveTeacher(network, need, autocast, train_mode, compiler)
-    if not cached or not isinstance(loader, MemoryTrainLoader):
-        return live
-    pooled = probe(network, image_size).pooled.shape[1]
-    teacher = CachedTeacher(live, loader, checkpoint, pooled, cached)
+    record["hash"] = live.hash
+    if not cache or not isinstance(loader, MemoryTrainLoader):
+        return live, record
+    record["cache"] = cache
+    teacher = CachedTeacher(live, loader, file.path, pooled, cache)
     teacher.check_answers()
     if line := teacher.hold_on_device():
         log(line)
-    return teacher
+    log(teacher.check_space(steps_left))
+    return teacher, record
 
 
 def _no_cache_reason(distillers: Mapping[str, Distiller], loader: TrainLoader) -> str:
@@ -231,27 +235,6 @@ def _no_cache_reason(distillers: Mapping[str, Distiller], loader: TrainLoader) -
     if not isinstance(loader, MemoryTrainLoader):
         return "the augmentation of this data set has no finite number of views"
     return ""
-
-
-def build_optimizer(
-    cfg: Any, trainable: Trainable, loader: TrainLoader, teacher: Teacher | None
-) -> torch.optim.Optimizer | DOT:
-    """Return SGD, or DOT if ``SOLVER.TRAINER`` is dot."""
-    solver = cfg.SOLVER
-    sgd = {
-        "lr": solver.LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY, "nesterov": solver.NESTEROV,
-    }  # fmt: skip
-    if not solver.TRAINER.endswith("dot"):
-        return build_sgd(trainable.parameters(), **sgd)
-    if teacher is None:
-        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} requires a distillation loss: DISTILLER.TYPE is NONE")
-    if trainable.autocast is torch.float16 or distributed.together() or solver.ACCUMULATE > 1:
-        raise ConfigError(
-            f"SOLVER.TRAINER {solver.TRAINER} requires SOLVER.PRECISION fp32 or bf16, one process and "
-            "SOLVER.ACCUMULATE 1"
-        )
-    batch = loader.prepare(*next(loader.batches(1)))
-    return DOT(trainable, batch, teacher, solver.DOT.DELTA, **sgd)
 
 
 def build_step(
@@ -266,42 +249,21 @@ def build_step(
     log: Log,
 ) -> TrainStep:
     """Return the training step of a student and its methods."""
+    solver = cfg.SOLVER
     ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
     trainable = Trainable(placed(student, device), distillers, ce_weight, autocast).to(device)
-    if cfg.SOLVER.SYNC_BN:
+    if solver.SYNC_BN:
         distributed.synchronise_batch_norms(trainable, device)
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
-    optimizer = build_optimizer(cfg, trainable, loader, teacher)  # DOT copies the student: before compiling
+    optimizer = build_optimizer(  # DOT copies the student: before compiling
+        trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA, accumulate=solver.ACCUMULATE,
+        lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
+    )  # fmt: skip
     if compiled:
         trainable.forward_student = compile_student(student, log, twice=isinstance(optimizer, DOT))
     meters = TrainMeters(trainable.loss_names).to(device)
     wrapped = distributed.wrap(trainable)
-    return TrainStep(loader, teacher, trainable, optimizer, meters, scaler, wrapped, cfg.SOLVER.ACCUMULATE)
-
-
-def capture_step(step: TrainStep, setting: str, log: Log) -> Callable[..., None]:
-    """Return the step as a CUDA graph if ``ENGINE.CUDA_GRAPH`` and the device allow it, else the step."""
-    on_gpu, reason = step.loss_weights.is_cuda, ""
-    if setting == "off" or (setting == "auto" and not on_gpu):
-        return step
-    if not on_gpu:
-        reason = "there is no CUDA device"
-    elif slow := [name for name, method in step.trainable.distillers.items() if not method.capturable]:
-        reason = f"{' and '.join(slow)} synchronises with the host in every step"
-    elif distributed.together():
-        reason = "several processes exchange gradients"
-    elif not isinstance(step.loader, MemoryTrainLoader):
-        reason = "the images of this data set come from the host"
-    if reason:
-        log(f"no CUDA graph: {reason}")
-        return step
-    return CapturedStep(step, log)
-
-
-def capture_network(network: Network, test: EvalLoader, setting: str, log: Log) -> Callable[[Tensor], Tensor] | None:
-    """Return the network as CUDA graphs for evaluation if the test images are on a GPU, else None."""
-    on_gpu = next(network.parameters()).is_cuda and isinstance(test, MemoryEvalLoader)
-    return CapturedNetwork(network, log) if on_gpu and setting != "off" else None
+    return TrainStep(loader, teacher, trainable, optimizer, meters, scaler, wrapped, solver.ACCUMULATE)
 
 
 def open_checkpoint(

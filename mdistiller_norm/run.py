@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,24 +21,20 @@ from mdistiller_norm.build import (
     build_student,
     build_teacher,
     build_teacher_runner,
-    capture_network,
-    capture_step,
     placed,
 )
-from mdistiller_norm.config import Config, dump, method_names
-from mdistiller_norm.data import Dataset, EvalLoader, TensorDataset, TrainLoader
+from mdistiller_norm.config import Config, dump
+from mdistiller_norm.data import Dataset, TensorDataset
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.compile import choose
-from mdistiller_norm.engine.evaluate import evaluate
+from mdistiller_norm.engine.graph import capture_network, capture_step
 from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.optim import StepSchedule
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
-from mdistiller_norm.engine.teacher_file import TeacherFile
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
-from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.run_folder import RunFolder
 
@@ -49,7 +44,7 @@ class Run(NamedTuple):
 
     Attributes:
         trainer: trains it.
-        folder: stores it; close ``trainer.log`` to unlock it.
+        folder: stores it; locked until ``trainer.log`` is closed.
         facts: content of ``result.json`` without the accuracies.
     """
 
@@ -68,22 +63,22 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         dataset: an open data set to use instead of ``DATASET.TYPE``.
     """
     cfg = config.node
-    methods = method_names(cfg)
     device = build_device(cfg.DEVICE)
-    if device.type == "cuda":
-        choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
-    share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     autocast, warning = build_precision(cfg.SOLVER.PRECISION, device)
     if isinstance(dataset, TensorDataset):
         dataset.check()
     dataset = dataset or build_dataset(cfg)
-    trained = build_teacher(cfg, dataset) if methods else None
+    trained = build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build_distillers(cfg, student, trained[0], dataset) if trained else {}
+    config_yaml = dump(cfg)
+
+    if device.type == "cuda":
+        choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
+    share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
-
-    folder = RunFolder.open(config, resume, share.rank)
+    folder = RunFolder.open(config, config_yaml, resume, share.rank)
     log = folder.log.line
     if warning:
         log(f"warning: {warning}")
@@ -92,69 +87,33 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     steps = cfg.SOLVER.EPOCHS * loader.steps
     steps_left = steps - folder.steps_done
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if steps_left else 0)
-    if reason and (methods or cfg.ENGINE.COMPILE == "all"):
+    if reason and (trained or cfg.ENGINE.COMPILE == "all"):
         log(reason)
-    teacher, teacher_facts = None, Record()
+    teacher: Teacher | None = None
+    teacher_record: Record = {}
     if trained:
         placed(trained[0], device)
-        compiled = to_compile in ("teacher", "all")
-        teacher, teacher_facts = prepare_teacher(
+        compiled = to_compile != "none"
+        teacher, teacher_record = build_teacher_runner(
             cfg, trained, distillers, loader, test, dataset.image_size, autocast, compiled, steps_left, log
         )
     step = build_step(cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log)
+
+    surroundings = environment(device)
+    facts = _facts(cfg, config_yaml, dataset, distillers, teacher_record, surroundings, PRECISIONS[autocast])
+    _log_summary(cfg, dataset, student, loader.steps, facts, log)
     schedule = StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE)
     intervals = Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ)
-    facts = _facts(cfg, dataset, distillers, teacher_facts, device, PRECISIONS[autocast])
+    provenance = _provenance(cfg, dataset, facts)
     trainer = Trainer(
-        step, schedule, test, cfg.SOLVER.EPOCHS, folder.path, folder.log, _provenance(cfg, dataset, facts), intervals,
+        step, schedule, test, cfg.SOLVER.EPOCHS, folder.path, folder.log, provenance, intervals,
         capture_step(step, cfg.ENGINE.CUDA_GRAPH, log), capture_network(student, test, cfg.ENGINE.CUDA_GRAPH, log),
     )  # fmt: skip
-    folder.restore(trainer, config)
+    folder.restore(trainer)
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
         epochs = range(trainer.epoch, cfg.SOLVER.EPOCHS + 1)
         trainer.prefetch = teacher.fill(loader.batches(epoch) for epoch in epochs)
-    _log_summary(cfg, dataset, student, loader.steps, facts, log)
     return Run(trainer, folder, facts | {"command": command})
-
-
-def prepare_teacher(
-    cfg: Any,
-    trained: tuple[Network, TeacherFile],
-    distillers: Mapping[str, Distiller],
-    loader: TrainLoader,
-    test: EvalLoader,
-    image_size: tuple[int, int],
-    autocast: torch.dtype | None,
-    compiled: bool,
-    steps_left: int,
-    log: Log,
-) -> tuple[Teacher, Record]:
-    """Evaluate the teacher; return it as a step uses it, with its record."""
-    network, file = trained
-    facts = check_teacher(network, file, test, log)
-    cached = "" if cfg.DISTILLER.TEACHER_CACHE == "off" else cfg.DISTILLER.TEACHER_CACHE_PRECISION
-    teacher = build_teacher_runner(network, distillers, loader, image_size, file.path, autocast, compiled, cached, log)
-    facts["hash"] = teacher.hash
-    if isinstance(teacher, CachedTeacher):
-        facts["cache"] = cached
-        log(teacher.check_space(steps_left))
-    return teacher, facts
-
-
-def check_teacher(network: Network, file: TeacherFile, test: EvalLoader, log: Log) -> Record:
-    """Evaluate the teacher before training; log its accuracy, and warnings if it is lower than expected."""
-    measured = evaluate(network, test)
-    if not math.isfinite(measured.loss):
-        raise CheckpointError(f"the teacher {file.path} computes NaN or infinite logits: it diverged or is damaged")
-    log(f"teacher {network.name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
-    if file.warning:
-        log(f"warning: {file.warning}")
-    chance = 100 / network.num_classes
-    if file.top1 is not None and measured.top1 < file.top1 - 1:
-        log(f"warning: the teacher's top-1 {measured.top1:.2f} is far below its stated {file.top1:.2f}")
-    elif measured.top1 < chance + min(chance, (100 - chance) / 10):
-        log(f"warning: the teacher's top-1 {measured.top1:.2f} is about chance: its weights or the data are wrong")
-    return {"name": network.name, "file": str(file.path), "top1": measured.top1, "top5": measured.top5}
 
 
 def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts: Record, log: Log) -> None:
@@ -169,10 +128,11 @@ def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts
 
 def _facts(
     cfg: Any,
+    config_yaml: str,
     dataset: Dataset,
     distillers: Mapping[str, Distiller],
     teacher: Record,
-    device: torch.device,
+    surroundings: Record,
     precision: str,
 ) -> Record:
     return {
@@ -180,7 +140,7 @@ def _facts(
         "dataset": dataset.name, "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
         "extra_parameters": sum(method.extra_parameters() for method in distillers.values()),
         "precision": precision, "processes": distributed.wanted().world, "data": dataset.fingerprint(),
-        "config": yaml.safe_load(dump(cfg)), "environment": environment(device),
+        "config": yaml.safe_load(config_yaml), "environment": surroundings,
     }  # fmt: skip
 
 

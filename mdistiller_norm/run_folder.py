@@ -7,18 +7,19 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from mdistiller_norm.config import Config, dump, leaves, load_config, method_names
+from mdistiller_norm.config import Config, leaves, load_config, method_names
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
-from mdistiller_norm.engine.logger import TENSORBOARD, Record, RunLog, SilentLog
+from mdistiller_norm.engine.logger import Record, RunLog, SilentLog, start_wandb
 from mdistiller_norm.engine.trainer import Trainer
-from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
+from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.files import write_json, write_text
 
 # Keys that do not change the computation. Hashes of the data and the teacher and the precision in use are compared
@@ -53,51 +54,61 @@ def _is_neutral(key: str, cfg: Any) -> bool:
     return key.startswith(NEUTRAL)
 
 
+@dataclass
 class RunFolder:
     """The folder of a run, locked by the first process until it is closed.
 
     Attributes:
         path: of the folder.
+        config_yaml: config of the run.
         state: content of ``latest.pt``, None for a new run.
         log: writes to the folder in the first process.
     """
 
-    def __init__(self, path: Path, state: Record | None, log: RunLog) -> None:
-        self.path, self.state, self.log = path, state, log
+    path: Path
+    config_yaml: str
+    state: Record | None
+    log: RunLog
 
     @classmethod
-    def open(cls, config: Config, resume: bool, rank: int) -> RunFolder:
+    def open(cls, config: Config, config_yaml: str, resume: bool, rank: int) -> RunFolder:
         """Create the folder, or load its state to resume. A collective operation.
+
+        Args:
+            config: of the run.
+            config_yaml: the config, as YAML.
+            resume: continue from ``latest.pt``, if it exists.
+            rank: of this process.
 
         Raises:
             ConfigError: the folder holds another run or is locked, or cannot be written.
             CheckpointError: ``latest.pt`` is broken.
         """
-        folder = _open_first(config, resume) if distributed.is_first() else None
-        resumed = distributed.all_reduce_max(int(folder is not None and folder.state is not None))
         path = run_folder(config)
-        return folder or cls(path, load(path / LATEST) if resumed else None, SilentLog(rank))
+        folder = _open_first(path, config, config_yaml, resume) if distributed.is_first() else None
+        resumed = distributed.all_reduce_max(int(folder is not None and folder.state is not None))
+        return folder or cls(path, config_yaml, load(path / LATEST) if resumed else None, SilentLog(rank))
 
     @property
     def steps_done(self) -> int:
         """Steps that are done in all epochs."""
         return int(self.state["total_steps"]) if self.state else 0
 
-    def restore(self, trainer: Trainer, config: Config) -> None:
-        """Load the saved state, if any, into the trainer; store the config of the resumed run."""
-        if not self.state:
-            return
-        self._check_identity(self.state["identity"], trainer.provenance.identity)
-        try:
-            trainer.load_state(self.state)
-        except (RuntimeError, ValueError, LookupError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(
-                f"the state in {self.path} does not fit this run ({reason}): a network or method of a plugin has "
-                "changed, or the state is damaged"
-            ) from error
+    def restore(self, trainer: Trainer) -> None:
+        """Load the saved state, if any, into the trainer, and store the config."""
+        if self.state:
+            self._check_identity(self.state["identity"], trainer.provenance.identity)
+            try:
+                trainer.load_state(self.state)
+            except (RuntimeError, ValueError, LookupError) as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise CheckpointError(
+                    f"the state in {self.path} does not fit this run ({reason}): a network or method of a plugin has "
+                    "changed, or the state is damaged"
+                ) from error
+            self.state = None  # frees its memory
         if not trainer.finished and distributed.is_first():
-            write_text(dump(config.node), self.path / CONFIG)
+            write_text(self.config_yaml, self.path / CONFIG)
 
     def _check_identity(self, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
         changed = [name for name in saved if saved[name] != current.get(name, saved[name])]
@@ -127,8 +138,8 @@ class RunFolder:
         return result
 
 
-def _open_first(config: Config, resume: bool) -> RunFolder:
-    path, resources = run_folder(config), ExitStack()
+def _open_first(path: Path, config: Config, config_yaml: str, resume: bool) -> RunFolder:
+    resources, experiment, warning = ExitStack(), config.node.EXPERIMENT, ""
     exists = any(os.path.exists(path / name) for name in (LATEST, RESULT))  # False if the name is too long
     if exists and not (resume or _was_restarted(path)):
         raise ConfigError(f"{path} holds a run: add --resume to continue it, or set EXPERIMENT.NAME for a new one")
@@ -138,10 +149,8 @@ def _open_first(config: Config, resume: bool) -> RunFolder:
             state = _load_state(path, config) if (path / LATEST).exists() else None
             if not state and exists:
                 raise ConfigError(f"{path} holds a result but no {LATEST} to resume from: set EXPERIMENT.NAME")
-            if not state:
-                write_text(dump(config.node), path / CONFIG)
-            # wandb must patch TensorBoard before the log opens its writers.
-            warning = _start_wandb(config, path, resources) if config.node.LOG.WANDB else ""
+            if config.node.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
+                warning = start_wandb(path, experiment.PROJECT, experiment.TAG, yaml.safe_load(config_yaml), resources)
             first_epoch, first_step = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
             log = RunLog(path, first_epoch, first_step)
             log.held = resources.pop_all()
@@ -156,7 +165,7 @@ def _open_first(config: Config, resume: bool) -> RunFolder:
         log.line(f"nothing to resume in {path}: starting" if resume else f"run folder {path}")
     if warning:
         log.line(f"warning: {warning}")
-    return RunFolder(path, state, log)
+    return RunFolder(path, config_yaml, state, log)
 
 
 def _was_restarted(path: Path) -> bool:
@@ -212,25 +221,3 @@ def _load_state(path: Path, config: Config) -> Record:
     if done > cfg.SOLVER.EPOCHS:
         raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the finished epochs of {path}, got {cfg.SOLVER.EPOCHS}")
     return state
-
-
-def _start_wandb(config: Config, path: Path, resources: ExitStack) -> str:
-    """Mirror TensorBoard's scalars to Weights & Biases; return a warning if that fails."""
-    try:
-        import wandb
-    except ImportError:
-        return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): continuing without it"
-    if wandb.run is not None:
-        return f"LOG.WANDB supports one run in a process, and {wandb.run.name} is active: continuing without it"
-    wandb.tensorboard.patch(root_logdir=str(path / TENSORBOARD))
-    resources.callback(wandb.tensorboard.unpatch)
-    experiment = config.node.EXPERIMENT
-    try:
-        wandb.init(
-            project=experiment.PROJECT, name=path.name, dir=str(path), config=yaml.safe_load(dump(config.node)),
-            tags=experiment.TAG.split(","),
-        )  # fmt: skip
-    except wandb.Error as error:
-        return f"LOG.WANDB is true and wandb does not start ({first_line(error)}): continuing without it"
-    resources.callback(wandb.finish)
-    return ""

@@ -1,4 +1,4 @@
-"""Short runs on the real digits, and the states that they leave."""
+"""Short runs on digits."""
 
 from __future__ import annotations
 
@@ -6,38 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.engine.checkpoint import load
 
-# A batch of 240 makes an epoch of 6 steps, the last one short.
+# An epoch has 6 steps, the last one with a smaller batch.
 SHORT = ["DATASET.TYPE=digits", "SOLVER.BATCH_SIZE=240", "SOLVER.NESTEROV=true", "SOLVER.WEIGHT_DECAY=5e-4"]
 PAIR = [*SHORT, "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
-# Defaults that are made for data sets larger than the digits.
+# Overrides of defaults that are too large for digits.
 SMALLER = {"CRD": ["CRD.NCE.K=16"]}
 
 
 def config(folder: Path, name: str, *overrides: str, epochs: int = 2) -> Config:
-    """A run of ``LOG.PREFIX/distill/NAME``."""
+    """Return the config of a run in ``folder/distill/name``."""
     return load_config(
         None, [*PAIR, f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", *overrides]
     )
 
 
-def assert_same_state(a: Any, b: Any, where: str = "") -> None:
-    """Equal to the bit, whatever the nesting."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_state(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
+def assert_same_state(a: Any, b: Any) -> None:
+    """Check that nested states are bit-identical."""
+    leaves, others = (tree_flatten_with_path(state)[0] for state in (a, b))
+    assert [path for path, _ in leaves] == [path for path, _ in others]
+    for (path, x), (_, y) in zip(leaves, others, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, keystr(path)
 
 
 def state_of(folder: Path, name: str) -> dict[str, Any]:

@@ -21,12 +21,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mdistiller_norm.build import build_distillers, build_optimizer, build_student
+from mdistiller_norm.build import build_distillers, build_student
 from mdistiller_norm.config import default_config, load_config
 from mdistiller_norm.data.cifar import cifar100
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS, Need, Pair
+from mdistiller_norm.engine.dot import build_optimizer
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher
@@ -111,7 +112,11 @@ def make_step(
     taught = teacher(pair[0], data, need, any(method.teacher_in_train_mode for method in methods.values()))
     loader = few(data).train_loader(cfg.SOLVER.BATCH_SIZE, 0, CPU)
     trainable = Trainable(student, methods, max((method.ce_weight for method in methods.values()), default=ce_weight))
-    optimizer = build_optimizer(cfg, trainable, loader, taught if methods else None)
+    solver = cfg.SOLVER
+    optimizer = build_optimizer(
+        trainable, loader, taught if methods else None, trainer=solver.TRAINER, delta=solver.DOT.DELTA, accumulate=1,
+        lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
+    )  # fmt: skip
     meters = TrainMeters(trainable.loss_names)
     step = TrainStep(loader, taught if methods else None, trainable, optimizer, meters)
     step.begin_epoch(1, 0)

@@ -63,7 +63,7 @@ def test_a_captured_step_equals_an_eager_step(method: list[str], teacher: str, t
     captured = trained(tmp_path, "captured", *overrides, "ENGINE.CUDA_GRAPH=on")
     assert "no CUDA graph" not in log_of(tmp_path, "captured")
     for key in ("trainable", "optimizer"):
-        assert_same_state(captured[key], eager[key], key)
+        assert_same_state(captured[key], eager[key])
     assert losses_of(tmp_path, "captured") == losses_of(tmp_path, "eager")
 
 
@@ -139,7 +139,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(overrides: list[str], teacher
     run.trainer.log.close()
     train(config(tmp_path, "parts", *COMMON, *overrides), resume=True)
     for key in ("trainable", "optimizer", "scaler"):
-        assert_same_state(state_of(tmp_path, "parts")[key], expected[key], key)
+        assert_same_state(state_of(tmp_path, "parts")[key], expected[key])
 
 
 def test_a_captured_step_is_faster(teacher: str, tmp_path: Path) -> None:

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdistiller_norm.data import TrainLoader
+from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch
 
 
@@ -96,3 +99,36 @@ class DOT:
         """Load :meth:`state_dict`."""
         for optimizer, saved in zip(self._optimizers, state["sgd"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def build_optimizer(
+    trainable: Trainable,
+    loader: TrainLoader,
+    teacher: Teacher | None,
+    *,
+    trainer: str,
+    delta: float,
+    accumulate: int,
+    **sgd: Any,
+) -> torch.optim.Optimizer | DOT:
+    """Build SGD, or DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot.
+
+    Args:
+        trainable: the module to train.
+        loader: training batches.
+        teacher: required by DOT.
+        trainer: base, dot, crd or crd_dot.
+        delta: of DOT.
+        accumulate: micro-batches of a batch, 1 with DOT.
+        sgd: arguments of :func:`~mdistiller_norm.engine.optim.build_sgd`.
+    """
+    if not trainer.endswith("dot"):
+        return build_sgd(trainable.parameters(), **sgd)
+    if teacher is None:
+        raise ConfigError(f"SOLVER.TRAINER {trainer} requires a distillation loss: DISTILLER.TYPE is NONE")
+    if trainable.autocast is torch.float16 or distributed.together() or accumulate > 1:
+        raise ConfigError(
+            f"SOLVER.TRAINER {trainer} requires SOLVER.PRECISION fp32 or bf16, one process and SOLVER.ACCUMULATE 1"
+        )
+    batch = loader.prepare(*next(loader.batches(1)))
+    return DOT(trainable, batch, teacher, delta, **sgd)

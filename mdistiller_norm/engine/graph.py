@@ -9,8 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mdistiller_norm.data import EvalLoader, MemoryEvalLoader, MemoryTrainLoader
+from mdistiller_norm.engine import distributed
+from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Raw
 from mdistiller_norm.errors import first_line
+from mdistiller_norm.models.base import Network
 
 Warn = Callable[[str], None]
 
@@ -102,3 +106,28 @@ class CapturedNetwork(_Captured):
 
     def __init__(self, network: nn.Module, warn: Warn = print) -> None:
         super().__init__(network, list, warn)
+
+
+def capture_step(step: TrainStep, setting: str, log: Warn) -> Callable[..., None]:
+    """Return the step as a CUDA graph if ``ENGINE.CUDA_GRAPH`` and the device allow it, else the step."""
+    on_gpu, reason = step.loss_weights.is_cuda, ""
+    if setting == "off" or (setting == "auto" and not on_gpu):
+        return step
+    if not on_gpu:
+        reason = "there is no CUDA device"
+    elif slow := [name for name, method in step.trainable.distillers.items() if not method.capturable]:
+        reason = f"{' and '.join(slow)} synchronises with the host in every step"
+    elif distributed.together():
+        reason = "several processes exchange gradients"
+    elif not isinstance(step.loader, MemoryTrainLoader):
+        reason = "the images of this data set come from the host"
+    if reason:
+        log(f"no CUDA graph: {reason}")
+        return step
+    return CapturedStep(step, log)
+
+
+def capture_network(network: Network, test: EvalLoader, setting: str, log: Warn) -> Callable[[Tensor], Tensor] | None:
+    """Return the network as CUDA graphs for evaluation if the test images are on a GPU, else None."""
+    on_gpu = next(network.parameters()).is_cuda and isinstance(test, MemoryEvalLoader)
+    return CapturedNetwork(network, log) if on_gpu and setting != "off" else None

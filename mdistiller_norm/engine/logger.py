@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mdistiller_norm
+from mdistiller_norm.errors import first_line
 from mdistiller_norm.files import write_text
 
 Record = dict[str, Any]
@@ -121,6 +122,32 @@ class SilentLog(RunLog):
 
     def close(self) -> None:
         pass
+
+
+def start_wandb(folder: Path, project: str, tags: str, config: Record, resources: ExitStack) -> str:
+    """Mirror TensorBoard's scalars to Weights & Biases; return a warning if that fails.
+
+    Args:
+        folder: of the run, whose name is the run's name.
+        project: of Weights & Biases.
+        tags: separated by commas.
+        config: of the run.
+        resources: receive the callbacks that end the mirroring.
+    """
+    try:
+        import wandb
+    except ImportError:
+        return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): continuing without it"
+    if wandb.run is not None:
+        return f"LOG.WANDB supports one run in a process, and {wandb.run.name} is active: continuing without it"
+    wandb.tensorboard.patch(root_logdir=str(folder / TENSORBOARD))
+    resources.callback(wandb.tensorboard.unpatch)
+    try:
+        wandb.init(project=project, name=folder.name, dir=str(folder), config=config, tags=tags.split(","))
+    except wandb.Error as error:
+        return f"LOG.WANDB is true and wandb does not start ({first_line(error)}): continuing without it"
+    resources.callback(wandb.finish)
+    return ""
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 import yaml
 
+from mdistiller_norm.data.base import EvalLoader
 from mdistiller_norm.engine.checkpoint import Weights
+from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.errors import CheckpointError, first_line
 from mdistiller_norm.files import PROJECT
+from mdistiller_norm.models.base import Network
 
 MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's weights
@@ -155,3 +159,19 @@ def check_preprocessing(weights: Weights, classes: Sequence[str], expected: Mapp
         if any(abs(a - b) > 0.02 for a, b in zip(about.get(key, ()), ours, strict=False))
     ]
     return f"{weights.path} was trained on images with another {', '.join(different)}" if different else ""
+
+
+def check_teacher(network: Network, file: TeacherFile, test: EvalLoader, log: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluate the teacher before training; log its accuracy, and warnings if it is lower than expected."""
+    measured = evaluate(network, test)
+    if not math.isfinite(measured.loss):
+        raise CheckpointError(f"the teacher {file.path} computes NaN or infinite logits: it diverged or is damaged")
+    log(f"teacher {network.name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
+    if file.warning:
+        log(f"warning: {file.warning}")
+    chance = 100 / network.num_classes
+    if file.top1 is not None and measured.top1 < file.top1 - 1:
+        log(f"warning: the teacher's top-1 {measured.top1:.2f} is far below its stated {file.top1:.2f}")
+    elif measured.top1 < chance + min(chance, (100 - chance) / 10):
+        log(f"warning: the teacher's top-1 {measured.top1:.2f} is about chance: its weights or the data are wrong")
+    return {"name": network.name, "file": str(file.path), "top1": measured.top1, "top5": measured.top5}
