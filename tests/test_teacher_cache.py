@@ -324,7 +324,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path, own_teacher: str, monkeypatch: 
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"may need .* GB and the disk has 0\.00 GB free"):
+    with pytest.raises(CheckpointError, match=r"needs .* GB more, 0\.00 GB are free"):
         build(tmp_path, "other", own_teacher, LAZY)
 
 

@@ -27,13 +27,7 @@ def compiler_missing(device: torch.device) -> str:
 
 
 def choose(setting: str, device: torch.device, steps: int) -> tuple[str, str]:
-    """Choose the networks to compile (none, teacher or all) and describe the reason.
-
-    Args:
-        setting: ``ENGINE.COMPILE``: auto, none, teacher or all.
-        device: to compile for.
-        steps: of the whole run, so that a resumed run makes the same choice.
-    """
+    """Return none, teacher or all, and the reason, for ``ENGINE.COMPILE`` and the steps of the whole run."""
     if setting == "none":
         return "none", ""
     if reason := compiler_missing(device):
@@ -60,10 +54,7 @@ def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], No
 def compile_student(network: Network, warn: Callable[[str], None], twice: bool = False) -> Callable[[Tensor], Outputs]:
     """Compile ``network.outputs`` for training; run it uncompiled, with a warning, if that fails.
 
-    Args:
-        network: to compile, at the first pass of each shape.
-        warn: receives the warning.
-        twice: each pass is differentiated more than once, as in DOT.
+    ``twice`` allows differentiating each pass more than once, as in DOT.
     """
     if twice:
         # Otherwise a backward pass may overwrite tensors that the next one reads. PyTorch reads this setting when it

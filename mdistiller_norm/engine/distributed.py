@@ -1,8 +1,4 @@
-"""Training with several processes (torch.distributed), started by torchrun, by Slurm or by hand.
-
-A process reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` from the environment.
-Without them it is alone, and the collectives do nothing.
-"""
+"""Training with several processes, described by torch.distributed's environment variables (``RANK`` ...)."""
 
 from __future__ import annotations
 
@@ -54,14 +50,11 @@ def local_device() -> torch.device:
 
 
 def start(device: torch.device, timeout: int) -> Share:
-    """Connect to the other processes, if any, and make the device the current one.
-
-    The timeout, in seconds, is that of the connection and of every later collective.
-    """
+    """Connect to the other processes, if any, with a timeout in seconds for this and every later collective."""
     global _store
     share = wanted()
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # used for captured graphs and pinned memory
+        torch.cuda.set_device(device)  # for CUDA graphs and pinned memory
     if share.world == 1 or distributed.is_initialized():
         return share
     limit = timedelta(seconds=timeout)

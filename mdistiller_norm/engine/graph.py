@@ -33,12 +33,7 @@ class _Captured:
     """A function of tensors that replays CUDA graphs, which share their working memory.
 
     Inputs are copied into static buffers. Other tensors that the function reads (weights, the learning rate) must stay
-    at one address. If recording fails, the function runs as it is, with a warning.
-
-    Args:
-        function: to capture.
-        state_tensors: returns the tensors that the function writes to and that outlive it.
-        warn: receives the warning.
+    at one address; ``state_tensors`` returns those that it writes to. If recording fails, the function runs as it is.
     """
 
     WARMUP = 3

@@ -27,9 +27,7 @@ from mdistiller_norm.types import Batch, Outputs
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 PREFETCH_STEPS = 16  # steps whose rows are looked up together, to compute missing ones in full batches
-# Relative difference between stored rows and the teacher's outputs that rounding can explain. Half precision causes
-# one hundredth, other kernels or a compiler much less.
-TOLERANCE = 0.05
+TOLERANCE = 0.05  # relative; half precision changes outputs by one hundredth, other kernels by much less
 MIN_GPU_BATCH = 256  # with fewer images, launching the teacher's kernels takes longer than running them
 
 
@@ -38,14 +36,10 @@ class CachedTeacher:
 
     Args:
         live: computes missing rows.
-        loader: training batches with enumerated views.
+        loader: training batches.
         checkpoint: the teacher's weights; the cache is created beside them.
         pooled: width D of the pooled feature, stored if a method reads it.
         dtype: of the stored numbers, ``fp32`` or ``fp16``.
-
-    Attributes:
-        requested: number of rows that steps have read.
-        computed: number of rows that the teacher was run for.
     """
 
     extra = 1
@@ -64,7 +58,7 @@ class CachedTeacher:
         folder = checkpoint.parent / f"{checkpoint.name}.cache" / hashlib.sha256(key.encode()).hexdigest()[:12]
         width = self.classes + (pooled if live.need is Need.POOLED else 0)
         self.store = RowStore(folder, description, loader.samples * loader.views, width, DTYPES[dtype])
-        self.requested = self.computed = 0
+        self.requested = self.computed = 0  # rows
         self.device_rows: DeviceRows | None = None
 
     def summary(self) -> str:
@@ -76,17 +70,12 @@ class CachedTeacher:
         store, stored = self.store, len(self.store.written())
         new = min(steps * self.loader.global_batch_size, store.rows - stored)
         # Rows are scattered: each may be the first in its block of the file system.
-        needed = min(new * (store.row_bytes + 4096), store.rows * store.row_bytes)
-        free = shutil.disk_usage(store.folder).free
+        needed = min(new * (store.row_bytes + 4096), store.rows * store.row_bytes) / 1e9
+        free = shutil.disk_usage(store.folder).free / 1e9
+        line = f"teacher cache {store.folder}: {stored:,} of {store.rows:,} rows are stored, needs {needed:.2f} GB more"
         if free < needed:
-            raise CheckpointError(
-                f"the teacher cache in {store.folder} may need {needed / 1e9:.2f} GB and the disk has "
-                f"{free / 1e9:.2f} GB free: make room or set DISTILLER.TEACHER_CACHE off"
-            )
-        return (
-            f"teacher cache {store.folder}: {stored:,} of {store.rows:,} rows of {store.row_bytes} bytes are "
-            f"stored, at most {needed / 1e9:.2f} GB more on disk"
-        )
+            raise CheckpointError(f"{line}, {free:.2f} GB are free: make room or set DISTILLER.TEACHER_CACHE off")
+        return line
 
     def check_answers(self) -> None:
         """Compare a batch of stored rows with the teacher's outputs, since the network's code may have changed."""
@@ -99,8 +88,8 @@ class CachedTeacher:
         computed = self._run(rows).cpu().numpy().astype(np.float64)
         if not np.linalg.norm(stored - computed) <= TOLERANCE * np.linalg.norm(computed):
             raise CheckpointError(
-                f"the teacher cache {self.store.folder} holds other outputs than the teacher computes: its network's "
-                "code has changed, or it is another network with these weights; remove the folder"
+                f"the teacher cache {self.store.folder} holds other outputs than the teacher computes: remove it if "
+                "the network's code has changed"
             )
 
     def hold_on_device(self) -> str:
@@ -109,7 +98,7 @@ class CachedTeacher:
             return ""
         size, free = self.store.rows * self.store.row_bytes, torch.cuda.mem_get_info(self._device)[0]
         if free < 2 * size:  # half of the free memory is left for training
-            return f"the teacher cache stays on the host: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB free on the device"
+            return f"the teacher cache stays on the host: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         self.device_rows = DeviceRows(self.store, self._device)
         return f"the teacher cache is held on the device: {size / 1e9:.2f} GB"
 

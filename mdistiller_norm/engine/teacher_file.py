@@ -1,4 +1,4 @@
-"""Search for the file with a teacher's weights, and checks that it fits the data."""
+"""Search for a teacher's weights, and comparison of their metadata with the data."""
 
 from __future__ import annotations
 
