@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in .venv (made when it is not there). Arguments go to pytest.
+# Run ruff, mypy and pytest in .venv, which is created if missing. Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/venv.sh
@@ -7,5 +7,4 @@ source scripts/venv.sh test
 ruff check .
 ruff format --check .
 mypy
-# Two processes: the tests use one thread each.
-python -m pytest -n "${TEST_PROCESSES:-2}" "$@"
+python -m pytest -n "${TEST_PROCESSES:-2}" "$@" # each test process uses one thread

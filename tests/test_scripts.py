@@ -1,9 +1,11 @@
-"""The shell scripts: no lint, and a mistake is said in one line."""
+"""The shell scripts: lint, bad arguments, and the commands that they run."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -11,31 +13,48 @@ from conftest import ROOT
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*.sbatch")])
 
 
+def run(*command: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
+    script = ["bash", str(ROOT / "scripts" / command[0]), *command[1:]]
+    return subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_scripts_have_no_lint() -> None:
-    assert len(SCRIPTS) >= 8
+    assert len(SCRIPTS) >= 7
     done = subprocess.run(["shellcheck", *SCRIPTS], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+def test_scripts_have_valid_syntax() -> None:
+    for script in SCRIPTS:
+        assert subprocess.run(["bash", "-n", script]).returncode == 0, script
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["imagenet.sh"], "which pair? r34_r18 or r50_mv1"),
-        (["imagenet.sh", "r34"], "which pair? r34_r18 or r50_mv1"),
-        (["imagenet.sh", "r34_r18"], "which method? one of: at.yaml crd.yaml"),
-        (["imagenet.sh", "r34_r18", "normkd", "0"], "GPUS is 0: at least 1"),
-        (["slurm/imagenet.sbatch"], "which config? for example configs/imagenet/r34_r18/normkd.yaml"),
-        (["slurm/imagenet.sbatch", "normkt.yaml"], "there is no normkt.yaml"),
-        (["slurm/imagenet.sbatch", "configs/imagenet/r34_r18/normkd.yaml"], "this is a Slurm job"),
-        (["imagenet_r34_r18.sh", "normkt"], "there is no configs/imagenet/r34_r18/normkt.yaml"),
-        (["imagenet_r50_mv1.sh", "normkt"], "there is no configs/imagenet/r50_mv1/normkt.yaml"),
+        (["imagenet.sh"], "PAIR must be r34_r18 or r50_mv1, got ''"),
+        (["imagenet.sh", "r34"], "PAIR must be r34_r18 or r50_mv1, got 'r34'"),
+        (["imagenet.sh", "r34_r18"], "METHOD is missing: choose one of at.yaml crd.yaml"),
+        (["imagenet.sh", "r34_r18", "normkd", "0"], "GPUS must be >= 1, got 0"),
+        (["slurm/imagenet.sbatch"], "CONFIG is missing"),
+        (["slurm/imagenet.sbatch", "normkt.yaml"], "normkt.yaml does not exist"),
+        (["slurm/imagenet.sbatch", "configs/imagenet/r34_r18/normkd.yaml"], "must run under Slurm"),
+        (["imagenet_r34_r18.sh", "normkt"], "configs/imagenet/r34_r18/normkt.yaml does not exist"),
+        (["imagenet_r50_mv1.sh", "normkt"], "configs/imagenet/r50_mv1/normkt.yaml does not exist"),
     ],
 )
-def test_what_imagenets_scripts_lack_is_said(command: list[str], words: str) -> None:
-    done = subprocess.run(
-        ["bash", ROOT / "scripts" / command[0], *command[1:]], capture_output=True, text=True, cwd=ROOT
-    )
+def test_bad_arguments(command: list[str], words: str) -> None:
+    done = run(*command)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_imagenet_script_starts_one_process_per_gpu(tmp_path: Path) -> None:
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    done = run("imagenet_r34_r18.sh", "normkd", "4", "SEED", "1", path=str(tmp_path))
+    assert "--nproc-per-node 4" in done.stdout
+    assert done.stdout.endswith("tools/train.py --cfg configs/imagenet/r34_r18/normkd.yaml --resume SEED 1\n")

@@ -218,9 +218,8 @@ def parse(arguments: Sequence[str]) -> Any:
     options = parser.parse_intermixed_args(arguments)
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ConfigError(f"--json {options.json} must be a file in an existing folder")
-    for name in ("blocks", "steps", "warmup"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} must be >= 1, got {getattr(options, name)}")
+    if min(options.blocks, options.steps, options.warmup) < 1:
+        raise ConfigError("--blocks, --steps and --warmup must be >= 1")
     if not (options.table9 or options.evaluate or options.against or options.loader):
         raise ConfigError("nothing to measure: add --table9, --evaluate, --against PATH or --loader FOLDER")
     methods = options.methods or (TABLE9 if options.table9 else "NormKD")
@@ -236,11 +235,9 @@ def measure(options: Any, record: Record, folder: Path) -> None:
     plain = load_config(options.cfg or None, options.overrides, options.methods).node
     bench = Bench(options, folder) if training else None
     device = build_device(plain.DEVICE)
-    size, dtype = (
-        8192 if device.type == "cuda" else 2048,
-        build_precision(plain.SOLVER.PRECISION, device)[0] or torch.float32,
-    )
-    matrix, threads = torch.rand(size, size, device=device).to(dtype), torch.get_num_threads()
+    dtype, _ = build_precision(plain.SOLVER.PRECISION, device)
+    size, threads = 8192 if device.type == "cuda" else 2048, torch.get_num_threads()
+    matrix = torch.rand(size, size, device=device).to(dtype or torch.float32)
     timer = Timer("a @ a", globals={"a": matrix}, num_threads=threads)
     peak = 2e-9 * size**3 / min(timer.timeit(1).mean for _ in range(10))
     machine = record["machine"] = environment(device) | {"matmul_gflops": peak}
