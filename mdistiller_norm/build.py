@@ -57,7 +57,7 @@ def build_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"DEVICE must be auto, cpu or cuda, got {name!r} ({first_line(error)})") from error
-    if device.type == "cuda" and distributed.wanted().world > 1:
+    if device.type == "cuda" and distributed.process_share().world > 1:
         raise ConfigError(f"DEVICE must be cuda with several processes, to give each its own GPU; got {name}")
     return device
 
@@ -219,7 +219,7 @@ def build_teacher_runner(
         return live, record
     record["cache"] = cache
     teacher = CachedTeacher(live, loader, file.path, pooled, cache)
-    teacher.check_answers()
+    teacher.check_outputs()
     if line := teacher.hold_on_device():
         log(line)
     log(teacher.check_space(steps_left))

@@ -139,7 +139,7 @@ def _facts(
         "method": list(distillers), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
         "dataset": dataset.name, "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
         "extra_parameters": sum(method.extra_parameters() for method in distillers.values()),
-        "precision": precision, "processes": distributed.wanted().world, "data": dataset.fingerprint(),
+        "precision": precision, "processes": distributed.process_share().world, "data": dataset.fingerprint(),
         "config": yaml.safe_load(config_yaml), "environment": surroundings,
     }  # fmt: skip
 

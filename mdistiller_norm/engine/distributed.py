@@ -31,7 +31,7 @@ class LostProcessError(UserError):
     """A process did not reach a collective."""
 
 
-def wanted() -> Share:
+def process_share() -> Share:
     """Return the rank and the number of processes from the environment."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return ALONE
@@ -52,7 +52,7 @@ def local_device() -> torch.device:
 def start(device: torch.device, timeout: int) -> Share:
     """Connect to the other processes, if any, with a timeout in seconds for this and every later collective."""
     global _store
-    share = wanted()
+    share = process_share()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for CUDA graphs and pinned memory
     if share.world == 1 or distributed.is_initialized():

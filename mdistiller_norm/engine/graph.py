@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,6 @@ from mdistiller_norm.errors import first_line
 from mdistiller_norm.models.base import Network
 
 Warn = Callable[[str], None]
-
-
-class Step(Protocol):
-    """A training step that can be captured: it writes only to tensors at fixed addresses."""
-
-    def __call__(self, *raw: Tensor) -> None:
-        """Train on a raw batch."""
-
-    def state_tensors(self) -> list[Tensor]:
-        """Return every tensor that it writes to."""
 
 
 class _Captured:
@@ -92,7 +82,7 @@ class _Captured:
 class CapturedStep(_Captured):
     """A training step that replays CUDA graphs."""
 
-    def __init__(self, step: Step, warn: Warn = print) -> None:
+    def __init__(self, step: TrainStep, warn: Warn = print) -> None:
         super().__init__(step, step.state_tensors, warn)
 
 

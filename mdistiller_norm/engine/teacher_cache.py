@@ -77,7 +77,7 @@ class CachedTeacher:
             raise CheckpointError(f"{line}, {free:.2f} GB are free: make room or set DISTILLER.TEACHER_CACHE off")
         return line
 
-    def check_answers(self) -> None:
+    def check_outputs(self) -> None:
         """Compare a batch of stored rows with the teacher's outputs, since the network's code may have changed."""
         written = self.store.written()
         rows = written[:: len(written) // self.batch_size(self.loader, self._device) + 1]
