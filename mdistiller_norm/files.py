@@ -13,21 +13,30 @@ PROJECT = Path(__file__).resolve().parents[1]  # contains configs, tools and che
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, keep: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary file for writing that replaces ``path`` at the end, or is deleted after an error.
 
-    Only one process may write a path at a time: the name of the temporary file is fixed.
+    Only one process may write a path at a time: the name of the temporary file is fixed. The previous version is
+    renamed to ``keep``, if given.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a killed process; a symbolic link is not followed
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(keep)
         temporary.replace(path)
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Open a lock file for appending, without following a symbolic link."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a")
 
 
 def write_text(content: str, path: Path) -> None:

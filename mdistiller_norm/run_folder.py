@@ -16,11 +16,11 @@ import yaml
 from mdistiller_norm.config import Config, leaves, load_config, method_names
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, load
 from mdistiller_norm.engine.logger import Record, RunLog, SilentLog, start_wandb
 from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError, ConfigError
-from mdistiller_norm.files import write_json, write_text
+from mdistiller_norm.files import open_lock, write_json, write_text
 
 # Keys that do not change the computation. Hashes of the data and the teacher and the precision in use are compared
 # instead (identity).
@@ -29,7 +29,7 @@ NEUTRAL = (
     "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "ENGINE.", "DISTILLER.TEACHER_CACHE",
     "DISTILLER.TEACHER_WEIGHTS",
 )  # fmt: skip
-LATEST, CONFIG, RESULT = "latest.pt", "config.yaml", "result.json"
+CONFIG, RESULT = "config.yaml", "result.json"
 _LOCK = ".lock"
 _STATE_KEYS = {"trainable", "optimizer", "meters", "identity", "epoch", "steps_done", "total_steps"}
 
@@ -139,18 +139,21 @@ class RunFolder:
 
 
 def _open_first(path: Path, config: Config, config_yaml: str, resume: bool) -> RunFolder:
-    resources, experiment, warning = ExitStack(), config.node.EXPERIMENT, ""
-    exists = any(os.path.exists(path / name) for name in (LATEST, RESULT))  # False if the name is too long
+    resources, experiment, warnings = ExitStack(), config.node.EXPERIMENT, [""]
+    exists = any(os.path.exists(path / name) for name in (LATEST, PREVIOUS, RESULT))  # False if the name is too long
     if exists and not (resume or _was_restarted(path)):
         raise ConfigError(f"{path} holds a run: add --resume to continue it, or set EXPERIMENT.NAME for a new one")
     try:
         with resources:
             resources.enter_context(_lock(path))
-            state = _load_state(path, config) if (path / LATEST).exists() else None
-            if not state and exists:
+            state = None
+            if (path / LATEST).exists() or (path / PREVIOUS).exists():
+                state, warnings[0] = _load_state(path, config)
+            elif exists:
                 raise ConfigError(f"{path} holds a result but no {LATEST} to resume from: set EXPERIMENT.NAME")
             if config.node.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
-                warning = start_wandb(path, experiment.PROJECT, experiment.TAG, yaml.safe_load(config_yaml), resources)
+                settings = yaml.safe_load(config_yaml)
+                warnings.append(start_wandb(path, experiment.PROJECT, experiment.TAG, settings, resources))
             first_epoch, first_step = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
             log = RunLog(path, first_epoch, first_step)
             log.held = resources.pop_all()
@@ -163,7 +166,7 @@ def _open_first(path: Path, config: Config, config_yaml: str, resume: bool) -> R
         log.line(f"resuming {path} at epoch {state['epoch']}, step {state['steps_done'] + 1}")
     else:
         log.line(f"nothing to resume in {path}: starting" if resume else f"run folder {path}")
-    if warning:
+    for warning in filter(None, warnings):
         log.line(f"warning: {warning}")
     return RunFolder(path, config_yaml, state, log)
 
@@ -179,7 +182,7 @@ def _was_restarted(path: Path) -> bool:
 def _lock(path: Path) -> IO[str]:
     """Create the folder and lock it for this process until the returned file is closed."""
     path.mkdir(parents=True, exist_ok=True)
-    lock = (path / _LOCK).open("a")
+    lock = open_lock(path / _LOCK)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
     except (BlockingIOError, PermissionError) as error:
@@ -193,11 +196,11 @@ def _lock(path: Path) -> IO[str]:
     return lock
 
 
-def _load_state(path: Path, config: Config) -> Record:
-    """Load ``latest.pt`` and check that it belongs to a run of this config."""
+def _load_state(path: Path, config: Config) -> tuple[Record, str]:
+    """Load the state, with a warning if it is the previous one; check that it belongs to a run of this config."""
     cfg = config.node
     if not (path / CONFIG).exists():
-        raise ConfigError(f"{path} holds {LATEST} but no {CONFIG}: restore it")
+        raise ConfigError(f"{path} holds a state but no {CONFIG}: restore it")
     # Plugins are those that are loaded: their files may have moved.
     before = load_config(path / CONFIG, [f"EXPERIMENT.PLUGINS={cfg.EXPERIMENT.PLUGINS}"], stored=True)
     values = dict(leaves(before.node))
@@ -209,15 +212,22 @@ def _load_state(path: Path, config: Config) -> Record:
     ]
     if changed:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")
-    try:
-        state: Record = load(path / LATEST)
-    except CheckpointError as error:
-        best = path / "best.pt"
-        advice = f"; {best} is an earlier state: copy it to {LATEST}" if best.exists() else ""
-        raise CheckpointError(f"{error}{advice}") from error
-    if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
-        raise CheckpointError(f"{path / LATEST} is not the state of a run")
+    state, warning = _read_state(path)
     done = state["epoch"] - 1
     if done > cfg.SOLVER.EPOCHS:
         raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the finished epochs of {path}, got {cfg.SOLVER.EPOCHS}")
-    return state
+    return state, warning
+
+
+def _read_state(path: Path, name: str = LATEST) -> tuple[Record, str]:
+    try:
+        state = load(path / name)
+        if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
+            raise CheckpointError(f"{path / name} is not the state of a run")
+    except CheckpointError as error:
+        if name == PREVIOUS or not (path / PREVIOUS).exists():
+            raise
+        state, _ = _read_state(path, PREVIOUS)
+        (path / PREVIOUS).replace(path / LATEST)  # which the other processes read
+        return state, f"{error}: resuming from {PREVIOUS} at epoch {state['epoch']}"
+    return state, ""

@@ -88,10 +88,13 @@ def saved(content: Any) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (saved({"model": {}, "extra": Evil()}), "hold more than weights"),
-        (lambda path: torch.save(network(), path), r"save the state_dict\(\) of a network"),
+        (saved({"model": {}, "extra": Evil()}), "could run code"),
+        (lambda path: torch.save(network(), path), r"save only the state_dict\(\) of the network"),
         *((truncated(size), "may be truncated") for size in (0, 10, 20_000, -10)),
-        *((lambda path, text=text: path.write_bytes(text), "not loaded") for text in (b"0 epochs\n", b"J\n", b"(l.\n")),
+        *(
+            (lambda path, text=text: path.write_bytes(text), "is a text file")
+            for text in (b"0 epochs\n", b"J\n", b"(l.\n")
+        ),
         (lambda path: torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path), "not loaded"),
         (saved({"model": {"a": 1}}), "holds no weights"),
         (saved({}), "holds no weights"),

@@ -19,10 +19,10 @@ from short_runs import config
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import digits
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, load
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.run import build_run, train
-from mdistiller_norm.run_folder import LATEST, run_folder
+from mdistiller_norm.run_folder import run_folder
 
 
 @pytest.fixture
@@ -105,11 +105,11 @@ def damaged(key: str, value: object) -> Callable[[Path], object]:
     [
         (lambda folder: None, ["SOLVER.LR=0.1", "SEED=5"], r"with other values of SOLVER\.LR, SEED"),
         (lambda folder: None, ["SOLVER.EPOCHS=0"], "SOLVER.EPOCHS"),
-        (lambda folder: (folder / "config.yaml").unlink(), [], r"holds latest\.pt but no config\.yaml"),
+        (lambda folder: (folder / "config.yaml").unlink(), [], r"holds a state but no config\.yaml"),
         (lambda folder: (folder / LATEST).unlink(), [], r"holds a result but no latest\.pt"),
         (lambda folder: torch.save([1, 2], folder / LATEST), [], r"latest\.pt is not the state of a run"),
         (lambda folder: torch.save({"model": {}}, folder / LATEST), [], r"latest\.pt is not the state of a run"),
-        (lambda folder: (folder / LATEST).write_bytes(b"PK"), [], r"best\.pt is an earlier state"),
+        (lambda folder: (folder / LATEST).write_bytes(b"PK\3\4"), [], r"latest\.pt is damaged"),
         (damaged("epoch", 4), [], r"SOLVER\.EPOCHS must be >= 3"),
         (damaged("identity", {"precision": "bf16"}), [], r"another precision \(bf16, now fp32\)"),
         (damaged("identity", {"data": "other"}), [], "another data"),
@@ -121,6 +121,7 @@ def damaged(key: str, value: object) -> Callable[[Path], object]:
 def test_what_cannot_be_resumed_is_an_error(
     folder: Path, damage: Callable[[Path], object], overrides: list[str], words: str
 ) -> None:
+    (folder / PREVIOUS).unlink(missing_ok=True)
     damage(folder)
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
     with pytest.raises((CheckpointError, ConfigError), match=words) as caught:

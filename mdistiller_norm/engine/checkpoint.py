@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read without running code.
+"""Checkpoints: written atomically with a SHA-256, verified and read without running code.
 
 Weights are read from this project's files and from state dicts of other projects: bare or under a usual key, with or
 without the prefixes of DataParallel, torch.compile and Lightning.
@@ -7,8 +7,14 @@ without the prefixes of DataParallel, torch.compile and Lightning.
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
+import hashlib
+import io
+import pathlib
 import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,21 +31,47 @@ from mdistiller_norm.files import whole_file
 # Types that published checkpoints contain besides tensors; NumPy 1 and 2 store scalars under different names.
 _numpy: Any = np._core if hasattr(np, "_core") else np.core
 _SAFE_TYPES: list[Any] = [
-    argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
+    argparse.Namespace, collections.defaultdict, list, dict, pathlib.PosixPath, pathlib.PurePosixPath,
+    np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
     _numpy.multiarray.scalar, (_numpy.multiarray.scalar, "numpy.core.multiarray.scalar"),
 ]  # fmt: skip
 
+LATEST, PREVIOUS = "latest.pt", "latest.prev.pt"  # the state of a run, and the one before it
 _WEIGHT_KEYS = ("model", "state_dict", "trainable", "model_state_dict", "net")
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DataParallel and torch.compile
+_MARK = b"mdistiller_norm sha256 "
+_NO_CHECKPOINTS = {
+    b"<": "an HTML or XML page, not a checkpoint: download the file again",
+    b"version https://git-lfs": "a Git LFS pointer, not a checkpoint: run `git lfs pull`",
+    b"\x1f\x8b": "a gzip file, not a checkpoint: unpack it",
+}
 
 
-def save_atomically(content: Any, path: Path) -> None:
-    """Call ``torch.save`` so that the file holds either its old or its whole new content."""
+def _signature(content: memoryview) -> bytes:
+    """Return the end of a signed zip archive: the length of its comment, and the comment with the SHA-256."""
+    comment = _MARK + hashlib.sha256(content).hexdigest().encode()
+    return struct.pack("<H", len(comment)) + comment
+
+
+_SIGNATURE_BYTES = len(_signature(memoryview(b"")))
+
+
+def save_atomically(content: Any, path: Path, keep: Path | None = None) -> None:
+    """Call ``torch.save`` and sign the file; it holds either its old or its whole new content.
+
+    The SHA-256 of the file is the comment of the zip archive, which other readers ignore. ``keep`` is a path to which
+    the previous version is renamed.
+    """
+    buffer = io.BytesIO()
     try:
-        with whole_file(path) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} could not be written ({error}); its previous version is intact") from error
+        with whole_file(path, keep) as file:
+            torch.save(content, buffer)
+            archive = buffer.getbuffer()[:-2]  # without the length of the empty comment
+            file.write(archive)
+            file.write(_signature(archive))
+    except OSError as error:
+        intact = "; its previous version is intact" if path.exists() else ""
+        raise CheckpointError(f"{path} could not be written ({error.strerror or error}){intact}") from error
 
 
 class Saver:
@@ -68,7 +100,8 @@ class Saver:
 
     def _write(self, files: Mapping[str, Any]) -> None:
         for name, content in files.items():
-            save_atomically(content, self.folder / name)
+            keep = self.folder / PREVIOUS if name == LATEST else None
+            save_atomically(content, self.folder / name, keep)
 
 
 def _to_host(value: Any) -> Any:
@@ -85,19 +118,49 @@ def _to_host(value: Any) -> Any:
 
 
 def load(path: str | Path) -> Any:
-    """Read a checkpoint onto the CPU with ``weights_only``."""
+    """Verify a checkpoint and read it onto the CPU with ``weights_only``.
+
+    The SHA-256 of this project's files is verified, and the CRC-32 of the members of other zip archives. Files in the
+    format of PyTorch before 1.6 have no checksum.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
+    content = path.read_bytes()
+    _verify(content, path)
     try:
         with torch.serialization.safe_globals(_SAFE_TYPES):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling other files may raise anything
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} contains a {refused[1]}, which is not loaded because it could run code: save only the "
+                "state_dict() of the network"
+            ) from error
         reason = first_line(error).split(". ")[0]
-        raise CheckpointError(
-            f"{path} is not loaded ({reason}): it may be truncated, or hold more than weights (save the state_dict() "
-            "of a network, not the network)"
-        ) from error
+        raise CheckpointError(f"{path} is not loaded ({reason}): it may be truncated") from error
+
+
+def _verify(content: bytes, path: Path) -> None:
+    archive, signature = memoryview(content)[:-_SIGNATURE_BYTES], content[-_SIGNATURE_BYTES:]
+    for magic, kind in _NO_CHECKPOINTS.items():
+        if content[:512].lstrip().startswith(magic):
+            raise CheckpointError(f"{path} is {kind}")
+    start = content[:512].split()
+    if start and all(word.isascii() and word.decode().isprintable() for word in start):
+        raise CheckpointError(f"{path} is a text file, not a checkpoint: download the file again")
+    if signature[2:].startswith(_MARK):
+        damage = "its SHA-256 does not match" if signature != _signature(archive) else ""
+    elif content.startswith(b"PK"):
+        try:
+            member = zipfile.ZipFile(io.BytesIO(content)).testzip()
+            damage = f"the CRC-32 of {member} does not match" if member else ""
+        except Exception as error:  # zipfile raises anything on damaged archives
+            damage = f"{first_line(error)}: it may be truncated"
+    else:
+        damage = ""
+    if damage:
+        raise CheckpointError(f"{path} is damaged ({damage})")
 
 
 @dataclass(frozen=True)
@@ -113,33 +176,33 @@ def load_weights(path: str | Path) -> Weights:
     """Read the weights of a network from any of the known layouts."""
     path = Path(path)
     content = load(path)
-    about: dict[str, Any] = {}
-    if isinstance(content, Mapping):
-        found = content.get("about")
-        about = dict(found) if isinstance(found, Mapping) else {}
-        content = next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not the weights of a network")
-    state = {_PREFIXES.sub("", str(name)): value for name, value in content.items()}
-    if any(name.startswith("student.") for name in state):  # a whole distiller, of this project or mdistiller
-        state = {name.removeprefix("student."): v for name, v in state.items() if name.startswith("student.")}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no weights under {', '.join(_WEIGHT_KEYS)} or at its top level")
-    return Weights(state, path, about)
+    about = content.get("about")
+    for candidate in (*(content.get(key) for key in _WEIGHT_KEYS), content):
+        if isinstance(candidate, Mapping):
+            state = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
+            if state:
+                return Weights(state, path, dict(about) if isinstance(about, Mapping) else {})
+    raise CheckpointError(f"{path} holds no weights under {', '.join(_WEIGHT_KEYS)} or at its top level")
 
 
-def _without_prefix(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove a prefix that all names share, such as Lightning's attribute of the network."""
+def _match_names(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes of wrappers, of a whole distiller or of Lightning, if more names match without them."""
+    bare = {_PREFIXES.sub("", name): value for name, value in state.items()}
+    students = {name.removeprefix("student."): v for name, v in bare.items() if name.startswith("student.")}
     first = next(iter(expected), "")
-    prefixes = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
-    shared = next((prefix for prefix in prefixes if all(name.startswith(prefix) for name in state)), "")
-    return {name.removeprefix(shared): value for name, value in state.items()}
+    candidates = [state, bare, students]
+    for names in (bare, students):
+        prefix = next((name.removesuffix(first) for name in names if name.endswith(f".{first}")), "")
+        candidates.append({name.removeprefix(prefix): v for name, v in names.items() if name.startswith(prefix)})
+    return max(candidates, key=lambda names: len(names.keys() & expected.keys()))
 
 
 def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     """Load weights strictly: every name and shape must match."""
     expected = network.state_dict()
-    state = _without_prefix(weights.state, expected)
+    state = _match_names(weights.state, expected)
     misfit = f"{weights.path} does not fit {name}"
     for key in [*expected, *state]:
         if key not in state and not key.endswith("num_batches_tracked"):  # missing before PyTorch 0.4.1, never read

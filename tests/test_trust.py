@@ -1,0 +1,127 @@
+"""Runs that are killed at random times, and files that are damaged at random places."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_user_error, tool
+from short_runs import assert_same_state, config, state_of
+
+from mdistiller_norm.engine.checkpoint import load, load_weights
+from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.run import train
+
+KILLS, CORRUPTIONS = 20, 200
+
+
+def corrupt(content: bytes, chance: random.Random) -> bytes:
+    """Flip a bit, overwrite up to 64 bytes, cut the end off, or insert a byte."""
+    place, kind = chance.randrange(len(content)), chance.randrange(4)
+    if kind == 0:
+        return content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :]
+    if kind == 1:
+        noise = chance.randbytes(chance.randrange(1, 65))
+        return (content[:place] + noise + content[place + len(noise) :])[: len(content)]
+    return content[:place] if kind == 2 else content[:place] + b"\0" + content[place:]
+
+
+@pytest.mark.parametrize("name", ["student_best.pt", "latest.pt"])
+def test_no_corruption_of_a_checkpoint_is_accepted_with_other_values(run: Path, tmp_path: Path, name: str) -> None:
+    content, chance = (run / name).read_bytes(), random.Random(0)
+    expected, file = load(run / name), tmp_path / name
+    for _ in range(CORRUPTIONS):
+        file.write_bytes(corrupt(content, chance))
+        try:
+            found = load(file)
+        except CheckpointError:
+            continue
+        assert_same_state(found, expected)
+
+
+def test_the_checksums_of_foreign_zip_archives_are_verified(run: Path, tmp_path: Path) -> None:
+    file, state = tmp_path / "foreign.pth", load_weights(run / "student_last.pt").state
+    torch.save(state, file)
+    content = bytearray(file.read_bytes())
+    place = content.index(state["fc.weight"].numpy().tobytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged .the CRC-32 of .* does not match"):
+        load(file)
+
+
+def prepend_byte(file: Path) -> None:
+    file.write_bytes(b"x" + file.read_bytes())
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, prepend_byte])
+def test_a_damaged_state_is_replaced_by_the_one_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
+) -> None:
+    train(config(tmp_path, "whole", epochs=3))
+    train(config(tmp_path, "damaged", epochs=2))
+    folder = tmp_path / "distill" / "damaged"
+    damage(folder / "latest.pt")
+    (folder / "result.json").unlink()
+    train(config(tmp_path, "damaged", epochs=3), resume=True)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1
+    assert "latest.prev.pt" in warnings[0]
+    assert "epoch 2" in warnings[0]
+    a, b = (state_of(tmp_path, name) for name in ("whole", "damaged"))
+    for state in (a, b):
+        del state["parts"]
+    assert_same_state(a, b)
+
+
+def kill_until_done(start: Callable[[], object], kills: int, longest: float) -> None:
+    """Run a function in forked processes; kill the first ones with SIGKILL after random times."""
+    chance = random.Random(0)
+    for number in range(kills + 1):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                start()
+                code = 0
+            finally:
+                os._exit(code)
+        if number < kills:
+            time.sleep(chance.uniform(0.0, longest))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert status == 0
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_equals_one_that_was_not(tmp_path: Path, teacher: str) -> None:
+    settings = ("DISTILLER.TYPE=NormKD", "DISTILLER.TEACHER_CACHE=lazy", "LOG.CHECKPOINT_STEPS=2", teacher)
+    train(config(tmp_path, "whole", *settings, epochs=8))
+    killed = config(tmp_path, "killed", *settings, epochs=8)
+    kill_until_done(lambda: train(killed, resume=True), KILLS, longest=3.0)
+    a, b = (state_of(tmp_path, name) for name in ("whole", "killed"))
+    assert len(a.pop("parts")) == 1
+    b.pop("parts")
+    assert_same_state(a, b)
+
+
+NO_CHECKPOINTS = {
+    "html": (b"<!DOCTYPE html><html></html>", "an HTML or XML page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+    "text": (b"Entry not found", "a text file"),
+    "gzip": (b"\x1f\x8b\x08\0\0\0", "a gzip file"),
+    "empty": (b"", "is not loaded"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_other_files_are_identified(tmp_path: Path, kind: str) -> None:
+    content, words = NO_CHECKPOINTS[kind]
+    (tmp_path / "x.pt").write_bytes(content)
+    assert_user_error(tool("eval", "-c", tmp_path / "x.pt", check=False), words)
