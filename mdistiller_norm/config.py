@@ -317,7 +317,7 @@ def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[
         if source == _COMMAND_LINE and section in DISTILLERS and section not in (*used, *others):
             raise ConfigError(f"{source}: {key} has no effect: {types} is {', '.join(used) or 'NONE'}")
     if not (node.EXPERIMENT.NAME or node.EXPERIMENT.TAG):
-        raise ConfigError(f"EXPERIMENT.NAME or EXPERIMENT.TAG ({sources['EXPERIMENT.TAG']}) must not be empty")
+        raise ConfigError(f"EXPERIMENT.NAME or TAG ({sources['EXPERIMENT.TAG']}) must not be empty")
     solver, got = node.SOLVER, f"got {node.SOLVER.MOMENTUM:g} ({sources['SOLVER.MOMENTUM']})"
     if solver.NESTEROV and solver.MOMENTUM == 0:
         raise ConfigError(f"SOLVER.MOMENTUM must be > 0 with NESTEROV ({sources['SOLVER.NESTEROV']}), {got}")

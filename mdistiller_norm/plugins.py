@@ -8,8 +8,8 @@ import os
 import sys
 import traceback
 from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 from mdistiller_norm.errors import ConfigError
 
@@ -48,15 +48,13 @@ def _import_file(file: Path) -> None:
     name = f"plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
-    loader = SourceFileLoader(name, str(file))
-    spec = spec_from_loader(name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # last: it must not hide installed modules
+    module = ModuleType(name)
+    module.__file__ = str(file)
     sys.modules[name] = module
     try:
-        loader.exec_module(module)
+        SourceFileLoader(name, str(file)).exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

@@ -8,62 +8,35 @@ from torch import Tensor
 
 
 class Outputs(NamedTuple):
-    """Outputs of a network for a batch.
+    """Outputs of a network for a batch."""
 
-    Attributes:
-        logits: ``[B, C]``.
-        features: maps ``[B, D_i, H_i, W_i]`` after the stem and after every stage, shallow to deep.
-        preacts: the same maps before their last activation (see the network for maps without one).
-        pooled: ``[B, D]``, the input of the classifier.
-    """
-
-    logits: Tensor
-    features: tuple[Tensor, ...]
-    preacts: tuple[Tensor, ...]
-    pooled: Tensor
+    logits: Tensor  # [B, C]
+    features: tuple[Tensor, ...]  # maps [B, D_i, H_i, W_i] after the stem and after every stage, shallow to deep
+    preacts: tuple[Tensor, ...]  # the same maps before their last activation (see the network for maps without one)
+    pooled: Tensor  # [B, D], the input of the classifier
 
 
 class Batch(NamedTuple):
-    """A training batch.
+    """A training batch."""
 
-    Attributes:
-        images: ``[B, 3, H, W]``, normalised.
-        targets: ``[B]``, int64 class numbers.
-        indices: ``[B]``, int64 positions of the samples in the training set.
-        views: ``[B]``, int64 numbers of the augmentations of the images (-1 if the data set cannot number them).
-        key: int64 scalar, a function of (seed, epoch, step): the only source of randomness in a step.
-    """
-
-    images: Tensor
-    targets: Tensor
-    indices: Tensor
-    views: Tensor
-    key: Tensor
+    images: Tensor  # [B, 3, H, W], normalised
+    targets: Tensor  # [B], int64 class numbers
+    indices: Tensor  # [B], int64 positions of the samples in the training set
+    views: Tensor  # [B], int64 numbers of the images' augmentations (-1 if the data set cannot number them)
+    key: Tensor  # int64 scalar, a function of (seed, epoch, step): the only source of randomness in a step
 
 
 class Softened(NamedTuple):
-    """Logits of student and teacher divided by their temperatures, in at least float32.
+    """Logits of student and teacher divided by their temperatures, in at least float32."""
 
-    Attributes:
-        student: ``[B, C]``.
-        teacher: ``[B, C]``.
-        weight: ``[B]`` or a scalar, ``tau_t ** 2``, which restores the gradient scale (Hinton et al., 2015).
-    """
-
-    student: Tensor
-    teacher: Tensor
-    weight: Tensor
+    student: Tensor  # [B, C]
+    teacher: Tensor  # [B, C]
+    weight: Tensor  # [B] or a scalar, tau_t ** 2, which restores the scale of the gradient (Hinton et al., 2015)
 
 
 class Losses(NamedTuple):
-    """Losses of a step.
+    """Losses of a step."""
 
-    Attributes:
-        total: scalar to differentiate.
-        parts: ``[1 + number of distillers]``: cross entropy, then each distillation loss, as weighted in the total.
-        logits: ``[B, C]`` of the student, detached.
-    """
-
-    total: Tensor
-    parts: Tensor
-    logits: Tensor
+    total: Tensor  # scalar to differentiate
+    parts: Tensor  # [1 + number of distillers]: cross entropy, then each distillation loss, as weighted in the total
+    logits: Tensor  # [B, C] of the student, detached

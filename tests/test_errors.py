@@ -75,7 +75,7 @@ CONFIGS = [
     ("DATASET: {MEAN: [a, b, c]}", ["DATASET.MEAN must be a list (each item a finite number), got [a, b, c]"]),
     ("EXPERIMENT: {NAME: ../../evil}", ["EXPERIMENT.NAME must be the name of one folder, without /, got ../../evil"]),
     ("EXPERIMENT: {PROJECT: ''}", ["EXPERIMENT.PROJECT must be the name of one folder"]),
-    ("EXPERIMENT: {TAG: ''}", ["EXPERIMENT.NAME or EXPERIMENT.TAG (run.yaml) must not be empty"]),
+    ("EXPERIMENT: {TAG: ''}", ["EXPERIMENT.NAME or TAG (run.yaml) must not be empty"]),
     ("KD: {TEMPERATURE: []}", ["KD.TEMPERATURE must be a finite number"]),
     ("NormKD: {TEMPERATURE_NORM: [1, 2]}", ["NormKD.TEMPERATURE_NORM must be a finite number, got [1, 2]"]),
     ("DISTILLER: {TYPE: normkd}", ["DISTILLER.TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"]),
