@@ -37,9 +37,10 @@ from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.teacher_file import TeacherFile, check_preprocessing, check_teacher, find_teacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
-from mdistiller_norm.files import PROJECT
+from mdistiller_norm.files import find_config
 from mdistiller_norm.models import VARIANTS, build_model, probe
 from mdistiller_norm.models.base import Network
+from mdistiller_norm.program import command
 
 Log = Callable[[str], None]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,10 +109,10 @@ def build_student(name: str, dataset: Dataset, seed: int) -> Network:
 
 def train_command(kind: str, model: str) -> str:
     """Return the command that trains a network as a teacher on a data set of that ``DATASET.TYPE``."""
-    file = Path("configs", kind, f"vanilla_{model}.yaml" if kind == "digits" else f"vanilla/{model}.yaml")
-    if (PROJECT / file).is_file():
-        return f"python tools/train.py --cfg {file}"
-    return f"python tools/train.py --cfg FILE DISTILLER.TYPE NONE DISTILLER.STUDENT {model}"
+    file = f"configs/{kind}/vanilla{'_' if kind == 'digits' else '/'}{model}.yaml"
+    if find_config(file).is_file():
+        return f"{command('train')} --cfg {file}"
+    return f"{command('train')} --cfg FILE DISTILLER.TYPE NONE DISTILLER.STUDENT {model}"
 
 
 def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from mdistiller_norm import __version__
 from mdistiller_norm.errors import ConfigError, Interrupted, UserError, first_line
+from mdistiller_norm.program import command, python_arguments
 
 # Command -> module and help. The module, imported only for its command, provides `add_arguments(parser)` and
 # `main(options)`, which returns the exit code.
@@ -36,14 +37,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f"{' '.join(message.split())}: see {self.prog} --help")
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "") -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, print its errors (see :func:`run`) and return its exit code.
 
     Args:
         arguments: the command and its arguments; default: those of the process.
-        prog: program name for usage and messages.
     """
-    code = run(lambda: execute(sys.argv[1:] if arguments is None else arguments, prog))
+    code = run(lambda: execute(sys.argv[1:] if arguments is None else arguments))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from mdistiller_norm.engine import distributed
 
@@ -92,7 +92,7 @@ def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else ""
 
 
-def execute(arguments: Sequence[str], prog: str = "") -> int:
+def execute(arguments: Sequence[str]) -> int:
     """Parse a command and its arguments, run it and return its exit code.
 
     Raises:
@@ -103,23 +103,23 @@ def execute(arguments: Sequence[str], prog: str = "") -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, description=text, prog=prog or f"{parser.prog} {name}")
+        commands.add_parser(name, help=text, description=text, prog=command(name))
     name, *rest = arguments or [""]
     if name not in COMMANDS:
         parser.parse_args(arguments)
-    add_arguments, command = _add_train_arguments, _train
+    add_arguments, program = _add_train_arguments, _train
     if name != "train":
         module = importlib.import_module(COMMANDS[name][0])
-        add_arguments, command = module.add_arguments, module.main
+        add_arguments, program = module.add_arguments, module.main
     parser = commands.choices[name]
     add_arguments(parser)
     options = parser.parse_intermixed_args(rest) if name in _WITH_OVERRIDES else parser.parse_args(rest)
-    options.command = [*(prog or f"-m mdistiller_norm {name}").split(), *rest]
-    return command(options)
+    options.command = [*python_arguments(name), *rest]
+    return program(options)
 
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "example: python tools/train.py --cfg configs/cifar100/normkd/res32x4_res8x4.yaml SEED 1"
+    parser.epilog = f"example: {parser.prog} --cfg configs/cifar100/normkd/res32x4_res8x4.yaml SEED 1"
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config file")
     parser.add_argument("--resume", action="store_true", help="continue from latest.pt in the run folder")
     parser.add_argument("--show", action="store_true", help="print the resolved config with the source of each key")

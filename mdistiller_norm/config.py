@@ -10,7 +10,6 @@ overrides its bases; a base that several files share is applied once, at its fir
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -22,7 +21,9 @@ from yacs.config import CfgNode
 
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.files import find_config
 from mdistiller_norm.plugins import import_plugin
+from mdistiller_norm.program import command
 from mdistiller_norm.registry import nearest, suggest
 
 Check = tuple[str, Callable[[Any], bool]]  # a requirement, and the function that tests it
@@ -98,7 +99,7 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "DEVICE": ("auto", "auto, cpu, cuda or cuda:N", _ANY),
 }
 # Removed key -> its old default, which stored configs may contain, and the replacement.
-_SEEDS = "run one command for each SEED, or tools/reproduce.py --trials N"
+_SEEDS = f"run one command for each SEED, or {command('reproduce')} --trials N"
 REMOVED: dict[str, tuple[Any, str]] = {
     "SOLVER.TRIALS": (1, _SEEDS),
     "SOLVER.TRIALS_MODE": ("processes", _SEEDS),
@@ -140,7 +141,7 @@ def load_config(
     """Load the defaults, then a YAML file with its bases, then overrides.
 
     Args:
-        path: the file; None for the defaults.
+        path: a file for :func:`~mdistiller_norm.files.find_config`; None for the defaults.
         overrides: ``KEY VALUE`` (two items) or ``KEY=VALUE`` (one item).
         others: methods besides those of ``DISTILLER.TYPE`` whose keys the overrides may set.
         stored: whether a run wrote the file, which may then contain removed keys at their old defaults.
@@ -148,7 +149,7 @@ def load_config(
     Raises:
         ConfigError: a file, key or value is invalid, or an override is for a method that is not used.
     """
-    settings = {} if path is None else _read_file(Path(path), set())
+    settings = {} if path is None else _read_file(find_config(path), set())
     settings |= _parse_overrides(overrides)
     # Plugins may add keys. A file is searched beside the config that names it, then in the working directory.
     names, source = settings.get("EXPERIMENT.PLUGINS", ("", ""))
@@ -231,7 +232,7 @@ def _read_file(path: Path, done: set[Path]) -> _Settings:
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
+        raise ConfigError(f"config file {path} does not exist; see {command('list')} configs") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
@@ -239,7 +240,7 @@ def _read_file(path: Path, done: set[Path]) -> _Settings:
     bases = found.pop("_BASE_", [])
     settings: _Settings = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        settings |= _read_file(Path(os.path.normpath(path.parent / base)), done)
+        settings |= _read_file(find_config(base, path.parent), done)
     return settings | {key: (value, str(path)) for key, value in found.items()}
 
 

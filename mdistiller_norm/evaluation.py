@@ -19,7 +19,7 @@ from mdistiller_norm.plugins import import_plugin
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``eval``."""
-    parser.epilog = "example: python tools/eval.py -c output/digits/student_normkd/student_last.pt"
+    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_last.pt"
     weights = "checkpoint files, torchvision:NAME, or pretrain: the teacher weights of -m on -d"
     parser.add_argument("-c", "--ckpt", required=True, nargs="+", help=weights)
     parser.add_argument("-m", "--model", default="", help="model name (default: from the checkpoint)")

@@ -170,7 +170,7 @@ def read(path: Path, form: str, about: Metadata) -> Forward:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``export``."""
-    parser.epilog = "example: python tools/export.py -c output/digits/student_normkd/student_best.pt --format onnx"
+    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_best.pt --format onnx"
     add = parser.add_argument
     add("-c", "--ckpt", required=True, type=Path, metavar="FILE", help="checkpoint")
     add("-o", "--out", type=Path, metavar="FILE", help="default: beside the checkpoint, with the format's suffix")

@@ -1,4 +1,4 @@
-"""Atomic writing of files."""
+"""Files of the package, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-PROJECT = Path(__file__).resolve().parents[1]  # contains configs, tools and checkpoints in a checkout
+_PACKAGE = Path(__file__).resolve().parent
+# Contains configs and checkpoints: the installed package, or the checkout that contains the package.
+PROJECT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+CONFIGS = PROJECT / "configs"
+
+
+def find_config(name: str | Path, folder: Path = Path()) -> Path:
+    """Return the path of a config file: in a folder, or else among the packaged ones.
+
+    The suffix ``.yaml`` and, for packaged files, the leading ``configs/`` may be left out.
+
+    Args:
+        name: such as ``my.yaml``, ``configs/digits/normkd.yaml`` or ``digits/normkd``.
+        folder: searched first.
+
+    Returns:
+        The path of the file; the path in the folder if no file exists.
+    """
+    local = Path(os.path.normpath(folder / name))
+    packaged = CONFIGS / str(name).removeprefix("configs/")
+    candidates = [Path(f"{path}{suffix}") for path in (local, packaged) for suffix in ("", ".yaml")]
+    return next((path for path in candidates if path.is_file()), local)
 
 
 @contextmanager

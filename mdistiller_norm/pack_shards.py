@@ -13,7 +13,7 @@ from mdistiller_norm.errors import ConfigError, DataError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``shards``."""
-    parser.epilog = "example: python tools/make_shards.py --root data/imagenet --out data/imagenet_shards"
+    parser.epilog = f"example: {parser.prog} --root data/imagenet --out data/imagenet_shards"
     parser.add_argument("--root", required=True, type=Path, help="folder with train and val")
     parser.add_argument("--out", required=True, type=Path, help="folder of the shards; created if missing")
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images per tar file")

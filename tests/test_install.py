@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from mdistiller_norm.cli import main
+from mdistiller_norm.config import load_config
 from mdistiller_norm.data import digits
 
 
@@ -50,3 +53,35 @@ def test_missing_extra_is_named(
     assert main(command.split()) == 2
     error = capsys.readouterr().err
     assert f'needs the extra "report": pip install "mdistiller_norm[report]" ({package} is missing)' in error
+
+
+@pytest.mark.parametrize("name", ["configs/digits/normkd.yaml", "configs/digits/normkd", "digits/normkd"])
+def test_packaged_config_is_found_from_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    packaged = load_config(name)
+    assert packaged.node.DISTILLER.TYPE == "NormKD"
+    # A local file comes first. Its bases may be packaged files or files beside it.
+    local = Path(name if name.endswith(".yaml") else f"{name}.yaml")
+    local.parent.mkdir(parents=True)
+    local.with_name("base.yaml").write_text("SEED: 7")
+    local.write_text("_BASE_: [digits/kd, base.yaml]")
+    config = load_config(name)
+    assert (config.node.DISTILLER.TYPE, config.node.SEED) == ("KD", 7)
+    assert config.sources["SEED"] == str(local.with_name("base.yaml"))
+
+
+def test_messages_name_the_program_that_was_started(tmp_path: Path) -> None:
+    for start, program in (
+        ([str(ROOT / "tools/train.py")], f"python {ROOT}/tools/train.py"),
+        (["-m", "mdistiller_norm", "train"], "mdistiller-norm train"),
+    ):
+        words = [sys.executable, *start, "--cfg", "digits/normkd", "DISTILLER.TEACHER=resnet20"]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+        assert f"train it with `{program} --cfg configs/digits/vanilla_resnet20.yaml`" in done.stderr, done.stderr
+        assert done.returncode == 2
+
+
+def test_system_without_fcntl_is_named() -> None:
+    code = "import sys, importlib.util as u; u.find_spec = lambda name: None; import mdistiller_norm"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "ImportError: mdistiller_norm requires Linux" in done.stderr

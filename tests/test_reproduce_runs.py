@@ -163,7 +163,9 @@ def test_a_run_of_two_processes_is_recorded_with_its_command(tmp_path: Path) -> 
     assert code == 0, printed
     (entry,) = ledger_of(tmp_path).all_runs()
     assert entry.record["processes"] == 2
-    assert entry.record["command"].startswith("torchrun --standalone --nproc-per-node 2 tools/train.py --cfg ")
+    assert entry.record["command"].startswith(
+        "torchrun --standalone --nproc-per-node 2 -m mdistiller_norm train --cfg "
+    )
 
 
 @pytest.mark.slow

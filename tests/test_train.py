@@ -207,7 +207,7 @@ def test_the_warm_up_ramps_the_distillation_loss(tmp_path: Path, teacher: str, f
         (["DISTILLER.STUDENT=resnet21"], "resnet21.*resnet20"),
         (["DEVICE=meta"], "DEVICE must be auto, cpu or cuda, got 'meta'"),
         (["DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet20", "DISTILLER.TEACHER_WEIGHTS="],
-         "tools/train.py --cfg configs/digits/vanilla_resnet20.yaml"),
+         "mdistiller-norm train --cfg configs/digits/vanilla_resnet20.yaml"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_an_error_before_training(

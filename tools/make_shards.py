@@ -5,4 +5,4 @@ import sys
 from mdistiller_norm.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["shards", *sys.argv[1:]], prog="tools/make_shards.py"))
+    sys.exit(main(["shards", *sys.argv[1:]]))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mdistiller_norm.data.folder import EXTENSIONS, MEAN, STD, ImageDataset, data_root
 from mdistiller_norm.data.loader import ImageOptions, ImageSplit
 from mdistiller_norm.errors import DataError
+from mdistiller_norm.program import command
 
 INDEX, CLASSES = "index.npz", "classes.txt"
 
@@ -71,7 +72,7 @@ def open_shards(folder: Path) -> ImageSplit:
     """List the images of all shards of a folder, from its index or, without one, from the headers of the tar files."""
     shards = sorted(path.name for path in folder.glob("*.tar"))
     if not shards:
-        raise DataError(f"{folder} has no shards (*.tar): create them with tools/make_shards.py")
+        raise DataError(f"{folder} has no shards (*.tar): create them with {command('shards')}")
     positions, targets = _read_index(folder, shards) if (folder / INDEX).is_file() else _scan(folder, shards)
     if not len(targets):
         raise DataError(f"the shards in {folder} have no images ({', '.join(EXTENSIONS)})")

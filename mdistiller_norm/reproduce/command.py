@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``reproduce``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
-        "example: python tools/reproduce.py --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3\n"
+        f"example: {parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3\n"
         "exit code: 0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130/143 stopped by a signal"
     )
     add = parser.add_argument

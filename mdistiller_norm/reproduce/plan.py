@@ -18,8 +18,9 @@ from mdistiller_norm.config import Config, load_config, method_names
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher_file import known_teacher
 from mdistiller_norm.errors import ConfigError, DataError
-from mdistiller_norm.files import PROJECT
+from mdistiller_norm.files import find_config
 from mdistiller_norm.models import build_model
+from mdistiller_norm.program import command
 from mdistiller_norm.reproduce.ledger import NOT_IDENTIFYING, Entry, finished_record, identity
 from mdistiller_norm.reproduce.tables import Cell, get_table, load_datasets
 from mdistiller_norm.run_folder import run_folder
@@ -60,8 +61,8 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """Arguments of ``tools/train.py`` that start or resume the run."""
-        return ["--cfg", str(config_path(self.config_file)), "--resume", *self.overrides]
+        """Arguments of the command ``train`` that start or resume the run."""
+        return ["--cfg", str(find_config(self.config_file)), "--resume", *self.overrides]
 
     @property
     def epochs_done(self) -> int:
@@ -75,14 +76,9 @@ class Plan(NamedTuple):
     published: list[Cell]
 
 
-def config_path(config_file: str) -> Path:
-    """Return the path of a config file, relative to the current folder if it exists there, else in the project."""
-    return Path(config_file) if Path(config_file).is_file() else PROJECT / config_file
-
-
 @cache
 def _load(config_file: str, overrides: tuple[str, ...]) -> Config:
-    return load_config(config_path(config_file), overrides)
+    return load_config(find_config(config_file), overrides)
 
 
 def cell_config(cell: Cell, smoke: bool = False) -> Config | None:
@@ -98,7 +94,7 @@ def cell_identity(cell: Cell, smoke: bool = False) -> str:
 
 def cell_command(cell: Cell, seed: int = 0) -> str:
     """Return the command that trains one run of a cell; in a table with its own teacher, after that teacher's."""
-    words = ["python tools/train.py --cfg", cell.config, *cell.overrides]
+    words = [f"{command('train')} --cfg", cell.config, *cell.overrides]
     table, config = get_table(cell.table), cell_config(cell)
     if table.own_teacher and config and method_names(config.node):
         teacher = run_folder(_load(table.teacher_config(cell.column), (f"SEED={TEACHER_SEED}",)))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from mdistiller_norm.config import leaves
 from mdistiller_norm.errors import ConfigError, needs_extra
 from mdistiller_norm.files import write_text
+from mdistiller_norm.program import command
 from mdistiller_norm.reproduce.ledger import Entry, Ledger, Record, load_schema, read_ledger
 from mdistiller_norm.reproduce.plan import cell_command, cell_identity, counted, duration
 from mdistiller_norm.reproduce.stats import (
@@ -231,7 +232,7 @@ def render(report: Report, template: str) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
     functions = (cell_command, counted, duration, mean_chart, mean_std, run_charts, signed)
-    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {function.__name__: function for function in functions} | {"program": command}
     text = environment.get_template(template).render(report=report).rstrip() + "\n"
     return text if "html" in template else text.replace("&#39;", "'").replace("&#34;", '"')
 
@@ -253,7 +254,7 @@ def write_csv(report: Report, path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``report``."""
-    parser.epilog = "example: python tools/report.py --export csv"
+    parser.epilog = f"example: {parser.prog} --export csv"
     parser.add_argument("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
     parser.add_argument("--out", default="", metavar="DIR", help="output folder (default: the folder of the ledger)")
     parser.add_argument("--smoke", action="store_true", help="report the runs of reproduce --smoke instead")

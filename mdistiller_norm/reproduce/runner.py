@@ -19,9 +19,10 @@ from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.engine.runtime import slot_environment
 from mdistiller_norm.engine.signals import STOP_SIGNALS, stop_signals
 from mdistiller_norm.errors import DataError
-from mdistiller_norm.files import PROJECT
+from mdistiller_norm.files import find_config
+from mdistiller_norm.program import python_arguments
 from mdistiller_norm.reproduce.ledger import Ledger, Record, add, failed_record, finished_record, identity
-from mdistiller_norm.reproduce.plan import Job, JobKey, config_path, duration
+from mdistiller_norm.reproduce.plan import Job, JobKey, duration
 
 # Seconds between SIGTERM and SIGKILL at the deadline: a run saves its state after its step. torchrun gives its
 # processes the same time and needs a few more seconds to exit.
@@ -73,7 +74,7 @@ class Execution:
             return False
         if self._add_to_ledger():
             return True
-        command = [sys.executable, str(PROJECT / "tools" / "train.py"), *self.job.arguments]
+        command = [sys.executable, *python_arguments("train"), *self.job.arguments]
         if self.processes > 1:
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
         with self.log.open("wb") as log:
@@ -137,9 +138,9 @@ class Execution:
     def _record_failure(self, code: int) -> None:
         job = self.job
         starter = "python" if self.processes == 1 else f"torchrun --standalone --nproc-per-node {self.processes}"
-        words = [starter, "tools/train.py --cfg", job.config_file, *job.overrides]
+        words = [starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]
         head = {"smoke": job.smoke, "config_file": job.config_file, "seed": job.key[1], "command": " ".join(words)}
-        config = yaml.safe_load(dump(load_config(config_path(job.config_file), job.overrides).node))
+        config = yaml.safe_load(dump(load_config(find_config(job.config_file), job.overrides).node))
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         add(failed_record(head, config, f"{self.error} ({how})", self._output()[-20:]), self.folder)
 
