@@ -239,7 +239,7 @@ def test_finished_runs_are_searched_by_data_length_and_accuracy(project: Path) -
     smoke = add_run(project, "smoke", 2, 99.0)
     assert find(epochs=2) == TeacherFile(smoke, 99.0)
     warning = find(epochs=240).warning
-    assert warning.startswith(f"the teacher {smoke} was trained for 2 epochs and the student trains for 240")
+    assert warning.startswith(f"the teacher {smoke} was trained for 2 epochs, the student for 240: set")
     assert "python tools/train.py --cfg x.yaml" in warning
     add_run(project, "worse", 240, 90.0)
     full = add_run(project, "full", 240, 95.0)

@@ -273,7 +273,7 @@ def test_a_teacher_is_found_and_not_replaced(tmp_path: Path, few: TensorDataset)
     assert "trained for" not in (folder / "student" / "worklog.txt").read_text()
     build_run(config(tmp_path, "longer", "DISTILLER.TYPE=KD", epochs=2)).trainer.log.close()
     log = (folder / "longer" / "worklog.txt").read_text()
-    assert f"warning: the teacher {result['teacher']['file']} was trained for 1 epochs and the student" in log
+    assert f"warning: the teacher {result['teacher']['file']} was trained for 1 epochs, the student for 2" in log
 
     torch.save({"model": build_model("resnet14", 10).state_dict()}, tmp_path / "raw.pth")
     other = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'raw.pth'}"

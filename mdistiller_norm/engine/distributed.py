@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import ConfigError, UserError, first_line
 
-REPORT_SECONDS = 5.0  # in which processes report to each other after a failed collective
+REPORT_SECONDS = 5.0  # within which processes report to the store after a failed collective
 _store: Store | None = None
 
 
@@ -171,7 +171,7 @@ def collective_errors() -> Iterator[None]:
 
 
 def _missing_ranks(reason: str) -> str:
-    """Describe the failure of a collective. All processes that are alive report to the store within seconds."""
+    """Describe the failure of a collective."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     missing = [other for other in range(world) if other != rank]
     try:

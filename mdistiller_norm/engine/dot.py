@@ -111,17 +111,7 @@ def build_optimizer(
     accumulate: int,
     **sgd: Any,
 ) -> torch.optim.Optimizer | DOT:
-    """Build SGD, or DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot.
-
-    Args:
-        trainable: the module to train.
-        loader: training batches.
-        teacher: required by DOT.
-        trainer: base, dot, crd or crd_dot.
-        delta: of DOT.
-        accumulate: micro-batches of a batch, 1 with DOT.
-        sgd: arguments of :func:`~mdistiller_norm.engine.optim.build_sgd`.
-    """
+    """Build SGD, or DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot. ``sgd`` holds arguments of ``build_sgd``."""
     if not trainer.endswith("dot"):
         return build_sgd(trainable.parameters(), **sgd)
     if teacher is None:

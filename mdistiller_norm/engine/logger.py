@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -53,11 +54,10 @@ def environment(device: torch.device) -> Record:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _append_line(path: Path, text: str) -> None:
@@ -125,15 +125,7 @@ class SilentLog(RunLog):
 
 
 def start_wandb(folder: Path, project: str, tags: str, config: Record, resources: ExitStack) -> str:
-    """Mirror TensorBoard's scalars to Weights & Biases; return a warning if that fails.
-
-    Args:
-        folder: of the run, whose name is the run's name.
-        project: of Weights & Biases.
-        tags: separated by commas.
-        config: of the run.
-        resources: receive the callbacks that end the mirroring.
-    """
+    """Mirror TensorBoard to Weights & Biases until ``resources`` are closed; return a warning if that fails."""
     try:
         import wandb
     except ImportError:

@@ -32,14 +32,9 @@ MIN_GPU_BATCH = 256  # with fewer images, launching the teacher's kernels takes 
 
 
 class CachedTeacher:
-    """A teacher that runs only for the rows that its store lacks.
+    """A teacher that runs only for the rows that its store, beside the teacher's checkpoint, lacks.
 
-    Args:
-        live: computes missing rows.
-        loader: training batches.
-        checkpoint: the teacher's weights; the cache is created beside them.
-        pooled: width D of the pooled feature, stored if a method reads it.
-        dtype: of the stored numbers, ``fp32`` or ``fp16``.
+    ``pooled`` is the width D of the pooled feature, which is stored if a method reads it.
     """
 
     extra = 1

@@ -81,17 +81,13 @@ def find_teacher(
         return TeacherFile(file, listed[0].get("top1") if listed else None)
     if known := known_teacher(model, dataset):
         return known
+    hint = f"set DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
     if trained := _finished_run(model, dataset, runs, epochs, data or {}):
         path, top1, length = trained
-        warning = (
-            f"the teacher {path} was trained for {length} epochs and the student trains for {epochs}: for another "
-            f"teacher, set DISTILLER.TEACHER_WEIGHTS or run `{train_command}`"
-        )
+        warning = f"the teacher {path} was trained for {length} epochs, the student for {epochs}: {hint}"
         return TeacherFile(path, top1, warning if length < epochs else "")
-    raise CheckpointError(
-        f"no weights for the teacher {model} on {dataset} in {MANIFEST}, {PEER_TEACHERS} or the runs of {runs}: set "
-        f"DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
-    )
+    places = f"{MANIFEST}, {PEER_TEACHERS} or the runs of {runs}"
+    raise CheckpointError(f"no weights for the teacher {model} on {dataset} in {places}: {hint}")
 
 
 def known_teacher(model: str, dataset: str) -> TeacherFile | None:
@@ -127,7 +123,7 @@ def published(name: str) -> TeacherFile:
 def _finished_run(
     model: str, dataset: str, runs: Path, epochs: int, data: Mapping[str, Any]
 ) -> tuple[Path, float, int] | None:
-    """Return weights, accuracy and epochs of the best match for :func:`find_teacher`."""
+    """Return weights, accuracy and epochs of the best match."""
     found = []
     for path in sorted(runs.glob("*/*/result.json")):
         weights = path.with_name("student_last.pt")
