@@ -16,22 +16,20 @@ from mdistiller_norm.cli import execute
 from mdistiller_norm.config import dump
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.reproduce.charts import line_chart
-from mdistiller_norm.reproduce.ledger import Record, add, failed_record, signed_record
+from mdistiller_norm.reproduce.ledger import Record, signed_record, write_record
 from mdistiller_norm.reproduce.plan import cell_config
-from mdistiller_norm.reproduce.report import CellView, ClaimView, Comparison, Report, collect, render
+from mdistiller_norm.reproduce.report import CellView, collect, render, verdict
 from mdistiller_norm.reproduce.stats import (
     CONTRADICTED,
     HOLDS,
     UNDECIDED,
     UNTESTED,
-    PairedDifference,
     mean_std,
     paired_difference,
     signed,
 )
-from mdistiller_norm.reproduce.tables import Cell, load_claims, load_tables
+from mdistiller_norm.reproduce.tables import TABLES, Cell
 
-TABLES = load_tables()
 PAIR = "res32x4_res8x4"
 
 
@@ -77,29 +75,29 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results") / "runs"
     for row, numbers in NUMBERS.items():
         for seed, (last, best) in enumerate(numbers):
-            add(made_up(TABLES["2"].cells[row, PAIR], seed, last, best, "a" * 64), folder)
-    add(made_up(TABLES["9"].cells["rkd", PAIR], 0, 71.0, 71.5, "b" * 64), folder)
+            write_record(made_up(TABLES["2"].cells[row, PAIR], seed, last, best, "a" * 64), folder)
+    write_record(made_up(TABLES["9"].cells["rkd", PAIR], 0, 71.0, 71.5, "b" * 64), folder)
     cell = TABLES["2"].cells["crd", PAIR]
     config = cell_config(cell)
     assert config is not None
-    head = {"smoke": False, "config_file": cell.config, "seed": 0, "command": "python tools/train.py <x>"}
-    error = "error: no <memory> | left"
-    add(failed_record(head, yaml.safe_load(dump(config.node)), error, ["line 1", error]), folder)
+    failed = {"status": "failed", "error": "error: no <memory> | left", "log": ["line 1"], "seed": 0, "format": 1}
+    failed |= {"smoke": False, "config_file": cell.config, "command": "train.py <x>", "at": "2026-01-01T00:00:00Z"}
+    write_record(signed_record(failed | {"config": yaml.safe_load(dump(config.node))}), folder)
     (folder / "broken.json").write_text("{")
     return folder
 
 
 @pytest.fixture(scope="module")
-def report(ledger: Path) -> Report:
+def report(ledger: Path) -> Record:
     return collect(ledger)
 
 
-def view(report: Report, table: str, row: str, column: str = PAIR) -> CellView:
-    (found,) = (entry for entry in report.tables if entry.table.id == table)
+def view(report: Record, table: str, row: str, column: str = PAIR) -> CellView:
+    (found,) = (entry for entry in report["tables"] if entry.table.id == table)
     return found.cells[row, column]
 
 
-def test_means_and_deviations_equal_numpys(report: Report) -> None:
+def test_means_and_deviations_equal_numpys(report: Record) -> None:
     cell = view(report, "2", "normkd")
     for which, numbers in (("last", [76.2, 76.6, 76.4]), ("best", [76.5, 76.6, 76.7])):
         result = cell.mean(which)
@@ -115,11 +113,11 @@ def test_means_and_deviations_equal_numpys(report: Report) -> None:
 
 def test_a_mean_far_from_the_papers_is_outside(tmp_path: Path) -> None:
     for seed, top1 in enumerate((70.0, 70.1, 70.2)):
-        add(made_up(TABLES["2"].cells["kd", PAIR], seed, top1, top1), tmp_path)
+        write_record(made_up(TABLES["2"].cells["kd", PAIR], seed, top1, top1), tmp_path)
     assert view(collect(tmp_path), "2", "kd").agreement == "outside"
 
 
-def test_one_run_fills_every_cell_that_it_computes(report: Report) -> None:
+def test_one_run_fills_every_cell_that_it_computes(report: Record) -> None:
     runs = view(report, "2", "normkd").runs
     assert view(report, "6", "t_norm_2").runs == view(report, "9", "normkd").runs == runs
     assert view(report, "1", "t_4").runs == view(report, "2", "kd").runs
@@ -148,24 +146,16 @@ def test_paired_intervals_equal_the_t_test() -> None:
     assert [signed(value) for value in (0.034, -0.5, -0.001)] == ["+0.03", "\N{MINUS SIGN}0.50", "±0.00"]
 
 
-def test_verdicts_of_claims(report: Report) -> None:
-    normkd, combined, *others = report.claims
-    assert normkd.verdict == combined.verdict == "partly tested"
-    assert [c.verdict for c in normkd.comparisons].count(HOLDS) == 1
-    assert [c.verdict for c in combined.comparisons].count(UNDECIDED) == 1
-    assert {claim.verdict for claim in others} == {UNTESTED}
-
-    claim = load_claims()[0]
-    means = {HOLDS: (0.5, 1.5), CONTRADICTED: (-1.5, -0.5), UNDECIDED: (-1.0, 1.0)}
-
-    def verdict(*wanted: str) -> str:
-        results = [PairedDifference(3, sum(means[v]) / 2, *means[v]) if v in means else None for v in wanted]
-        return ClaimView(claim, [Comparison("", "", result, result) for result in results]).verdict
-
-    assert verdict(HOLDS, HOLDS) == HOLDS
-    assert verdict(HOLDS, UNDECIDED) == UNDECIDED
-    assert verdict(HOLDS, UNTESTED) == verdict(UNDECIDED, UNTESTED) == "partly tested"
-    assert verdict(HOLDS, UNDECIDED, UNTESTED, CONTRADICTED) == CONTRADICTED
+def test_verdicts_of_claims(report: Record) -> None:
+    normkd, combined, peak = report["claims"]  # claims about studies without runs are left out
+    assert normkd["verdict"] == combined["verdict"] == "partly tested"
+    assert [comparison["verdict"] for comparison in normkd["comparisons"]].count(HOLDS) == 1
+    assert [comparison["verdict"] for comparison in combined["comparisons"]].count(UNDECIDED) == 1
+    assert peak["verdict"] == UNTESTED
+    assert verdict({HOLDS}) == HOLDS
+    assert verdict({HOLDS, UNDECIDED}) == UNDECIDED
+    assert verdict({HOLDS, UNTESTED}) == verdict({UNDECIDED, UNTESTED}) == "partly tested"
+    assert verdict({HOLDS, UNDECIDED, UNTESTED, CONTRADICTED}) == CONTRADICTED
 
 
 def test_a_peak_is_tested_once_all_rows_have_runs(tmp_path: Path) -> None:
@@ -173,15 +163,14 @@ def test_a_peak_is_tested_once_all_rows_have_runs(tmp_path: Path) -> None:
         for seed in range(3):
             step = 0.02 if row.key == "t_norm_4" else 0.01
             top1 = {"t_norm_1.5": 76.6, "t_norm_2": 76.5, "t_norm_4": 77.0}.get(row.key, 75.0) + step * seed
-            add(made_up(TABLES["6"].cells[row.key, PAIR], seed, top1, top1), tmp_path)
-    (comparison,) = collect(tmp_path).claims[2].comparisons
-    assert comparison.verdict == CONTRADICTED
-    assert comparison.rows == "T_norm = 1.5 \N{MINUS SIGN} T_norm = 4"
-    assert comparison.last is not None
-    assert comparison.last.mean == pytest.approx(-0.41)
+            write_record(made_up(TABLES["6"].cells[row.key, PAIR], seed, top1, top1), tmp_path)
+    (comparison,) = collect(tmp_path)["claims"][2]["comparisons"]
+    assert comparison["verdict"] == CONTRADICTED
+    assert comparison["rows"] == "T_norm = 1.5 \N{MINUS SIGN} T_norm = 4"
+    assert comparison["last"].mean == pytest.approx(-0.41)
 
 
-def test_markdown_shows_every_state(report: Report) -> None:
+def test_markdown_shows_every_state(report: Record) -> None:
     text = render(report, "report.md.j2")
     row = next(line for line in text.splitlines() if line.startswith("| NormKD |"))
     assert "76.57 → **76.60 ± 0.10** (n = 3, last 76.40 ± 0.20, +0.03)" in row
@@ -226,16 +215,16 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_complete_escaped_and_loads_nothing(report: Report) -> None:
+def test_the_page_is_complete_escaped_and_loads_nothing(report: Record) -> None:
     text = render(report, "report.html.j2")
     page = Page(text)
     assert page.open == []
     assert all(address.startswith(("#", "data:")) for address in page.loads)
-    for unescaped in ("<memory>", "Test GPU <1>", "tools/train.py <x>"):
+    for unescaped in ("<memory>", "Test GPU <1>", "train.py <x>"):
         assert unescaped not in text
     # A chart of accuracy and one of losses for each measured cell, and an overview of columns with two rows or more.
-    cells = [cell for entry in report.tables for cell in entry.cells.values() if cell.runs]
-    overviews = [entry for entry in report.tables if sum(bool(cell.runs) for cell in entry.cells.values()) > 1]
+    cells = [cell for entry in report["tables"] for cell in entry.cells.values() if cell.runs]
+    overviews = [entry for entry in report["tables"] if sum(bool(cell.runs) for cell in entry.cells.values()) > 1]
     assert page.tags.count("svg") == 2 * len(cells) + len(overviews)
 
 
@@ -254,12 +243,20 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
         ("kd", 1, {"precision": "bf16", "processes": 2, "data": "2" * 64}),
         ("normkd", 1, {}),  # an older record
     ):
-        add(made_up(TABLES["2"].cells[row, PAIR], seed, 73.0, 73.2, **more), tmp_path)
+        write_record(made_up(TABLES["2"].cells[row, PAIR], seed, 73.0, 73.2, **more), tmp_path)
+    for row, seed in (("kd", 1), ("dkd", 1)):
+        write_record(made_up(TABLES["2"].cells[row, PAIR], seed, 74.0, 74.2, "b" * 64), tmp_path)
     report = collect(tmp_path)
+    kd, normkd, dkd = (view(report, "2", row) for row in ("kd", "normkd", "dkd"))
+    assert sorted(kd.top1("best").items()) == [(0, 73.2), (1, 73.2)], "the teacher of most runs counts"
+    assert kd.minus(normkd, "best") is not None
+    assert dkd.minus(kd, "best") is None, "different teachers"
     text, page = (render(report, f"report.{name}.j2") for name in ("md", "html"))
+    assert "- cifar100_baselines/kd,res32x4,res8x4, seed 1: best 74.20, last 74.00, teacher bbbbbbbbbb (`" in text
     for line in (
-        "precision: fp32 (2 runs), bf16 (1 run).",
-        "number of processes: 1 (2 runs), 2 (1 run).",
+        "teacher weights (SHA-256): aaaaaaaaaa (3 runs), bbbbbbbbbb (1 run).",
+        "precision: fp32 (3 runs), bf16 (1 run).",
+        "number of processes: 1 (3 runs), 2 (1 run).",
         "training images (SHA-256): 1111111111 (1 run), 2222222222 (1 run).",
     ):
         assert f"- Runs of resnet32x4 → resnet8x4 differ in {line}" in text
@@ -273,10 +270,10 @@ def test_parts_of_resumed_runs_and_settings_of_other_runs_are_shown(tmp_path: Pa
     here = records[0]["environment"] | {"precision": "fp32", "processes": 1}
     parts = [[{"from_step": 0}], [{"from_step": 0}, {"from_step": 700, "commit": "d" * 40}], [{"from_step": 900}]]
     for record, steps in zip(records, parts, strict=True):
-        add(signed_record(record | {"parts": [here | part for part in steps]}), tmp_path)
+        write_record(signed_record(record | {"parts": [here | part for part in steps]}), tmp_path)
     other = made_up(TABLES["2"].cells["normkd", PAIR], 1, 73.0, 73.2, command="train.py --cfg a.yaml SOLVER.LR 0.1")
     other["config"]["SOLVER"]["LR"], other["config"]["DATASET"]["VAL_SPLIT"] = 0.1, 0.1
-    add(signed_record(other), tmp_path)
+    write_record(signed_record(other), tmp_path)
     text = render(collect(tmp_path), "report.md.j2")
     assert text.count("trained in parts") == 2
     assert re.search(

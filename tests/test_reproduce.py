@@ -29,10 +29,9 @@ from mdistiller_norm.reproduce.plan import (
     training_flops,
     value_rank,
 )
-from mdistiller_norm.reproduce.tables import load_claims, load_tables
+from mdistiller_norm.reproduce.tables import CLAIMS, TABLES, Cell
 from mdistiller_norm.run_folder import run_folder
 
-TABLES = load_tables()
 CELLS = [cell for table in TABLES.values() for cell in table.cells.values()]
 TYPES = {
     "fitnet": "FITNET", "rkd": "RKD", "crd": "CRD", "ofd": "OFD", "reviewkd": "REVIEWKD", "at": "AT", "kd": "KD",
@@ -86,7 +85,7 @@ def test_every_cell_has_a_config_of_its_pair_and_method() -> None:
         assert (cell.column.teacher if cell.is_teacher else cell.column.student) == node.DISTILLER.STUDENT, cell.name
         assert node.DISTILLER.TYPE == "NONE" or cell.column.teacher == node.DISTILLER.TEACHER, cell.name
         assert TYPES.get(cell.row.key, node.DISTILLER.TYPE) == node.DISTILLER.TYPE, cell.name
-        assert not cell.is_teacher or cell.config == table.teacher_config(cell.column)
+        assert not cell.is_teacher or cell.config == table.teacher.format(teacher=cell.column.teacher)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_settings_of_ablations_reach_the_config(table: str, row: str, key: str, 
 
 
 def test_claims_name_existing_rows() -> None:
-    for claim in load_claims():
+    for claim in CLAIMS:
         for name in claim.tables:
             keys = {row.key for row in TABLES[name].rows}
             assert {claim.row, claim.than} <= keys if claim.row else set(claim.peak) < keys
@@ -144,13 +143,13 @@ def test_identity_depends_on_the_result_only(tmp_path: Path) -> None:
     assert identity(plain) == identity(load_config(ROOT / "configs/digits/vanilla_resnet8.yaml").node)
 
 
-def plan(tables: Sequence[str], rows: Sequence[str], pairs: Sequence[str], *arguments: Any, **more: Any) -> list[Job]:
-    return make_plan(select_cells(tables, rows, pairs, not tables), *arguments, **more).jobs
+def plan(cells: Sequence[Cell], seeds: Sequence[int], output: Path, *extra: str, by_value: bool = False) -> list[Job]:
+    return make_plan(cells, seeds, output, False, extra, by_value)[0]
 
 
 def test_a_plan_has_teachers_first_and_every_run_once(tmp_path: Path) -> None:
     rows, pairs = ["kd", "normkd", "teacher"], ["res32x4_res8x4", "res32x4_shuv2"]
-    teacher, *students = plan(["2", "3", "9"], rows, pairs, [0, 1], tmp_path)
+    teacher, *students = plan(select_cells(["2", "3", "9"], rows, pairs, False), [0, 1], tmp_path)
     assert len({job.key for job in students}) == len(students) == 2 * 4
     assert teacher.config_file == "configs/cifar100/vanilla/resnet32x4.yaml"
     assert all(job.teacher is not None and job.teacher.key == teacher.key for job in students)
@@ -161,7 +160,7 @@ def test_a_plan_has_teachers_first_and_every_run_once(tmp_path: Path) -> None:
 
 
 def test_the_queue_is_ordered_by_value(tmp_path: Path) -> None:
-    jobs = plan([], [], [], [0], tmp_path, by_value=True)
+    jobs = plan(select_cells([], [], [], True), [0], tmp_path, by_value=True)
     assert jobs[0].config_file == "configs/cifar100/vanilla/resnet32x4.yaml"
     first = {cell for job in jobs[1:6] for cell in job.cells if cell.startswith("table 2")}
     names = ("Student", "KD", "DKD", "NormKD", "DKD+NormKD")
@@ -170,7 +169,8 @@ def test_the_queue_is_ordered_by_value(tmp_path: Path) -> None:
     order = [min(ranks[cell] for cell in job.cells) for job in jobs if job.cells]
     assert order == sorted(order)
     assert order.count(3) == 5 * 11
-    seeds = [job.key[1] for job in plan(["2"], ["kd", "student"], ["res32x4_res8x4"], [0, 1], tmp_path, by_value=True)]
+    some = select_cells(["2"], ["kd", "student"], ["res32x4_res8x4"], False)
+    seeds = [job.key[1] for job in plan(some, [0, 1], tmp_path, by_value=True)]
     assert seeds == sorted(seeds)
 
 
@@ -188,8 +188,7 @@ def test_the_queue_is_ordered_by_value(tmp_path: Path) -> None:
 )
 def test_overrides_that_change_the_result_are_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan(["digits"], ["kd"], [], [0], tmp_path, extra=[override])
-    assert "DEVICE=cpu" in plan(["digits"], ["kd"], [], [0], tmp_path, extra=["DEVICE=cpu"])[1].overrides
+        plan(select_cells(["digits"], ["kd"], [], False), [0], tmp_path, override)
 
 
 def test_operations_are_counted() -> None:
@@ -224,8 +223,8 @@ def test_durations() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--table 10", "--table must be one of 1, 2"),
-        ("", "--table or --queue is required"),
+        ("--table 10", "--table must be among 1, 2"),
+        ("", "got none"),
         ("--table 2 --pairs res56", "--pairs: no 'res56'"),
         ("--table 2 --methods KD NormKD DEVICE cpu", "did you mean kd"),
         ("--table 1 2 --methods t_1 --pairs vgg13_vgg8", "no common cell"),
@@ -241,7 +240,7 @@ def test_durations() -> None:
         ("--table digits --jobs 0", "--jobs and --processes must be >= 1"),
         ("--table digits --slurm gpus=[ --launcher slurm", "--slurm: the value is not YAML"),
         ("--table digits --slurm gpus=1", "--slurm requires --launcher"),
-        ("--table digits --launcher slurm --budget 9m", "--budget and --jobs require --launcher here"),
+        ("--table digits --launcher slurm --budget 9m", "--budget requires --launcher here"),
         ("--add FOLDER --results FOLDER", "FOLDER"),
         ("--add FOLDER --dry-run", "--dry-run cannot be combined"),
     ],
@@ -260,8 +259,8 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path: Path, capsys: pyt
     where = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--trials", "1", "--dry-run"]
     assert execute(["reproduce", "--table", "4", "digits", *where]) == 0
     listed = capsys.readouterr().out
-    assert "digits/normkd,resnet20,resnet8, seed 0: 0 of 12 epochs done" in listed
-    assert "after digits/vanilla,resnet20, seed 0" in listed
+    assert "[seed 0] digits/normkd,resnet20,resnet8: 0 of 12 epochs done" in listed
+    assert "after [seed 0] digits/vanilla,resnet20" in listed
     assert "published weights, nothing to train: table 4, Teacher, ResNet34 → ResNet18" in listed
     assert "no finished run to estimate the time from" in listed
     assert not list(tmp_path.iterdir())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,12 +29,10 @@ from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher_file import find_teacher
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import build_model
-from mdistiller_norm.reproduce.ledger import Entry, Ledger, Record, add, finished_record, read_ledger, signed_record
-from mdistiller_norm.reproduce.plan import Estimator, Job, cell_config, cell_identity, make_plan, training_flops
+from mdistiller_norm.reproduce.ledger import Ledger, finished_record, read_ledger, signed_record, write_record
+from mdistiller_norm.reproduce.plan import Job, cell_config, cell_identity, estimate, make_plan, training_flops
 from mdistiller_norm.reproduce.runner import Execution, pending_jobs
-from mdistiller_norm.reproduce.tables import load_tables
-
-TABLES = load_tables()
+from mdistiller_norm.reproduce.tables import TABLES
 
 
 def reproduce(*arguments: object) -> tuple[int, str]:
@@ -53,7 +53,7 @@ def ledger_of(output: Path) -> Ledger:
 
 def jobs_of(output: Path, method: str, *extra: str, seed: int = 0) -> list[Job]:
     cell = TABLES["digits"].cells[method, "res20_res8"]
-    return make_plan([cell], [seed], output / "smoke", smoke=True, extra=extra).jobs
+    return make_plan([cell], [seed], output / "smoke", True, extra, False)[0]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
@@ -90,29 +90,32 @@ def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(
     stopped.send_signal(signal.SIGTERM)
     printed, _ = stopped.communicate(timeout=60)
     assert stopped.returncode == 128 + signal.SIGTERM
-    assert "stopped and saved: digits/vanilla,resnet8, seed 0" in printed
+    assert "1/1 [seed 0] digits/vanilla,resnet8: stopped and saved" in printed
     assert "1 run left, about" in printed
 
     monkeypatch.setattr("mdistiller_norm.reproduce.runner.GRACE", 0.5)
-    (job,) = make_plan([TABLES["digits"].cells["student", "res20_res8"]], [0], tmp_path).jobs
-    execution, before = Execution(job, tmp_path / "results"), job.epochs_done
+    (job,) = make_plan([TABLES["digits"].cells["student", "res20_res8"]], [0], tmp_path, False, (), False)[0]
+    execution, before = Execution(job, tmp_path / "results", 1, {}), job.progress
     assert execution.start()
     assert execution.process is not None
-    wait_for(lambda: job.epochs_done > before)
+    wait_for(lambda: job.progress != before)
     os.kill(execution.process.pid, signal.SIGSTOP)  # like a long evaluation at the deadline
     execution.stop(kill=True)
     wait_for(execution.poll)
     assert execution.process.returncode == -signal.SIGKILL
 
-    before = job.epochs_done
+    before = job.progress
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_for(lambda: job.epochs_done > before)
+    wait_for(lambda: job.progress != before)
     killed.kill()  # the training continues
     killed.wait()
 
     code, printed = reproduce(*arguments)
     assert code == 0
     assert "1 done, 0 failed, 0 waiting for a teacher" in printed
+    assert re.search(r"\[seed 0\] digits/vanilla,resnet8: .*, last top-1 \d+\.\d\d, best top-1 \d+\.\d\d\n", printed)
+    assert re.search(r"  table digits, Student, .*: last top-1 \d+\.\d\d, best \d+\.\d\d \(n = 1\)\n", printed)
+    assert f"report: mdistiller-norm report --results {tmp_path / 'results'}\n" in printed
     assert "1 run: 1 done, 0 to run" in reproduce(*arguments)[1]
     (entry,) = read_ledger(tmp_path / "results" / "runs").all_runs()
     assert entry.record["metrics"]["epoch"] == list(range(1, 13))
@@ -130,7 +133,7 @@ def test_a_failure_is_recorded_and_stops_only_the_students_of_that_teacher(train
     code, printed = smoke(tmp_path, "--methods", "kd", "student", "--seeds", 0)
     assert code == 1
     assert "1 done, 1 failed, 1 waiting for a teacher" in printed
-    assert "not started, its teacher failed: digits/kd,resnet20,resnet8, seed 0" in printed
+    assert "[seed 0] digits/kd,resnet20,resnet8: not started, its teacher failed" in printed
     (failure,) = ledger_of(tmp_path).failures
     assert failure.record["error"].startswith("error: ")
     assert failure.record["error"].endswith("(exit code 2)")
@@ -173,7 +176,11 @@ def test_a_sweep_is_evaluated_on_held_out_images_and_fills_no_cell(tmp_path: Pat
     options = ["--methods", "student", "teacher", "--sweep", "SOLVER.MOMENTUM=0.8,0.9", "--trials", 1, "--jobs", 2]
     code, printed = smoke(tmp_path, *options)
     assert code == 0
-    assert printed.count("(n = 1) on held-out images: Student with SOLVER.MOMENTUM = ") == 2
+    assert (
+        printed.count("(n = 1) on held-out images")
+        == printed.count("  table digits, Student with SOLVER.MOMENTUM")
+        == 2
+    )
     entries = ledger_of(tmp_path).all_runs()
     assert {entry.record["config"]["DATASET"]["VAL_SPLIT"] for entry in entries} == {0.1}
     assert {entry.record["config"]["SOLVER"]["MOMENTUM"] for entry in entries} == {0.8, 0.9}
@@ -212,7 +219,7 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(
     assert "--dependency=afterok:0" in student
     assert "--dependency" not in teacher
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
-    with pytest.raises(ConfigError, match=r"cannot submit .*seed 0: .* \(submitted: 0\)"):
+    with pytest.raises(ConfigError, match=r"submitit with slurm: .* \(0 jobs submitted\)"):
         smoke(tmp_path / "output", "--methods", "kd", "--trials", 1, *slurm)
 
 
@@ -232,37 +239,37 @@ def test_finished_runs_are_added_to_the_ledger_and_not_repeated(output: Path) ->
 def test_estimates_prefer_runs_like_the_job(output: Path) -> None:
     entries = ledger_of(output).all_runs()
     kd = next(entry for entry in entries if entry.record["method"] == ["KD"]).record
-    device = kd["environment"]["device"]
-
-    def estimate(job: Job, *records: Record, processes: int = 1) -> tuple[float, str] | None:
-        return Estimator([Entry(Path("x"), record, "") for record in records], device, processes).estimate(job)
-
     job = jobs_of(output, "dkd")[-1]
-    seconds, source = estimate(job, kd) or (0.0, "")
+    seconds, source = estimate(job, [kd]) or (0.0, "")
     assert source == "finished runs of the same networks"
     start = seconds - kd["seconds"]
     assert 0 < start < 10
-    assert estimate(job, kd, processes=2) is None
-    assert estimate(job, kd | {"environment": kd["environment"] | {"device": "another"}}) is None
-    assert estimate(jobs_of(output, "dkd", "SOLVER.PRECISION=bf16")[-1], kd) is None
+    assert estimate(job, []) is None
+    assert estimate(jobs_of(output, "dkd", "SOLVER.PRECISION=bf16")[-1], [kd]) is None
     large = yaml.safe_load(dump(load_config(ROOT / "configs/cifar100/vanilla/resnet56.yaml").node))
     record = kd | {"config": large, "seconds": training_flops(large) / 5e11, "epochs": 240}
     counted = pytest.approx(start + training_flops(job.config) / 5e11)
-    assert estimate(job, record) == (counted, "operation counts")
+    assert estimate(job, [record]) == (counted, "operation counts")
     job.folder.mkdir()
     (job.folder / "metrics.jsonl").write_text('{"epoch": 1, "seconds": 100.0}\n')
-    assert estimate(job, kd) == (start + 100, "the run's speed so far")
+    assert estimate(job, [kd]) == (start + 100, "the run's speed so far")
 
 
 def test_teachers_run_only_for_pending_students_and_once_for_all_precisions(output: Path) -> None:
     ledger, elsewhere = ledger_of(output), output.parent / "another machine"
     cells = [TABLES["digits"].cells[row, "res20_res8"] for row in ("kd", "normkd")]
-    assert pending_jobs(make_plan(cells[:1], [0], elsewhere, smoke=True).jobs, ledger) == []
-    pending = pending_jobs(make_plan(cells, [0], elsewhere, smoke=True).jobs, ledger)
+    assert pending_jobs(make_plan(cells[:1], [0], elsewhere, True, (), False)[0], ledger) == []
+    pending = pending_jobs(make_plan(cells, [0], elsewhere, True, (), False)[0], ledger)
     assert [job.config_file for job in pending] == [
         "configs/digits/vanilla_resnet20.yaml",
         "configs/digits/normkd.yaml",
     ]
+    teacher, student = jobs_of(output, "kd")
+    (run,) = ledger.of(student.key[0]).values()
+    assert student.teacher_hash() == run.teacher_hash
+    assert pending_jobs([teacher, student], ledger) == []
+    other = dataclasses.replace(run, record=run.record | {"teacher": run.record["teacher"] | {"hash": "f" * 64}})
+    assert pending_jobs([teacher, student], Ledger({(run.identity, other.teacher_hash): {0: other}})) == [student]
     teacher, student = jobs_of(output, "dkd", "SOLVER.PRECISION=bf16")
     assert teacher.folder == jobs_of(output, "teacher")[0].folder
     assert f"DISTILLER.TEACHER_WEIGHTS={teacher.weights}" in student.overrides
@@ -279,7 +286,7 @@ def test_damaged_metrics_of_a_finished_run_are_a_failure(output: Path) -> None:
     metrics.write_bytes(metrics.read_bytes().splitlines(keepends=True)[1])
     code, printed = smoke(output, "--methods", "kd", "--seeds", 0)
     assert code == 1
-    assert "metrics" in printed.partition("failed: digits/kd,resnet20,resnet8, seed 0: ")[2]
+    assert "metrics" in printed.partition("failed: [seed 0] digits/kd,resnet20,resnet8: ")[2]
 
 
 def test_a_record_holds_the_run_and_no_path_of_the_machine(trained: Path, tmp_path: Path) -> None:
@@ -369,15 +376,15 @@ def test_results_of_other_programs_are_skipped(output: Path) -> None:
 
 def test_ledgers_merge_by_copying_and_each_seed_counts_once(trained: Path, tmp_path: Path) -> None:
     record = finished_record(jobs_of(trained, "kd")[-1].folder, "configs/digits/kd.yaml", smoke=True)
-    first = add(record, tmp_path)
-    assert add(record, tmp_path) == first
-    add(signed_record(record | {"at": "2099-01-01T00:00:00Z"}), tmp_path)
-    add(signed_record(record | {"seed": 1}), tmp_path)
+    first = write_record(record, tmp_path)
+    assert write_record(record, tmp_path) == first
+    write_record(signed_record(record | {"at": "2099-01-01T00:00:00Z"}), tmp_path)
+    write_record(signed_record(record | {"seed": 1}), tmp_path)
     ledger = read_ledger(tmp_path, smoke=True)
     assert sorted(entry.seed for entry in ledger.all_runs()) == [0, 1]
     assert [entry.record["at"] for entry in ledger.duplicates] == ["2099-01-01T00:00:00Z"]
     with pytest.raises(DataError, match="sha256 differs"):
-        add(record | {"seed": 3}, tmp_path)
+        write_record(record | {"seed": 3}, tmp_path)
 
 
 def test_published_weights_become_teachers_if_trained_alone(

@@ -14,18 +14,8 @@ from matplotlib.figure import Figure
 from mdistiller_norm.reproduce.ledger import Entry
 
 _TEXT = "#010203"  # replaced by the text colour of the page, which is light or dark
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mdistiller_norm",  # equal ledgers give equal pages
-    "font.size": 8,
-    "text.color": _TEXT,
-    "axes.labelcolor": _TEXT,
-    "axes.grid": True,
-    "grid.color": "#80808040",
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "legend.framealpha": 0,
-}
+_COLOURS = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)
+_STYLE: Any = _COLOURS | {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "legend.framealpha": 0}
 
 
 def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Markup:
@@ -39,12 +29,11 @@ def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Mark
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3))
         axes = figure.add_axes((0.1, 0.14, 0.87, 0.76), title=title, xlabel="epoch")
+        axes.grid(color="#80808040")
         for label, values in lines:
             shown = f"_{label}" if label in colours else label  # "_": not in the legend
             colour = colours.setdefault(label, f"C{len(colours) % 10}")
-            axes.plot(
-                range(1, len(values) + 1), values, color=colour, label=shown, marker="." if len(values) < 2 else ""
-            )
+            axes.plot(range(1, len(values) + 1), values, "-" if len(values) > 1 else ".", color=colour, label=shown)
         axes.legend()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -16,39 +16,22 @@ from mdistiller_norm.config import default_config, load_config
 from mdistiller_norm.engine.logger import environment
 from mdistiller_norm.engine.teacher_file import MANIFEST
 from mdistiller_norm.errors import ConfigError, first_line
+from mdistiller_norm.program import command
 from mdistiller_norm.registry import nearest
-from mdistiller_norm.reproduce.ledger import Entry, Ledger, add, finished_record, identity, read_ledger
-from mdistiller_norm.reproduce.plan import (
-    Estimator,
-    Job,
-    Plan,
-    cell_identity,
-    counted,
-    duration,
-    make_plan,
-)
+from mdistiller_norm.reproduce import runner
+from mdistiller_norm.reproduce.ledger import Entry, Ledger, Record, finished_record, identity, read_ledger, write_record
+from mdistiller_norm.reproduce.plan import Job, cell_identity, counted, duration, estimate, make_plan
 from mdistiller_norm.reproduce.publish import publish
-from mdistiller_norm.reproduce.runner import (
-    BLOCKED,
-    DONE,
-    FAILED,
-    QUEUED,
-    Outcomes,
-    Runner,
-    pending_jobs,
-    trained_record,
-)
 from mdistiller_norm.reproduce.slurm import submit
 from mdistiller_norm.reproduce.stats import mean_std
-from mdistiller_norm.reproduce.tables import Cell, Row, get_table, load_tables
+from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``reproduce``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    codes = "0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130 or 143 stopped by a signal"
     parser.epilog = (
-        f"example: {parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3\n"
-        "exit code: 0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130/143 stopped by a signal"
+        f"example: {parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3. Exit codes: {codes}."
     )
     add = parser.add_argument
     add("--table", nargs="+", default=[], metavar="ID", help="1 to 9, digits, short, short_t_norm, short16")
@@ -79,40 +62,46 @@ def main(options: argparse.Namespace) -> int:
     started = time.monotonic()
     _move_overrides(options)
     output = Path(options.output, "smoke" if options.smoke else "")
-    folder = Path(options.results or (output / "results" if options.smoke else "results"), "runs")
-    budget, slurm = parse_duration(options.budget), _slurm_options(options)
-    if options.dry_run and (options.add or options.publish):
-        raise ConfigError("--dry-run cannot be combined with --add and --publish")
-    if options.add:
-        return _add_runs(options.add, folder, options.smoke)
+    results = Path(options.results or (output / "results" if options.smoke else "results"))
+    folder = results / "runs"
+    seeds, budget, slurm = _checked_options(options)
     for run in options.publish:
         print(f"published {publish(Path(run), MANIFEST.parent)}")
-    if options.publish:
+    _add_runs(options.add, folder, options.smoke)
+    if options.add or options.publish:
         return 0
     cells = select_cells(options.table, options.methods, options.pairs, options.queue)
     if options.sweep:
         cells = sweep_cells(cells, options.sweep, options.val_split)
-    plan = make_plan(cells, _seeds(options), output, options.smoke, options.overrides, options.queue)
-    ledger = _updated_ledger(plan.jobs, folder, options)
-    todo = pending_jobs(plan.jobs, ledger)
+    jobs, published = make_plan(cells, seeds, output, options.smoke, options.overrides, options.queue)
+    for cell in published:
+        print(f"published weights, nothing to train: {cell.name}")
+    ledger = _updated_ledger(jobs, folder, options)
+    todo = runner.pending_jobs(jobs, ledger)
     device = environment(build_device(load_config(None, options.overrides).node.DEVICE))["device"]
-    estimator = Estimator(ledger.all_runs(), device, options.processes)
-    _print_plan(plan, todo, ledger, estimator, options.dry_run)
-    code = 0
-    if todo and not options.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)  # before the first training
-        if options.launcher == "here":
-            deadline = started + budget - min(10.0, budget / 10)  # running jobs need time to save
-            runner = Runner(todo, folder, options.jobs, options.processes, deadline)
-            outcomes, code = runner.run(), runner.signal and 128 + runner.signal
-        else:
-            cluster = "slurm" if options.launcher == "slurm" else "local"
-            outcomes = submit(todo, folder, cluster, slurm, options.processes)
-        code = code or _exit_code(todo, outcomes)
-        _print_outcomes(todo, outcomes, read_ledger(folder, options.smoke), estimator)
-    if options.sweep:
-        _print_sweep(cells, read_ledger(folder, options.smoke), options.smoke)
-    return code
+    records = [entry.record for entry in ledger.all_runs()]
+    finished = [
+        r for r in records if (r["environment"]["device"], r.get("processes", 1)) == (device, options.processes)
+    ]
+    if options.dry_run:
+        _print_jobs(jobs, todo, finished)
+    counts = f"{len(jobs) - len(todo)} done, {len(todo)} to run"
+    print(f"{counted(len(jobs), 'run')}: {counts}{_time(todo, finished)}", flush=True)
+    if not todo or options.dry_run:
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)  # before the first training
+    if options.launcher == "here":
+        deadline = started + budget - min(10.0, budget / 10)  # running jobs need time to save
+        here = runner.Runner(todo, folder, options.jobs, options.processes)
+        outcomes, signals = here.run(deadline), here.signals
+    else:
+        cluster = "slurm" if options.launcher == "slurm" else "local"
+        outcomes, signals = submit(todo, folder, cluster, slurm, options.processes), []
+    ledger = read_ledger(folder, options.smoke)
+    _print_cells(cells, ledger, options)
+    code = _print_outcomes(todo, outcomes, ledger, finished)
+    print(f"report: {command('report')} --results {results}{' --smoke' if options.smoke else ''}")
+    return 128 + signals[0] if signals else code
 
 
 def _move_overrides(options: argparse.Namespace) -> None:
@@ -135,37 +124,35 @@ def parse_duration(text: str) -> float:
     return 3600.0 * hours + 60.0 * minutes + seconds if text else float("inf")
 
 
-def _slurm_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of submitit after checking the options about execution."""
-    if min(options.jobs, options.processes) < 1:
-        raise ConfigError("--jobs and --processes must be >= 1")
-    if options.slurm and options.launcher == "here":
-        raise ConfigError("--slurm requires --launcher slurm or submitit-local")
-    if options.launcher != "here" and (options.budget or options.jobs > 1):
-        raise ConfigError("--budget and --jobs require --launcher here; see --slurm")
-    pairs = dict(pair.partition("=")[::2] for pair in options.slurm)
+def _checked_options(options: argparse.Namespace) -> tuple[list[int], float, dict[str, Any]]:
+    """Return the seeds, the budget in seconds and the options of submitit."""
+    for wrong, message in (
+        (not 1 <= options.trials <= 1000, f"--trials must be in 1 .. 1000, got {options.trials}"),
+        (not all(map(str.isdecimal, options.seeds)), f"--seeds must be integers >= 0, got {' '.join(options.seeds)}"),
+        (min(options.jobs, options.processes) < 1, "--jobs and --processes must be >= 1"),
+        (options.slurm and options.launcher == "here", "--slurm requires --launcher slurm or submitit-local"),
+        (options.launcher != "here" and options.budget, "--budget requires --launcher here; see --slurm"),
+        (options.launcher != "here" and options.jobs > 1, "--jobs requires --launcher here; see --slurm"),
+        (options.dry_run and options.add, "--dry-run cannot be combined with --add"),
+        (options.dry_run and options.publish, "--dry-run cannot be combined with --publish"),
+    ):
+        if wrong:
+            raise ConfigError(message)
     try:
-        return {name: yaml.safe_load(value) for name, value in pairs.items()}
+        slurm = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in options.slurm)}
     except yaml.YAMLError as error:
         raise ConfigError(f"--slurm: the value is not YAML ({first_line(error)})") from error
-
-
-def _seeds(options: argparse.Namespace) -> list[int]:
-    if not 1 <= options.trials <= 1000:
-        raise ConfigError(f"--trials must be in 1 .. 1000, got {options.trials}")
-    if not all(re.fullmatch(r"\d+", seed) for seed in options.seeds):
-        raise ConfigError(f"--seeds must be integers >= 0, got {' '.join(options.seeds)}")
-    return list(dict.fromkeys(map(int, options.seeds))) or list(range(options.trials))
+    seeds = list(dict.fromkeys(map(int, options.seeds))) or list(range(options.trials))
+    return seeds, parse_duration(options.budget), slurm
 
 
 def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[str], queue: bool) -> list[Cell]:
     """Return the cells of some tables, rows and columns; a row or column has to exist in one of the tables."""
-    if not tables and not queue:
-        raise ConfigError(f"--table or --queue is required; tables: {', '.join(load_tables())}")
-    chosen = [get_table(name) for name in tables]
-    if not chosen:
-        chosen = [table for table in load_tables().values() if table.in_paper and table.dataset == "cifar100"]
-    cells = [cell for table in chosen for cell in table.cells.values()]
+    if not tables and queue:
+        tables = [table.id for table in TABLES.values() if table.in_paper and table.dataset == "cifar100"]
+    if not tables or set(tables) - set(TABLES):
+        raise ConfigError(f"--table must be among {', '.join(TABLES)}, got {', '.join(tables) or 'none'}")
+    cells = [cell for name in tables for cell in TABLES[name].cells.values()]
     known_rows, known_columns = [cell.row.key for cell in cells], [cell.column.key for cell in cells]
     for option, names, known in (("--methods", rows, known_rows), ("--pairs", columns, known_columns)):
         for name in names:
@@ -179,13 +166,7 @@ def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[s
 
 
 def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[Cell]:
-    """Return the students' cells with each value of a key, evaluated on held-out training images.
-
-    Args:
-        cells: cells of tables; teachers are left out.
-        setting: ``KEY=A,B,C``.
-        val_split: ``DATASET.VAL_SPLIT`` of the runs.
-    """
+    """Return the students' cells with each value of ``KEY=A,B,C``, evaluated on held-out training images."""
     key, _, text = setting.partition("=")
     values = text.split(",")
     if not key or not all(values):
@@ -207,7 +188,7 @@ def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[C
     return swept
 
 
-def _add_runs(runs: Sequence[str], folder: Path, smoke: bool) -> int:
+def _add_runs(runs: Sequence[str], folder: Path, smoke: bool) -> None:
     ledger = read_ledger(folder, smoke)
     for record in [finished_record(Path(run), smoke=smoke) for run in runs]:
         known = ledger.of(identity(record["config"])).get(record["seed"])
@@ -215,43 +196,33 @@ def _add_runs(runs: Sequence[str], folder: Path, smoke: bool) -> int:
         if known and known.record["metrics"] == record["metrics"]:
             print(f"already in the ledger: {known.path}")
         else:
-            print(f"added {add(record, folder)}")
-    return 0
+            print(f"added {write_record(record, folder)}")
 
 
 def _updated_ledger(jobs: Sequence[Job], folder: Path, options: argparse.Namespace) -> Ledger:
     """Return the ledger with runs that have finished since; a dry run does not write them."""
     ledger = read_ledger(folder, options.smoke)
+    for path, reason in ledger.left_out:
+        print(f"warning: {path} is ignored: {reason}")
     for job in jobs:
-        name, seed = job.key
-        if seed not in ledger.of(name) and (record := trained_record(job)):
-            path = job.folder if options.dry_run else add(record, folder)
-            ledger.runs.setdefault(name, {})[seed] = Entry(path, record, name)
+        if not ledger.has(*job.key) and (record := runner.trained_record(job)):
+            path = job.folder if options.dry_run else write_record(record, folder)
+            ledger.add(Entry(path, record, job.key[0]))
     return ledger
 
 
-def _print_plan(plan: Plan, todo: Sequence[Job], ledger: Ledger, estimator: Estimator, verbose: bool) -> None:
-    for path, reason in ledger.left_out:
-        print(f"warning: {path} is ignored: {reason}")
-    for cell in plan.published:
-        print(f"published weights, nothing to train: {cell.name}")
+def _print_jobs(jobs: Sequence[Job], todo: Sequence[Job], finished: Sequence[Record]) -> None:
     pending = {job.key for job in todo}
-    for job in plan.jobs if verbose else ():
+    for job in jobs:
         state = "done" if job.cells or job.weights.is_file() else "a teacher, not needed now"
         if job.key in pending:
             after = f", after {job.teacher.name}" if job.teacher and job.teacher.key in pending else ""
-            state = f"{_progress(job)}{_time([job], estimator)}{after}"
+            state = f"{job.progress}{_time([job], finished)}{after}"
         print(f"  {job.name}: {state}")
-    counts = f"{len(plan.jobs) - len(todo)} done, {len(todo)} to run"
-    print(f"{counted(len(plan.jobs), 'run')}: {counts}{_time(todo, estimator)}")
 
 
-def _progress(job: Job) -> str:
-    return f"{job.epochs_done} of {job.config['SOLVER']['EPOCHS']} epochs done"
-
-
-def _time(jobs: Sequence[Job], estimator: Estimator) -> str:
-    estimates = [estimate for job in jobs if (estimate := estimator.estimate(job))]
+def _time(jobs: Sequence[Job], finished: Sequence[Record]) -> str:
+    estimates = [found for job in jobs if (found := estimate(job, finished))]
     if not estimates:
         return ", no finished run to estimate the time from" if jobs else ""
     sources = " and ".join(dict.fromkeys(source for _, source in estimates))
@@ -259,34 +230,33 @@ def _time(jobs: Sequence[Job], estimator: Estimator) -> str:
     return f", about {duration(sum(seconds for seconds, _ in estimates))} (estimated from {sources}{missing})"
 
 
-def _exit_code(todo: Sequence[Job], outcomes: Outcomes) -> int:
-    if {FAILED, BLOCKED} & set(outcomes.values()):
-        return 1
-    return 0 if all(outcomes.get(job.key) == DONE for job in todo) else 3
+def _print_cells(cells: Sequence[Cell], ledger: Ledger, options: argparse.Namespace) -> None:
+    """Print mean and standard deviation of cells with runs; of a sweep, the best first."""
+    rows = []
+    for cell in cells:
+        records = [entry.record for entry in ledger.of(cell_identity(cell, options.smoke)).values()]
+        last, best = (mean_std(record[which]["top1"] for record in records) for which in ("last", "best"))
+        if last:
+            held_out = " on held-out images" if options.sweep else ""
+            rows.append((last.mean, f"  {cell.name}: last top-1 {last}, best {best} (n = {last.n}){held_out}"))
+    for _, text in sorted(rows, reverse=True) if options.sweep else rows:
+        print(text)
 
 
-def _print_outcomes(todo: Sequence[Job], outcomes: Outcomes, ledger: Ledger, estimator: Estimator) -> None:
-    counts = {outcome: [*outcomes.values()].count(outcome) for outcome in (DONE, FAILED, BLOCKED, QUEUED)}
-    print(f"{counts[DONE]} done, {counts[FAILED]} failed, {counts[BLOCKED]} waiting for a teacher")
-    if counts[QUEUED]:
-        print(f"{counted(counts[QUEUED], 'run')} queued on Slurm; add --dry-run to list finished and pending runs")
+def _print_outcomes(todo: Sequence[Job], outcomes: runner.Outcomes, ledger: Ledger, finished: Sequence[Record]) -> int:
+    """Print the outcomes of jobs; returns the exit code."""
+    names = (runner.DONE, runner.FAILED, runner.BLOCKED, runner.QUEUED)
+    done, failed, blocked, queued = (sum(outcome == name for outcome in outcomes.values()) for name in names)
+    print(f"{done} done, {failed} failed, {blocked} waiting for a teacher")
+    if queued:
+        print(f"{counted(queued, 'run')} queued on Slurm; add --dry-run to list finished and pending runs")
     failures = {(entry.identity, entry.seed): entry.record["error"] for entry in ledger.failures}
     for job in todo:
-        if outcomes.get(job.key) == FAILED:
+        if outcomes.get(job.key) == runner.FAILED:
             print(f"  failed: {job.name}: {failures.get(job.key, 'unknown error')}")
-    left = [job for job in todo if outcomes.get(job.key) not in counts]
+    left = [job for job in todo if outcomes.get(job.key) not in names]
     if left:
-        print(f"{counted(len(left), 'run')} left{_time(left, estimator)}; run the same command to continue")
+        print(f"{counted(len(left), 'run')} left{_time(left, finished)}; run the same command to continue")
         for job in left:
-            print(f"  {job.name}: {_progress(job)}")
-
-
-def _print_sweep(cells: Sequence[Cell], ledger: Ledger, smoke: bool) -> None:
-    """Print the mean accuracies on the held-out images, the best first."""
-    measured = []
-    for cell in cells:
-        runs = ledger.of(cell_identity(cell, smoke)).values()
-        if numbers := mean_std(entry.record["last"]["top1"] for entry in runs):
-            measured.append((numbers, cell))
-    for numbers, cell in sorted(measured, key=lambda pair: -pair[0].mean):
-        print(f"  {numbers} (n = {numbers.n}) on held-out images: {cell.row.name}, {cell.column.name}")
+            print(f"  {job.name}: {job.progress}")
+    return 1 if failed or blocked else 3 if left or queued else 0

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from mdistiller_norm.files import write_text
 from mdistiller_norm.run_folder import NEUTRAL
 
 Record = dict[str, Any]
-FORMAT = 1
+FORMAT, UTC = 1, "%Y-%m-%dT%H:%M:%SZ"
 # Keys that do not change the result except for its seed and rounding (INIT_SEED: in records of earlier versions).
-NOT_IDENTIFYING = (
-    *(key for key in NEUTRAL if key != "SOLVER.EPOCHS"),
-    *("SEED", "SOLVER.PRECISION", "SOLVER.INIT_SEED"),
-)
+NOT_IDENTIFYING = (*(set(NEUTRAL) - {"SOLVER.EPOCHS"}), "SEED", "SOLVER.PRECISION", "SOLVER.INIT_SEED")
+# Types of the keys that are read from records, and columns of runs.csv.
+SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("record.yaml").read_text(encoding="utf-8"))
 _LARGEST = 1e15  # absolute value of a number in a record
 # Raised for files that are not records: invalid JSON, deep nesting, unexpected types, huge integers.
 _MALFORMED = (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -52,6 +50,11 @@ class Entry:
         return int(self.record["seed"])
 
     @property
+    def teacher_hash(self) -> str:
+        """First 10 digits of the SHA-256 of the teacher's weights; empty for plain training."""
+        return str((self.record["teacher"] or {}).get("hash", ""))[:10]
+
+    @property
     def precision(self) -> str:
         """Precision used in training; differs from the config's on a device that does not support that one."""
         used = str(self.record.get("precision", self.record["config"]["SOLVER"]["PRECISION"]))
@@ -67,23 +70,33 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The records of a folder.
+    """The records of a folder: finished runs by (identity, teacher's hash) and seed, and further runs of a seed.
 
-    ``runs`` holds the finished runs by identity and seed; of several with the same seed, the first one counts and the
-    others are ``duplicates``. ``failures`` holds the latest failure of each run that has not finished since, and
-    ``left_out`` the broken files with the reason.
+    ``failures`` holds the latest failure of each run that has not finished since, ``left_out`` the broken files.
     """
 
-    runs: dict[str, dict[int, Entry]] = field(default_factory=dict)
+    runs: dict[tuple[str, str], dict[int, Entry]] = field(default_factory=dict)
     duplicates: list[Entry] = field(default_factory=list)
     failures: list[Entry] = field(default_factory=list)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
 
     def of(self, identity: str) -> dict[int, Entry]:
-        return self.runs.get(identity, {})
+        """Return the runs of an identity by seed; of several teachers, those with the teacher of most runs."""
+        return max((runs for (name, _), runs in self.runs.items() if name == identity), key=len, default={})
+
+    def has(self, identity: str, seed: int, teacher_hash: str = "") -> bool:
+        """Whether a run has finished, with that teacher if a hash is given."""
+        return any(
+            key[0] == identity and key[1].startswith(teacher_hash) and seed in self.runs[key] for key in self.runs
+        )
 
     def all_runs(self) -> list[Entry]:
         return [entry for runs in self.runs.values() for entry in runs.values()]
+
+    def add(self, entry: Entry) -> None:
+        runs = self.runs.setdefault((entry.identity, entry.teacher_hash), {})
+        if runs.setdefault(entry.seed, entry) is not entry:
+            self.duplicates.append(entry)
 
 
 def identity(tree: Mapping[str, Any]) -> str:
@@ -93,7 +106,7 @@ def identity(tree: Mapping[str, Any]) -> str:
     values equal to the defaults are left out; records from before a key was added therefore stay valid.
     """
     used = method_names(tree)
-    defaults = dict(leaves(default_config())) | {key: value for key, (value, _) in REMOVED.items()}
+    defaults = dict(leaves(default_config())) | {key: default for key, (default, _) in REMOVED.items()}
     kept = {}
     for key, value in leaves(tree):
         section = key.split(".")[0]
@@ -108,27 +121,18 @@ def identity(tree: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def digest(record: Record) -> str:
-    """Return the SHA-256 of a record without its ``sha256`` field."""
+def _digest(record: Record) -> str:
     content = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def signed_record(record: Record) -> Record:
-    """Return a record with its ``sha256`` field."""
-    return record | {"sha256": digest(record)}
-
-
-@cache
-def load_schema() -> dict[str, dict[str, str]]:
-    """Return the sections of ``record.yaml``."""
-    text = Path(__file__).with_name("record.yaml").read_text(encoding="utf-8")
-    schema: dict[str, dict[str, str]] = yaml.safe_load(text)
-    return schema
+    """Return a record with the SHA-256 of its content as ``sha256``."""
+    return record | {"sha256": _digest(record)}
 
 
 def _check_types(record: Record, section: str) -> None:
-    for key, types in load_schema()[section].items():
+    for key, types in SCHEMA[section].items():
         value: Any = record
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -147,11 +151,7 @@ def _check_numbers(value: Any) -> None:
 
 
 def check(record: Any) -> None:
-    """Check a record's types and hash, and that its numbers agree with each other.
-
-    Raises:
-        DataError: without the name of the file.
-    """
+    """Check a record's types and hash, and that its numbers agree with each other; raises DataError."""
     if not isinstance(record, dict):
         raise DataError("not a record")
     _check_types(record, "every")
@@ -159,11 +159,11 @@ def check(record: Any) -> None:
         raise DataError(f"format must be {FORMAT}, got {record['format']}")
     finished = record["status"] == "finished"
     _check_types(record, "finished" if finished else "failed")
-    if record.get("sha256") != digest(record):
+    if record.get("sha256") != _digest(record):
         raise DataError("the content was edited or cut off (sha256 differs)")
+    _check_numbers({key: value for key, value in record.items() if key not in ("config", "environment")})
     if not finished:
         return
-    _check_numbers({key: value for key, value in record.items() if key not in ("config", "environment")})
     if record["teacher"]:
         _check_types(record["teacher"], "teacher")
     for part in record.get("parts", []):  # older records have none
@@ -190,8 +190,7 @@ def _read(path: Path) -> str:
 
 def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
     """Read and check all records of a folder, which may be missing; ``smoke`` selects those of the short schedule."""
-    ledger = Ledger()
-    entries: list[Entry] = []
+    ledger, entries = Ledger(), list[Entry]()
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(_read(path))
@@ -201,25 +200,21 @@ def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
             ledger.left_out.append((path, str(error)))
         except _MALFORMED as error:
             ledger.left_out.append((path, f"malformed ({type(error).__name__}: {error})"))
-    entries = [entry for entry in entries if entry.record["smoke"] == smoke]
     failed: dict[tuple[str, int], Entry] = {}
     for entry in sorted(entries, key=lambda entry: (entry.record["at"], entry.path.name)):
-        if entry.record["status"] != "finished":
-            failed[entry.identity, entry.seed] = entry
-        elif entry.seed in ledger.runs.setdefault(entry.identity, {}):
-            ledger.duplicates.append(entry)
+        if entry.record["smoke"] != smoke:
+            continue
+        if entry.record["status"] == "finished":
+            ledger.add(entry)
         else:
-            ledger.runs[entry.identity][entry.seed] = entry
-    ledger.failures.extend(entry for entry in failed.values() if entry.seed not in ledger.of(entry.identity))
+            failed[entry.identity, entry.seed] = entry
+    finished = {(entry.identity, entry.seed) for entry in ledger.all_runs()}
+    ledger.failures.extend(entry for key, entry in failed.items() if key not in finished)
     return ledger
 
 
 def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Record:
-    """Return the record of a finished run folder.
-
-    Raises:
-        DataError: the run is not finished, or its files do not agree with each other.
-    """
+    """Return the record of a run folder; raises DataError if it is not finished or its files do not agree."""
     path = run / "result.json"
     head: Record = {"format": FORMAT, "status": "finished", "smoke": smoke, "config_file": config_file}
     try:
@@ -227,8 +222,12 @@ def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Re
         prefix = Path(json.loads(text)["config"]["LOG"]["PREFIX"])
         if prefix.is_absolute():  # keep paths as they are in any other checkout
             text = text.replace(json.dumps(str(prefix))[1:-1], prefix.name)
-        record = head | {"at": _utc(path.stat().st_mtime)} | json.loads(text)
-        record = signed_record(record | {"metrics": _metrics_by_name(run / "metrics.jsonl")})
+        record = head | {"at": time.strftime(UTC, time.gmtime(path.stat().st_mtime))} | json.loads(text)
+        epochs = read_metrics(run / "metrics.jsonl")
+        record["metrics"] = {"epoch": [metrics["epoch"] for metrics in epochs]}
+        for name in dict.fromkeys(name for metrics in epochs for name in metrics if name != "epoch"):
+            record["metrics"][name] = [float(f"{metrics[name]:.7g}") for metrics in epochs]  # keeps records small
+        record = signed_record(record)
         check(record)
     except DataError as error:
         raise DataError(f"{run}: {error}") from None
@@ -237,22 +236,8 @@ def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Re
     return record
 
 
-def _metrics_by_name(path: Path) -> Record:
-    """Return one list per metric, rounded to seven digits to keep records small."""
-    epochs = read_metrics(path)
-    names = dict.fromkeys(name for metrics in epochs for name in metrics if name != "epoch")
-    columns = {name: [float(f"{metrics[name]:.7g}") for metrics in epochs] for name in names}
-    return {"epoch": [metrics["epoch"] for metrics in epochs]} | columns
-
-
-def failed_record(head: Record, config: Record, error: str, log: list[str]) -> Record:
-    """Return the record of a run that ended with an error; ``log`` holds the last lines of its output."""
-    record: Record = {"format": FORMAT, "status": "failed", "at": _utc(time.time()), **head}
-    return signed_record(record | {"config": config, "error": error, "log": log})
-
-
-def add(record: Record, folder: Path) -> Path:
-    """Write a record to a file of the ledger and return its path; adding a record twice gives one file."""
+def write_record(record: Record, folder: Path) -> Path:
+    """Write a record to a file of the ledger and return its path; writing a record twice gives one file."""
     check(record)
     experiment = record["config"]["EXPERIMENT"]
     name = f"{experiment['PROJECT']}-{experiment['TAG']}-seed{record['seed']}"
@@ -265,7 +250,3 @@ def add(record: Record, folder: Path) -> Path:
         write_text("{\n" + ",\n".join(lines) + "\n}\n", temporary)
         temporary.replace(path)
     return path
-
-
-def _utc(timestamp: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))

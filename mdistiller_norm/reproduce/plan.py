@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.config import Config, load_config, method_names
+from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.engine.teacher import weights_hash
 from mdistiller_norm.engine.teacher_file import known_teacher
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.files import find_config
 from mdistiller_norm.models import build_model
 from mdistiller_norm.program import command
-from mdistiller_norm.reproduce.ledger import NOT_IDENTIFYING, Entry, finished_record, identity
-from mdistiller_norm.reproduce.tables import Cell, get_table, load_datasets
+from mdistiller_norm.reproduce.ledger import NOT_IDENTIFYING, Record, finished_record, identity
+from mdistiller_norm.reproduce.tables import DATASETS, TABLES, Cell
 from mdistiller_norm.run_folder import run_folder
 
 SMOKE = ("SOLVER.EPOCHS=2", "SOLVER.LR_DECAY_STAGES=[1]")
@@ -35,14 +36,7 @@ JobKey = tuple[str, int]  # identity and seed
 
 @dataclass(frozen=True)
 class Job:
-    """A training run.
-
-    Attributes:
-        config: resolved config, of ``config_file`` (relative to the project) with ``overrides``.
-        cells: names of the cells that it fills; empty for a teacher that only its students need.
-        teacher: job that must finish first.
-        rank: position in the order by value.
-    """
+    """A training run; ``cells`` is empty for a teacher that only its students need, ``teacher`` must finish first."""
 
     name: str
     config: Mapping[str, Any]
@@ -53,27 +47,27 @@ class Job:
     smoke: bool
     cells: tuple[str, ...] = ()
     teacher: Job | None = None
-    rank: int = 0
 
     @property
     def weights(self) -> Path:
         return self.folder / "student_last.pt"
 
     @property
-    def arguments(self) -> list[str]:
-        """Arguments of the command ``train`` that start or resume the run."""
-        return ["--cfg", str(find_config(self.config_file)), "--resume", *self.overrides]
+    def progress(self) -> str:
+        done = len(read_metrics(self.folder / "metrics.jsonl"))
+        return f"{done} of {self.config['SOLVER']['EPOCHS']} epochs done"
 
-    @property
-    def epochs_done(self) -> int:
-        return len(read_metrics(self.folder / "metrics.jsonl"))
+    def teacher_hash(self) -> str:
+        """Return the hash of the teacher's weights as in records, or an empty string if they do not exist here."""
+        path, model = Path(self.config["DISTILLER"]["TEACHER_WEIGHTS"]), self.config["DISTILLER"]["TEACHER"]
+        return _weights_hash(path, model, self.config["DATASET"]["TYPE"]) if path.is_file() else ""
 
 
-class Plan(NamedTuple):
-    """Jobs, teachers before their students, and the teachers' cells with published weights."""
-
-    jobs: list[Job]
-    published: list[Cell]
+@cache
+def _weights_hash(path: Path, model: str, dataset: str) -> str:
+    network = build_model(model, DATASETS[dataset]["classes"], variant=DATASETS[dataset]["variant"])
+    load_into(network, load_weights(path), model)
+    return weights_hash(network)[:10]
 
 
 @cache
@@ -95,9 +89,9 @@ def cell_identity(cell: Cell, smoke: bool = False) -> str:
 def cell_command(cell: Cell, seed: int = 0) -> str:
     """Return the command that trains one run of a cell; in a table with its own teacher, after that teacher's."""
     words = [f"{command('train')} --cfg", cell.config, *cell.overrides]
-    table, config = get_table(cell.table), cell_config(cell)
+    table, config = TABLES[cell.table], cell_config(cell)
     if table.own_teacher and config and method_names(config.node):
-        teacher = run_folder(_load(table.teacher_config(cell.column), (f"SEED={TEACHER_SEED}",)))
+        teacher = run_folder(_load(table.teacher.format(**cell.column._asdict()), (f"SEED={TEACHER_SEED}",)))
         words.append(f"DISTILLER.TEACHER_WEIGHTS={teacher / 'student_last.pt'}")
     return " ".join([*words, f"SEED={seed}"])
 
@@ -117,8 +111,7 @@ def _check_extra(extra: Sequence[str]) -> None:
         if key.startswith(_RESERVED):
             raise ConfigError(f"{key} is set by reproduce: use --seeds or --output")
         if not key.startswith(NOT_IDENTIFYING):
-            allowed = "only keys such as DEVICE, DATASET.ROOT and SOLVER.PRECISION can be set"
-            raise ConfigError(f"{key} would change the result, and the run would not be the table's: {allowed}")
+            raise ConfigError(f"{key} would change the result: set only keys such as DEVICE or DATASET.ROOT")
 
 
 def _finished_teachers(output: Path) -> dict[JobKey, Path]:
@@ -135,84 +128,69 @@ def _finished_teachers(output: Path) -> dict[JobKey, Path]:
 
 
 class _Planner:
-    """Collects the jobs of cells, each once."""
+    """Collects the jobs of cells, each once, and the teachers' cells with published weights."""
 
     def __init__(self, output: Path, smoke: bool, extra: Sequence[str]) -> None:
         self.smoke, self.common = smoke, (f"LOG.PREFIX={output}", *extra)
-        self.jobs: dict[JobKey, Job] = {}
+        self.jobs, self.published = dict[JobKey, Job](), list[Cell]()
         self._finished = _finished_teachers(output)
 
-    def add(self, cell: Cell, seeds: Sequence[int]) -> bool:
-        """Add the jobs of a cell; returns False if nothing has to be trained for it."""
-        config = cell_config(cell, self.smoke)
-        if not config:
-            return False
-        table, rank = get_table(cell.table), value_rank(cell)
-        distills, teacher, weights = bool(method_names(config.node)), None, None
-        if (distills or cell.is_teacher) and not (self.smoke or table.own_teacher):
+    def add(self, cell: Cell, seeds: Sequence[int]) -> None:
+        config, table = cell_config(cell, self.smoke), TABLES[cell.table]
+        teacher, weights = None, None
+        if config and not (self.smoke or table.own_teacher) and (cell.is_teacher or method_names(config.node)):
             known = known_teacher(cell.column.teacher, config.node.DATASET.TYPE)
             weights = known.path if known else None
-        if cell.is_teacher and weights:
-            return False
-        teacher_config = table.teacher_config(cell.column)
-        if distills and not weights and teacher_config:
-            teacher = self._add_job(teacher_config, (), (), TEACHER_SEED, rank=rank)
+        if not config or (cell.is_teacher and weights):
+            self.published.append(cell)
+            return
+        if table.teacher and method_names(config.node) and not weights:
+            teacher = self._add_job(table.teacher.format(**cell.column._asdict()), (), (), TEACHER_SEED)
             weights = teacher.weights
         more = (f"DISTILLER.TEACHER_WEIGHTS={weights}",) if weights else ()
         for seed in [TEACHER_SEED] if cell.is_teacher else seeds:
-            self._add_job(cell.config, cell.overrides, more, seed, cells=(cell.name,), teacher=teacher, rank=rank)
-        return True
+            self._add_job(cell.config, cell.overrides, more, seed, cells=(cell.name,), teacher=teacher)
 
     def _add_job(self, config_file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any) -> Job:
         overrides = (*settings, *self.common, *more, *(SMOKE if self.smoke else ()), f"SEED={seed}")
         config = _load(config_file, overrides)
         experiment = config.node.EXPERIMENT
-        name = " ".join([f"{experiment.PROJECT}/{experiment.TAG}", *settings]) + f", seed {seed}"
+        name = " ".join([f"[seed {seed}] {experiment.PROJECT}/{experiment.TAG}", *settings])
         key, folder = (identity(config.node), seed), run_folder(config)
         if key in self._finished and not (folder / "result.json").is_file():
             # Trained in another precision, for example: a second teacher would split its students.
             folder = self._finished[key]
         job = Job(name, config.node, config_file, overrides, key, folder, self.smoke, **fields)
         if known := self.jobs.get(key):
-            cells = tuple(dict.fromkeys((*known.cells, *job.cells)))
-            job = dataclasses.replace(known, cells=cells, rank=min(known.rank, job.rank))
+            job = dataclasses.replace(known, cells=tuple(dict.fromkeys((*known.cells, *job.cells))))
         self.jobs[key] = job
         return job
 
 
 def make_plan(
-    cells: Iterable[Cell],
-    seeds: Sequence[int],
-    output: Path,
-    smoke: bool = False,
-    extra: Sequence[str] = (),
-    by_value: bool = False,
-) -> Plan:
+    cells: Sequence[Cell], seeds: Sequence[int], output: Path, smoke: bool, extra: Sequence[str], by_value: bool
+) -> tuple[list[Job], list[Cell]]:
     """Plan the runs that fill some cells, each once, and the teachers that they need.
 
-    Teachers come first, then all cells of a seed before the next seed.
-
-    Args:
-        cells: cells to fill.
-        seeds: one run each; a teacher is trained once, with seed 0.
-        output: ``LOG.PREFIX`` of all runs.
-        smoke: use the short schedule.
-        extra: overrides that do not change the result (device, place of the data, ...).
-        by_value: order by :func:`value_rank` first.
+    Teachers come first, then all cells of a seed before the next seed; ``by_value`` sorts by :func:`value_rank` before.
+    ``extra`` are overrides that do not change the result. Returns the jobs and the cells with published weights.
     """
     _check_extra(extra)
-    planner = _Planner(output, smoke, extra)
-    published = [cell for cell in cells if not planner.add(cell, seeds)]
-    jobs = list(planner.jobs.values())
-    teachers = {job.teacher.key for job in jobs if job.teacher}
-    jobs.sort(key=lambda job: (job.rank if by_value else 0, job.key not in teachers, job.key[1]))
-    return Plan(jobs, published)
+    planner, order = _Planner(output, smoke, extra), list[JobKey]()
+    groups = [[cell for cell in cells if value_rank(cell) == rank] for rank in range(4)] if by_value else [cells]
+    for group in groups:
+        for cell in group:
+            planner.add(cell, seeds)
+        teachers = {job.teacher.key for job in planner.jobs.values() if job.teacher}
+        added = [key for key in planner.jobs if key not in order]
+        order += sorted(added, key=lambda key: (key not in teachers, key[1]))
+    return [planner.jobs[key] for key in order], planner.published
 
 
 @cache
 def forward_flops(model: str, dataset: str) -> float:
     """Return the floating-point operations of one image of a table's data set, counted on the meta device."""
-    size = load_datasets()[dataset]
+    size = DATASETS[dataset]
     with torch.device("meta"):
         network = build_model(model, size["classes"], variant=size["variant"]).eval()
         image = torch.empty(1, 3, size["size"], size["size"])
@@ -224,14 +202,14 @@ def forward_flops(model: str, dataset: str) -> float:
 def training_flops(tree: Mapping[str, Any]) -> float:
     """Return the operations of a training: three forward passes of the student and one of the teacher per image.
 
-    The distillation losses are not counted. Returns 0 for other data sets than the tables' and for unknown networks.
+    Returns 0 for data sets that are not in a table and for unknown networks.
     """
     student, teacher, dataset, _ = _speed_key(tree)
     try:
         flops = 3 * forward_flops(student, dataset) + (forward_flops(teacher, dataset) if teacher else 0.0)
     except (KeyError, ConfigError):
         return 0.0
-    return float(tree["SOLVER"]["EPOCHS"] * load_datasets()[dataset]["images"] * flops)
+    return float(tree["SOLVER"]["EPOCHS"] * DATASETS[dataset]["images"] * flops)
 
 
 def _speed_key(tree: Mapping[str, Any]) -> tuple[str, str, str, str]:
@@ -240,29 +218,24 @@ def _speed_key(tree: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return student, teacher, tree["DATASET"]["TYPE"], tree["SOLVER"]["PRECISION"]
 
 
-class Estimator:
-    """Estimates the time of jobs from finished runs on the same device with the same number of processes."""
+def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
+    """Return the remaining seconds of a job and their source, or None without comparable runs.
 
-    def __init__(self, entries: Iterable[Entry], device: str, processes: int = 1) -> None:
-        self._epochs = defaultdict[tuple[str, ...], list[float]](list)  # seconds
-        self._rates = defaultdict[str, float](float)  # operations per second, by precision
-        for record in (entry.record for entry in entries):
-            if (record["environment"]["device"], record.get("processes", 1)) == (device, processes):
-                key, seconds = _speed_key(record["config"]), max(record["seconds"], 1e-3)
-                self._epochs[key].append(seconds / record["epochs"])
-                self._rates[key[-1]] = max(self._rates[key[-1]], training_flops(record["config"]) / seconds)
-
-    def estimate(self, job: Job) -> tuple[float, str] | None:
-        """Return the remaining seconds of a job and their source, or None if no finished run is comparable."""
-        key, epochs = _speed_key(job.config), job.config["SOLVER"]["EPOCHS"]
-        done = read_metrics(job.folder / "metrics.jsonl")
-        left = max(epochs - len(done), 0)
-        if done and "seconds" in done[-1]:
-            return _START + left * done[-1]["seconds"] / len(done), "the run's speed so far"
-        if key in self._epochs:
-            return _START + left * statistics.median(self._epochs[key]), "finished runs of the same networks"
-        rate, flops = self._rates[key[-1]], training_flops(job.config)
-        return (_START + left / epochs * flops / rate, "operation counts") if rate and flops else None
+    ``finished`` are runs on the same device with the same number of processes.
+    """
+    key, epochs = _speed_key(job.config), job.config["SOLVER"]["EPOCHS"]
+    done = read_metrics(job.folder / "metrics.jsonl")
+    left = max(epochs - len(done), 0)
+    if done and "seconds" in done[-1]:
+        return _START + left * done[-1]["seconds"] / len(done), "the run's speed so far"
+    same = [record["seconds"] / record["epochs"] for record in finished if _speed_key(record["config"]) == key]
+    if same:
+        return _START + left * statistics.median(same), "finished runs of the same networks"
+    comparable = [record for record in finished if _speed_key(record["config"])[-1] == key[-1]]
+    rates = [training_flops(record["config"]) / max(record["seconds"], 1e-3) for record in comparable]
+    if not any(rates) or not (flops := training_flops(job.config)):
+        return None
+    return _START + left / epochs * flops / max(rates), "operation counts"
 
 
 def duration(seconds: float) -> str:

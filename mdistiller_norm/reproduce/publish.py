@@ -15,7 +15,7 @@ from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import write_text
 from mdistiller_norm.reproduce.ledger import finished_record, identity
 from mdistiller_norm.reproduce.plan import cell_identity
-from mdistiller_norm.reproduce.tables import load_tables
+from mdistiller_norm.reproduce.tables import TABLES
 
 
 def to_fp16(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -27,12 +27,9 @@ def to_fp16(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def publish(run: Path, folder: Path) -> Path:
-    """Write the last epoch's weights of a finished run in fp16 and their manifest entry; returns the file.
-
-    Only runs that fill a cell of the paper's tables are accepted: published weights of plain training become teachers.
-    """
+    """Write the last epoch's weights of a run of the paper's tables in fp16 and their manifest entry."""
     record = finished_record(run)
-    cells = [cell for table in load_tables().values() if table.in_paper for cell in table.cells.values()]
+    cells = [cell for table in TABLES.values() if table.in_paper for cell in table.cells.values()]
     if identity(record["config"]) not in {cell_identity(cell) for cell in cells}:
         raise ConfigError(f"{run} does not fill a cell of the paper's tables")
     words = [record["student"], record["dataset"], *record["method"], f"seed{record['seed']}"]

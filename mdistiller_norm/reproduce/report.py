@@ -14,24 +14,15 @@ from mdistiller_norm.config import leaves
 from mdistiller_norm.errors import ConfigError, needs_extra
 from mdistiller_norm.files import write_text
 from mdistiller_norm.program import command
-from mdistiller_norm.reproduce.ledger import Entry, Ledger, Record, load_schema, read_ledger
+from mdistiller_norm.reproduce import stats
+from mdistiller_norm.reproduce.ledger import SCHEMA, Entry, Record, read_ledger
 from mdistiller_norm.reproduce.plan import cell_command, cell_identity, counted, duration
-from mdistiller_norm.reproduce.stats import (
-    CONTRADICTED,
-    HOLDS,
-    MINUS,
-    UNDECIDED,
-    UNTESTED,
-    MeanStd,
-    PairedDifference,
-    mean_std,
-    paired_difference,
-    signed,
-)
-from mdistiller_norm.reproduce.tables import Cell, Claim, Column, Delta, Table, load_claims, load_tables
+from mdistiller_norm.reproduce.stats import MeanStd, PairedDifference
+from mdistiller_norm.reproduce.tables import CLAIMS, TABLES, Cell, Claim, Column, Delta, Table
 
 # Properties that do not change the identity of a run but may change its result.
 _CONDITIONS: dict[str, Callable[[Entry], str]] = {
+    "teacher weights (SHA-256)": lambda entry: entry.teacher_hash,
     "precision": lambda entry: entry.precision,
     "number of processes": lambda entry: str(entry.record.get("processes", 1)),
     "training images (SHA-256)": lambda entry: str(entry.record.get("data", ""))[:10],
@@ -53,7 +44,12 @@ class CellView:
 
     def mean(self, which: str) -> MeanStd | None:
         """Return mean and standard deviation of the top-1 of the ``best`` or ``last`` epoch."""
-        return mean_std(self.top1(which).values())
+        return stats.mean_std(self.top1(which).values())
+
+    def minus(self, other: CellView, which: str) -> PairedDifference | None:
+        """Return the paired difference of two rows; None without common seeds with the same teacher."""
+        teachers = {entry.teacher_hash for entry in (*self.runs.values(), *other.runs.values())} - {""}
+        return stats.paired_difference(self.top1(which), other.top1(which)) if len(teachers) < 2 else None
 
     @property
     def difference(self) -> float | None:
@@ -86,11 +82,6 @@ class TableView(NamedTuple):
     def measured(self) -> int:
         return sum(bool(cell.runs) for cell in self.cells.values())
 
-    @property
-    def total(self) -> int:
-        """Number of cells that runs can fill."""
-        return sum(bool(cell.cell.config) for cell in self.cells.values())
-
     def column(self, column: Column) -> dict[str, CellView]:
         """Return the cells of a column by row key."""
         return {row.key: self.cells[row.key, column.key] for row in self.table.rows}
@@ -99,88 +90,67 @@ class TableView(NamedTuple):
         """Return the paper's and the measured difference of two rows in their best epochs."""
         cells = self.column(column)
         first, second = cells[delta.row], cells[delta.minus]
-        measured = paired_difference(first.top1("best"), second.top1("best"))
-        if delta.printed:
-            return delta.printed[self.table.columns.index(column)], measured
         papers = first.cell.paper.get("top1"), second.cell.paper.get("top1")
-        return papers[0] - papers[1] if papers[0] and papers[1] else None, measured
+        printed = papers[0] - papers[1] if papers[0] and papers[1] else None
+        if delta.printed:
+            printed = delta.printed[self.table.columns.index(column)]
+        return printed, first.minus(second, "best")
 
     def warnings(self, column: Column) -> list[str]:
         """Return a line for each property that differs between the students' runs of a column."""
-        cells = [cell for cell in self.column(column).values() if not cell.cell.is_teacher]
-        lines = []
+        cells, lines = self.column(column).values(), []
+        runs = [entry for cell in cells if not cell.cell.is_teacher for entry in cell.runs.values()]
         for name, value in _CONDITIONS.items():
-            counts = Counter(value(entry) for cell in cells for entry in cell.runs.values())
-            del counts[""]  # not recorded
-            listed = ", ".join(f"{text} ({counted(number, 'run')})" for text, number in counts.most_common())
-            lines += [f"Runs of {column.name} differ in {name}: {listed}."] if len(counts) > 1 else []
+            counts = Counter(value(entry) for entry in runs)
+            del counts[""]  # none, or not recorded
+            if len(counts) > 1:
+                listed = ", ".join(f"{text} ({counted(number, 'run')})" for text, number in counts.most_common())
+                lines.append(f"Runs of {column.name} differ in {name}: {listed}.")
         return lines
 
 
-class Comparison(NamedTuple):
-    """A claim in one column: the difference of two rows in the last epochs, which decide, and in the best epochs."""
-
-    where: str
-    rows: str
-    last: PairedDifference | None
-    best: PairedDifference | None
-
-    @property
-    def verdict(self) -> str:
-        return self.last.verdict if self.last else UNTESTED
+def verdict(verdicts: set[str]) -> str:
+    """Return the verdict on a claim from those of its comparisons."""
+    if stats.UNTESTED in verdicts and len(verdicts) > 1 and stats.CONTRADICTED not in verdicts:
+        return "partly tested"
+    order = (stats.CONTRADICTED, stats.UNTESTED, stats.UNDECIDED, stats.HOLDS)
+    return next(name for name in order if name in verdicts)
 
 
-class ClaimView(NamedTuple):
-    """A claim with its comparisons."""
-
-    claim: Claim
-    comparisons: list[Comparison]
-
-    @property
-    def verdict(self) -> str:
-        verdicts = {comparison.verdict for comparison in self.comparisons}
-        if UNTESTED in verdicts and len(verdicts) > 1 and CONTRADICTED not in verdicts:
-            return "partly tested"
-        return next(verdict for verdict in (CONTRADICTED, UNTESTED, UNDECIDED, HOLDS) if verdict in verdicts)
-
-
-class Report(NamedTuple):
-    """Contents of the report; ``others`` are runs that are not part of a table."""
-
-    smoke: bool
-    ledger: Ledger
-    tables: list[TableView]
-    claims: list[ClaimView]
-    teachers: list[Record]
-    environments: list[tuple[Record, int]]
-    others: list[Entry]
-
-
-def collect(folder: Path, smoke: bool = False) -> Report:
-    """Read a ledger and assign its runs to tables and claims."""
+def collect(folder: Path, smoke: bool = False) -> Record:
+    """Read a ledger and return the contents of the report, by name."""
     ledger = read_ledger(folder, smoke)
     failures = {entry.identity: entry for entry in ledger.failures}
-    views, placed = {}, set()
-    for table in load_tables().values():
+    views, placed, counted_runs = {}, set(), set()
+    for table in TABLES.values():
         cells = {}
         for key, cell in table.cells.items():
             name = cell_identity(cell, smoke)
-            placed.add(name)
             cells[key] = CellView(cell, ledger.of(name), failures.get(name))
+            placed.add(name)
+            counted_runs |= {entry.path for entry in cells[key].runs.values()}
         views[table.id] = TableView(table, cells)
     runs = ledger.all_runs()
-    teachers = [row for view in views.values() for column in view.table.columns for row in _teacher(view, column)]
-    claims = [ClaimView(claim, _compare(claim, views)) for claim in load_claims()]
-    others = [entry for entry in runs if entry.identity not in placed]
-    return Report(smoke, ledger, list(views.values()), claims, teachers, _environments(runs), others)
+    claims = [claim for claim in CLAIMS if not claim.own or any(views[name].measured for name in claim.tables)]
+    return {
+        "smoke": smoke,
+        "ledger": ledger,
+        "runs": runs,
+        "tables": list(views.values()),
+        "teachers": [row for view in views.values() for column in view.table.columns for row in _teacher(view, column)],
+        "claims": [_judge(claim, views) for claim in claims],
+        "environments": _environments(runs),
+        "other_teachers": [run for run in runs if run.identity in placed and run.path not in counted_runs],
+        "others": [run for run in runs if run.identity not in placed],
+    }
 
 
 def _teacher(view: TableView, column: Column) -> list[Record]:
     """Return the paper's top-1 of a column's teacher, the values measured by its students' runs, and its hashes."""
     cells = view.column(column)
-    runs = [entry.record["teacher"] for cell in cells.values() for entry in cell.runs.values()]
-    measured = sorted({teacher["top1"] for teacher in runs if teacher})
-    hashes = sorted({teacher["hash"][:10] for teacher in runs if teacher})
+    runs = [entry for cell in cells.values() for entry in cell.runs.values() if entry.teacher_hash]
+    measured = sorted({entry.record["teacher"]["top1"] for entry in runs})
+    hashes = sorted({entry.teacher_hash for entry in runs})
     paper, own = None, cells.get("teacher")
     if own and measured:
         own.teacher_top1, paper = measured[-1], own.cell.paper.get("top1")
@@ -189,6 +159,7 @@ def _teacher(view: TableView, column: Column) -> list[Record]:
 
 
 def _environments(runs: Sequence[Entry]) -> list[tuple[Record, int]]:
+    """Return the environments of the runs with the number of runs."""
     counts: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for entry in runs:
         names = ("device", "torch", "python", "commit", "modified", "platform")
@@ -198,31 +169,28 @@ def _environments(runs: Sequence[Entry]) -> list[tuple[Record, int]]:
     return [(dict(items), count) for items, count in counts.most_common()]
 
 
-def _compare(claim: Claim, tables: Mapping[str, TableView]) -> list[Comparison]:
-    comparisons = []
-    for view in (tables[name] for name in claim.tables):
-        for column in view.table.columns:
-            cells = view.column(column)
-            first, second = (cells[claim.row], cells[claim.than]) if claim.row else _peak(cells, claim.peak)
-            last, best = (paired_difference(first.top1(which), second.top1(which)) for which in ("last", "best"))
-            if claim.peak and not all(cell.runs for cell in cells.values()):
-                last = best = None
-            rows = f"{first.cell.row.name} {MINUS} {second.cell.row.name}"
-            comparisons.append(Comparison(f"{view.table.name}, {column.name}", rows, last, best))
-    return comparisons
+def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
+    """Return a claim with its verdict and its comparison in each column; the last epochs decide."""
+    comparisons: list[Record] = []
+    for view, column in ((tables[name], column) for name in claim.tables for column in tables[name].table.columns):
+        cells = view.column(column)
+        first, second = (cells[claim.row], cells[claim.than]) if claim.row else _peak(cells, claim.peak)
+        last, best = first.minus(second, "last"), first.minus(second, "best")
+        if claim.peak and not all(cell.runs for cell in cells.values()):
+            last = best = None
+        rows = f"{first.cell.row.name} {stats.MINUS} {second.cell.row.name}"
+        found = {"where": f"{view.table.name}, {column.name}", "rows": rows, "last": last, "best": best}
+        comparisons.append(found | {"verdict": last.verdict if last else stats.UNTESTED})
+    return {"claim": claim, "comparisons": comparisons, "verdict": verdict({c["verdict"] for c in comparisons})}
 
 
 def _peak(cells: Mapping[str, CellView], peak: Sequence[str]) -> list[CellView]:
     """Return the best row inside a range and the best one outside, by the last epochs."""
-
-    def height(cell: CellView) -> float:
-        mean = cell.mean("last")
-        return mean.mean if mean else -1.0
-
-    return [max((cells[key] for key in cells if (key in peak) == inside), key=height) for inside in (True, False)]
+    ranked = sorted(cells.values(), key=lambda cell: getattr(cell.mean("last"), "mean", -1.0), reverse=True)
+    return [next(cell for cell in ranked if (cell.cell.row.key in peak) == inside) for inside in (True, False)]
 
 
-def render(report: Report, template: str) -> str:
+def render(report: Record, template: str) -> str:
     """Return the report by ``report.md.j2`` or ``report.html.j2``; values are escaped in both."""
     with needs_extra("report", "the report"):
         import jinja2
@@ -231,22 +199,22 @@ def render(report: Report, template: str) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
-    functions = (cell_command, counted, duration, mean_chart, mean_std, run_charts, signed)
+    functions = (cell_command, counted, duration, mean_chart, run_charts, stats.mean_std, stats.signed)
     environment.globals |= {function.__name__: function for function in functions} | {"program": command}
     text = environment.get_template(template).render(report=report).rstrip() + "\n"
     return text if "html" in template else text.replace("&#39;", "'").replace("&#34;", '"')
 
 
-def write_csv(report: Report, path: Path) -> None:
+def write_csv(report: Record, path: Path) -> None:
     """Write a line for each run, with the columns of ``record.yaml``."""
     cells: dict[Path, list[str]] = {}
-    for cell in (cell for view in report.tables for cell in view.cells.values()):
+    for cell in (cell for view in report["tables"] for cell in view.cells.values()):
         for entry in cell.runs.values():
             cells.setdefault(entry.path, []).append(cell.cell.name)
     with path.open("w", newline="", encoding="utf-8") as file:
-        rows, columns = csv.writer(file), load_schema()["csv"]
+        rows, columns = csv.writer(file), SCHEMA["csv"]
         rows.writerow(["file", "cells", "ms_per_batch", "precision", *columns])
-        for entry in sorted(report.ledger.all_runs(), key=lambda entry: entry.path.name):
+        for entry in sorted(report["runs"], key=lambda entry: entry.path.name):
             values = dict(leaves(entry.record)) | {"method": "+".join(entry.record["method"]) or "none"}
             head = [entry.path.name, "; ".join(cells.get(entry.path, [])), entry.milliseconds, entry.precision]
             rows.writerow(head + [values.get(key, "") for key in columns.values()])
@@ -274,6 +242,5 @@ def main(options: argparse.Namespace) -> int:
     write_text(render(report, "report.html.j2"), out / "report.html")
     if options.export:
         write_csv(report, out / "runs.csv")
-    for name in ["TABLES.md", "report.html", *(["runs.csv"] if options.export else [])]:
-        print(f"wrote {out / name}")
+    print(f"wrote TABLES.md, report.html{' and runs.csv' if options.export else ''} in {out}")
     return 0

@@ -1,4 +1,4 @@
-"""Execution of jobs on this machine: several at a time, teachers first, until all are finished or a signal arrives."""
+"""Execution of jobs on this machine: several at a time, teachers first, until all have ended or a signal arrives."""
 
 from __future__ import annotations
 
@@ -21,16 +21,24 @@ from mdistiller_norm.engine.signals import STOP_SIGNALS, stop_signals
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import find_config
 from mdistiller_norm.program import python_arguments
-from mdistiller_norm.reproduce.ledger import Ledger, Record, add, failed_record, finished_record, identity
+from mdistiller_norm.reproduce.ledger import (
+    FORMAT,
+    UTC,
+    Ledger,
+    Record,
+    finished_record,
+    identity,
+    signed_record,
+    write_record,
+)
 from mdistiller_norm.reproduce.plan import Job, JobKey, duration
 
-# Seconds between SIGTERM and SIGKILL at the deadline: a run saves its state after its step. torchrun gives its
-# processes the same time and needs a few more seconds to exit.
-GRACE, TORCHRUN_GRACE = 30.0, 40.0
+GRACE = 35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun gives its processes 30
+PROGRESS = 60.0  # seconds between two lines about a running job
 DONE, FAILED, BLOCKED, STOPPED, KILLED, QUEUED = "done", "failed", "blocked", "stopped", "killed", "queued"
+Outcomes = dict[JobKey, str]
 _STOP_CODES = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
 _EXCEPTION = re.compile(r"error: |[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
-Outcomes = dict[JobKey, str]
 
 
 def trained_record(job: Job) -> Record | None:
@@ -44,25 +52,24 @@ def trained_record(job: Job) -> Record | None:
 
 def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
     """Return the jobs that are missing in the ledger, and the teachers of these whose weights are missing."""
-    missing = {job.key for job in jobs if job.key[1] not in ledger.of(job.key[0])}
-    needed = {job.teacher.key for job in jobs if job.teacher and job.key in missing}
-    pending = {job.key for job in jobs if job.cells} & missing
+    done = {job.key for job in jobs if ledger.has(*job.key) and ledger.has(*job.key, job.teacher_hash())}
+    needed = {job.teacher.key for job in jobs if job.teacher and job.key not in done}
+    pending = {job.key for job in jobs if job.cells} - done
     pending |= {job.key for job in jobs if job.key in needed and not (job.weights.is_file() and trained_record(job))}
     return [job for job in jobs if job.key in pending]
 
 
 class Execution:
-    """A job in a child process, started by torchrun if it has several ones, under a lock until that process ends."""
+    """A job in a child process (torchrun for several processes), under a lock that is held until the process ends."""
 
-    def __init__(
-        self, job: Job, folder: Path, processes: int = 1, environment: Mapping[str, str] | None = None
-    ) -> None:
-        self.job, self.folder, self.processes, self.environment = job, folder, processes, environment or {}
+    def __init__(self, job: Job, folder: Path, processes: int, environment: Mapping[str, str]) -> None:
+        self.job, self.folder, self.processes, self.environment = job, folder, processes, environment
         logs = job.folder.parent / ".reproduce"
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"{job.folder.name}.log"
-        self.started = time.monotonic()
+        self.started = self.reported = time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None  # None if another process finished the job
+        self.record: Record | None = None
         self._lock: IO[str] = (logs / f"{job.folder.name}.lock").open("w")
         self._stopping, self._kill_at = False, float("inf")
 
@@ -74,7 +81,8 @@ class Execution:
             return False
         if self._add_to_ledger():
             return True
-        command = [sys.executable, *python_arguments("train"), *self.job.arguments]
+        command = [sys.executable, *python_arguments("train"), "--cfg", str(find_config(self.job.config_file))]
+        command += ["--resume", *self.job.overrides]
         if self.processes > 1:
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
         with self.log.open("wb") as log:
@@ -111,7 +119,7 @@ class Execution:
         if self.process and not self._stopping:
             self._stopping = True
             if kill:
-                self._kill_at = time.monotonic() + (GRACE if self.processes == 1 else TORCHRUN_GRACE)
+                self._kill_at = time.monotonic() + GRACE
             self.process.terminate()
 
     @property
@@ -126,113 +134,105 @@ class Execution:
         errors = sorted(filter(_EXCEPTION.match, lines), key=lambda line: not line.startswith("error: "))
         return (errors or lines[-1:] or [""])[0]
 
+    def text(self, outcome: str) -> str:
+        """Return a description of the outcome, or of the progress if it is empty."""
+        if outcome == DONE and self.record:
+            accuracies = ", ".join(f"{which} top-1 {self.record[which]['top1']:.2f}" for which in ("last", "best"))
+            took = f"done in {duration(time.monotonic() - self.started)}"
+            return f"{took if self.process else 'finished by another process'}, {accuracies}"
+        if outcome == FAILED:
+            return f"FAILED, {self.error} (log: {self.log})"
+        if outcome:
+            return "stopped and saved" if outcome == STOPPED else "killed, will resume from its last saved state"
+        return self.job.progress
+
     def _output(self) -> list[str]:
         return [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
 
     def _add_to_ledger(self) -> bool:
-        record = trained_record(self.job)
-        if record:
-            add(record, self.folder)
-        return record is not None
+        self.record = trained_record(self.job)
+        if self.record:
+            write_record(self.record, self.folder)
+        return self.record is not None
 
     def _record_failure(self, code: int) -> None:
         job = self.job
         starter = "python" if self.processes == 1 else f"torchrun --standalone --nproc-per-node {self.processes}"
-        words = [starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]
-        head = {"smoke": job.smoke, "config_file": job.config_file, "seed": job.key[1], "command": " ".join(words)}
-        config = yaml.safe_load(dump(load_config(find_config(job.config_file), job.overrides).node))
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        add(failed_record(head, config, f"{self.error} ({how})", self._output()[-20:]), self.folder)
+        record = {
+            "format": FORMAT,
+            "status": "failed",
+            "smoke": job.smoke,
+            "config_file": job.config_file,
+            "at": time.strftime(UTC, time.gmtime()),
+            "seed": job.key[1],
+            "command": " ".join([starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]),
+            "config": yaml.safe_load(dump(load_config(find_config(job.config_file), job.overrides).node)),
+            "error": f"{self.error} ({f'signal {-code}' if code < 0 else f'exit code {code}'})",
+            "log": self._output()[-20:],
+        }
+        write_record(signed_record(record), self.folder)
 
 
 class Runner:
-    """Runs jobs on this machine until all are finished, the deadline is reached, or SIGINT or SIGTERM arrives.
+    """Runs jobs, teachers before their students; ``slots`` of them at a time are distributed over the GPUs."""
 
-    Args:
-        jobs: teachers before their students.
-        folder: folder of the ledger.
-        slots: number of jobs at a time; they are distributed over the GPUs.
-        processes: number of processes of each job.
-        deadline: ``time.monotonic()`` at which running jobs are stopped.
-    """
-
-    def __init__(self, jobs: Sequence[Job], folder: Path, slots: int, processes: int, deadline: float) -> None:
-        self.folder, self.slots, self.processes, self.deadline = folder, slots, processes, deadline
-        self.outcomes: Outcomes = {}
-        self.signal = 0
-        self._waiting, self._running = list(jobs), dict[int, Execution]()
-        self._number = {job.key: f"[{i}/{len(jobs)}]" for i, job in enumerate(jobs, 1)}
+    def __init__(self, jobs: Sequence[Job], folder: Path, slots: int, processes: int) -> None:
+        self.folder, self.slots, self.processes = folder, slots, processes
+        self.signals: list[int] = []
+        self._outcomes, self._waiting, self._running = Outcomes(), list(jobs), dict[int, Execution]()
+        self._number = {job.key: f"{i}/{len(jobs)}" for i, job in enumerate(jobs, 1)}
         self._locked: set[JobKey] = set()
 
-    def run(self) -> Outcomes:
-        """Run the jobs and return the outcomes of those that were started or blocked by a failed teacher."""
-        with stop_signals(self._request_stop, (signal.SIGINT, signal.SIGTERM)):
+    def run(self, deadline: float) -> Outcomes:
+        """Run until all jobs have ended, ``time.monotonic()`` reaches the deadline, or SIGINT or SIGTERM arrives.
+
+        Returns the outcomes of jobs that were started or that their teacher's outcome prevents.
+        """
+        stopping = False
+        with stop_signals(self.signals.append, (signal.SIGINT, signal.SIGTERM)):
             try:
-                while self._running or (self._waiting and not self._stopping):
-                    if self._stopping:
-                        self._stop_all(kill=not self.signal)
-                    self._collect()
-                    if not self._stopping:
-                        self._start_jobs()
+                while self._running or (self._waiting and not stopping):
+                    stopping = bool(self.signals) or time.monotonic() >= deadline
+                    for slot, execution in list(self._running.items()):
+                        if stopping:
+                            execution.stop(kill=not self.signals)
+                        self._poll(slot, execution)
+                    for job in [] if stopping else list(self._waiting):
+                        self._start(job)
                     time.sleep(0.1)
-            except BaseException:
-                self._stop_all(kill=False)
-                raise
-        return self.outcomes
-
-    def _request_stop(self, signal_number: int) -> None:
-        self.signal = signal_number
-
-    @property
-    def _stopping(self) -> bool:
-        return bool(self.signal) or time.monotonic() >= self.deadline
-
-    def _stop_all(self, kill: bool) -> None:
-        for execution in self._running.values():
-            execution.stop(kill)
+            finally:
+                for execution in self._running.values():
+                    execution.stop()
+        return self._outcomes
 
     def _print(self, job: Job, text: str) -> None:
-        print(f"{self._number[job.key]} {text}: {job.name}", flush=True)
+        print(f"{self._number[job.key]} {job.name}: {text}", flush=True)
 
-    def _collect(self) -> None:
-        """Process the jobs that have ended."""
-        for slot, execution in list(self._running.items()):
-            if not (outcome := execution.poll()):
-                continue
+    def _poll(self, slot: int, execution: Execution) -> None:
+        outcome = execution.poll()
+        if outcome:
             del self._running[slot]
-            self.outcomes[execution.job.key] = outcome
-            took = f"done in {duration(time.monotonic() - execution.started)}"
-            texts = {
-                DONE: took if execution.process else "finished by another process",
-                FAILED: f"FAILED with {execution.error!r} (log: {execution.log})" if outcome == FAILED else "",
-                STOPPED: "stopped and saved",
-                KILLED: "killed, will resume from its last saved state",
-            }
-            self._print(execution.job, texts[outcome])
+            self._outcomes[execution.job.key] = outcome
+        if outcome or time.monotonic() > execution.reported + PROGRESS:
+            execution.reported = time.monotonic()
+            self._print(execution.job, execution.text(outcome))
 
-    def _start_jobs(self) -> None:
-        for job in list(self._waiting):
-            teacher = self.outcomes.get(job.teacher.key, "") if job.teacher else DONE
-            if teacher not in ("", DONE):
-                self._waiting.remove(job)
-                self.outcomes[job.key] = BLOCKED if teacher == FAILED else STOPPED
-                self._print(job, f"not started, its teacher {'failed' if teacher == FAILED else 'was stopped'}")
-            elif teacher == DONE or (job.teacher and job.teacher.key not in self._unfinished()):
-                free = [slot for slot in range(self.slots) if slot not in self._running]
-                if free:
-                    self._start(job, free[0])
-
-    def _unfinished(self) -> set[JobKey]:
-        return {job.key for job in (*self._waiting, *(execution.job for execution in self._running.values()))}
-
-    def _start(self, job: Job, slot: int) -> None:
-        environment = slot_environment(job.config["DEVICE"], slot, self.slots, self.processes)
-        execution = Execution(job, self.folder, self.processes, environment)
-        if execution.start():
+    def _start(self, job: Job) -> None:
+        """Start a job if a slot is free and its teacher has finished; drop it if its teacher has not."""
+        unfinished = {other.key for other in (*self._waiting, *(execution.job for execution in self._running.values()))}
+        outcome = self._outcomes.get(job.teacher.key, DONE) if job.teacher else DONE
+        free = [slot for slot in range(self.slots) if slot not in self._running]
+        if outcome != DONE:
             self._waiting.remove(job)
-            self._running[slot] = execution
-            if execution.process:
-                self._print(job, f"resuming at epoch {job.epochs_done + 1}" if job.epochs_done else "running")
-        elif job.key not in self._locked:
-            self._locked.add(job.key)
-            self._print(job, "waiting, another process is running it")
+            self._outcomes[job.key] = BLOCKED if outcome == FAILED else STOPPED
+            self._print(job, f"not started, its teacher {'failed' if outcome == FAILED else 'was stopped'}")
+        elif free and not (job.teacher and job.teacher.key in unfinished):
+            environment = slot_environment(job.config["DEVICE"], free[0], self.slots, self.processes)
+            execution = Execution(job, self.folder, self.processes, environment)
+            if execution.start():
+                self._waiting.remove(job)
+                self._running[free[0]] = execution
+                self._print(job, f"started, {job.progress}")
+            elif job.key not in self._locked:
+                self._locked.add(job.key)
+                self._print(job, "waiting, another process is running it")

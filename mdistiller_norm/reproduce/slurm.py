@@ -21,13 +21,13 @@ class ClusterTask:
 
     def __call__(self) -> None:
         """Run the job; raises if it does not finish, so that Slurm does not start the students of its teacher."""
-        self._execution = Execution(self.job, self.folder, self.processes)
+        self._execution = Execution(self.job, self.folder, self.processes, {})
         while not self._execution.start():
             time.sleep(1)
         while not (outcome := self._execution.poll()):
             time.sleep(0.2)
         if outcome != DONE:
-            raise RuntimeError(f"{outcome}: {self._execution.error}")
+            raise RuntimeError(self._execution.text(outcome))
 
     def checkpoint(self) -> Any:
         """Save and resubmit; submitit calls it before the job is preempted."""
@@ -41,38 +41,30 @@ class ClusterTask:
 
 
 def submit(jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping[str, Any], processes: int) -> Outcomes:
-    """Submit jobs, students with a dependency on their teacher.
+    """Submit jobs to ``slurm`` with dependencies on their teachers, or run them in local processes (``local``).
 
-    Args:
-        jobs: teachers before their students.
-        folder: folder of the ledger, on a file system that the cluster shares.
-        cluster: ``slurm``, or ``local`` for processes on this machine, which this function waits for.
-        options: arguments of submitit's ``AutoExecutor.update_parameters``.
-        processes: number of processes of each job, on one machine.
+    ``options`` are arguments of submitit's ``AutoExecutor.update_parameters``.
     """
     with needs_extra("slurm", "--launcher slurm"):
         import submitit
 
+    outcomes, submitted = Outcomes(), dict[JobKey, Any]()
+    extra = options.get("slurm_additional_parameters") or {}
     try:
         executor = submitit.AutoExecutor(folder=str(folder.parent / ".submitit" / "%j"), cluster=cluster)
         executor.update_parameters(**{"name": "mdistiller_norm", "timeout_min": 24 * 60} | dict(options))
-        extra = dict(options.get("slurm_additional_parameters") or {})
-    except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise ConfigError(f"submitit cannot use {cluster}: {first_line(error)}") from error
-    outcomes, submitted = Outcomes(), dict[JobKey, Any]()
-    for job in jobs:
-        teacher = submitted.get(job.teacher.key) if job.teacher else None
-        if cluster == "slurm":
-            after = {"dependency": f"afterok:{teacher.job_id}", "kill_on_invalid_dep": "yes"} if teacher else {}
-            executor.update_parameters(slurm_additional_parameters=extra | after)
-        elif teacher and teacher.exception():  # waits for the teacher
-            outcomes[job.key] = BLOCKED
-            continue
-        try:
+        for job in jobs:
+            teacher = submitted.get(job.teacher.key) if job.teacher else None
+            if cluster == "slurm":
+                after = {"dependency": f"afterok:{teacher.job_id}", "kill_on_invalid_dep": "yes"} if teacher else {}
+                executor.update_parameters(slurm_additional_parameters=extra | after)
+            elif teacher and teacher.exception():  # waits for the teacher
+                outcomes[job.key] = BLOCKED
+                continue
             submitted[job.key] = executor.submit(ClusterTask(job, folder, processes))
-        except (OSError, RuntimeError, TypeError, ValueError) as error:  # sbatch's errors are RuntimeErrors
-            raise ConfigError(f"cannot submit {job.name}: {first_line(error)} (submitted: {len(submitted)})") from error
-        print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
+            print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
+    except (OSError, RuntimeError, NameError, TypeError, ValueError) as error:  # also errors of sbatch
+        raise ConfigError(f"submitit with {cluster}: {first_line(error)} ({len(submitted)} jobs submitted)") from error
     for key, task in submitted.items():
         outcomes[key] = QUEUED if cluster == "slurm" else FAILED if task.exception() else DONE
     return outcomes

@@ -66,7 +66,7 @@ def mean_std(values: Iterable[float]) -> MeanStd | None:
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference | None:
     """Return ``first - second`` over the common seeds, or None if there is no common seed."""
-    result = mean_std(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys()))
+    result = mean_std(first[seed] - second[seed] for seed in first if seed in second)
     if not result:
         return None
     n, mean, std = result

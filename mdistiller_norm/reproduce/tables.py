@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-
-from mdistiller_norm.errors import ConfigError
 
 
 class Column(NamedTuple):
@@ -90,9 +87,6 @@ class Table(NamedTuple):
     def name(self) -> str:
         return f"Table {self.id}" if self.in_paper else f"Table “{self.id}”"
 
-    def teacher_config(self, column: Column) -> str:
-        return self.teacher.format(teacher=column.teacher)
-
 
 class Claim(NamedTuple):
     """A claim: ``row`` is better than ``than`` in every column, or the best row is one of ``peak``.
@@ -106,38 +100,6 @@ class Claim(NamedTuple):
     than: str = ""
     peak: tuple[str, ...] = ()
     own: bool = False
-
-
-@cache
-def _source() -> dict[str, Any]:
-    text = Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8")
-    content: dict[str, Any] = yaml.safe_load(text)
-    return content
-
-
-@cache
-def load_tables() -> Mapping[str, Table]:
-    """Return all tables by id."""
-    return {entry["id"]: _table(entry) for entry in _source()["tables"]}
-
-
-def load_claims() -> list[Claim]:
-    """Return all claims, the paper's first."""
-    return [Claim(**_with_tuples(entry)) for entry in _source()["claims"]]
-
-
-def load_datasets() -> dict[str, Any]:
-    """Return ``images``, ``size``, ``classes`` and ``variant`` of the tables' data sets by ``DATASET.TYPE``."""
-    datasets: dict[str, Any] = _source()["datasets"]
-    return datasets
-
-
-def get_table(name: str) -> Table:
-    """Return the table with that id."""
-    tables = load_tables()
-    if name not in tables:
-        raise ConfigError(f"--table must be one of {', '.join(tables)}, got {name!r}")
-    return tables[name]
 
 
 def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
@@ -157,3 +119,10 @@ def _table(entry: dict[str, Any]) -> Table:
     deltas = tuple(Delta(**_with_tuples(delta)) for delta in entry.get("deltas", ()))
     parsed = {"columns": columns, "rows": rows, "cells": cells, "deltas": deltas}
     return Table(**_with_tuples(entry) | parsed)
+
+
+_SOURCE = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
+TABLES: Mapping[str, Table] = {entry["id"]: _table(entry) for entry in _SOURCE["tables"]}
+CLAIMS = [Claim(**_with_tuples(entry)) for entry in _SOURCE["claims"]]  # the paper's first
+# Number of training images, image size, number of classes and variant of build_model, by DATASET.TYPE.
+DATASETS: Mapping[str, dict[str, Any]] = _SOURCE["datasets"]
