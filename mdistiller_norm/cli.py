@@ -20,6 +20,8 @@ from mdistiller_norm.program import command, python_arguments
 COMMANDS = {
     "train": ("", "Train a student, with or without a teacher."),
     "eval": ("mdistiller_norm.evaluation", "Evaluate weights of networks on a test split."),
+    "predict": ("mdistiller_norm.predict", "Classify image files with a trained network."),
+    "compare": ("mdistiller_norm.compare", "Compare size, speed, accuracy and agreement of trained networks."),
     "export": ("mdistiller_norm.export", "Write a trained network as a file that does not need this package."),
     "reproduce": ("mdistiller_norm.reproduce.command", "Train the runs of the paper's tables."),
     "report": ("mdistiller_norm.reproduce.report", "Write TABLES.md and report.html from the ledger of finished runs."),

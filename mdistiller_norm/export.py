@@ -6,72 +6,48 @@ Each file is loaded again and compared with the network before it replaces an ex
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
-from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
-from mdistiller_norm.files import whole_file
+from mdistiller_norm.errors import CheckpointError, ConfigError, first_line, needs_extra
+from mdistiller_norm.files import whole_file, write_json, write_text
 from mdistiller_norm.models import build_model
-from mdistiller_norm.models.base import Network
 from mdistiller_norm.plugins import import_plugin
+from mdistiller_norm.run_folder import RESULT
+from mdistiller_norm.student import Metadata, Student, find_weights, load_student
 
 Forward = Callable[[Tensor], Tensor]
-Metadata = dict[str, Any]
 TOLERANCE = 1e-4  # of a logit, relative to the largest of its batch: other kernels sum in another order
 ABOUT = "about.json"  # name of the metadata in a .pt2
-SUFFIXES = {".pt2": "pt2", ".onnx": "onnx", ".pth": "state_dict", ".pt": "state_dict"}
-_REQUIRED = ("name", "variant", "dataset", "classes", "mean", "std", "image_size")
+SUFFIXES = {".pt2": "pt2", ".onnx": "onnx", ".pth": "state_dict", ".safetensors": "safetensors", ".pt": "state_dict"}
+_WEIGHTS_ONLY = ("state_dict", "safetensors")
+_CARD = """
+# {name}, trained on {dataset}
+
+{description}
+
+```python
+from safetensors.torch import load_file
+from mdistiller_norm.models import build_model
+
+network = build_model("{name}", {classes}, variant="{variant}")
+network.load_state_dict(load_file("model.safetensors"))
+```
+
+Preprocessing and class names are in `config.json`.
+"""
 
 
-class Student(NamedTuple):
-    """A trained network in eval mode, its metadata, and normalised test images or the reason why there are none."""
-
-    network: Network
-    about: Metadata
-    images: Tensor | None
-    missing: str = ""
-
-
-def load_student(path: Path, model: str = "", kind: str = "", root: Path = Path("data"), count: int = 64) -> Student:
-    """Load a weights file as ``build.open_checkpoint`` does, with ``count`` test images if they are available."""
-    weights = load_weights(path)
-    about, complete = weights.about, weights.about.keys() >= {*_REQUIRED}
-    try:
-        if complete and (kind or about.get("type")) == "cifar100" and not (root / "cifar-100-python").exists():
-            raise DataError(f"{root / 'cifar-100-python'} does not exist")  # do not download it for a check
-        network, dataset = open_checkpoint(path, model, kind, root)
-        images, _ = next(iter(dataset.eval_loader(count, torch.device("cpu"))))
-    except DataError as error:
-        if not complete:
-            raise
-        network = build_model(model or about["name"], len(about["classes"]), variant=about["variant"])
-        load_into(network, weights, f"{network.name} with {network.num_classes} classes")
-        return Student(network.eval(), metadata(about, network), None, str(error))
-    about = about | {
-        "variant": dataset.variant, "dataset": dataset.name, "classes": list(dataset.classes),
-        "mean": list(dataset.mean), "std": list(dataset.std), "image_size": list(dataset.image_size),
-    }  # fmt: skip
-    return Student(network.eval(), metadata(about, network), images)
-
-
-def metadata(about: Metadata, network: Network) -> Metadata:
-    """Return the metadata of an exported file: the facts of a weights file and the preprocessing of its images."""
-    kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
-    from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
-    resize = about.get("resize", 256) if from_files else about["image_size"][0]
-    return kept | {"resize": resize, "crop": "center", "interpolation": "bilinear, antialiased", "channels": "RGB"}
-
-
-def export(student: Student, path: Path, form: str, with_normalisation: bool) -> list[str]:
+def export(student: Student, path: Path, form: str, with_normalisation: bool = False, count: int = 64) -> list[str]:
     """Write a network, load the file again, compare both, and return lines about the file.
 
     Args:
@@ -79,28 +55,30 @@ def export(student: Student, path: Path, form: str, with_normalisation: bool) ->
         path: file to write; on failure an existing file is kept.
         form: format, a value of :data:`SUFFIXES`.
         with_normalisation: include the normalisation, so that the input are pixels in [0, 1].
+        count: number of test images to compare on.
 
     Raises:
         CheckpointError: the file cannot be written, or its logits differ by more than rounding.
     """
     module: nn.Module = student.network
     mean, std = (torch.tensor(student.about[key]).expand(3) for key in ("mean", "std"))
-    taken = "RGB in 0..1, minus mean, divided by std"
+    pixels = "RGB in 0..1, minus mean, divided by std"
     if with_normalisation:
         norm = nn.BatchNorm2d(3, eps=0.0, affine=False)
         norm.load_state_dict({"running_mean": mean, "running_var": std**2}, strict=False)
-        module, taken = nn.Sequential(norm, module).eval(), "RGB in 0..1"
+        module, pixels = nn.Sequential(norm, module).eval(), "RGB in 0..1"
     height, width = student.about["image_size"]
-    about = student.about | {"input": f"float32 [B, 3, {height}, {width}], {taken}"}
+    about = student.about | {"normalised": not with_normalisation}
+    about["input"] = f"float32 [B, 3, {height}, {width}], {pixels}"
     try:
         with whole_file(path) as file:
             file.write(_encode(form, module, about))
             file.flush()
-            forward = read(Path(file.name), form, about)
+            forward, about = read(Path(file.name), form, about)
             if with_normalisation:
-                lines = check(lambda images: forward(images * std[:, None, None] + mean[:, None, None]), student)
+                lines = check(lambda images: forward(images * std[:, None, None] + mean[:, None, None]), student, count)
             else:
-                lines = check(forward, student)
+                lines = check(forward, student, count)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written ({error})") from error
     except CheckpointError as error:
@@ -108,14 +86,13 @@ def export(student: Student, path: Path, form: str, with_normalisation: bool) ->
     return [f"{path}: {about['name']}, {len(about['classes'])} classes, input {about['input']}", *lines]
 
 
-def check(forward: Forward, student: Student) -> list[str]:
+def check(forward: Forward, student: Student, count: int) -> list[str]:
     """Compare an export, a function of normalised images, with its network; return the largest differences in lines."""
     random = torch.randn(16, 3, *student.about["image_size"], generator=torch.Generator().manual_seed(0))
-    kinds, lines = {"random": random, student.about["dataset"]: student.images}, []
+    kinds, lines = {"random": random}, []
+    if student.dataset:
+        kinds[student.about["dataset"]], _ = next(iter(student.dataset.eval_loader(count, torch.device("cpu"))))
     for kind, images in kinds.items():
-        if images is None:
-            lines.append(f"checked on random images only: {student.missing}")
-            continue
         largest = 0.0
         for batch in (images[:1], images):
             with torch.no_grad():
@@ -125,7 +102,7 @@ def check(forward: Forward, student: Student) -> list[str]:
                 raise CheckpointError(f"on {kind} images its logits differ by {difference:.2g} from the network's")
             largest = max(largest, difference)
         lines.append(f"largest difference of a logit: {largest:.2g} on {kind} images, batches of 1 and {len(images)}")
-    return lines
+    return lines if student.dataset else [*lines, f"checked on random images only: {student.missing}"]
 
 
 def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
@@ -134,6 +111,11 @@ def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
     if form == "state_dict":
         torch.save({"model": module.state_dict()}, content)
         return content.getvalue()
+    if form == "safetensors":
+        from safetensors.torch import save
+
+        tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+        return bytes(save(tensors, {"about": json.dumps(about)}))
     example = torch.zeros(2, 3, *about["image_size"])  # a batch of 1 would become a constant
     shapes = ({0: torch.export.Dim("batch", min=1)},)
     try:
@@ -152,35 +134,77 @@ def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
     return encoded
 
 
-def read(path: Path, form: str, about: Metadata) -> Forward:
-    """Load an exported file as a function of images; a state dict requires the metadata of its network."""
-    if form == "state_dict":
+def read(path: Path, form: str, about: Metadata | None = None) -> tuple[Forward, Metadata]:
+    """Load an exported file as a function of images, with its metadata; weights alone require ``about``."""
+    if form in _WEIGHTS_ONLY:
+        assert about is not None
         network = build_model(about["name"], len(about["classes"]), variant=about["variant"])
-        load_into(network, load_weights(path), about["name"])
-        return network.eval()
+        if form == "state_dict":
+            load_into(network, load_weights(path), about["name"])
+        else:
+            from safetensors.torch import load_file
+
+            network.load_state_dict(load_file(path))
+        return network.eval(), about
     if form == "pt2":
+        extra = {ABOUT: ""}
         with path.open("rb") as file:
-            module: Forward = torch.export.load(file).module()
-        return module
+            module = torch.export.load(file, extra_files=extra).module()
+        return module, json.loads(extra[ABOUT])
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+    stored = {}
+    for key, value in session.get_modelmeta().custom_metadata_map.items():
+        is_text = key in ("name", "variant", "dataset", "crop", "interpolation", "channels", "input")
+        stored[key] = value if is_text else json.loads(value)
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0]), stored
+
+
+def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], count: int = 64) -> list[str]:
+    """Write a folder in the layout of the Hugging Face Hub: model.safetensors, config.json and a model card.
+
+    ``result`` is the content of the run's ``result.json``, or empty; ``count`` as in :func:`export`.
+    """
+    about = student.about
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = export(student, folder / "model.safetensors", "safetensors", count=count)
+    write_json({"architecture": about["name"], "num_classes": len(about["classes"])} | about, folder / "config.json")
+    header: dict[str, Any] = {
+        "library_name": "mdistiller_norm", "pipeline_tag": "image-classification", "datasets": [about["dataset"]],
+        "tags": ["knowledge-distillation", *result.get("method", [])],
+    }  # fmt: skip
+    description = "An image classifier."
+    if result:
+        teacher, best, last = (result.get("teacher") or {}).get("name"), result["best"], result["last"]
+        methods = "+".join(result["method"]) + f" from {teacher}" if teacher else "without a teacher"
+        description = (
+            f"Trained {methods} for {result['epochs']} epochs with seed {result['seed']}. Test top-1 of epoch "
+            f"{best['epoch']}, the best: {best['top1']:.2f}; of the last epoch: {last['top1']:.2f}."
+        )
+        dataset = {"name": about["dataset"], "type": about["dataset"]}
+        accuracy = {"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}
+        entry = {"task": {"type": "image-classification"}, "dataset": dataset, "metrics": [accuracy]}
+        header["model-index"] = [{"name": about["name"], "results": [entry]}]
+    facts = about | {"classes": len(about["classes"]), "description": description}
+    write_text(f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{_CARD.format(**facts)}", folder / "README.md")
+    return [*lines, f"wrote config.json and README.md in {folder}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``export``."""
-    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_best.pt --format onnx"
+    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd --format onnx --with-normalisation"
     add = parser.add_argument
-    add("-c", "--ckpt", required=True, type=Path, metavar="FILE", help="checkpoint")
+    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="checkpoint, or run folder (its best epoch)")
     add("-o", "--out", type=Path, metavar="FILE", help="default: beside the checkpoint, with the format's suffix")
     add("--format", choices=list(dict.fromkeys(SUFFIXES.values())), help="default: by the suffix of -o, else pt2")
+    add("--push-folder", type=Path, metavar="FOLDER", help="write a folder to upload to the Hugging Face Hub instead")
     add("--with-normalisation", action="store_true", help="include the normalisation: the input are pixels in 0..1")
-    add("--force", action="store_true", help="replace an existing file")
+    add("--force", action="store_true", help="replace existing files")
     add("-m", "--model", default="", help="model name; default: the name stored in student_*.pt")
     add("-d", "--dataset", default="", help="data set; default: the one stored in student_*.pt, else cifar100")
     add("-bs", "--batch-size", type=int, default=64, help="number of test images to check the file with")
-    add("--root", type=Path, default=Path("data"), help="folder of the data sets")
+    add("--root", type=Path, help="folder of the data sets; default: that of the run, else data")
     add("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the run")
 
 
@@ -188,20 +212,30 @@ def main(options: argparse.Namespace) -> int:
     """Export a checkpoint; all options are checked before it is loaded."""
     if options.batch_size < 1:
         raise ConfigError(f"-bs must be >= 1, got {options.batch_size}")
+    source = find_weights(options.ckpt)
     form: str = options.format or (SUFFIXES.get(options.out.suffix, "") if options.out else "pt2")
-    path: Path = options.out or options.ckpt.with_suffix(next(s for s, name in SUFFIXES.items() if name == form))
+    path: Path = options.out or source.with_suffix(next(s for s, name in SUFFIXES.items() if name == form))
+    if options.push_folder:
+        form, path = "safetensors", options.push_folder / "model.safetensors"
+        if options.out or options.format or options.with_normalisation:
+            raise ConfigError("--push-folder cannot be combined with -o, --format or --with-normalisation")
     if SUFFIXES.get(path.suffix) != form:
         raise ConfigError(f"-o {path} must end in the suffix of its format: {', '.join(SUFFIXES)}")
-    if form == "state_dict" and options.with_normalisation:
-        raise ConfigError("--with-normalisation requires --format pt2 or onnx: a state dict has weights only")
-    if form == "onnx":
-        packages = ("onnx", "onnxscript", "onnxruntime")
-        if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-            raise ConfigError(f"--format onnx requires `python -m pip install {' '.join(missing)}`")
-    if path.resolve() == options.ckpt.resolve() or path.is_dir() or not path.parent.is_dir():
+    if form in _WEIGHTS_ONLY and options.with_normalisation:
+        raise ConfigError("--with-normalisation requires --format pt2 or onnx: the other formats have weights only")
+    with needs_extra(form, f"--format {form}"):
+        for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}.get(form, ()):
+            importlib.import_module(package)
+    if path.resolve() == source.resolve() or path.is_dir() or not (options.push_folder or path.parent.is_dir()):
         raise ConfigError(f"-o {path} must be a file in an existing folder, and not the checkpoint")
     if path.exists() and not options.force:
-        raise ConfigError(f"{path} exists: choose another -o, or replace it with --force")
-    student = load_student(options.ckpt, options.model, options.dataset, options.root, options.batch_size)
-    print("\n".join(export(student, path, form, options.with_normalisation)))
+        raise ConfigError(f"{path} exists: choose another path, or replace it with --force")
+    student = load_student(source, options.model, options.dataset, options.root)
+    if options.push_folder:
+        file = source.parent / RESULT
+        result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        lines = write_hub_folder(student, options.push_folder, result, options.batch_size)
+    else:
+        lines = export(student, path, form, options.with_normalisation, options.batch_size)
+    print("\n".join(lines))
     return 0

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import assert_user_error, tool
+from short_runs import assert_same_state
 from test_models import EACH_FAMILY, build
 from torch import Tensor, nn
 
@@ -18,7 +20,9 @@ from mdistiller_norm.cli import execute
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.engine.checkpoint import load, load_weights
 from mdistiller_norm.errors import CheckpointError, UserError
-from mdistiller_norm.export import check, load_student
+from mdistiller_norm.export import check
+from mdistiller_norm.models import build_model
+from mdistiller_norm.student import load_student
 
 
 @pytest.fixture
@@ -110,13 +114,12 @@ def test_each_family_without_its_data_set(variant: str, name: str, tmp_path: Pat
 
 
 def test_a_different_network_is_detected(student: Path) -> None:
-    loaded = load_student(student, count=8)
-    assert len(check(loaded.network, loaded)) == 2
+    loaded = load_student(student)
+    assert len(check(loaded.network, loaded, 8)) == 2
     with pytest.raises(CheckpointError, match=r"on random images its logits differ by 0\.01"):
-        check(lambda images: loaded.network(images) + 0.01, loaded)
-    swapped = loaded._replace(images=loaded.images.roll(1, 2))
+        check(lambda images: loaded.network(images) + 0.01, loaded, 8)
     with pytest.raises(CheckpointError, match="on digits images"):
-        check(lambda images: loaded.network(images) + (images.min() > -2), swapped)
+        check(lambda images: loaded.network(images) + (images.min() > -2), loaded, 8)
 
 
 def test_a_failed_export_keeps_the_existing_file(student: Path, tmp_path: Path) -> None:
@@ -168,4 +171,20 @@ def test_onnx(student: Path, tmp_path: Path) -> None:
     for count in (1, 3, 360):
         (found,) = session.run(["logits"], {"images": pixels()[:count].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), logits(student)[:count], rtol=1e-4, atol=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.onnx"]
+
+
+def test_a_folder_for_the_hub(run: Path, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="the extra safetensors is not installed")
+    export("-c", run, "--push-folder", tmp_path / "hub")
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"], config["resize"]) == ("resnet8", 10, 32)
+    network = build_model("resnet8", 10)
+    network.load_state_dict(safetensors.load_file(tmp_path / "hub" / "model.safetensors"))
+    assert_same_state(network.state_dict(), load(run / "student_best.pt")["model"])
+    card = (tmp_path / "hub" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    best = json.loads((run / "result.json").read_text())["best"]["top1"]
+    assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(best, abs=0.01)
+    assert "without a teacher for 1 epochs" in card
+    with pytest.raises(UserError, match="exists"):
+        export("-c", run, "--push-folder", tmp_path / "hub")

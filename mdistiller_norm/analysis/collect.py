@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,6 @@ def collect(network: Network, dataset: Dataset, name: str, batch_size: int, devi
 
 def check_same_classes(networks: Sequence[Collected]) -> None:
     """Check that all networks were run over the same data set."""
-    first = networks[0]
-    for other in networks[1:]:
+    for first, other in pairwise(networks):
         if other.classes != first.classes or not torch.equal(other.targets, first.targets):
             raise ConfigError(f"{first.name} and {other.name} cannot be compared: they are of different data sets")

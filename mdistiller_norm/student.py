@@ -1,0 +1,86 @@
+"""Trained networks, loaded with their metadata from weights files and run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mdistiller_norm.build import open_checkpoint
+from mdistiller_norm.data import Dataset
+from mdistiller_norm.engine.checkpoint import load_into, load_weights
+from mdistiller_norm.errors import CheckpointError, DataError
+from mdistiller_norm.models import build_model
+from mdistiller_norm.models.base import Network
+from mdistiller_norm.run_folder import CONFIG
+
+Metadata = dict[str, Any]
+
+_REQUIRED = ("name", "variant", "dataset", "classes", "mean", "std", "image_size")
+
+
+class Student(NamedTuple):
+    """A trained network in eval mode on the CPU, its metadata, and its data set or the reason why it is missing."""
+
+    network: Network
+    about: Metadata
+    dataset: Dataset | None
+    missing: str = ""
+
+
+def find_weights(path: Path) -> Path:
+    """Return the weights file of a run folder (the best epoch), or of a path that may lack ``.pt``."""
+    if path.is_dir():
+        for name in ("student_best.pt", "student_last.pt"):
+            if (path / name).is_file():
+                return path / name
+        raise CheckpointError(f"{path} is not a run folder: it has no student_best.pt")
+    with_suffix = path.with_name(f"{path.name}.pt")
+    return with_suffix if with_suffix.is_file() and not path.exists() else path
+
+
+def find_root(path: Path, root: Path | None) -> Path:
+    """Return the folder of the data sets: ``root``, else that of the run of a weights file, else ``data``."""
+    config = path.parent / CONFIG
+    if root is None and config.is_file():
+        root = yaml.safe_load(config.read_text(encoding="utf-8"))["DATASET"]["ROOT"]
+    return Path(root or "data")
+
+
+def load_student(
+    path: Path, model: str = "", kind: str = "", root: Path | None = None, with_data: bool = True
+) -> Student:
+    """Load a weights file or the best weights of a run folder, as ``build.open_checkpoint`` does.
+
+    The data set may be missing if the file has the metadata of a ``student_*.pt``; it is not opened without
+    ``with_data``.
+    """
+    path = find_weights(path)
+    weights, root = load_weights(path), find_root(path, root)
+    about, complete = weights.about, weights.about.keys() >= {*_REQUIRED}
+    try:
+        if complete and not with_data:
+            raise DataError("not requested")
+        if complete and (kind or about.get("type")) == "cifar100" and not (root / "cifar-100-python").exists():
+            raise DataError(f"{root / 'cifar-100-python'} does not exist")  # do not download it
+        network, dataset = open_checkpoint(path, model, kind, root)
+    except DataError as error:
+        if not complete:
+            raise
+        network = build_model(model or about["name"], len(about["classes"]), variant=about["variant"])
+        load_into(network, weights, f"{network.name} with {network.num_classes} classes")
+        return Student(network.eval(), _metadata(about, network), None, str(error))
+    facts = {
+        "variant": dataset.variant, "dataset": dataset.name, "classes": list(dataset.classes),
+        "mean": list(dataset.mean), "std": list(dataset.std), "image_size": list(dataset.image_size),
+    }  # fmt: skip
+    return Student(network.eval(), _metadata(about | facts, network), dataset)
+
+
+def _metadata(about: Metadata, network: Network) -> Metadata:
+    """Return the facts of a weights file and the preprocessing of its images."""
+    kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
+    from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
+    resize = about.get("resize", 256) if from_files else about["image_size"][0]
+    return kept | {"resize": resize, "crop": "center", "interpolation": "bilinear, antialiased", "channels": "RGB"}
