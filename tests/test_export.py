@@ -158,7 +158,7 @@ def test_bad_options(student: Path, tmp_path: Path) -> None:
             export("-c", student, *arguments)
     assert sorted(student.parent.iterdir()) == before
     (tmp_path / "text.pt").write_text("no weights")
-    assert_user_error(tool("export", "-c", tmp_path / "text.pt", check=False), "text.pt", "is not loaded")
+    assert_user_error(tool("export", "-c", tmp_path / "text.pt", check=False), "text.pt", "not a checkpoint")
 
 
 def test_onnx(student: Path, tmp_path: Path) -> None:
