@@ -56,6 +56,7 @@ class Distiller(nn.Module):
         defaults: config node of the method with its default values (mdistiller's names).
         need: network outputs that the method reads.
         capturable: whether a step can be captured in a CUDA graph; False if it synchronises with the host.
+        needs_indices: whether ``Batch.indices`` must be known.
         teacher_in_train_mode: run the teacher with batch statistics, as OFD's authors do.
         ce_weight: weight of the cross entropy.
         weight: weight of the distillation loss.
@@ -65,6 +66,7 @@ class Distiller(nn.Module):
     defaults: ClassVar[dict[str, Any]] = {}
     need: ClassVar[Need] = Need.LOGITS
     capturable: ClassVar[bool] = True
+    needs_indices: ClassVar[bool] = False
     teacher_in_train_mode: bool = False
 
     def __init__(self, *, ce_weight: float = 1.0, weight: float = 1.0, warmup: int = 0) -> None:

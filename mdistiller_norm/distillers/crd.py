@@ -138,6 +138,7 @@ class CRD(Distiller):
         "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
     }  # fmt: skip
     need = Need.POOLED
+    needs_indices = True
     student_memory: Tensor
     teacher_memory: Tensor
     log_z: Tensor

@@ -1,0 +1,206 @@
+"""Distillation in a training loop of the user, and loading of trained students."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from mdistiller_norm.distillers import DISTILLERS, Need, Pair
+from mdistiller_norm.engine.checkpoint import load_into, load_weights
+from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.models import Network, build_model, probe
+from mdistiller_norm.types import Batch, Outputs
+
+
+def load(path: str | Path) -> tuple[Network, dict[str, Any]]:
+    """Load a trained network and its metadata.
+
+    Args:
+        path: a ``student_*.pt`` file, or a run folder for its ``student_best.pt``.
+
+    Returns:
+        The network in eval mode and its metadata (``name``, ``classes``, ``mean``, ``std``, ``image_size`` ...).
+
+    Raises:
+        CheckpointError: the file is damaged or does not name its network.
+    """
+    path = Path(path)
+    weights = load_weights(path / "student_best.pt" if path.is_dir() else path)
+    about = weights.about
+    if "name" not in about:
+        raise CheckpointError(f"{weights.path} does not name its network: use create_model and load_state_dict")
+    network = build_model(about["name"], about["num_classes"], variant=about["variant"])
+    load_into(network, weights, about["name"])
+    return network.eval(), about
+
+
+def train(config: str | Path, overrides: Mapping[str, Any] | None = None, resume: bool = False) -> dict[str, Any]:
+    """Train a run from its config file.
+
+    Args:
+        config: path of the file.
+        overrides: values by key, such as ``{"SOLVER.EPOCHS": 2}``.
+        resume: continue from ``latest.pt`` in the run folder, if it exists.
+
+    Returns:
+        Content of ``result.json``: ``last`` and ``best`` (epoch, top1, top5, loss) and the facts of the run.
+    """
+    from mdistiller_norm import run  # imports TensorBoard
+    from mdistiller_norm.config import load_config
+
+    items = (overrides or {}).items()
+    texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in items]
+    return run.train(load_config(config, texts), resume)
+
+
+class Distillation(nn.Module):
+    """Student, teacher and methods for a training loop of the user.
+
+    The parameters are those of the student and of the methods. The teacher is frozen, stays in eval mode, moves with
+    the module to other devices, and is not part of ``state_dict()``.
+
+    Args:
+        method: ``DISTILLER.TYPE``: a name or several, whose losses are summed.
+        student: any module from images to logits for methods that read logits only; otherwise a network of
+            ``create_model`` or a ``Wrapped``.
+        teacher: likewise.
+        image_size: height and width of the images.
+        targets: ``[N]`` int64, class of every training sample; required by CRD.
+        keys: of the method's config node, such as ``TEMPERATURE_NORM=2.0`` or ``LOSS={"KD_WEIGHT": 0.5}``; with
+            several methods, a dictionary for each name.
+
+    Raises:
+        ConfigError: a method, key or value is invalid, or a method does not support the networks.
+
+    Example::
+
+        >>> kd = Distillation("NormKD", student, teacher, TEMPERATURE_NORM=2.0)
+        >>> loss, parts = kd(images, targets, epoch=1)
+    """
+
+    def __init__(
+        self,
+        method: str | Sequence[str],
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        image_size: tuple[int, int] = (32, 32),
+        targets: Tensor | None = None,
+        **keys: Any,
+    ) -> None:
+        super().__init__()
+        names = [method] if isinstance(method, str) else list(method)
+        settings = {method: keys} if isinstance(method, str) else keys
+        networks = [_as_network(module, image_size) for module in (student, teacher)]
+        shapes = [_describe(network, image_size) for network in networks]
+        known = torch.zeros(0, dtype=torch.int64) if targets is None else targets
+        pair = Pair(shapes[0], shapes[1], networks[1], known, networks[0].num_classes)
+        distillers = {}
+        for name in names:
+            cls = DISTILLERS[name]
+            if cls.need > Need.LOGITS and any(isinstance(network, _LogitNetwork) for network in networks):
+                raise ConfigError(f"{name} requires features: use networks of create_model or models.Wrapped")
+            if cls.needs_indices and targets is None:
+                raise ConfigError(f"{name} requires the classes of the training set: pass targets")
+            distillers[name] = cls.from_config(_node(name, settings.get(name, {})), pair)
+        self.trainable = Trainable(networks[0], distillers, max(d.ce_weight for d in distillers.values()))
+        frozen = networks[1].eval().requires_grad_(False)
+        if any(distiller.teacher_in_train_mode for distiller in distillers.values()):
+            frozen = copy.deepcopy(frozen).train()
+        self._teacher = [frozen]  # in a list, to not be a submodule
+        self._epoch, self._step = 0, 0
+
+    def forward(
+        self, images: Tensor, targets: Tensor, epoch: int = 1, indices: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the training loss of a batch.
+
+        Args:
+            images: ``[B, 3, H, W]``, normalised.
+            targets: ``[B]``, int64 class indices.
+            epoch: counted from 1; the warm-up of the methods depends on it.
+            indices: ``[B]``, int64 positions of the samples in the training set; required by CRD.
+
+        Returns:
+            The loss to differentiate, and its detached parts by name (``ce`` and the methods), with their weights and
+            warm-up applied.
+        """
+        methods, device = self.trainable.methods(), images.device
+        if indices is None and any(method.needs_indices for method in methods):
+            raise ConfigError(f"{' and '.join(self.trainable.distillers)} requires indices")
+        if epoch != self._epoch:
+            self._epoch = epoch
+            for method in methods:
+                method.begin_epoch(epoch, 0)
+        unknown = targets.new_full(targets.shape, -1)
+        key = torch.full((), self._step, device=device)
+        batch = Batch(images, targets, unknown if indices is None else indices, unknown, key)
+        self._step += 1
+        kind = device.type
+        self.trainable.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with torch.no_grad():
+            outputs = self._teacher[0].outputs(images)
+        loss_weights = torch.tensor(self.trainable.loss_weights(epoch), device=device)
+        losses = self.trainable(batch, outputs, loss_weights)
+        return losses.total, dict(zip(self.trainable.loss_names, losses.parts.detach(), strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distillation:
+        self._teacher[0]._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(fn)  # type: ignore[no-untyped-call]
+        return self
+
+
+class _LogitNetwork(Network):
+    """A module from images to logits, without features."""
+
+    def __init__(self, module: nn.Module, image_size: tuple[int, int]) -> None:
+        parameter = next(module.parameters())
+        training = module.training
+        with torch.no_grad():
+            images = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
+            logits = module.eval()(images)
+        module.train(training)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise ConfigError(f"{type(module).__name__} must return logits [B, C]")
+        super().__init__(logits.shape[1])
+        self.module = module
+
+    def outputs(self, images: Tensor) -> Outputs:
+        logits = self.module(images)
+        return Outputs(logits, (), (), logits.new_empty(len(logits), 0))
+
+    def norms_before_relu(self) -> tuple[None, ...]:
+        return ()
+
+
+def _as_network(module: nn.Module, image_size: tuple[int, int]) -> Network:
+    return module if isinstance(module, Network) else _LogitNetwork(module, image_size)
+
+
+def _describe(network: Network, image_size: tuple[int, int]) -> Outputs:
+    if isinstance(network, _LogitNetwork):  # may not run on meta tensors
+        return Outputs(torch.empty(2, network.num_classes, device="meta"), (), (), torch.empty(2, 0, device="meta"))
+    return probe(network, image_size)
+
+
+def _node(name: str, values: Mapping[str, Any]) -> CfgNode:
+    node = CfgNode(copy.deepcopy(DISTILLERS[name].defaults))
+    for key, value in values.items():
+        try:
+            if isinstance(value, Mapping):
+                node[key].merge_from_other_cfg(CfgNode(dict(value)))
+            elif key in node:
+                node.merge_from_other_cfg(CfgNode({key: value}))
+            else:
+                raise KeyError(key)
+        except (KeyError, ValueError, AssertionError) as error:
+            raise ConfigError(f"{name} has no such key or value: {key}={value!r} ({error})") from error
+    return node
