@@ -19,24 +19,27 @@ PAGES = (
 INTRODUCTION = """# Configuration
 
 A config file sets the keys that differ from these defaults. `_BASE_: other.yaml`, or a list, includes other files,
-relative to the file. Precedence, lowest first: bases in order, the file, `KEY VALUE` pairs on the command line. Keys
-are nested (`SOLVER: {LR: 0.1}`) or dotted (`SOLVER.LR: 0.1`).
+relative to the file, or packaged ones by name (`_BASE_: digits/normkd`). Precedence, lowest first: bases in order, the
+file, `KEY VALUE` pairs on the command line. Keys are nested (`SOLVER: {LR: 0.1}`) or dotted (`SOLVER.LR: 0.1`).
 """
 
 
 def configuration() -> str:
     """Return the configuration page: one table for each section and one for the nodes of the methods."""
-    from mdistiller_norm.config import KEYS, default_config, leaves
+    from mdistiller_norm.config import KEYS
+    from mdistiller_norm.config_files import describe_keys
 
     tables: dict[str, list[str]] = {}
-    for key, default in leaves(default_config()):
+    for key, default, kind, meaning in describe_keys():
         section = key.split(".")[0] if key in KEYS else "Methods"
-        meaning = f" {KEYS[key][1]} |" if key in KEYS else ""
-        tables.setdefault(section if "." in key else "Run", []).append(f"| `{key}` | `{default!r}` |{meaning}\n")
+        tables.setdefault(section if "." in key else "Run", []).append(
+            f"| `{key}` | `{default}` | {kind} | {meaning} |\n"
+        )
     page = INTRODUCTION
     for section, rows in tables.items():
-        columns = ("key", "default") if section == "Methods" else ("key", "default", "meaning")
-        page += f"\n## {section}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}\n{''.join(sorted(rows))}"
+        page += (
+            f"\n## {section}\n\n| key | default | type | meaning |\n| --- | --- | --- | --- |\n{''.join(sorted(rows))}"
+        )
     return page
 
 

@@ -26,6 +26,8 @@ COMMANDS = {
     "reproduce": ("mdistiller_norm.reproduce.command", "Train the runs of the paper's tables."),
     "report": ("mdistiller_norm.reproduce.report", "Write TABLES.md and report.html from the ledger of finished runs."),
     "visualize": ("mdistiller_norm.analysis.cli", "Draw the paper's figures from checkpoints."),
+    "list": ("mdistiller_norm.catalog", "List networks, methods, data sets and packaged configs."),
+    "config": ("mdistiller_norm.config_files", "Show a config, copy a packaged one, or list the keys."),
     "shards": ("mdistiller_norm.pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
 _WITH_OVERRIDES = ("train", "reproduce")  # KEY VALUE may be placed between the options

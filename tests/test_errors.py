@@ -53,6 +53,11 @@ COMMANDS = [
     ("visualize", ["required: FIGURE: see mdistiller-norm visualize --help"]),
     ("visualize tsne", ["required: -c/--ckpt: see mdistiller-norm visualize tsne --help"]),
     ("export -c", ["argument -c/--ckpt: expected one argument"]),
+    ("config", ["required: ACTION: see mdistiller-norm config --help"]),
+    ("config show digits/normkt", ["config file digits/normkt does not exist; see mdistiller-norm list configs"]),
+    ("config copy run.yaml", ["run.yaml is not a packaged config; see mdistiller-norm list configs"]),
+    ("config copy digits/normkd run.yaml", ["run.yaml exists: choose another name"]),
+    ("list tables", ["argument kind: invalid choice: 'tables'"]),
     ("report --export xls", ["argument --export: invalid choice: 'xls'"]),
 ]
 # Text of a config -> words of the message.

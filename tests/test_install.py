@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from mdistiller_norm.cli import main
-from mdistiller_norm.config import load_config
+from mdistiller_norm.config import leaves, load_config
 from mdistiller_norm.data import digits
 
 
@@ -85,3 +87,46 @@ def test_system_without_fcntl_is_named() -> None:
     code = "import sys, importlib.util as u; u.find_spec = lambda name: None; import mdistiller_norm"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "ImportError: mdistiller_norm requires Linux" in done.stderr
+
+
+def output_of(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """Run a command and return the cells of its table."""
+    assert main(arguments.split()) == 0
+    return [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_key_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = output_of("config keys", capsys)
+    assert all(len(row) == 4 for row in rows), [row for row in rows if len(row) != 4]
+    assert [row[0] for row in rows] == [key for key, _ in leaves(load_config().node)]
+    assert output_of("config keys solver.dot.*", capsys)[0][1:3] == ["0.075", "float"]
+
+
+@pytest.mark.parametrize("name", ["digits/at", "cifar100/normkd/res32x4_res8x4", "cifar100/ablation/table1/t_1"])
+def test_copied_config_equals_the_packaged_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", "copy", name]) == 0
+    copied = Path(name).name + ".yaml"
+    assert capsys.readouterr().out == f"wrote {copied}\n"
+    assert load_config(copied).node == load_config(name).node
+    assert main(["config", "show", copied]) == 0
+    assert load_config(name).node.EXPERIMENT.TAG in capsys.readouterr().out
+
+
+def test_models_are_listed_with_parameters_and_macs(facts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = json.loads((facts / "models.json").read_text())
+    for name, variant, _, parameters, macs in output_of("list models *x4", capsys)[1:]:
+        model = known["cifar100" if variant == "cifar" else variant][name]
+        found = [int(number.replace(",", "")) for number in (parameters, macs)]
+        assert found == [model["n_params"], model["macs_one_image"]["total"]], name
+
+
+def test_methods_data_sets_and_configs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    methods = {name: reads for name, reads, _ in output_of("list distillers", capsys)}
+    assert (methods["NormKD"], methods["CRD"], methods["AT"]) == ("logits", "pooled features", "feature maps")
+    assert output_of("list datasets digits", capsys)[1][1].startswith("Return 1,797 grey 8x8 images")
+    listed = output_of("list configs digits/normkd", capsys)
+    assert listed[1][0] == "digits/normkd"
+    assert "NormKD, resnet20 -> resnet8" in listed[1][1]

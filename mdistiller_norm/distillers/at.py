@@ -48,6 +48,7 @@ class AT(Distiller):
     """Attention transfer between matched stages."""
 
     defaults = {"P": 2.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0}}
+    meanings = {"P": "power of the activations"}
     need = Need.MAPS
 
     def __init__(self, p: float = 2, **weights: Any) -> None:

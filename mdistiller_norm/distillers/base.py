@@ -27,6 +27,18 @@ class Need(enum.IntEnum):
     MAPS = 3
 
 
+# Meanings of config keys by the last part of the key.
+COMMON_MEANINGS = {
+    "CE_WEIGHT": "weight of the cross entropy",
+    "KD_WEIGHT": "weight of the distillation loss",
+    "FEAT_WEIGHT": "weight of the distillation loss",
+    "WARMUP": "epochs of the linear warm-up of the distillation loss; 0: none",
+    "TEMPERATURE": "temperature of both networks",
+    "T": "temperature of both networks",
+    "INPUT_SIZE": "not used",
+}
+
+
 @dataclass(frozen=True)
 class Pair:
     """Shapes and data that a method can use to build its modules; neither network has run.
@@ -54,6 +66,7 @@ class Distiller(nn.Module):
 
     Attributes:
         defaults: config node of the method with its default values (mdistiller's names).
+        meanings: of the keys in ``defaults``; those in :data:`COMMON_MEANINGS` may be left out.
         need: network outputs that the method reads.
         capturable: whether a step can be captured in a CUDA graph; False if it synchronises with the host.
         needs_indices: whether ``Batch.indices`` must be known.
@@ -64,6 +77,7 @@ class Distiller(nn.Module):
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
+    meanings: ClassVar[dict[str, str]] = {}
     need: ClassVar[Need] = Need.LOGITS
     capturable: ClassVar[bool] = True
     needs_indices: ClassVar[bool] = False

@@ -137,6 +137,15 @@ class CRD(Distiller):
         "FEAT": {"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256},
         "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
     }  # fmt: skip
+    meanings = {
+        "MODE": "positives: exact (the sample) or relax (any sample of its class)",
+        "NCE.K": "negatives of each sample",
+        "NCE.MOMENTUM": "momentum of the memory",
+        "NCE.TEMPERATURE": "temperature of the similarities",
+        "FEAT.DIM": "width of the embeddings",
+        "FEAT.STUDENT_DIM": "probed; checked if it is set",
+        "FEAT.TEACHER_DIM": "probed; checked if it is set",
+    }
     need = Need.POOLED
     needs_indices = True
     student_memory: Tensor

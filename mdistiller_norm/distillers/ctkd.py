@@ -48,6 +48,11 @@ class CTKD(Distiller):
     defaults = {
         "T_START": 1.0, "T_RANGE": 20.0, "EPOCHS": 10, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
     }  # fmt: skip
+    meanings = {
+        "T_START": "smallest temperature",
+        "T_RANGE": "largest temperature minus the smallest",
+        "EPOCHS": "epochs until the temperature's gradient is fully reversed",
+    }
 
     theta: Tensor
     strength: Tensor

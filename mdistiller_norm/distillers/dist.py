@@ -56,6 +56,10 @@ class DIST(Distiller):
     defaults = {
         "TEMPERATURE": 4.0, "BETA": 1.0, "GAMMA": 1.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 2.0},
     }  # fmt: skip
+    meanings = {
+        "BETA": "weight of the distance between the classes of a sample",
+        "GAMMA": "weight of the distance between the samples of a class",
+    }
 
     def __init__(self, temperature: Temperature, beta: float, gamma: float, **weights: Any) -> None:
         super().__init__(**weights)

@@ -70,6 +70,7 @@ class DKD(Distiller):
     """Decoupled knowledge distillation."""
 
     defaults = {"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0, "WARMUP": 20}
+    meanings = {"ALPHA": "weight of the target part", "BETA": "weight of the non-target part"}
 
     def __init__(self, temperature: Temperature, alpha: float, beta: float, **weights: Any) -> None:
         super().__init__(**weights)

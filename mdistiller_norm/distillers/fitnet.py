@@ -56,6 +56,7 @@ class FitNet(Distiller):
 
     # INPUT_SIZE is unused; mdistiller's configs may contain it.
     defaults = {"HINT_LAYER": 2, "INPUT_SIZE": [32, 32], "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0}}
+    meanings = {"HINT_LAYER": "map of the teacher; 0 is the stem"}
     need = Need.MAPS
 
     def __init__(self, regressor: nn.Module, layer: int, **weights: Any) -> None:

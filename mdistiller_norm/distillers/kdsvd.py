@@ -88,6 +88,7 @@ class KDSVD(Distiller):
     """Distillation of the singular vectors of matched stages."""
 
     defaults = {"K": 1, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}}
+    meanings = {"K": "singular vectors of each map"}
     need = Need.MAPS
     capturable = False  # torch.linalg.eigh synchronises with the host
 

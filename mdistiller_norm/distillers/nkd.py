@@ -45,6 +45,7 @@ class NKD(Distiller):
     """Normalized knowledge distillation."""
 
     defaults = {"TEMPERATURE": 3.0, "GAMMA": 3.5, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 1.0}}
+    meanings = {"GAMMA": "weight of the non-target part"}
 
     def __init__(self, gamma: float, temperature: float, **weights: Any) -> None:
         super().__init__(**weights)

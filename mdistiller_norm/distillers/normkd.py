@@ -65,6 +65,11 @@ class NormKD(KD):
         "TEMPERATURE_NORM": 2.0, "STATISTIC": "std", "WEIGHTING": "teacher", "WARMUP": 0,
         "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
     }  # fmt: skip
+    meanings = {
+        "TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the statistic",
+        "STATISTIC": "of the logits: std, max or range",
+        "WEIGHTING": "teacher, or student_teacher: T_norm^2 times both statistics",
+    }
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> NormKD:
@@ -78,6 +83,7 @@ class NormKDWithDKD(DKD):
 
     # LOSS is unused; configs of mdistiller's fork may contain it.
     defaults = {"TEMPERATURE_NORM": 2.0, "LOSS": {}, "CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "WARMUP": 20}
+    meanings = DKD.meanings | {"TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the logits' std"}
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> NormKDWithDKD:

@@ -68,6 +68,10 @@ class OFD(Distiller):
         "CONNECTOR": {"KERNEL_SIZE": 1}, "TEACHER_TRAIN_MODE": False,
         "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001},
     }  # fmt: skip
+    meanings = {
+        "CONNECTOR.KERNEL_SIZE": "kernel size of the connectors",
+        "TEACHER_TRAIN_MODE": "run the teacher with batch statistics",
+    }
     need = Need.MAPS
 
     def __init__(

@@ -106,6 +106,16 @@ class ReviewKD(Distiller):
         "SHAPES": [1, 8, 16, 32], "OUT_SHAPES": [1, 8, 16, 32],
         "IN_CHANNELS": [64, 128, 256, 256], "OUT_CHANNELS": [64, 128, 256, 256],
     }  # fmt: skip
+    meanings = {
+        "REVIEWKD_WEIGHT": "weight of the distillation loss",
+        "WARMUP_EPOCHS": "epochs of the linear warm-up of the distillation loss",
+        "STU_PREACT": "use the student's maps before their activation",
+        "MAX_MID_CHANNEL": "not used",
+        "SHAPES": "probed; checked if it is set",
+        "OUT_SHAPES": "probed; checked if it is set",
+        "IN_CHANNELS": "probed; checked if it is set",
+        "OUT_CHANNELS": "probed; checked if it is set",
+    }
     need = Need.MAPS
 
     def __init__(

@@ -71,6 +71,12 @@ class RKD(Distiller):
         "DISTANCE_WEIGHT": 25.0, "ANGLE_WEIGHT": 50.0, "PDIST": {"EPSILON": 1e-12, "SQUARED": False},
         "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
     }  # fmt: skip
+    meanings = {
+        "DISTANCE_WEIGHT": "weight of the distances",
+        "ANGLE_WEIGHT": "weight of the angles",
+        "PDIST.EPSILON": "squared distance below which samples count as equal",
+        "PDIST.SQUARED": "compare squared distances",
+    }
     need = Need.POOLED
 
     def __init__(self, squared: bool, eps: float, distance_weight: float, angle_weight: float, **weights: Any) -> None:

@@ -49,6 +49,7 @@ class TTM(Distiller):
     """Transformed teacher matching."""
 
     defaults = {"GAMMA": 0.1, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 100.0}}
+    meanings = {"GAMMA": "exponent of the teacher's probabilities, 1 / T"}
 
     def __init__(self, gamma: float, **weights: Any) -> None:
         super().__init__(**weights)

@@ -50,6 +50,7 @@ class VID(Distiller):
         "EPS": 1e-5, "INIT_PRED_VAR": 5.0, "INPUT_SIZE": [32, 32],
         "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
     }  # fmt: skip
+    meanings = {"EPS": "smallest variance", "INIT_PRED_VAR": "initial variance of each channel"}
     need = Need.MAPS
 
     def __init__(

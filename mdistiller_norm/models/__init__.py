@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Builder, Network
@@ -95,4 +96,12 @@ def probe(network: Network, image_size: tuple[int, int] = (32, 32)) -> Outputs:
         raise ConfigError(f"model {network.name!r} cannot take images of {size} pixels: {first_line(error)}") from error
 
 
-__all__ = ["CIFAR_MODELS", "IMAGENET_MODELS", "Network", "Wrapped", "build_model", "probe", "register"]
+def count_macs(network: Network, image_size: tuple[int, int] = (32, 32)) -> int:
+    """Return the multiply-accumulate operations of a forward pass for one image, counted on the meta device."""
+    shadow = copy.deepcopy(network).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow(torch.empty(1, 3, *image_size, device="meta"))
+    return int(counter.get_total_flops()) // 2
+
+
+__all__ = ["CIFAR_MODELS", "IMAGENET_MODELS", "Network", "Wrapped", "build_model", "count_macs", "probe", "register"]

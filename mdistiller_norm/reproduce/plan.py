@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.config import Config, load_config, method_names
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
@@ -20,7 +19,7 @@ from mdistiller_norm.engine.teacher import weights_hash
 from mdistiller_norm.engine.teacher_file import known_teacher
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.files import find_config
-from mdistiller_norm.models import build_model
+from mdistiller_norm.models import build_model, count_macs
 from mdistiller_norm.program import command
 from mdistiller_norm.reproduce.ledger import NOT_IDENTIFYING, Record, finished_record, identity
 from mdistiller_norm.reproduce.tables import DATASETS, TABLES, Cell
@@ -192,11 +191,8 @@ def forward_flops(model: str, dataset: str) -> float:
     """Return the floating-point operations of one image of a table's data set, counted on the meta device."""
     size = DATASETS[dataset]
     with torch.device("meta"):
-        network = build_model(model, size["classes"], variant=size["variant"]).eval()
-        image = torch.empty(1, 3, size["size"], size["size"])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(image)
-    return float(counter.get_total_flops())
+        network = build_model(model, size["classes"], variant=size["variant"])
+    return 2.0 * count_macs(network, (size["size"], size["size"]))
 
 
 def training_flops(tree: Mapping[str, Any]) -> float:

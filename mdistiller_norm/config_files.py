@@ -1,0 +1,75 @@
+"""The command ``config``: show a resolved config, copy a packaged one, list the keys."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import yaml
+
+from mdistiller_norm.catalog import columns, matches
+from mdistiller_norm.config import KEYS, default_config, leaves, load_config, show
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.distillers.base import COMMON_MEANINGS
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.files import CONFIGS, find_config, write_text
+from mdistiller_norm.program import command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``config``."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    action = actions.add_parser("show", help="print a resolved config with the source of each key")
+    action.add_argument("file", metavar="FILE", help="a config file, or the name of a packaged one")
+    action.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
+    action = actions.add_parser("copy", help="copy a packaged config")
+    action.add_argument("name", metavar="NAME", help="such as digits/normkd")
+    action.add_argument("to", nargs="?", type=Path, default=Path(), metavar="TO", help="file or folder (default: .)")
+    action = actions.add_parser("keys", help="list the config keys with default, type and meaning")
+    action.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of the key, or with wildcards")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run an action of the command."""
+    if options.action == "show":
+        print(show(load_config(options.file, options.overrides)))
+    elif options.action == "copy":
+        print(f"wrote {copy(options.name, options.to)}")
+    else:
+        print(columns([row for row in describe_keys() if matches(row[0], options.pattern)]))
+    return 0
+
+
+def copy(name: str, to: Path) -> Path:
+    """Copy a packaged config to a file or folder; its ``_BASE_`` files become names of packaged configs."""
+    source = find_config(name).resolve()
+    if not source.is_relative_to(CONFIGS) or not source.is_file():
+        raise ConfigError(f"{name} is not a packaged config; see {command('list')} configs")
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise ConfigError(f"{target} exists: choose another name")
+
+    def packaged(match: re.Match[str]) -> str:
+        bases = yaml.safe_load(match[1])
+        files = [find_config(base, source.parent) for base in ([bases] if isinstance(bases, str) else bases)]
+        names = [str(file.relative_to(CONFIGS).with_suffix("")) for file in files]
+        return f"_BASE_: [{', '.join(names)}]"
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(re.sub(r"^_BASE_: (.+)$", packaged, source.read_text(encoding="utf-8"), flags=re.M), target)
+    return target
+
+
+def describe_keys() -> list[tuple[str, str, str, str]]:
+    """Return name, default, type and meaning of every config key; requirements are part of the meaning."""
+    rows = []
+    for key, default in leaves(default_config()):
+        if key in KEYS:
+            _, meaning, (requirement, _) = KEYS[key]
+            meaning += f" ({requirement})" if requirement != "anything" else ""
+        else:
+            method, _, rest = key.partition(".")
+            meaning = DISTILLERS[method].meanings.get(rest) or COMMON_MEANINGS.get(key.rpartition(".")[2], "")
+        rows.append((key, str(default) or "''", type(default).__name__, meaning))
+    return rows
