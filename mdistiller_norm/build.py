@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from mdistiller_norm.data import (
     open_dataset,
 )  # fmt: skip
 from mdistiller_norm.data.folder import ImageDataset, data_root
+from mdistiller_norm.data.plan import smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
@@ -36,7 +38,7 @@ from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.teacher_file import TeacherFile, check_preprocessing, check_teacher, find_teacher
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import find_config
 from mdistiller_norm.models import VARIANTS, build_model, probe
 from mdistiller_norm.models.base import Network
@@ -105,6 +107,24 @@ def build_student(name: str, dataset: Dataset, seed: int) -> Network:
     student = build_model(name, len(dataset.classes), variant=dataset.variant)
     probe(student, dataset.image_size)
     return student
+
+
+def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check_test: bool) -> None:
+    """Check the test images, and the student in training mode if a micro-batch has one image."""
+    solver, samples = cfg.SOLVER, len(dataset.targets)
+    if check_test and (broken := dataset.unreadable(train=False, share=share)):
+        raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
+    if smallest_micro_batch(samples, solver.BATCH_SIZE, share, solver.ACCUMULATE) > 1:
+        return
+    shadow = copy.deepcopy(student).to("meta").train()
+    try:
+        with torch.no_grad():
+            shadow(torch.empty(1, 3, *dataset.image_size, device="meta"))
+    except ValueError as error:
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of the {samples} images for a micro-batch, and a batch "
+            f"norm of {student.name} requires more: change BATCH_SIZE or ACCUMULATE"
+        ) from error
 
 
 def train_command(kind: str, model: str) -> str:

@@ -42,7 +42,8 @@ _FRACTION: Check = ("in [0, 1)", lambda x: 0 <= x < 1)
 _HALF: Check = ("in [0, 0.5]", lambda x: 0 <= x <= 0.5)
 _FOLDER: Check = ("the name of one folder, without /", lambda x: "/" not in x and x not in (".", ".."))
 _PROJECT: Check = ("the name of one folder, without /", lambda x: "/" not in x and x not in ("", ".", ".."))
-_CHANNELS: Check = ("three numbers in (0, 1), or empty", lambda x: len(x) in (0, 3) and all(0 < v < 1 for v in x))
+_MEANS: Check = ("three numbers in [0, 1], or empty", lambda x: len(x) in (0, 3) and all(0 <= v <= 1 for v in x))
+_DEVIATIONS: Check = ("three numbers in (0, 1], or empty", lambda x: len(x) in (0, 3) and all(0 < v <= 1 for v in x))
 _CROP: Check = ("two areas with 0 < smallest <= largest <= 1", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
 _EPOCHS: Check = ("increasing epochs >= 1", lambda x: x == sorted(set(x)) and min(x, default=1) >= 1)
 _METHODS: Check = ("NONE or different methods", lambda x: isinstance(x, str) or len({"NONE", *x}) == len(x) + 1)
@@ -59,8 +60,8 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "DATASET.IMAGE_SIZE": (224, "image files: height and width of the networks' input", _AT_LEAST_1),
     "DATASET.RESIZE": (256, "image files: shorter side before the central crop of an evaluation", _AT_LEAST_1),
     "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: smallest and largest area of a random crop", _CROP),
-    "DATASET.MEAN": ([], "image files: channel means; empty: ImageNet's (image_folder: measured)", _CHANNELS),
-    "DATASET.STD": ([], "image files: channel standard deviations; empty: as for MEAN", _CHANNELS),
+    "DATASET.MEAN": ([], "image files: channel means; empty: ImageNet's (image_folder: measured)", _MEANS),
+    "DATASET.STD": ([], "image files: channel standard deviations; empty: as for MEAN", _DEVIATIONS),
     "DATASET.CLASSES": ([], "image files: class folders, in order; empty: all, sorted", _ANY),
     "DATASET.VARIANT": ("auto", "networks; auto: imagenet above 64 pixels", _one_of("auto", "cifar", "imagenet")),
     "DATASET.MAX_BROKEN": (10, "image files: unreadable images to replace before the run fails", _AT_LEAST_0),

@@ -21,6 +21,7 @@ from mdistiller_norm.build import (
     build_student,
     build_teacher,
     build_teacher_runner,
+    check_data,
     placed,
 )
 from mdistiller_norm.config import Config, dump
@@ -78,6 +79,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
+    check_data(cfg, student, dataset, share, check_test=trained is None)  # a teacher is evaluated on the test images
     folder = RunFolder.open(config, config_yaml, resume, share.rank)
     log = folder.log.line
     if warning:

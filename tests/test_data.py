@@ -15,7 +15,7 @@ from torchvision.transforms import functional as TF
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, Share, TensorDataset, cifar100, digits
 from mdistiller_norm.data.augment import PadCropFlip, normalise
-from mdistiller_norm.data.plan import epoch_plan, share_out
+from mdistiller_norm.data.plan import epoch_plan, share_out, smallest_micro_batch
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.run import build_run
 
@@ -113,6 +113,21 @@ def test_weighted_parts_give_the_mean_of_the_batch(count: int) -> None:
     assert {part.smallest for part in parts} == {max(count // 3, 1)}
 
 
+@pytest.mark.parametrize(
+    ("samples", "batch", "world", "accumulate", "expected"),
+    [
+        (64, 32, 1, 1, 32),
+        (33, 32, 1, 1, 1),
+        (35, 32, 2, 1, 1),
+        (66, 64, 2, 1, 1),
+        (33, 11, 1, 11, 1),
+        (20, 64, 2, 2, 5),
+    ],
+)
+def test_smallest_micro_batch(samples: int, batch: int, world: int, accumulate: int, expected: int) -> None:
+    assert smallest_micro_batch(samples, batch, Share(0, world), accumulate) == expected
+
+
 def write_cifar(folder: Path, train: dict[str, object], names: object) -> None:
     folder.mkdir()
     good = {"data": np.zeros((50_000, 3072), np.uint8), "fine_labels": list(range(100)) * 500}
@@ -121,9 +136,12 @@ def write_cifar(folder: Path, train: dict[str, object], names: object) -> None:
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
 
 
-class Evil:
+class Call:
+    def __init__(self, function: object) -> None:
+        self.function = function
+
     def __reduce__(self):
-        return (print, ("code from a data file ran",))
+        return (self.function, ("code from a data file",))
 
 
 NAMES = [f"class {i}" for i in range(100)]
@@ -136,7 +154,8 @@ NAMES = [f"class {i}" for i in range(100)]
         ({"data": np.zeros((49_999, 3072), np.uint8)}, NAMES, "targets must be an int64 tensor"),
         ({"data": np.zeros((50_000, 768), np.float32)}, NAMES, "data must be a uint8 array"),
         ({"data": [[0], [0, 0]]}, NAMES, "train cannot be read as a CIFAR-100 file"),
-        ({"data": Evil()}, NAMES, r"print is not part of such a file"),
+        ({"data": Call(print)}, NAMES, r"print is not part of such a file"),
+        ({}, Call(np.array), r"numpy\S*array is not part of such a file"),
         ({"fine_labels": [100] * 50_000}, NAMES, r"targets must be in 0\.\.99, got 100\.\.100"),
         ({"fine_labels": [0.5] * 50_000}, NAMES, "targets must be an int64 tensor"),
         ({}, 5, "meta cannot be read .* list of 100 names"),

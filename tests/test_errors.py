@@ -76,7 +76,7 @@ CONFIGS = [
     ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", ["must be increasing epochs >= 1, got [2, 2]"]),
     ("SOLVER: {PRECISION: tf32}", ["SOLVER.PRECISION must be one of fp32, bf16, fp16, got tf32"]),
     ("SEED: 99999999999999999999", ["SEED must be in [0, 2**63), got 9999"]),
-    ("DATASET: {MEAN: [77, 77, 77]}", ["DATASET.MEAN must be three numbers in (0, 1), or empty, got [77, 77, 77]"]),
+    ("DATASET: {MEAN: [77, 77, 77]}", ["DATASET.MEAN must be three numbers in [0, 1], or empty, got [77, 77, 77]"]),
     ("DATASET: {MEAN: [a, b, c]}", ["DATASET.MEAN must be a list (each item a finite number), got [a, b, c]"]),
     ("EXPERIMENT: {NAME: ../../evil}", ["EXPERIMENT.NAME must be the name of one folder, without /, got ../../evil"]),
     ("EXPERIMENT: {PROJECT: ''}", ["EXPERIMENT.PROJECT must be the name of one folder"]),

@@ -15,7 +15,7 @@ import sys
 import tarfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, unpacked
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision import transforms as T
 
+from mdistiller_norm.build import build_dataset
 from mdistiller_norm.cli import execute
 from mdistiller_norm.cli import run as run_program
 from mdistiller_norm.config import dump, load_config
@@ -76,6 +77,16 @@ def copy(tree: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tree, tmp_path / "tiny"))
 
 
+@pytest.fixture
+def limited_files() -> Iterator[Callable[[int], None]]:
+    """Limit the size of files and of shared memory, as a full disk does; -1 removes the limit."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit raises
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
 def epoch(dataset: ImageDataset, number: int = 1, first: int = 0, **options: Any) -> list[tuple[torch.Tensor, ...]]:
     return list(dataset.train_loader(8, 0, CPU, **options).batches(number, first))
 
@@ -105,6 +116,24 @@ def test_decode_equals_pillow(jpegs: list[Path]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode(encoded(Image.new("1", (9500, 9500)), "PNG"))  # Pillow warns about its size
+
+
+def test_large_texts_are_read_and_other_formats_refused(tmp_path: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("history", "x" * 2**21, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "text.png", pnginfo=text)
+    assert decode((tmp_path / "text.png").read_bytes()).shape == (3, 8, 8)
+    for content in (encoded(Image.new("RGB", (8, 8)), "EPS"), encoded(Image.new("RGB", (8, 8)), "PCX"), b"text"):
+        with pytest.raises(ValueError, match="not an image of the formats JPEG, PNG"):
+            decode(content)
+
+
+def test_thin_images_need_little_memory() -> None:
+    for height, width in ((1, 20_000), (20_000, 1)):
+        image = torch.full((3, height, width), 7, dtype=torch.uint8)
+        crop = draw_crop(np.random.default_rng(0), height, width, (0.08, 1.0))
+        for view in (train_image(image, crop, 224), eval_image(image, 256, 224)):
+            assert torch.equal(view, torch.full((3, 224, 224), 7, dtype=torch.uint8))
 
 
 def test_upper_8_of_16_bits_are_kept_and_32_bits_refused() -> None:
@@ -173,9 +202,14 @@ def test_nested_folders_count_and_hidden_files_do_not(copy: Path) -> None:
         for file in some:
             file.rename(folder / place / file.name)
     (folder / "._0.JPEG").write_bytes(b"of another system")
+    shutil.move(folder / "a", copy / "elsewhere")
+    (folder / "linked.jpg").symlink_to(copy / "elsewhere")  # a folder with the name of an image
+    (folder / "z" / "cycle").symlink_to(folder)
+    (folder / "b.pgm").write_bytes(encoded(Image.new("L", (8, 8)), "PPM"))
     after = image_folder(copy, SMALL)
-    assert torch.bincount(after.targets).tolist() == [12, 11, 12]
-    assert {after.train.source.read(index) for index in range(12, 23)} == kept
+    assert torch.bincount(after.targets).tolist() == [12, 12, 12]
+    assert {after.train.source.read(index) for index in range(12, 24)} == {*kept, (folder / "b.pgm").read_bytes()}
+    assert after.unreadable() == []
 
 
 def test_names_that_are_not_utf8_are_escaped(copy: Path) -> None:
@@ -309,6 +343,31 @@ def test_check_data_and_shards_list_unreadable_files(copy: Path, capsys: pytest.
     assert not (copy.parent / "out").exists()
     with pytest.raises(DataError, match=f"the test image .*{files[1].name}"):
         list(image_folder(copy, SMALL).eval_loader(8, CPU))
+    with pytest.raises(DataError, match=f"the test image .*{files[1].name}"):
+        build_run(run_config(copy, copy.parent / "runs", "damaged"))
+    assert not (copy.parent / "runs").exists()
+
+
+def test_small_shared_memory_is_reported(tree: Path, limited_files: Callable[[int], None]) -> None:
+    limited_files(50_000)
+    with pytest.raises(DataError, match=r"shared memory .* is too small"):
+        epoch(image_folder(tree, replace(SMALL, workers=2)))
+    assert len(epoch(image_folder(tree, SMALL))) == 5
+
+
+def test_batch_norm_on_a_single_value_is_refused(tree: Path, tmp_path: Path) -> None:
+    refused = ["DATASET.VARIANT=imagenet", "DISTILLER.STUDENT=ResNet18", "SOLVER.BATCH_SIZE=35"]
+    with pytest.raises(ConfigError, match=r"BATCH_SIZE 35 leaves one of the 36 images .* batch norm of ResNet18"):
+        build_run(run_config(tree, tmp_path, "single", *refused))
+    build_run(run_config(tree, tmp_path, "maps", "SOLVER.BATCH_SIZE=35"))  # resnet8 has maps of 8 x 8 pixels
+    assert [path.name for path in (tmp_path / "distill").iterdir()] == ["maps"]
+
+
+def test_means_of_0_and_deviations_of_1_are_valid(tree: Path, tmp_path: Path) -> None:
+    config = run_config(tree, tmp_path, "unit", "DATASET.MEAN=[0, 0, 0]", "DATASET.STD=[1, 1, 1]")
+    ((images, _),) = build_dataset(config.node).eval_loader(12, CPU)
+    assert images.min() == 0
+    assert images.max() <= 1
 
 
 # Shards
@@ -432,20 +491,17 @@ def test_wrong_options_and_missing_folders_are_refused(copy: Path, shards: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_are_written_completely_or_not_at_all(copy: Path, shards: Path, tmp_path: Path) -> None:
+def test_shards_are_written_completely_or_not_at_all(
+    copy: Path, shards: Path, tmp_path: Path, limited_files: Callable[[int], None]
+) -> None:
     with pytest.raises(DataError, match=r"tiny_shards/train exists: choose another folder"):
         pack(copy, shards)
     with pytest.raises(DataError, match=r"/dev/null cannot be written \(.*Not a directory"):
         pack(copy, Path("/dev/null"))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit raises, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
-    try:
-        with pytest.raises(DataError, match=r"full cannot be written \(.*File too large\)"):
-            pack(copy, tmp_path / "full")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
+    limited_files(5000)
+    with pytest.raises(DataError, match=r"full cannot be written \(.*File too large\)"):
+        pack(copy, tmp_path / "full")
+    limited_files(-1)
     assert not list((tmp_path / "full").iterdir())
     (tmp_path / "full" / ".unfinished_shards" / "train").mkdir(parents=True)  # of a killed process
     pack(copy, tmp_path / "full")
@@ -524,7 +580,7 @@ def test_teacher_trained_on_other_images_is_reported(
     assert "was trained on tiny, not on another" in build("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
     assert "image_size [32, 32] (here [40, 40])" in build("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
-    with pytest.raises(CheckpointError, match=f"was trained with '{first}' as class 0, which is '{second}' here"):
+    with pytest.raises(CheckpointError, match=f"class 0 is '{first}' in .* and '{second}' here"):
         build("order", f"DATASET.CLASSES=[{second},{first},{third}]")
 
 

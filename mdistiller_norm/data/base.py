@@ -53,8 +53,13 @@ class Dataset(ABC):
         """Describe the data set in one line."""
         return f"{self.name}: {len(self.classes)} classes, {len(self.targets)} training images"
 
-    def unreadable(self) -> list[str]:
-        """Read the files of both splits; return the name of each unreadable one and the reason."""
+    def unreadable(self, train: bool = True, share: Share = ALONE) -> list[str]:
+        """Read this process's share of the files; return the name of each unreadable one and the reason.
+
+        Args:
+            train: read both splits; otherwise the test split only.
+            share: rank and number of processes.
+        """
         return []
 
     @abstractmethod

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 try:
@@ -22,9 +22,15 @@ try:
 except ImportError:  # installed by the extra "imagenet"
     simplejpeg = None
 
+# Formats that Pillow decodes by itself: it would call Ghostscript for EPS, whatever the name of the file is.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+THIN = 16  # aspect ratio above which the ends of a test image are cut off before it is resized
 ATTEMPTS = 10  # of drawing a crop inside the image, as in torchvision's RandomResizedCrop
 # Errors that decoding a damaged file raises.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # read PNGs with a large text, up to 64 MiB
 
 
 @cache
@@ -62,10 +68,12 @@ def decode(content: bytes) -> Tensor:
         with warnings.catch_warnings():
             # Pillow warns about readable images, in every worker and without their names.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 pixels = np.array(_to_8_bits(image).convert("RGB"))
     except UnidentifiedImageError as error:
-        raise ValueError("not an image that Pillow knows") from error  # Pillow's message contains an address
+        raise ValueError(
+            f"not an image of the formats {', '.join(FORMATS)}"
+        ) from error  # Pillow's message contains an address
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -109,6 +117,9 @@ def train_image(image: Tensor, crop: Crop, size: int) -> Tensor:
 
 def eval_image(image: Tensor, resize: int, size: int) -> Tensor:
     """Resize the shorter side of an image to ``resize`` and return the centre ``[3, size, size]``."""
+    longest = THIN * min(image.shape[1:])
+    if max(image.shape[1:]) > longest:  # resizing all of it could take gigabytes
+        image = transforms().center_crop(image, [min(side, longest) for side in image.shape[1:]])
     resized = transforms().resize(image, [resize], antialias=True)
     centre: Tensor = transforms().center_crop(resized, [size, size])
     return centre

@@ -19,7 +19,7 @@ from mdistiller_norm.data.loader import ImageEvalLoader, ImageOptions, ImageSpli
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import ConfigError, DataError
 
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 # torchvision's constants, with which its published weights were trained.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -79,14 +79,18 @@ def scan(folder: Path, classes: Sequence[str]) -> ImageSplit:
     return ImageSplit(Files(folder, names), torch.tensor(targets))
 
 
-def _images(folder: str, prefix: str) -> Iterator[str]:
+def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the images of a folder and of nested and linked folders, but not of links to a parent."""
+    real = os.path.realpath(folder)
+    if real in parents:
+        return
     for entry in os.scandir(folder):
         if entry.name[0] == ".":
             continue
-        if entry.name.lower().endswith(EXTENSIONS):
+        if entry.is_dir():
+            yield from _images(entry.path, f"{prefix}{entry.name}{os.sep}", (*parents, real))
+        elif entry.name.lower().endswith(EXTENSIONS):
             yield prefix + entry.name
-        elif entry.is_dir(follow_symlinks=False):  # a link may form a cycle
-            yield from _images(entry.path, f"{prefix}{entry.name}{os.sep}")
 
 
 def data_root(root: Path, name: str) -> Path:
@@ -174,9 +178,9 @@ class ImageDataset(Dataset):
     def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> ImageEvalLoader:
         return ImageEvalLoader(self.test, self.options, batch_size, device, share)
 
-    def unreadable(self) -> list[str]:
-        splits = [self.train] if self.train is self.test else [self.train, self.test]
-        return [name for split in splits for name in unreadable(split, self.options)]
+    def unreadable(self, train: bool = True, share: Share = ALONE) -> list[str]:
+        splits = [self.train, self.test] if train and self.train is not self.test else [self.test]
+        return [name for split in splits for name in unreadable(split, self.options, share)]
 
 
 def measure(source: Source, options: ImageOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:

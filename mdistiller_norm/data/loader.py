@@ -152,12 +152,14 @@ def _exit_on_sigterm(trainer: int) -> None:
     os._exit(0)
 
 
-def _loader(split: ImageSplit, options: ImageOptions, tasks: list[Task], pin: bool = False) -> DataLoader[ImageBatch]:
+def _loader(
+    split: ImageSplit, options: ImageOptions, tasks: list[Task], pin: bool, generator: torch.Generator | None = None
+) -> DataLoader[ImageBatch]:
     transforms()  # import it before forking, so that workers share it
     return DataLoader(
         Reader(split, options), batch_size=None, sampler=tasks, num_workers=options.workers, pin_memory=pin,
         worker_init_fn=partial(_start_worker, trainer=os.getpid()), persistent_workers=options.workers > 0,
-        prefetch_factor=2 if options.workers else None,
+        prefetch_factor=2 if options.workers else None, generator=generator,
     )  # fmt: skip
 
 
@@ -165,10 +167,11 @@ def _eval_tasks(rows: range, batch_size: int) -> list[Task]:
     return [(None, rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
 
 
-def unreadable(split: ImageSplit, options: ImageOptions) -> list[str]:
-    """Read all files of a split; return the name of each unreadable one and the reason."""
-    tasks = _eval_tasks(range(len(split.source)), 64)
-    return [name for batch in _loader(split, options, tasks) for name in batch.broken]
+def unreadable(split: ImageSplit, options: ImageOptions, share: Share = ALONE) -> list[str]:
+    """Read the files of a split; return the name of each unreadable one and the reason."""
+    tasks = _eval_tasks(eval_share(len(split.source), share), 64)
+    loader = _loader(split, options, tasks, pin=False, generator=torch.Generator())  # leaves the global one as it is
+    return [name for batch in _received(loader) for name in batch.broken]
 
 
 class ImageTrainLoader(TrainLoader):
@@ -233,12 +236,24 @@ def _refuse(broken: list[str]) -> None:
         raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
 
 
+def _received(batches: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "</torch_" not in str(error):  # a file of shared memory
+            raise
+        raise DataError(
+            "the shared memory (/dev/shm) is too small for the batches of the workers: enlarge it (docker run "
+            "--shm-size 8g), or lower SOLVER.BATCH_SIZE or DATASET.NUM_WORKERS; 0 workers need none"
+        ) from error
+
+
 def prefetch(
     batches: Iterable[ImageBatch], check: Callable[[list[str]], None], device: torch.device
 ) -> Iterator[Tensors]:
     """Copy batches to a device; on CUDA, copy the next batch on a side stream while the current one is used."""
     waiting = list[tuple[Tensors, torch.cuda.Event]]()
-    for batch in batches:
+    for batch in _received(batches):
         check(batch.broken)
         if device.type != "cuda":
             yield tuple(tensor.to(device) for tensor in batch[:3])

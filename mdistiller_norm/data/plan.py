@@ -73,6 +73,13 @@ def share_out(first: int, count: int, share: Share) -> Part:
     return Part(rows, weight, max(size, 1))
 
 
+def smallest_micro_batch(samples: int, batch_size: int, share: Share, accumulate: int) -> int:
+    """Return the fewest samples of a micro-batch, over all steps and processes of an epoch."""
+    full, last = min(samples, batch_size), samples % batch_size or batch_size
+    parts = [share_out(0, count, share).smallest for count in (full, last)]
+    return min(part // min(accumulate, part) for part in parts)
+
+
 def eval_share(count: int, share: Share) -> range:
     """Return the test samples that this process evaluates, possibly none."""
     rank, world = share
