@@ -7,6 +7,8 @@ import html
 import json
 import math
 import re
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.analysis.collect import Collected, check_same_classes, collect
@@ -22,11 +23,10 @@ from mdistiller_norm.build import build_device, placed
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import write_text
 from mdistiller_norm.models.base import Network
-from mdistiller_norm.plugins import import_plugin
 from mdistiller_norm.reproduce.ledger import identity
 from mdistiller_norm.reproduce.stats import MeanStd, mean_std, paired_difference
 from mdistiller_norm.run_folder import RESULT
-from mdistiller_norm.student import Student, load_student
+from mdistiller_norm.student import Student, add_student_arguments, load_student
 
 Record = dict[str, Any]
 _HEADER = (
@@ -55,15 +55,20 @@ def measure_speed(network: Network, size: Sequence[int], device: torch.device) -
     """Return the multiply-adds of an image, the latency at batch 1 in ms, and images per second at batch 64."""
     network = placed(network, device)
     images = torch.rand(64, 3, *size, device=device)
-    seconds = []
+
+    def median_seconds(batch: Tensor) -> float:
+        times: list[float] = []
+        while len(times) < 5 or sum(times) < 0.3:
+            start = time.perf_counter()
+            network(batch).sum().item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counter:
             network(images[:1])
-        for batch in (images[:1], images):
-            timer = Timer("f(x)", globals={"f": network, "x": batch}, num_threads=torch.get_num_threads())
-            seconds.append(timer.blocked_autorange(min_run_time=0.3).median)
-    macs = counter.get_total_flops() // 2
-    return {"macs": macs, "latency_ms": 1000 * seconds[0], "images_per_second": 64 / seconds[1]}
+        one, many = median_seconds(images[:1]), median_seconds(images)
+    return {"macs": counter.get_total_flops() // 2, "latency_ms": 1000 * one, "images_per_second": 64 / many}
 
 
 def group_runs(paths: Iterable[Path]) -> dict[str, list[tuple[Path, Record]]]:
@@ -150,18 +155,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("paths", nargs="+", type=Path, metavar="PATH", help="run folders or weights; the first one is the reference")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--html", type=Path, metavar="FILE", help="also write the tables as a page")
-    add("-m", "--model", default="", help="model name; default: the name stored in student_*.pt")
-    add("-d", "--dataset", default="", help="data set; default: the one stored in student_*.pt, else cifar100")
-    add("-bs", "--batch-size", type=int, default=250)
-    add("--root", type=Path, help="folder of the data sets; default: that of the run, else data")
-    add("--device", default="auto")
-    add("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the runs")
+    add_student_arguments(parser, batch_size=250)
 
 
 def main(options: argparse.Namespace) -> int:
     """Compare the networks and print the tables."""
-    if options.batch_size < 1:
-        raise ConfigError(f"-bs must be >= 1, got {options.batch_size}")
     if options.html and not options.html.parent.is_dir():
         raise ConfigError(f"--html {options.html} must be a file in an existing folder")
     device = build_device(options.device)

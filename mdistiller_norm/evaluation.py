@@ -14,29 +14,22 @@ from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
 from mdistiller_norm.errors import CheckpointError, ConfigError
-from mdistiller_norm.plugins import import_plugin
+from mdistiller_norm.student import add_student_arguments, find_root, find_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``eval``."""
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_last.pt"
-    weights = "checkpoint files, torchvision:NAME, or pretrain: the teacher weights of -m on -d"
-    parser.add_argument("-c", "--ckpt", required=True, nargs="+", help=weights)
-    parser.add_argument("-m", "--model", default="", help="model name (default: from the checkpoint)")
-    parser.add_argument("-d", "--dataset", default="", help="data set (default: from the checkpoint, else cifar100)")
+    weights = "checkpoints, run folders, torchvision:NAME, or pretrain (default): the teacher weights of -m on -d"
+    parser.add_argument("-c", "--ckpt", default=["pretrain"], nargs="+", help=weights)
     parser.add_argument("--cfg", metavar="FILE", help="config whose DATASET.* to use instead of -d and --root")
-    parser.add_argument("-bs", "--batch-size", type=int, default=64)
-    parser.add_argument("--root", default="", help="folder of the data sets (default: data)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the run")
+    add_student_arguments(parser, batch_size=64)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION")
     parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
 
 
 def main(options: argparse.Namespace) -> int:
     """Evaluate the checkpoints and print a line for each."""
-    if options.batch_size < 1:
-        raise ConfigError(f"-bs must be >= 1, got {options.batch_size}")
     if options.cfg and (options.dataset or options.root):
         raise ConfigError("--cfg sets the data set: remove -d and --root")
     dataset = build_dataset(load_config(options.cfg).node) if options.cfg else None
@@ -54,7 +47,7 @@ def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | Non
     if name.startswith(TORCHVISION):
         return str(published(name.removeprefix(TORCHVISION)).path)
     if name != "pretrain" or Path(name).exists():
-        return name
+        return str(find_weights(Path(name)))
     if not options.model:
         raise ConfigError("-c pretrain requires the model name: add -m, for example -m resnet32x4")
     kind = dataset.name if dataset else options.dataset or "cifar100"
@@ -66,7 +59,8 @@ def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | Non
 def _evaluate(
     path: str, options: argparse.Namespace, data: Dataset | None, device: torch.device, autocast: torch.dtype | None
 ) -> None:
-    network, dataset = open_checkpoint(path, options.model, options.dataset, Path(options.root or "data"), data)
+    root = find_root(Path(path), options.root)
+    network, dataset = open_checkpoint(path, options.model, options.dataset, root, data)
     result = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
     if not math.isfinite(result.loss):
         raise CheckpointError(f"{path} gives NaN or infinite logits on {dataset.name}: it diverged or is damaged")

@@ -21,9 +21,8 @@ from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, first_line, needs_extra
 from mdistiller_norm.files import whole_file, write_json, write_text
 from mdistiller_norm.models import build_model
-from mdistiller_norm.plugins import import_plugin
 from mdistiller_norm.run_folder import RESULT
-from mdistiller_norm.student import Metadata, Student, find_weights, load_student
+from mdistiller_norm.student import Metadata, Student, add_student_arguments, find_weights, load_student
 
 Forward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-4  # of a logit, relative to the largest of its batch: other kernels sum in another order
@@ -201,17 +200,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--push-folder", type=Path, metavar="FOLDER", help="write a folder to upload to the Hugging Face Hub instead")
     add("--with-normalisation", action="store_true", help="include the normalisation: the input are pixels in 0..1")
     add("--force", action="store_true", help="replace existing files")
-    add("-m", "--model", default="", help="model name; default: the name stored in student_*.pt")
-    add("-d", "--dataset", default="", help="data set; default: the one stored in student_*.pt, else cifar100")
-    add("-bs", "--batch-size", type=int, default=64, help="number of test images to check the file with")
-    add("--root", type=Path, help="folder of the data sets; default: that of the run, else data")
-    add("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the run")
+    add_student_arguments(parser, batch_size=64)
 
 
 def main(options: argparse.Namespace) -> int:
     """Export a checkpoint; all options are checked before it is loaded."""
-    if options.batch_size < 1:
-        raise ConfigError(f"-bs must be >= 1, got {options.batch_size}")
     source = find_weights(options.ckpt)
     form: str = options.format or (SUFFIXES.get(options.out.suffix, "") if options.out else "pt2")
     path: Path = options.out or source.with_suffix(next(s for s, name in SUFFIXES.items() if name == form))

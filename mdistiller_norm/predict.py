@@ -15,10 +15,9 @@ from torch import Tensor
 from mdistiller_norm.build import build_device, placed
 from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
 from mdistiller_norm.data.folder import EXTENSIONS
-from mdistiller_norm.errors import ConfigError, DataError, first_line, needs_extra
+from mdistiller_norm.errors import DataError, first_line, needs_extra
 from mdistiller_norm.export import SUFFIXES, Forward, read
-from mdistiller_norm.plugins import import_plugin
-from mdistiller_norm.student import Metadata, load_student
+from mdistiller_norm.student import Metadata, add_student_arguments, load_student, positive
 
 Entry = dict[str, Any]
 
@@ -91,20 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="weights, run folder, .pt2 or .onnx file")
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of images")
-    add("--top", type=int, default=5, metavar="N", help="number of classes of each image (default: 5)")
+    add("--top", type=positive, default=5, metavar="N", help="number of classes of each image (default: 5)")
     add("--json", action="store_true", help="print a JSON list")
-    add("-m", "--model", default="", help="model name; default: the name stored in the file")
-    add("-d", "--dataset", default="", help="data set of the classes; default: stored in the file, else cifar100")
-    add("-bs", "--batch-size", type=int, default=64)
-    add("--root", type=Path, help="folder of the data sets; needed for files without metadata")
-    add("--device", default="auto", help="auto, cpu or cuda; exported files run on the CPU")
-    add("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the run")
+    add_student_arguments(parser, batch_size=64)
 
 
 def main(options: argparse.Namespace) -> int:
     """Print the top classes of each image; return 1 if an image cannot be read."""
-    if options.top < 1 or options.batch_size < 1:
-        raise ConfigError("--top and -bs must be >= 1")
     exported = SUFFIXES.get(options.ckpt.suffix) in ("pt2", "onnx")
     device = torch.device("cpu") if exported else build_device(options.device)
     paths = find_images(options.images)

@@ -152,7 +152,7 @@ def test_bad_options(student: Path, tmp_path: Path) -> None:
         ("-o", student, "--force", "and not the checkpoint"),
         ("--format", "state_dict", "--with-normalisation", "weights only"),
         ("-m", "resnet14", "does not fit resnet14"),
-        ("-bs", "0", "must be >= 1"),
+        ("-bs", "0", "must be an integer >= 1"),
     ):
         with pytest.raises(UserError, match=message):
             export("-c", student, *arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller_norm.errors import ConfigError, needs_extra
-from mdistiller_norm.plugins import import_plugin
+from mdistiller_norm.student import add_student_arguments, find_root, find_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--out", default="", metavar="STEM", help="default: output/figures/FIGURE")
         sub.add_argument("--data", action="store_true", help="also write the numbers as JSON")
         sub.add_argument("--names", nargs="+", default=[], help="one label for each file of -c")
-        sub.add_argument("-m", "--model", default="", help="model name; default: the name stored in student_*.pt")
-        sub.add_argument("-d", "--dataset", default="", help="default: the one stored in student_*.pt, else cifar100")
-        sub.add_argument("-bs", "--batch-size", type=int, default=250)
-        sub.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets")
-        sub.add_argument("--device", default="auto")
-        sub.add_argument(
-            "--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the runs"
-        )
+        add_student_arguments(sub, batch_size=250)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -60,20 +53,20 @@ def main(options: argparse.Namespace) -> int:
     device = build_device(options.device)
 
     def outputs(path: Path, name: str, model: str) -> Collected:
-        network, dataset = open_checkpoint(path, model, options.dataset, options.root)
+        network, dataset = open_checkpoint(path, model, options.dataset, find_root(path, options.root))
         return collect(network, dataset, name, options.batch_size, device)
 
     def picked(*names: str) -> dict[str, Any]:
         return {name: getattr(options, name) for name in names}
 
-    paths = [Path(path) for path in options.ckpt]
+    paths = [find_weights(Path(path)) for path in options.ckpt]
     names = options.names or short_names(paths)
     networks = [outputs(path, name, options.model) for path, name in zip(paths, names, strict=True)]
     with mpl.rc_context(STYLE):
         if options.figure == "tsne":
             figure, data, lines = tsne.draw(networks, **picked("classes", "samples", "seed", "perplexity"))
         elif options.figure == "correlation":
-            path = Path(options.teacher)
+            path = find_weights(Path(options.teacher))
             teacher = outputs(path, short_names([path])[0], options.teacher_model)
             figure, data, lines = correlation.draw(teacher, networks)
         else:
