@@ -175,17 +175,7 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
 def build_loader(
     dataset: Dataset, batch_size: int, seed: int, device: torch.device, share: Share, accumulate: int, log: Log
 ) -> TrainLoader:
-    """Return the training batches of this process.
-
-    Args:
-        dataset: its training split is used.
-        batch_size: over all processes.
-        seed: of order and augmentation.
-        device: of the batches.
-        share: rank and number of processes.
-        accumulate: micro-batches of a batch.
-        log: receives warnings.
-    """
+    """Return this process's share of the training batches of ``batch_size`` images."""
     loader = dataset.train_loader(batch_size, seed, device, share, warn=lambda text: log(f"warning: {text}"))
     if loader.batch_size % accumulate:
         raise ConfigError(f"SOLVER.ACCUMULATE {accumulate} does not divide a process's batch of {loader.batch_size}")
@@ -204,20 +194,7 @@ def build_teacher_runner(
     steps_left: int,
     log: Log,
 ) -> tuple[Teacher, dict[str, Any]]:
-    """Evaluate the teacher; return it as a step uses it (run in every step, or cached), and its record.
-
-    Args:
-        cfg: the config.
-        trained: the network, on its device, and the file of its weights.
-        distillers: methods that read its outputs.
-        loader: training batches.
-        test: split to evaluate it on.
-        image_size: height and width.
-        autocast: dtype of the forward pass, None for float32.
-        compiled: compile the network.
-        steps_left: steps that read the cache.
-        log: receives the accuracy and the state of the cache.
-    """
+    """Evaluate the teacher; return it as a step uses it, run in every step or cached, with a record of it."""
     network, file = trained
     device = next(network.parameters()).device
     need = max(method.need for method in distillers.values())
@@ -292,12 +269,7 @@ def open_checkpoint(
 ) -> tuple[Network, Dataset]:
     """Return the network of a weights file and the data set that it was trained on.
 
-    Args:
-        path: a file that :func:`~mdistiller_norm.engine.checkpoint.load_weights` reads.
-        model: name of the network; stored in a ``student_*.pt``.
-        kind: type of the data set; stored in a ``student_*.pt``, defaults to cifar100.
-        root: folder of the data sets.
-        dataset: an open data set to use instead.
+    Names and data set default to those stored in the file (a ``student_*.pt``), then to cifar100.
     """
     weights = load_weights(path)
     about = weights.about

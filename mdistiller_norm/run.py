@@ -95,18 +95,17 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     teacher_record: Record = {}
     if trained:
         placed(trained[0], device)
-        compiled = to_compile != "none"
         teacher, teacher_record = build_teacher_runner(
-            cfg, trained, distillers, loader, test, dataset.image_size, autocast, compiled, steps_left, log
+            cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", steps_left, log
         )
     step = build_step(cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log)
-
     surroundings = environment(device)
-    facts = _facts(cfg, config_yaml, dataset, distillers, teacher_record, surroundings, PRECISIONS[autocast])
+    facts = _facts(cfg, dataset, distillers, teacher_record, PRECISIONS[autocast])
+    facts |= {"config": yaml.safe_load(config_yaml), "command": command, "environment": surroundings}
+    provenance = _provenance(cfg, dataset, facts)
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
     schedule = StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE)
     intervals = Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ)
-    provenance = _provenance(cfg, dataset, facts)
     trainer = Trainer(
         step, schedule, test, cfg.SOLVER.EPOCHS, folder.path, folder.log, provenance, intervals,
         capture_step(step, cfg.ENGINE.CUDA_GRAPH, log), capture_network(student, test, cfg.ENGINE.CUDA_GRAPH, log),
@@ -115,34 +114,15 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
         epochs = range(trainer.epoch, cfg.SOLVER.EPOCHS + 1)
         trainer.prefetch = teacher.fill(loader.batches(epoch) for epoch in epochs)
-    return Run(trainer, folder, facts | {"command": command})
+    return Run(trainer, folder, facts)
 
 
-def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts: Record, log: Log) -> None:
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    log(
-        f"{'+'.join(facts['method']) or 'plain training'}: {student.name} on {dataset.name}, {len(dataset.targets)} "
-        f"images, {steps} steps per epoch, {parameters:,} parameters and {facts['extra_parameters']:,} extra parameters"
-    )
-    if cfg.DATASET.VAL_SPLIT:
-        log(f"the test split is {cfg.DATASET.VAL_SPLIT:g} of each class of the training images (DATASET.VAL_SPLIT)")
-
-
-def _facts(
-    cfg: Any,
-    config_yaml: str,
-    dataset: Dataset,
-    distillers: Mapping[str, Distiller],
-    teacher: Record,
-    surroundings: Record,
-    precision: str,
-) -> Record:
+def _facts(cfg: Any, dataset: Dataset, distillers: Mapping[str, Distiller], teacher: Record, precision: str) -> Record:
     return {
         "method": list(distillers), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
-        "dataset": dataset.name, "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
+        "dataset": dataset.name, "data": dataset.fingerprint(), "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
         "extra_parameters": sum(method.extra_parameters() for method in distillers.values()),
-        "precision": precision, "processes": distributed.process_share().world, "data": dataset.fingerprint(),
-        "config": yaml.safe_load(config_yaml), "environment": surroundings,
+        "precision": precision, "processes": distributed.process_share().world,
     }  # fmt: skip
 
 
@@ -161,16 +141,18 @@ def _provenance(cfg: Any, dataset: Dataset, facts: Record) -> Provenance:
     return Provenance(about, identity, facts["environment"] | {key: facts[key] for key in ("precision", "processes")})
 
 
+def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts: Record, log: Log) -> None:
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    log(
+        f"{'+'.join(facts['method']) or 'plain training'}: {student.name} on {dataset.name}, {len(dataset.targets)} "
+        f"images, {steps} steps per epoch, {parameters:,} parameters and {facts['extra_parameters']:,} extra parameters"
+    )
+    if cfg.DATASET.VAL_SPLIT:
+        log(f"the test split is {cfg.DATASET.VAL_SPLIT:g} of each class of the training images (DATASET.VAL_SPLIT)")
+
+
 def train(config: Config, resume: bool = False, command: Sequence[str] = ()) -> Record:
-    """Train a run from the start, or from its saved state, to the end.
-
-    Args:
-        config: resolved.
-        resume: continue from ``latest.pt`` in the run folder, if it exists.
-        command: words of the command line, for the record.
-
-    Returns:
-        Content of ``result.json``: ``last`` and ``best`` (epoch, top1, top5, loss) and the facts of the run.
+    """Train a run, with the arguments of :func:`build_run`; return the content of ``result.json``.
 
     Raises:
         Interrupted: on SIGINT, SIGTERM or SIGUSR1; the state is saved.

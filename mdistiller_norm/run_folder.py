@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,34 +55,16 @@ def _is_neutral(key: str, cfg: Any) -> bool:
 
 @dataclass
 class RunFolder:
-    """The folder of a run, locked by the first process until it is closed.
-
-    Attributes:
-        path: of the folder.
-        config_yaml: config of the run.
-        state: content of ``latest.pt``, None for a new run.
-        log: writes to the folder in the first process.
-    """
+    """The folder of a run, locked by the first process until the log is closed."""
 
     path: Path
     config_yaml: str
-    state: Record | None
-    log: RunLog
+    state: Record | None  # content of latest.pt until it is restored, None for a new run
+    log: RunLog  # writes to the folder in the first process
 
     @classmethod
     def open(cls, config: Config, config_yaml: str, resume: bool, rank: int) -> RunFolder:
-        """Create the folder, or load its state to resume. A collective operation.
-
-        Args:
-            config: of the run.
-            config_yaml: the config, as YAML.
-            resume: continue from ``latest.pt``, if it exists.
-            rank: of this process.
-
-        Raises:
-            ConfigError: the folder holds another run or is locked, or cannot be written.
-            CheckpointError: ``latest.pt`` is broken.
-        """
+        """Create the folder of a new run or load the state of one to resume. A collective operation."""
         path = run_folder(config)
         folder = _open_first(path, config, config_yaml, resume) if distributed.is_first() else None
         resumed = distributed.all_reduce_max(int(folder is not None and folder.state is not None))
@@ -97,7 +78,11 @@ class RunFolder:
     def restore(self, trainer: Trainer) -> None:
         """Load the saved state, if any, into the trainer, and store the config."""
         if self.state:
-            self._check_identity(self.state["identity"], trainer.provenance.identity)
+            saved, current = self.state["identity"], trainer.provenance.identity
+            changed = [name for name in saved if saved[name] != current.get(name, saved[name])]
+            if changed:
+                values = ", ".join(f"{name} ({saved[name][:12]}, now {current[name][:12]})" for name in changed)
+                raise ConfigError(f"{self.path} cannot be resumed with another {values}")
             try:
                 trainer.load_state(self.state)
             except (RuntimeError, ValueError, LookupError) as error:
@@ -109,15 +94,6 @@ class RunFolder:
             self.state = None  # frees its memory
         if not trainer.finished and distributed.is_first():
             write_text(self.config_yaml, self.path / CONFIG)
-
-    def _check_identity(self, saved: Mapping[str, str], current: Mapping[str, str]) -> None:
-        changed = [name for name in saved if saved[name] != current.get(name, saved[name])]
-        if changed:
-            details = ", ".join(
-                f"{name} ({saved[name]}, now {current[name]})" if name.startswith("precision") else name
-                for name in changed
-            )
-            raise ConfigError(f"{self.path} cannot be resumed with another {details}")
 
     def start(self, environment: Record) -> None:
         """Write the environment and remove the result of an earlier, shorter run."""

@@ -33,32 +33,20 @@ READ_SECONDS = 1.0  # between two readings of the metrics, which wait for the de
 
 @dataclass(frozen=True)
 class Intervals:
-    """Intervals of logging and saving.
+    """Intervals of logging and saving."""
 
-    Attributes:
-        log_steps: steps between the losses logged by step.
-        save_steps: steps between states saved within an epoch; 0 for none.
-        keep_epochs: epochs between the students that are kept (``student_<epoch>.pt``).
-    """
-
-    log_steps: int = 500
-    save_steps: int = 0
-    keep_epochs: int = 40
+    log_steps: int  # between losses logged by step
+    save_steps: int  # between states saved within an epoch; 0 for none
+    keep_epochs: int  # between students that are kept (student_<epoch>.pt)
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Records of a run that are saved with its state.
+    """Records of a run that are saved with its state."""
 
-    Attributes:
-        about: metadata of the student's weights (name, classes, data set, normalisation).
-        identity: hashes and names that must not change when the run is resumed.
-        environment: versions, device and number of processes.
-    """
-
-    about: Record
-    identity: Record
-    environment: Record
+    about: Record  # metadata of the student's weights: name, classes, data set, normalisation
+    identity: Record  # hashes and names that must not change when the run is resumed
+    environment: Record  # versions, device and number of processes
 
 
 class Trainer:
