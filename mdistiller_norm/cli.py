@@ -28,6 +28,8 @@ COMMANDS = {
     "visualize": ("mdistiller_norm.analysis.cli", "Draw the paper's figures from checkpoints."),
     "list": ("mdistiller_norm.catalog", "List networks, methods, data sets and packaged configs."),
     "config": ("mdistiller_norm.config_files", "Show a config, copy a packaged one, or list the keys."),
+    "fetch": ("mdistiller_norm.fetch", "Download CIFAR-100 or published teachers."),
+    "doctor": ("mdistiller_norm.doctor", "Describe the installation and run a short self-test, for bug reports."),
     "shards": ("mdistiller_norm.pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
 _WITH_OVERRIDES = ("train", "reproduce")  # KEY VALUE may be placed between the options

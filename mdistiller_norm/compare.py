@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.analysis.collect import Collected, check_same_classes, collect
 from mdistiller_norm.build import build_device, placed
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import write_text
+from mdistiller_norm.models import count_macs
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.reproduce.ledger import identity
 from mdistiller_norm.reproduce.stats import MeanStd, mean_std, paired_difference
@@ -65,10 +65,8 @@ def measure_speed(network: Network, size: Sequence[int], device: torch.device) -
         return statistics.median(times)
 
     with torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            network(images[:1])
         one, many = median_seconds(images[:1]), median_seconds(images)
-    return {"macs": counter.get_total_flops() // 2, "latency_ms": 1000 * one, "images_per_second": 64 / many}
+    return {"macs": count_macs(network, size), "latency_ms": 1000 * one, "images_per_second": 64 / many}
 
 
 def group_runs(paths: Iterable[Path]) -> dict[str, list[tuple[Path, Record]]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR100
 from torchvision.transforms import functional as TF
 
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, Share, TensorDataset, cifar100, digits
 from mdistiller_norm.data.augment import PadCropFlip, normalise
 from mdistiller_norm.data.plan import epoch_plan, share_out, smallest_micro_batch
+from mdistiller_norm.download import read_sources
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.run import build_run
 
@@ -189,10 +189,12 @@ def test_damaged_and_missing_cifar_files_are_named(tmp_path: Path) -> None:
 
 def test_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/archive.tar.gz")  # no server listens on this port
-    with pytest.raises(DataError, match=r"downloading http://.*archive.tar.gz failed.*put the files"):
-        cifar100(tmp_path)
-    assert not list(tmp_path.iterdir())
+    sources = tmp_path / "sources.yaml"
+    sources.write_text("cifar100: [{urls: ['http://127.0.0.1:9/archive.tar.gz'], to: data}]")  # no server listens
+    monkeypatch.setattr("mdistiller_norm.data.cifar.read_sources", lambda: read_sources(sources))
+    with pytest.raises(DataError, match=r"archive.tar.gz cannot be downloaded: http://.*: put the files"):
+        cifar100(tmp_path / "data")
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_held_out_part_is_stratified_fixed_and_disjoint() -> None:

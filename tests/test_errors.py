@@ -57,6 +57,8 @@ COMMANDS = [
     ("config show digits/normkt", ["config file digits/normkt does not exist; see mdistiller-norm list configs"]),
     ("config copy run.yaml", ["run.yaml is not a packaged config; see mdistiller-norm list configs"]),
     ("config copy digits/normkd run.yaml", ["run.yaml exists: choose another name"]),
+    ("fetch imagenet", ["unknown source 'imagenet'"]),
+    ("fetch cifar100 --sources run.yaml", ["run.yaml cannot be read as sources"]),
     ("list tables", ["argument kind: invalid choice: 'tables'"]),
     ("report --export xls", ["argument --export: invalid choice: 'xls'"]),
 ]

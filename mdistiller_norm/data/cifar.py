@@ -6,7 +6,6 @@ Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (
 from __future__ import annotations
 
 import pickle
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from mdistiller_norm.data.memory import Split, TensorDataset
+from mdistiller_norm.download import obtain, read_sources
 from mdistiller_norm.errors import DataError
 
 # mdistiller's constants, with which its published checkpoints were trained.
@@ -73,27 +73,6 @@ def _class_names(content: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _download(root: Path) -> None:
-    """Create ``root/cifar-100-python`` atomically; several processes may do it at the same time."""
-    from torchvision.datasets import CIFAR100  # slow to import
-
-    folder = root / CIFAR100.base_folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar100_") as fresh:
-            CIFAR100(fresh, download=True)
-            try:
-                Path(fresh, CIFAR100.base_folder).rename(folder)
-            except OSError:
-                if not folder.exists():  # another process was faster
-                    raise
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"CIFAR-100 is not in {folder} and downloading {CIFAR100.url} failed ({error}): put the files train, test "
-            "and meta into this folder, or set DATASET.ROOT to the folder that contains cifar-100-python"
-        ) from error
-
-
 def cifar100(root: str | Path) -> TensorDataset:
     """Load CIFAR-100: 50,000 + 10,000 images of 32x32 pixels in 100 classes.
 
@@ -104,7 +83,13 @@ def cifar100(root: str | Path) -> TensorDataset:
     root = Path(root)
     folder = root / "cifar-100-python"
     if not folder.exists():
-        _download(root)
+        try:
+            obtain(read_sources()["cifar100"][0], root)
+        except (DataError, OSError) as error:
+            raise DataError(
+                f"{folder} does not exist and {error}: put the files train, test and meta into it, or set DATASET.ROOT "
+                "to the folder that contains cifar-100-python"
+            ) from error
     missing = [name for name in ("train", "test", "meta") if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}: remove the folder to download it, or complete it")

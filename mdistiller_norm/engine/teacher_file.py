@@ -17,7 +17,7 @@ from mdistiller_norm.data.base import EvalLoader
 from mdistiller_norm.engine.checkpoint import Weights
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.errors import CheckpointError, first_line
-from mdistiller_norm.files import PROJECT
+from mdistiller_norm.files import PROJECT, write_text
 from mdistiller_norm.models.base import Network
 
 MANIFEST = Path("checkpoints/manifest.yaml")
@@ -50,6 +50,16 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     if not valid:
         raise CheckpointError(f"each entry of {path} must have file, model and dataset")
     return list(entries)
+
+
+def add_to_manifest(manifest: Path, file: Path, **fields: Any) -> None:
+    """Append the entry of a weights file beside the manifest, unless it is listed already."""
+    entries = read_manifest(manifest)
+    if any(entry["file"] == file.name for entry in entries):
+        return
+    entry = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **fields}
+    before = manifest.read_text(encoding="utf-8").rstrip("\n") + "\n" if entries else ""
+    write_text(before + yaml.safe_dump([entry], sort_keys=False, width=1000), manifest)
 
 
 def _manifest_files(root: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -96,7 +96,7 @@ def probe(network: Network, image_size: tuple[int, int] = (32, 32)) -> Outputs:
         raise ConfigError(f"model {network.name!r} cannot take images of {size} pixels: {first_line(error)}") from error
 
 
-def count_macs(network: Network, image_size: tuple[int, int] = (32, 32)) -> int:
+def count_macs(network: Network, image_size: Sequence[int]) -> int:
     """Return the multiply-accumulate operations of a forward pass for one image, counted on the meta device."""
     shadow = copy.deepcopy(network).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from mdistiller_norm.engine.checkpoint import load_weights, save_atomically
-from mdistiller_norm.engine.teacher_file import MANIFEST, read_manifest
+from mdistiller_norm.engine.teacher_file import MANIFEST, add_to_manifest, read_manifest
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.files import write_text
 from mdistiller_norm.reproduce.ledger import finished_record, identity
 from mdistiller_norm.reproduce.plan import cell_identity
 from mdistiller_norm.reproduce.tables import TABLES
@@ -34,23 +31,14 @@ def publish(run: Path, folder: Path) -> Path:
         raise ConfigError(f"{run} does not fill a cell of the paper's tables")
     words = [record["student"], record["dataset"], *record["method"], f"seed{record['seed']}"]
     path, manifest = folder / ("_".join(words) + ".pt"), folder / MANIFEST.name
-    entries = read_manifest(manifest)
-    if path.exists() or any(entry["file"] == path.name for entry in entries):
+    if path.exists() or any(entry["file"] == path.name for entry in read_manifest(manifest)):
         raise ConfigError(f"{path} exists: remove it and its entry in {manifest} to publish another run")
     weights = load_weights(run / "student_last.pt")
     folder.mkdir(parents=True, exist_ok=True)
     save_atomically({"model": to_fp16(weights.state), "about": weights.about}, path)
-    entry = {
-        "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "model": record["student"],
-        "dataset": record["dataset"],
-        "method": "+".join(record["method"]),
-        "epochs": record["epochs"],
-        "top1": round(record["last"]["top1"], 2),
-        "command": record["command"],
-        "commit": record["environment"].get("commit"),
-    }
-    before = manifest.read_text(encoding="utf-8").rstrip("\n") + "\n" if entries else ""
-    write_text(before + yaml.safe_dump([entry], sort_keys=False, width=1000), manifest)
+    add_to_manifest(
+        manifest, path, model=record["student"], dataset=record["dataset"], method="+".join(record["method"]),
+        epochs=record["epochs"], top1=round(record["last"]["top1"], 2), command=record["command"],
+        commit=record["environment"].get("commit"),
+    )  # fmt: skip
     return path

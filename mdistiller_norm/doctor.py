@@ -1,0 +1,100 @@
+"""The command ``doctor``: describe the installation and test it with 20 steps of NormKD on the digits."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import io
+import json
+import shutil
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from mdistiller_norm.build import build_device
+from mdistiller_norm.catalog import columns
+from mdistiller_norm.config import load_config
+from mdistiller_norm.engine.compile import compiler_missing
+from mdistiller_norm.engine.logger import environment
+from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, ROOTS, read_manifest
+from mdistiller_norm.errors import first_line
+from mdistiller_norm.run import train
+
+# Packages of the extras.
+OPTIONAL = (
+    "scikit-learn", "scipy", "matplotlib", "jinja2", "timm", "submitit", "wandb", "onnx", "onnxruntime", "simplejpeg",
+)  # fmt: skip
+DATA = {"cifar100": "cifar-100-python", "imagenet": "imagenet", "tiny_imagenet_20": "tiny_imagenet_20"}  # in --root
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``doctor``."""
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the report; return 1 if the self-test fails."""
+    report = diagnose(options.root)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        rows = [(name if not i else "", text) for name, part in report.items() for i, text in enumerate(_lines(part))]
+        print(columns(rows))
+    return 0 if report["self_test"]["passed"] else 1
+
+
+def _lines(part: Any) -> list[str]:
+    if isinstance(part, dict):
+        return [f"{key}: {value}" for key, value in part.items()]
+    return [str(line) for line in part] if isinstance(part, list) else [str(part)]
+
+
+def diagnose(root: Path) -> dict[str, Any]:
+    """Return the environment, the data and checkpoints that were found, the free space and the result of the test."""
+    device = build_device("auto")
+    data = {name: str(root / path) for name, path in DATA.items() if (root / path).exists()}
+    return {
+        "environment": environment(device),
+        "optional": {name: _version(name) for name in OPTIONAL},
+        "compiler": compiler_missing(device) or "found",
+        "data": {"digits": "in the package"} | data,
+        "checkpoints": _checkpoints(),
+        "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free in {Path.cwd()}",
+        "self_test": self_test(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _checkpoints() -> list[str]:
+    """Return the teachers that training can find, without those of finished runs."""
+    found = {}
+    for root in ROOTS:
+        for entry in read_manifest(root / MANIFEST):
+            path = root / MANIFEST.parent / entry["file"]
+            found[path.resolve()] = f"{entry['model']} on {entry['dataset']}: {path}"
+        for path in sorted((root / PEER_TEACHERS).glob("*/*.pth")):
+            found[path.resolve()] = f"{path.parent.name}: {path}"
+    return list(found.values())
+
+
+def self_test() -> dict[str, Any]:
+    """Train a teacher and, with NormKD, a student for 20 steps each in a temporary folder."""
+    start, output = time.perf_counter(), io.StringIO()
+    common = ["SOLVER.EPOCHS=1", "SOLVER.BATCH_SIZE=72", "SOLVER.LR_DECAY_STAGES=[]", "DISTILLER.TEACHER=resnet8"]
+    try:
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(output):
+            common += [f"LOG.PREFIX={folder}", f"DISTILLER.TEACHER_WEIGHTS={folder}/digits/teacher/student_last.pt"]
+            train(load_config("digits/vanilla_resnet8", [*common, "EXPERIMENT.NAME=teacher"]))
+            train(load_config("digits/normkd", [*common, "EXPERIMENT.NAME=student"]))
+    except Exception as error:  # a broken installation may raise anything
+        return {"passed": False, "error": first_line(error), "output": output.getvalue().splitlines()[-5:]}
+    return {"passed": True, "seconds": round(time.perf_counter() - start, 1)}

@@ -1,0 +1,169 @@
+"""Resumable downloads with checksums. ``sources.yaml`` lists the known sources and describes their keys."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import ssl
+import tarfile
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import yaml
+from tqdm import tqdm
+
+from mdistiller_norm.errors import ConfigError, DataError, first_line
+
+SOURCES = Path(__file__).with_name("sources.yaml")
+TIMEOUT = 30.0  # seconds without data
+ATTEMPTS = 3  # in a row that receive no data
+_NETWORK_ERRORS = (URLError, ConnectionError, TimeoutError, HTTPException, ssl.SSLError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tar archive with a folder ``unpack``, or the weights of a network."""
+
+    urls: Sequence[str]
+    to: str
+    size: int = 0
+    md5: str = ""
+    sha256: str = ""
+    unpack: str = ""
+    model: str = ""
+    dataset: str = ""
+    top1: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the downloaded file."""
+        return self.urls[0].rpartition("/")[2]
+
+    def mismatch(self, path: Path) -> str:
+        """Return the difference between a file and the stated size and checksums, or an empty string."""
+        if self.size and path.stat().st_size != self.size:
+            return f"its size is {path.stat().st_size} bytes, not {self.size}"
+        in_name = re.search(r"-([0-9a-f]{8,64})\.\w+$", self.name)
+        for kind, expected in (("md5", self.md5), ("sha256", self.sha256 or (in_name[1] if in_name else ""))):
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, kind).hexdigest() if expected else ""
+            if not found.startswith(expected.lower()):
+                return f"its {kind} is {found}, not {expected}"
+        return ""
+
+
+def read_sources(path: Path = SOURCES) -> dict[str, list[Source]]:
+    """Read a file of sources; return them by name."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sources = {name: [Source(**entry) for entry in entries] for name, entries in content.items()}
+        for source in (source for entries in sources.values() for source in entries):
+            if not all(re.match(r"\w+://.*[^/]$", url) for url in source.urls) or not source.urls:
+                raise ValueError(f"urls must be a list of URLs of files, got {source.urls}")
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as sources: {first_line(error)}") from error
+    return sources
+
+
+def obtain(source: Source, folder: Path) -> Path:
+    """Download a source to a folder and unpack it, unless it exists; return its path.
+
+    An interrupted download continues where it stopped. Several processes may call this function at the same time.
+
+    Raises:
+        DataError: no URL provides the file with the stated size and checksum.
+    """
+    target, part = folder / (source.unpack or source.name), folder / f".{source.name}.part"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with part.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            if not target.exists():  # else another process was faster
+                _download(source, part)
+                if source.unpack:
+                    _unpack(part, target)
+                else:
+                    part.replace(target)
+        finally:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
+    return target
+
+
+def _download(source: Source, part: Path) -> None:
+    reasons = []
+    for url in source.urls:
+        try:
+            _transfer_all(url, part)
+        except _NETWORK_ERRORS as error:
+            reasons.append(f"{url}: {first_line(error)}")
+            continue
+        if not (wrong := source.mismatch(part)):
+            return
+        part.write_bytes(b"")
+        reasons.append(f"{url}: {wrong}")
+    hint = "; run the command again to continue" if part.stat().st_size else ""
+    raise DataError(f"{source.name} cannot be downloaded: {'; '.join(reasons)}{hint}")
+
+
+def _transfer_all(url: str, part: Path) -> None:
+    """Transfer a file, reconnecting after errors as long as data arrives."""
+    failures = 0
+    while True:
+        before = part.stat().st_size
+        try:
+            return _transfer(url, part, before)
+        except _NETWORK_ERRORS as error:
+            failures = 0 if part.stat().st_size > before else failures + 1
+            if failures == ATTEMPTS or (isinstance(error, HTTPError) and error.code < 500):
+                raise
+        time.sleep(failures)
+
+
+def _transfer(url: str, part: Path, start: int) -> None:
+    """Append the bytes from ``start`` on; start from 0 if the server does not support ranges."""
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urlopen(request, timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
+            return  # complete
+        if error.code == 416:
+            part.write_bytes(b"")  # of another file
+        raise
+    with response:
+        start = start if response.status == 206 else 0
+        size = start + int(response.headers["Content-Length"] or 0)
+        name, known = url.rpartition("/")[2], size or None
+        bar = tqdm(total=known, initial=start, desc=name, unit="B", unit_scale=True, disable=None)
+        with bar, part.open("ab" if start else "wb") as file:
+            while chunk := response.read(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if part.stat().st_size < size:
+        raise ConnectionError(f"the connection was closed after {part.stat().st_size} of {size} bytes")
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    """Unpack a folder of a tar archive atomically, and delete the archive."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack_") as folder:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            Path(folder, target.name).rename(target)
+        except (tarfile.TarError, EOFError, zlib.error, FileNotFoundError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            reason = f"it contains no folder {target.name}" if missing else first_line(error)
+            raise DataError(f"the downloaded archive of {target} cannot be unpacked: {reason}") from error
+        finally:
+            archive.unlink()

@@ -1,0 +1,68 @@
+"""The command ``fetch``: download data sets and teachers to the folders where training searches for them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mdistiller_norm.download import Source, obtain, read_sources
+from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, add_to_manifest
+from mdistiller_norm.errors import ConfigError, UserError
+from mdistiller_norm.registry import suggest
+
+Teacher = tuple[Path, str, str]  # file, model and data set
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``fetch``."""
+    parser.epilog = f"example: {parser.prog} cifar100 teachers"
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(read_sources())}, or a name in --sources")
+    parser.add_argument("--sources", type=Path, metavar="FILE", help="more sources, in the form of sources.yaml")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
+    parser.add_argument("--no-eval", action="store_true", help="do not evaluate the teachers")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Download the sources, then evaluate the teachers among them; return 1 if one cannot be evaluated."""
+    sources = read_sources() | (read_sources(options.sources) if options.sources else {})
+    for name in options.names:
+        if name not in sources:
+            raise ConfigError(f"unknown source {name!r}: {suggest(name, sources)}")
+    selected = [source for name in options.names for source in sources[name]]
+    teachers = [teacher for source in selected for teacher in fetch(source, options.root)]
+    results = [_evaluate(*teacher, options.root) for teacher in teachers if not options.no_eval]
+    return 0 if all(results) else 1
+
+
+def fetch(source: Source, root: Path) -> list[Teacher]:
+    """Download a source and return the teachers in it."""
+    folder = root if source.to == "data" else Path(source.to)
+    if source.model and folder != MANIFEST.parent:
+        raise ConfigError(f"sources of weights must have to: {MANIFEST.parent}, got {source.to}")
+    path = obtain(source, folder)
+    print(path, flush=True)
+    if source.model:
+        fields = {"model": source.model, "dataset": source.dataset, "top1": source.top1, "source": source.urls[0]}
+        add_to_manifest(MANIFEST, path, **fields)
+        return [(path, source.model, source.dataset)]
+    files = sorted(path.glob("*_vanilla/ckpt_epoch_240.pth")) if path.name == PEER_TEACHERS.name else []
+    return [(file, file.parent.name.removesuffix("_vanilla"), "cifar100") for file in files]
+
+
+def _evaluate(path: Path, model: str, dataset: str, root: Path) -> bool:
+    """Print the accuracy of a teacher; return False if its weights cannot be used."""
+    from mdistiller_norm.build import build_device, open_checkpoint, placed
+    from mdistiller_norm.engine.evaluate import evaluate
+
+    if dataset == "cifar100" and not (root / "cifar-100-python").is_dir():  # would be downloaded
+        print(f"{model}: not evaluated, {root} contains no cifar-100-python: {path}")
+        return True
+    try:
+        network, data = open_checkpoint(path, model, dataset, root)
+    except UserError as error:
+        print(f"{model}: not evaluated, {error}")
+        return False
+    device = build_device("auto")
+    result = evaluate(placed(network, device), data.eval_loader(250, device))
+    print(f"{model}: top-1 {result.top1:.2f} on {data.name}: {path}", flush=True)
+    return True
