@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One thread: the networks of the tests are too small for two.
@@ -17,6 +17,9 @@ import pytest
 import torch
 from short_runs import config
 
+from mdistiller_norm.data import DATASETS
+from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS
 from mdistiller_norm.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,3 +119,16 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> No
 def _seeded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registries_as_before() -> Iterator[None]:
+    """Restore the registries, to which plugins add, for the other test files."""
+    registries = (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS)
+    before = [dict(registry) for registry in registries]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ from torchvision.models import VisionTransformer, mobilenet_v3_small
 
 from mdistiller_norm.cli import execute
 from mdistiller_norm.config import load_config, show
-from mdistiller_norm.data import DATASETS
-from mdistiller_norm.distillers import DISTILLERS, Need
+from mdistiller_norm.distillers import Need
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher import LiveTeacher
@@ -75,19 +73,6 @@ DISTILLER: {{TEACHER: resnet8, STUDENT: resnet10, TEACHER_WEIGHTS: {folder}/teac
 SOLVER: {{EPOCHS: 1, BATCH_SIZE: 12, LR: 0.01}}
 LOG: {{PREFIX: {folder}}}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registries_as_before() -> Iterator[None]:
-    """Restore the registries for the other test files."""
-    registries = (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS)
-    before = [dict(registry) for registry in registries]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path])
-        yield
-    for registry, entries in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(entries)
 
 
 @pytest.fixture(scope="module")
