@@ -1,0 +1,47 @@
+"""Limits of the package: files, functions, import cycles and docstrings."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 330, 60, 10
+FILES = sorted((ROOT / "mdistiller_norm").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Return the imported names, also those in functions, but not those for types only."""
+    if isinstance(tree, ast.If) and "TYPE_CHECKING" in ast.unparse(tree.test):
+        return set()
+    if isinstance(tree, ast.ImportFrom):
+        return {tree.module or "", *(f"{tree.module}.{alias.name}" for alias in tree.names)}
+    if isinstance(tree, ast.Import):
+        return {alias.name for alias in tree.names}
+    return set().union(*map(imports, ast.iter_child_nodes(tree)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_keeps_the_limits(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= FILE_LINES
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, node.name
+            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert len([name for name in names if name not in ("self", "cls")]) <= PARAMETERS, node.name
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            assert not (ast.get_docstring(node) or "").startswith("See :"), path
+
+
+def test_modules_import_each_other_without_cycles() -> None:
+    # The package itself imports the library on first use, to export it.
+    graph = {
+        name: (imports(TREES[path]) & MODULES.keys()) - {name, "mdistiller_norm"} for name, path in MODULES.items()
+    }
+    del graph["mdistiller_norm"]
+    TopologicalSorter(graph).prepare()  # raises CycleError
