@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from mdistiller_norm.distillers import DISTILLERS, Need, Pair
-from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.errors import CheckpointError, ConfigError
-from mdistiller_norm.models import Network, build_model, probe
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.models import Network, probe
+from mdistiller_norm.student import load_student
 from mdistiller_norm.types import Batch, Outputs
 
 
@@ -28,18 +28,9 @@ def load(path: str | Path) -> tuple[Network, dict[str, Any]]:
 
     Returns:
         The network in eval mode and its metadata (``name``, ``classes``, ``mean``, ``std``, ``image_size`` ...).
-
-    Raises:
-        CheckpointError: the file is damaged or does not name its network.
     """
-    path = Path(path)
-    weights = load_weights(path / "student_best.pt" if path.is_dir() else path)
-    about = weights.about
-    if "name" not in about:
-        raise CheckpointError(f"{weights.path} does not name its network: use create_model and load_state_dict")
-    network = build_model(about["name"], about["num_classes"], variant=about["variant"])
-    load_into(network, weights, about["name"])
-    return network.eval(), about
+    student = load_student(Path(path), with_data=False)
+    return student.network, student.about
 
 
 def train(config: str | Path, overrides: Mapping[str, Any] | None = None, resume: bool = False) -> dict[str, Any]:
