@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -32,6 +31,7 @@ from mdistiller_norm.reproduce.plan import (
 from mdistiller_norm.reproduce.tables import CLAIMS, TABLES, Cell
 from mdistiller_norm.run_folder import run_folder
 
+PAIR = "res32x4_res8x4"
 CELLS = [cell for table in TABLES.values() for cell in table.cells.values()]
 TYPES = {
     "fitnet": "FITNET", "rkd": "RKD", "crd": "CRD", "ofd": "OFD", "reviewkd": "REVIEWKD", "at": "AT", "kd": "KD",
@@ -74,35 +74,31 @@ def test_printed_deltas_are_differences_of_printed_means_except_for_one_misprint
 def test_every_cell_has_a_config_of_its_pair_and_method() -> None:
     for cell in CELLS:
         table = TABLES[cell.table]
+        is_teacher = cell.row.key == "teacher"
         if not cell.config:
-            assert cell.is_teacher
+            assert is_teacher
             assert table.dataset == "imagenet"
             continue
         config = cell_config(cell)
         assert config is not None
         node = config.node
         assert table.dataset == node.DATASET.TYPE, cell.name
-        assert (cell.column.teacher if cell.is_teacher else cell.column.student) == node.DISTILLER.STUDENT, cell.name
+        assert (cell.column.teacher if is_teacher else cell.column.student) == node.DISTILLER.STUDENT, cell.name
         assert node.DISTILLER.TYPE == "NONE" or cell.column.teacher == node.DISTILLER.TEACHER, cell.name
         assert TYPES.get(cell.row.key, node.DISTILLER.TYPE) == node.DISTILLER.TYPE, cell.name
-        assert not cell.is_teacher or cell.config == table.teacher.format(teacher=cell.column.teacher)
+        assert not is_teacher or cell.config == table.teacher.format(teacher=cell.column.teacher)
 
 
-@pytest.mark.parametrize(
-    ("table", "row", "key", "expected"),
-    [
-        ("1", "t_1_to_14", "KD.TEMPERATURE", [float(t) for t in range(1, 15)]),
-        ("6", "t_norm_0.75", "NormKD.TEMPERATURE_NORM", 0.75),
-        ("7", "t_norm_0.5", "NormKD.TEMPERATURE_NORM", 0.5),
-        ("8", "range", "NormKD.STATISTIC", "range"),
-    ],
-)
-def test_settings_of_ablations_reach_the_config(table: str, row: str, key: str, expected: Any) -> None:
-    (cell,) = (cell for cell in TABLES[table].cells.values() if cell.row.key == row)
-    config = cell_config(cell)
-    assert config is not None
-    section, name = key.split(".")
-    assert config.node[section][name] == expected
+def test_settings_of_ablations_reach_the_config() -> None:
+    for table, pair, row, section, key, expected in (
+        ("1", PAIR, "t_1_to_14", "KD", "TEMPERATURE", [float(t) for t in range(1, 15)]),
+        ("6", PAIR, "t_norm_0.75", "NormKD", "TEMPERATURE_NORM", 0.75),
+        ("7", "r50_mv1", "t_norm_0.5", "NormKD", "TEMPERATURE_NORM", 0.5),
+        ("8", PAIR, "range", "NormKD", "STATISTIC", "range"),
+    ):
+        config = cell_config(TABLES[table].cells[row, pair])
+        assert config is not None
+        assert config.node[section][key] == expected
 
 
 def test_claims_name_existing_rows() -> None:
@@ -113,7 +109,7 @@ def test_claims_name_existing_rows() -> None:
 
 
 def test_equal_computations_have_one_identity_in_all_tables() -> None:
-    def of(table: str, row: str, pair: str = "res32x4_res8x4") -> str:
+    def of(table: str, row: str, pair: str = PAIR) -> str:
         return cell_identity(TABLES[table].cells[row, pair])
 
     assert of("1", "t_4") == of("2", "kd") == of("9", "kd")
@@ -216,10 +212,6 @@ def test_config_keys_after_the_values_of_a_list_option_are_overrides(
         execute([*where, "--seeds", "0", "SOLVER.PRECISON", "bf16"])
 
 
-def test_durations() -> None:
-    assert [parse_duration(text) for text in ("90s", "9m", "1h30m", "")] == [90, 540, 5400, float("inf")]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -242,7 +234,6 @@ def test_durations() -> None:
         ("--table digits --slurm gpus=1", "--slurm requires --launcher"),
         ("--table digits --launcher slurm --budget 9m", "--budget requires --launcher here"),
         ("--add FOLDER --results FOLDER", "FOLDER"),
-        ("--add FOLDER --dry-run", "--dry-run cannot be combined"),
     ],
 )
 def test_invalid_arguments(tmp_path: Path, arguments: str, message: str) -> None:
@@ -251,7 +242,8 @@ def test_invalid_arguments(tmp_path: Path, arguments: str, message: str) -> None
         execute(words)
 
 
-def test_the_tool_prints_an_error_on_one_line() -> None:
+def test_durations_are_parsed_and_the_tool_prints_errors_on_one_line() -> None:
+    assert [parse_duration(text) for text in ("90s", "9m", "1h30m", "")] == [90, 540, 5400, float("inf")]
     assert_user_error(tool("reproduce", "--table", "2", "--methods", "normkdd", check=False), "normkdd", "normkd")
 
 
@@ -284,7 +276,7 @@ def test_commands_of_students_use_the_weights_of_their_teachers_commands(capsys:
     own = [cell for cell in CELLS if TABLES[cell.table].own_teacher]
     teachers = {}
     for cell in own:
-        if cell.is_teacher:
+        if cell.row.key == "teacher":
             *_, file, seed = cell_command(cell).split()
             dataset = TABLES[cell.table].dataset
             teachers[cell.column, dataset] = run_folder(load_config(ROOT / file, [seed])) / "student_last.pt"

@@ -65,10 +65,10 @@ def main(options: argparse.Namespace) -> int:
     results = Path(options.results or (output / "results" if options.smoke else "results"))
     folder = results / "runs"
     seeds, budget, slurm = _checked_options(options)
-    for run in options.publish:
-        print(f"published {publish(Path(run), MANIFEST.parent)}")
-    _add_runs(options.add, folder, options.smoke)
     if options.add or options.publish:
+        _add_runs(options.add, folder, options.smoke)
+        for run in options.publish:
+            print(f"published {publish(Path(run), MANIFEST.parent)}")
         return 0
     cells = select_cells(options.table, options.methods, options.pairs, options.queue)
     if options.sweep:
@@ -87,7 +87,7 @@ def main(options: argparse.Namespace) -> int:
         _print_jobs(jobs, todo, finished)
     counts = f"{len(jobs) - len(todo)} done, {len(todo)} to run"
     print(f"{counted(len(jobs), 'run')}: {counts}{_time(todo, finished)}", flush=True)
-    if not todo or options.dry_run:
+    if options.dry_run:
         return 0
     folder.mkdir(parents=True, exist_ok=True)  # before the first training
     if options.launcher == "here":
@@ -97,9 +97,8 @@ def main(options: argparse.Namespace) -> int:
     else:
         cluster = "slurm" if options.launcher == "slurm" else "local"
         outcomes, signals = submit(todo, folder, cluster, slurm, options.processes), []
-    ledger = read_ledger(folder, options.smoke)
-    _print_cells(cells, ledger, options)
-    code = _print_outcomes(todo, outcomes, ledger, finished)
+    _print_cells(cells, read_ledger(folder, options.smoke), options)
+    code = _print_outcomes(todo, outcomes, finished) if todo else 0
     print(f"report: {command('report')} --results {results}{' --smoke' if options.smoke else ''}")
     return 128 + signals[0] if signals else code
 
@@ -131,10 +130,8 @@ def _checked_options(options: argparse.Namespace) -> tuple[list[int], float, dic
         (not all(map(str.isdecimal, options.seeds)), f"--seeds must be integers >= 0, got {' '.join(options.seeds)}"),
         (min(options.jobs, options.processes) < 1, "--jobs and --processes must be >= 1"),
         (options.slurm and options.launcher == "here", "--slurm requires --launcher slurm or submitit-local"),
-        (options.launcher != "here" and options.budget, "--budget requires --launcher here; see --slurm"),
-        (options.launcher != "here" and options.jobs > 1, "--jobs requires --launcher here; see --slurm"),
-        (options.dry_run and options.add, "--dry-run cannot be combined with --add"),
-        (options.dry_run and options.publish, "--dry-run cannot be combined with --publish"),
+        (options.budget and options.launcher != "here", "--budget requires --launcher here; see --slurm"),
+        (options.jobs > 1 and options.launcher != "here", "--jobs requires --launcher here; see --slurm"),
     ):
         if wrong:
             raise ConfigError(message)
@@ -155,10 +152,9 @@ def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[s
     cells = [cell for name in tables for cell in TABLES[name].cells.values()]
     known_rows, known_columns = [cell.row.key for cell in cells], [cell.column.key for cell in cells]
     for option, names, known in (("--methods", rows, known_rows), ("--pairs", columns, known_columns)):
-        for name in names:
-            if name not in known:
-                near = nearest(name, known) or dict.fromkeys(known)
-                raise ConfigError(f"{option}: no {name!r} in these tables; did you mean {' or '.join(near)}?")
+        if unknown := [name for name in names if name not in known]:
+            near = nearest(unknown[0], known) or dict.fromkeys(known)
+            raise ConfigError(f"{option}: no {unknown[0]!r} in these tables; did you mean {' or '.join(near)}?")
     cells = [c for c in cells if (not rows or c.row.key in rows) and (not columns or c.column.key in columns)]
     if not cells:
         raise ConfigError("--methods and --pairs have no common cell in these tables")
@@ -175,7 +171,7 @@ def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[C
         raise ConfigError(f"--val-split must be > 0 and <= 0.5, got {val_split:g}")
     swept = []
     for cell in cells:
-        for value in values if not cell.is_teacher else ():
+        for value in values if cell.row.key != "teacher" else ():
             row = Row(f"{cell.row.key},{key}={value}", f"{cell.row.name} with {key} = {value}")
             overrides = (*cell.overrides, f"{key}={value}", f"DATASET.VAL_SPLIT={val_split:g}")
             swept.append(cell._replace(row=row, overrides=overrides))
@@ -243,20 +239,14 @@ def _print_cells(cells: Sequence[Cell], ledger: Ledger, options: argparse.Namesp
         print(text)
 
 
-def _print_outcomes(todo: Sequence[Job], outcomes: runner.Outcomes, ledger: Ledger, finished: Sequence[Record]) -> int:
+def _print_outcomes(todo: Sequence[Job], outcomes: runner.Outcomes, finished: Sequence[Record]) -> int:
     """Print the outcomes of jobs; returns the exit code."""
     names = (runner.DONE, runner.FAILED, runner.BLOCKED, runner.QUEUED)
     done, failed, blocked, queued = (sum(outcome == name for outcome in outcomes.values()) for name in names)
     print(f"{done} done, {failed} failed, {blocked} waiting for a teacher")
     if queued:
         print(f"{counted(queued, 'run')} queued on Slurm; add --dry-run to list finished and pending runs")
-    failures = {(entry.identity, entry.seed): entry.record["error"] for entry in ledger.failures}
-    for job in todo:
-        if outcomes.get(job.key) == runner.FAILED:
-            print(f"  failed: {job.name}: {failures.get(job.key, 'unknown error')}")
     left = [job for job in todo if outcomes.get(job.key) not in names]
     if left:
         print(f"{counted(len(left), 'run')} left{_time(left, finished)}; run the same command to continue")
-        for job in left:
-            print(f"  {job.name}: {job.progress}")
     return 1 if failed or blocked else 3 if left or queued else 0

@@ -38,7 +38,7 @@ class Job:
     """A training run; ``cells`` is empty for a teacher that only its students need, ``teacher`` must finish first."""
 
     name: str
-    config: Mapping[str, Any]
+    config: Any
     config_file: str
     overrides: tuple[str, ...]
     key: JobKey
@@ -137,17 +137,21 @@ class _Planner:
     def add(self, cell: Cell, seeds: Sequence[int]) -> None:
         config, table = cell_config(cell, self.smoke), TABLES[cell.table]
         teacher, weights = None, None
-        if config and not (self.smoke or table.own_teacher) and (cell.is_teacher or method_names(config.node)):
+        if (
+            config
+            and not (self.smoke or table.own_teacher)
+            and (cell.row.key == "teacher" or method_names(config.node))
+        ):
             known = known_teacher(cell.column.teacher, config.node.DATASET.TYPE)
             weights = known.path if known else None
-        if not config or (cell.is_teacher and weights):
+        if not config or (cell.row.key == "teacher" and weights):
             self.published.append(cell)
             return
         if table.teacher and method_names(config.node) and not weights:
             teacher = self._add_job(table.teacher.format(**cell.column._asdict()), (), (), TEACHER_SEED)
             weights = teacher.weights
         more = (f"DISTILLER.TEACHER_WEIGHTS={weights}",) if weights else ()
-        for seed in [TEACHER_SEED] if cell.is_teacher else seeds:
+        for seed in [TEACHER_SEED] if cell.row.key == "teacher" else seeds:
             self._add_job(cell.config, cell.overrides, more, seed, cells=(cell.name,), teacher=teacher)
 
     def _add_job(self, config_file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any) -> Job:
@@ -227,11 +231,13 @@ def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
     same = [record["seconds"] / record["epochs"] for record in finished if _speed_key(record["config"]) == key]
     if same:
         return _START + left * statistics.median(same), "finished runs of the same networks"
-    comparable = [record for record in finished if _speed_key(record["config"])[-1] == key[-1]]
-    rates = [training_flops(record["config"]) / max(record["seconds"], 1e-3) for record in comparable]
-    if not any(rates) or not (flops := training_flops(job.config)):
-        return None
-    return _START + left / epochs * flops / max(rates), "operation counts"
+    rates = [  # of runs with the same precision
+        training_flops(record["config"]) / max(record["seconds"], 1e-3)
+        for record in finished
+        if _speed_key(record["config"])[-1] == key[-1]
+    ]
+    flops = training_flops(job.config)
+    return (_START + left / epochs * flops / max(rates), "operation counts") if flops and any(rates) else None
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mdistiller_norm.config import leaves
 from mdistiller_norm.errors import ConfigError, needs_extra
@@ -73,14 +73,11 @@ class CellView:
 
 
 class TableView(NamedTuple):
-    """A table with its cells by (row key, column key)."""
+    """A table with its cells by (row key, column key) and the number of cells with runs."""
 
     table: Table
     cells: Mapping[tuple[str, str], CellView]
-
-    @property
-    def measured(self) -> int:
-        return sum(bool(cell.runs) for cell in self.cells.values())
+    measured: int
 
     def column(self, column: Column) -> dict[str, CellView]:
         """Return the cells of a column by row key."""
@@ -99,7 +96,7 @@ class TableView(NamedTuple):
     def warnings(self, column: Column) -> list[str]:
         """Return a line for each property that differs between the students' runs of a column."""
         cells, lines = self.column(column).values(), []
-        runs = [entry for cell in cells if not cell.cell.is_teacher for entry in cell.runs.values()]
+        runs = [entry for cell in cells if cell.cell.row.key != "teacher" for entry in cell.runs.values()]
         for name, value in _CONDITIONS.items():
             counts = Counter(value(entry) for entry in runs)
             del counts[""]  # none, or not recorded
@@ -129,7 +126,7 @@ def collect(folder: Path, smoke: bool = False) -> Record:
             cells[key] = CellView(cell, ledger.of(name), failures.get(name))
             placed.add(name)
             counted_runs |= {entry.path for entry in cells[key].runs.values()}
-        views[table.id] = TableView(table, cells)
+        views[table.id] = TableView(table, cells, sum(bool(cell.runs) for cell in cells.values()))
     runs = ledger.all_runs()
     claims = [claim for claim in CLAIMS if not claim.own or any(views[name].measured for name in claim.tables)]
     return {
@@ -139,7 +136,9 @@ def collect(folder: Path, smoke: bool = False) -> Record:
         "tables": list(views.values()),
         "teachers": [row for view in views.values() for column in view.table.columns for row in _teacher(view, column)],
         "claims": [_judge(claim, views) for claim in claims],
-        "environments": _environments(runs),
+        "environments": Counter(
+            environment_text(run.record | {"precision": run.precision} | run.record["environment"]) for run in runs
+        ).most_common(),
         "other_teachers": [run for run in runs if run.identity in placed and run.path not in counted_runs],
         "others": [run for run in runs if run.identity not in placed],
     }
@@ -158,15 +157,14 @@ def _teacher(view: TableView, column: Column) -> list[Record]:
     return [row] if measured else []
 
 
-def _environments(runs: Sequence[Entry]) -> list[tuple[Record, int]]:
-    """Return the environments of the runs with the number of runs."""
-    counts: Counter[tuple[tuple[str, Any], ...]] = Counter()
-    for entry in runs:
-        names = ("device", "torch", "python", "commit", "modified", "platform")
-        values = {name: entry.record["environment"][name] for name in names}
-        values |= {"precision": entry.precision, "processes": entry.record.get("processes", 1)}
-        counts[tuple(values.items())] += 1
-    return [(dict(items), count) for items, count in counts.most_common()]
+def environment_text(environment: Record) -> str:
+    """Return the machine, versions and commit that trained a run or a part of one."""
+    processes, commit = environment.get("processes", 1), (environment["commit"] or "unknown")[:10]
+    return (
+        f"{f'{processes} processes on ' if processes > 1 else ''}{environment['device']}, {environment['precision']}, "
+        f"torch {environment['torch']}, Python {environment['python']}, {environment['platform']}, commit {commit}"
+        f"{' with local changes' if environment['modified'] else ''}"
+    )
 
 
 def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
@@ -199,7 +197,16 @@ def render(report: Record, template: str) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
-    functions = (cell_command, counted, duration, mean_chart, run_charts, stats.mean_std, stats.signed)
+    functions = (
+        cell_command,
+        counted,
+        duration,
+        environment_text,
+        mean_chart,
+        run_charts,
+        stats.mean_std,
+        stats.signed,
+    )
     environment.globals |= {function.__name__: function for function in functions} | {"program": command}
     text = environment.get_template(template).render(report=report).rstrip() + "\n"
     return text if "html" in template else text.replace("&#39;", "'").replace("&#34;", '"')

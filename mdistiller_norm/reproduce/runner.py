@@ -15,7 +15,7 @@ from typing import IO
 
 import yaml
 
-from mdistiller_norm.config import dump, load_config
+from mdistiller_norm.config import dump
 from mdistiller_norm.engine.runtime import slot_environment
 from mdistiller_norm.engine.signals import STOP_SIGNALS, stop_signals
 from mdistiller_norm.errors import DataError
@@ -35,7 +35,7 @@ from mdistiller_norm.reproduce.plan import Job, JobKey, duration
 
 GRACE = 35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun gives its processes 30
 PROGRESS = 60.0  # seconds between two lines about a running job
-DONE, FAILED, BLOCKED, STOPPED, KILLED, QUEUED = "done", "failed", "blocked", "stopped", "killed", "queued"
+DONE, FAILED, BLOCKED, STOPPED, QUEUED = "done", "failed", "blocked", "stopped", "queued"
 Outcomes = dict[JobKey, str]
 _STOP_CODES = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
 _EXCEPTION = re.compile(r"error: |[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
@@ -107,8 +107,8 @@ class Execution:
         outcome = DONE
         if self.process and (code or not self._add_to_ledger()):
             # A torchrun that was stopped exits with 1, as after an error.
-            stopped = code in _STOP_CODES or (self._stopping and self.processes > 1)
-            outcome = KILLED if self._stopping and code == -signal.SIGKILL else STOPPED if stopped else FAILED
+            stopped = self._stopping and (self.processes > 1 or code == -signal.SIGKILL)
+            outcome = STOPPED if stopped or code in _STOP_CODES else FAILED
         if outcome == FAILED:
             self._record_failure(code)
         self._lock.close()
@@ -125,11 +125,8 @@ class Execution:
     @property
     def error(self) -> str:
         """The error message: of several processes the first one's, because the others fail as a consequence."""
-        if self.process and self.process.returncode == 0:  # the training succeeded, but its files are damaged
-            try:
-                finished_record(self.job.folder)
-            except DataError as error:
-                return str(error)
+        if self.process and self.process.returncode == 0:
+            return f"{self.job.folder}: result.json or metrics.jsonl is damaged"
         lines = self._output()
         errors = sorted(filter(_EXCEPTION.match, lines), key=lambda line: not line.startswith("error: "))
         return (errors or lines[-1:] or [""])[0]
@@ -142,9 +139,7 @@ class Execution:
             return f"{took if self.process else 'finished by another process'}, {accuracies}"
         if outcome == FAILED:
             return f"FAILED, {self.error} (log: {self.log})"
-        if outcome:
-            return "stopped and saved" if outcome == STOPPED else "killed, will resume from its last saved state"
-        return self.job.progress
+        return f"stopped, {self.job.progress}" if outcome else self.job.progress
 
     def _output(self) -> list[str]:
         return [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
@@ -166,7 +161,7 @@ class Execution:
             "at": time.strftime(UTC, time.gmtime()),
             "seed": job.key[1],
             "command": " ".join([starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]),
-            "config": yaml.safe_load(dump(load_config(find_config(job.config_file), job.overrides).node)),
+            "config": yaml.safe_load(dump(job.config)),
             "error": f"{self.error} ({f'signal {-code}' if code < 0 else f'exit code {code}'})",
             "log": self._output()[-20:],
         }

@@ -15,10 +15,7 @@ class Column(NamedTuple):
     key: str
     teacher: str
     student: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.teacher} → {self.student}"
+    name: str
 
 
 class Row(NamedTuple):
@@ -43,10 +40,6 @@ class Cell(NamedTuple):
     overrides: tuple[str, ...] = ()
 
     @property
-    def is_teacher(self) -> bool:
-        return self.row.key == "teacher"
-
-    @property
     def name(self) -> str:
         return f"table {self.table}, {self.row.name}, {self.column.name}"
 
@@ -69,6 +62,8 @@ class Table(NamedTuple):
     """
 
     id: str
+    name: str
+    in_paper: bool
     title: str
     dataset: str
     columns: tuple[Column, ...]
@@ -78,14 +73,6 @@ class Table(NamedTuple):
     deltas: tuple[Delta, ...]
     own_teacher: bool = False
     notes: tuple[str, ...] = ()
-
-    @property
-    def in_paper(self) -> bool:
-        return self.id.isdigit()
-
-    @property
-    def name(self) -> str:
-        return f"Table {self.id}" if self.in_paper else f"Table “{self.id}”"
 
 
 class Claim(NamedTuple):
@@ -107,8 +94,8 @@ def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(entry: dict[str, Any]) -> Table:
-    columns = tuple(Column(**column) for column in entry["columns"])
-    cells = {}
+    columns = tuple(Column(**column, name="{teacher} → {student}".format(**column)) for column in entry["columns"])
+    in_paper, cells = entry["id"].isdigit(), {}
     for source in entry["rows"]:
         row = Row(source["key"], source["name"])
         for i, column in enumerate(columns):
@@ -117,8 +104,9 @@ def _table(entry: dict[str, Any]) -> Table:
             cells[row.key, column.key] = Cell(entry["id"], row, column, config, paper)
     rows = tuple(dict.fromkeys(cell.row for cell in cells.values()))
     deltas = tuple(Delta(**_with_tuples(delta)) for delta in entry.get("deltas", ()))
-    parsed = {"columns": columns, "rows": rows, "cells": cells, "deltas": deltas}
-    return Table(**_with_tuples(entry) | parsed)
+    parsed = {"columns": columns, "rows": rows, "cells": cells, "deltas": deltas, "in_paper": in_paper}
+    name = f"Table {entry['id']}" if in_paper else f"Table “{entry['id']}”"
+    return Table(**_with_tuples(entry) | parsed, name=name)
 
 
 _SOURCE = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
