@@ -73,7 +73,6 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     student = build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build_distillers(cfg, student, trained[0], dataset) if trained else {}
     config_yaml = dump(cfg)
-
     if device.type == "cuda":
         choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)

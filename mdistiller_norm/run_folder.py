@@ -195,15 +195,20 @@ def _load_state(path: Path, config: Config) -> tuple[Record, str]:
     return state, warning
 
 
-def _read_state(path: Path, name: str = LATEST) -> tuple[Record, str]:
-    try:
-        state = load(path / name)
-        if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
-            raise CheckpointError(f"{path / name} is not the state of a run")
-    except CheckpointError as error:
-        if name == PREVIOUS or not (path / PREVIOUS).exists():
-            raise
-        state, _ = _read_state(path, PREVIOUS)
-        (path / PREVIOUS).replace(path / LATEST)  # which the other processes read
-        return state, f"{error}: resuming from {PREVIOUS} at epoch {state['epoch']}"
-    return state, ""
+def _read_state(path: Path) -> tuple[Record, str]:
+    """Load the state, or, with a warning, the previous one if the state is damaged."""
+    state, problem = Record(), ""
+    for name in (LATEST, PREVIOUS):
+        try:
+            state = load(path / name)
+            if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
+                raise CheckpointError(f"{path / name} is not the state of a run")
+            break
+        except CheckpointError as error:
+            if name == PREVIOUS or not (path / PREVIOUS).exists():
+                raise
+            problem = str(error)
+    if not problem:
+        return state, ""
+    (path / PREVIOUS).replace(path / LATEST)  # read by the other processes
+    return state, f"{problem}: resuming from {PREVIOUS} at epoch {state['epoch']}"

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from mdistiller_norm.data import digits
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.evaluate import evaluate
-from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.models import build_model
 from mdistiller_norm.run import build_run
@@ -126,13 +125,6 @@ def test_everything_that_a_step_changes_can_be_restored(tmp_path: Path, teacher:
     assert addresses == [tensor.data_ptr() for tensor in steps[1].state_tensors()]  # momenta existed from the start
     for part in ("trainable", "optimizer", "meters"):
         assert_same_state(*(dict(getattr(step, part).state_dict()) for step in steps))
-
-
-def test_kernels_are_the_fastest_or_deterministic() -> None:
-    for deterministic in (True, False):
-        choose_cuda_kernels(deterministic)
-        assert torch.are_deterministic_algorithms_enabled() == deterministic
-        assert torch.backends.cudnn.benchmark != deterministic
 
 
 class _Untraceable(type(build_model("resnet8", 2))):

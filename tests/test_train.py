@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from short_runs import SMALLER, assert_same_state, config, state_of
 
 from mdistiller_norm.cli import execute
@@ -113,7 +109,7 @@ def test_resuming_is_bit_identical(tmp_path: Path, teacher: str, few: TensorData
     extra = [f"DISTILLER.TYPE={name}", f"SOLVER.TRAINER={'dot' if dot else 'base'}", *SMALLER.get(name, []), teacher]
     fit_few(few, tmp_path, "whole", *extra)
     run = build_few(few, tmp_path, "parts", *extra)
-    after_step(run, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    after_step(run, 4, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted):
         run.trainer.fit()
     run.trainer.log.close()
@@ -272,15 +268,7 @@ def test_a_teacher_near_chance_is_a_warning(
     assert ("about chance" in capsys.readouterr().out) == warned
 
 
-def test_a_teacher_with_nan_logits_is_an_error(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
-    weights = load(teacher.partition("=")[2])
-    weights["model"]["fc.bias"][0] = torch.nan
-    torch.save(weights, tmp_path / "diverged.pt")
-    with pytest.raises(CheckpointError, match=r"teacher .*diverged\.pt computes NaN or infinite logits"):
-        build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", f"DISTILLER.TEACHER_WEIGHTS={tmp_path}/diverged.pt")
-
-
-def test_a_teacher_far_below_its_manifest_is_a_warning(
+def test_a_teacher_far_below_its_manifest_is_a_warning_and_nan_an_error(
     tmp_path: Path, teacher: str, few: TensorDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -291,24 +279,11 @@ def test_a_teacher_far_below_its_manifest_is_a_warning(
     run = build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD")
     assert "far below its stated 99.90" in (run.trainer.folder / "worklog.txt").read_text()
     assert run.facts["teacher"]["file"] == "checkpoints/teacher.pt"
-
-
-def test_ctrl_c_saves_the_state(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/train.py", "--cfg", "configs/digits/vanilla_resnet8.yaml"]
-    command += ["LOG.PREFIX", str(tmp_path), "EXPERIMENT.NAME", "run", "SOLVER.EPOCHS", "500"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    latest = tmp_path / "digits" / "run" / "latest.pt"
-    for _ in range(600):
-        if latest.exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped by SIGINT" in errors
-    assert "--resume" in errors
-    assert "Traceback" not in errors
-    assert load(latest)["epoch"] >= 1
+    weights = load("checkpoints/teacher.pt")
+    weights["model"]["fc.bias"][0] = torch.nan
+    torch.save(weights, "diverged.pt")
+    with pytest.raises(CheckpointError, match=r"teacher diverged\.pt computes NaN or infinite logits"):
+        build_few(few, tmp_path, "nan", "DISTILLER.TYPE=KD", "DISTILLER.TEACHER_WEIGHTS=diverged.pt")
 
 
 def test_eval_reads_students_states_and_bare_weights(
