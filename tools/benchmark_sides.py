@@ -69,8 +69,8 @@ class Ours:
         run.trainer.log.close()
         self.log = (run.folder.path / "worklog.txt").read_text().splitlines()
         self.step, self.run_step = run.trainer.step, run.trainer.run_step
-        self.step.trainable.train()
         self.device = build_device(config.node.DEVICE)
+        self.step.trainable.train()
         self._batches = self._endless()
 
     def _endless(self) -> Iterator[tuple[Tensor, ...]]:
@@ -167,8 +167,7 @@ class Reference:
     def _patched(self, data: Path | None = None) -> Iterator[None]:
         """Replace CUDA, the data folder and the output of its code while it runs; keep its allocator settings."""
         output = contextlib.redirect_stderr(self._null), contextlib.redirect_stdout(self._null)
-        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True)  # as its tools/train.py sets it
-        contexts: list[Any] = [*output, cudnn]
+        contexts: list[Any] = [*output, torch.backends.cudnn.flags(enabled=True, benchmark=True)]  # as its train.py
         if self.device.type == "cpu":
             contexts += [patch.object(kind, "cuda", lambda self, *_, **__: self) for kind in (Tensor, nn.Module)]
         if data:  # the checksums are those of the original files
