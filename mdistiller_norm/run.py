@@ -98,8 +98,9 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
             cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", steps_left, log
         )
     step = build_step(cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log)
+    surroundings = environment(device)
     facts = _facts(cfg, dataset, distillers, teacher_record, PRECISIONS[autocast])
-    facts |= {"config": yaml.safe_load(config_yaml), "command": command, "environment": environment(device)}
+    facts |= {"config": yaml.safe_load(config_yaml), "command": command, "environment": surroundings}
     provenance = _provenance(cfg, dataset, facts)
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
     schedule = StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE)
