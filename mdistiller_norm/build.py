@@ -28,7 +28,7 @@ from mdistiller_norm.data import (
 from mdistiller_norm.data.folder import ImageDataset, data_root
 from mdistiller_norm.data.plan import smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
-from mdistiller_norm.engine import distributed
+from mdistiller_norm.engine import distributed, teacher_file
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.dot import DOT, build_optimizer
@@ -36,11 +36,10 @@ from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
-from mdistiller_norm.engine.teacher_file import TeacherFile, check_preprocessing, check_teacher, find_teacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import find_config
-from mdistiller_norm.models import VARIANTS, build_model, probe
+from mdistiller_norm.models import PREFIXES, VARIANTS, build_model, has_weights, probe
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.program import command
 
@@ -102,9 +101,9 @@ def build_dataset(cfg: Any) -> Dataset:
 
 
 def build_student(name: str, dataset: Dataset, seed: int) -> Network:
-    """Return the student with its initial weights, a function of the seed."""
+    """Return the student with its initial weights: a function of the seed, or pretrained if its name selects them."""
     torch.manual_seed(seed)
-    student = build_model(name, len(dataset.classes), variant=dataset.variant)
+    student = _network(name, dataset, has_weights(name))
     probe(student, dataset.image_size)
     return student
 
@@ -127,6 +126,11 @@ def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check
         ) from error
 
 
+def _network(name: str, dataset: Dataset, pretrained: bool = False) -> Network:
+    size, variant = dataset.image_size, dataset.variant
+    return build_model(name, len(dataset.classes), variant=variant, image_size=size, pretrained=pretrained)
+
+
 def train_command(kind: str, model: str) -> str:
     """Return the command that trains a network as a teacher on a data set of that ``DATASET.TYPE``."""
     file = f"configs/{kind}/vanilla{'_' if kind == 'digits' else '/'}{model}.yaml"
@@ -135,13 +139,19 @@ def train_command(kind: str, model: str) -> str:
     return f"{command('train')} --cfg FILE DISTILLER.TYPE NONE DISTILLER.STUDENT {model}"
 
 
-def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
+def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.TeacherFile]:
     """Return the teacher with its trained weights."""
     name = cfg.DISTILLER.TEACHER
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
-    network = build_model(name, len(dataset.classes), variant=dataset.variant)
+    seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
+    if cfg.DISTILLER.TEACHER_WEIGHTS == "pretrained":
+        network = _network(name, dataset, pretrained=True)
+        return network, teacher_file.pretrained_teacher(network, dataset.classes, seen, runs, command)
+    network = _network(name, dataset)
     data = {key: cfg.DATASET[key] for key in ("CLASSES", "IMAGE_SIZE", "MEAN", "STD")}
-    file = find_teacher(name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS, data)
+    file = teacher_file.find_teacher(
+        name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS, data
+    )
     weights = load_weights(file.path)
     trained_on, renamed = weights.about.get("dataset", dataset.name), ""
     if trained_on != dataset.name:
@@ -149,8 +159,7 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, TeacherFile]:
         if not isinstance(dataset, ImageDataset) or list(weights.about.get("classes", ())) != list(dataset.classes):
             raise CheckpointError(renamed)  # otherwise the folder, which names the data set, may have been renamed
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
-    seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
-    warnings = [file.warning, renamed, check_preprocessing(weights, dataset.classes, seen)]
+    warnings = [file.warning, renamed, teacher_file.check_preprocessing(weights, dataset.classes, seen)]
     return network, replace(file, warning="; ".join(filter(None, warnings)))
 
 
@@ -162,7 +171,8 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
     for name in method_names(cfg):
         for network, outputs in ((student, pair.student), (teacher, pair.teacher)):
             if DISTILLERS[name].need is Need.MAPS and not outputs.features:
-                raise ConfigError(f"{name} requires feature maps, which {network.name} lacks: list its features")
+                others = ", ".join(other for other, cls in DISTILLERS.items() if cls.need < Need.MAPS)
+                raise ConfigError(f"{name} requires feature maps, which {network.name} lacks; without maps: {others}")
         try:
             distillers[name] = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)
         except ConfigError as error:
@@ -184,7 +194,7 @@ def build_loader(
 
 def build_teacher_runner(
     cfg: Any,
-    trained: tuple[Network, TeacherFile],
+    trained: tuple[Network, teacher_file.TeacherFile],
     distillers: Mapping[str, Distiller],
     loader: TrainLoader,
     test: EvalLoader,
@@ -204,7 +214,7 @@ def build_teacher_runner(
         log(f"no teacher cache: {reason}")
         cache = ""
     pooled = probe(network, image_size).pooled.shape[1]
-    record = check_teacher(network, file, test, log)
+    record = teacher_file.check_teacher(network, file, test, log)
     compiler = None
     if compiled:
         size = CachedTeacher.batch_size(loader, device) if cache else loader.batch_size
@@ -278,7 +288,7 @@ def open_checkpoint(
         raise ConfigError(f"{path} does not name its network: add -m, for example -m resnet20")
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
     known_data = dataset is not None or kind in DATASETS
-    if about.get("plugins") and not (known_data and name in chain(*VARIANTS.values())):
+    if about.get("plugins") and not (known_data and (name.startswith(PREFIXES) or name in chain(*VARIANTS.values()))):
         plugins = " ".join(about["plugins"])
         raise CheckpointError(f"{path} is {name} on {kind}, registered by a plugin: add --plugin {plugins}")
     if dataset is None:
@@ -286,6 +296,6 @@ def open_checkpoint(
         known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
         images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
         dataset = open_dataset(kind, data_root(root, about.get("dataset", "")), images)
-    network = build_model(name, len(dataset.classes), variant=dataset.variant)
+    network = _network(name, dataset)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     return network, dataset

@@ -24,7 +24,7 @@ from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import find_config
 from mdistiller_norm.plugins import import_plugin
 from mdistiller_norm.program import command
-from mdistiller_norm.registry import nearest, suggest
+from mdistiller_norm.registry import nearest, not_registered, suggest
 
 Check = tuple[str, Callable[[Any], bool]]  # a requirement, and the function that tests it
 
@@ -70,7 +70,7 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "DISTILLER.TYPE": ("NONE", "method or list of methods whose losses are added; NONE: no teacher", _METHODS),
     "DISTILLER.TEACHER": ("ResNet50", "model name of the teacher", _ANY),
     "DISTILLER.STUDENT": ("resnet32", "model name of the student", _ANY),
-    "DISTILLER.TEACHER_WEIGHTS": ("", "checkpoint of the teacher, or torchvision:NAME; empty: search for it", _ANY),
+    "DISTILLER.TEACHER_WEIGHTS": ("", "file, torchvision:NAME, or pretrained; empty: search for it", _ANY),
     "DISTILLER.TEACHER_CACHE": ("off", "store the teacher's outputs on disk", _one_of("off", "lazy", "full")),
     "DISTILLER.TEACHER_CACHE_PRECISION": ("fp32", "precision of the teacher cache", _one_of("fp32", "fp16")),
     "SOLVER.TRAINER": ("base", "dot: DOT's two momenta; crd: as base", _one_of("base", "crd", "dot", "crd_dot")),
@@ -267,9 +267,9 @@ def _checked(key: str, value: Any, defaults: Mapping[str, Any], source: str) -> 
     if key not in defaults:
         same_name = [known for known in defaults if known.lower().endswith(f".{key.rpartition('.')[2].lower()}")]
         near = (nearest(key, same_name) or same_name or nearest(key, defaults))[:3]
-        hint = f": did you mean {' or '.join(near)}?" if near else ""
-        hint = f": it was removed, {REMOVED[key][1]}" if key in REMOVED else hint
-        raise ConfigError(f"{source}: unknown key {key}{hint}")
+        hint = not_registered(key.split(".")[0]) or (f"did you mean {' or '.join(near)}?" if near else "")
+        hint = f"it was removed, {REMOVED[key][1]}" if key in REMOVED else hint
+        raise ConfigError(f"{source}: unknown key {key}{': ' * bool(hint)}{hint}")
     default = defaults[key]
     if isinstance(default, CfgNode):
         raise ConfigError(f"{source}: {key} is a section: set one of its keys, such as {key}.{next(iter(default), '')}")

@@ -137,7 +137,8 @@ def read(path: Path, form: str, about: Metadata | None = None) -> tuple[Forward,
     """Load an exported file as a function of images, with its metadata; weights alone require ``about``."""
     if form in _WEIGHTS_ONLY:
         assert about is not None
-        network = build_model(about["name"], len(about["classes"]), variant=about["variant"])
+        size = tuple(about["image_size"])
+        network = build_model(about["name"], len(about["classes"]), variant=about["variant"], image_size=size)
         if form == "state_dict":
             load_into(network, load_weights(path), about["name"])
         else:

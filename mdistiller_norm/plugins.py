@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.registry import PLUGINS
 
 
 def import_plugin(name: str, beside: Path = Path()) -> str:
@@ -35,7 +36,7 @@ def import_plugin(name: str, beside: Path = Path()) -> str:
             raise ConfigError(f"plugin {name} does not exist in {folders}")
     try:
         if file is None:
-            importlib.import_module(name)
+            PLUGINS.append(importlib.import_module(name))
             return name
         _import_file(file)
     except (Exception, SystemExit) as error:  # a plugin may raise anything
@@ -58,6 +59,7 @@ def _import_file(file: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    PLUGINS.append(module)
 
 
 def _reason(error: BaseException, file: Path | None) -> str:

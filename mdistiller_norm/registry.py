@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Iterable
+from types import ModuleType
 from typing import NoReturn, TypeVar
 
 from mdistiller_norm.errors import ConfigError
 
 T = TypeVar("T")
+PLUGINS: list[ModuleType] = []  # imported plugins
 
 
 def nearest(name: str, candidates: Iterable[str]) -> list[str]:
@@ -17,8 +19,16 @@ def nearest(name: str, candidates: Iterable[str]) -> list[str]:
     return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
 
 
+def not_registered(name: str) -> str:
+    """Return a hint if a plugin defines an object of this name, which it then did not register."""
+    files = [plugin.__file__ for plugin in PLUGINS if name in vars(plugin)]
+    return f"{name} in {files[0]} is not registered: decorate it (methods: @distillers.register)" if files else ""
+
+
 def suggest(name: str, candidates: Collection[str]) -> str:
-    """Return a hint for an unknown name: the nearest candidates, or all of them if none is similar."""
+    """Return a hint for an unknown name: register it, or the nearest candidates, or all if none is similar."""
+    if hint := not_registered(name):
+        return hint
     near = nearest(name, candidates)
     return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(candidates))}"
 

@@ -88,7 +88,8 @@ def load_student(
     except DataError as error:
         if not complete:
             raise
-        network = build_model(model or about["name"], len(about["classes"]), variant=about["variant"])
+        variant, size = about["variant"], tuple(about["image_size"])
+        network = build_model(model or about["name"], len(about["classes"]), variant=variant, image_size=size)
         load_into(network, weights, f"{network.name} with {network.num_classes} classes")
         return Student(network.eval(), _metadata(about, network), None, str(error))
     facts = {

@@ -43,6 +43,9 @@ COMMANDS = [
     (f"{NORMKD} EXPERIMENT.PLUGINS no_module", ["plugin no_module cannot be imported: ModuleNotFoundError"]),
     (f"{DIGITS} DEVICE tpu", ["DEVICE", "tpu"]),
     (f"{DIGITS} DISTILLER.STUDENT resnet21", ["resnet21", "resnet20"]),
+    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19", ["'torchvision:resnet19' cannot be built", "resnet19"]),
+    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9", ["'torchvision:resnet18.V9' cannot be built", "V9"]),
+    (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", ["pretrained weights require a model with the prefix timm:"]),
     ("eval -c x.pt -bs x", ["argument -bs/--batch-size: must be an integer >= 1, got x"]),
     ("eval -c x.pt -bs 0", ["must be an integer >= 1, got 0"]),
     ("eval -c x.pt --cfg x.yaml -d digits", ["--cfg sets the data set"]),
@@ -107,6 +110,12 @@ PLUGINS = [
     (f"{REGISTER}data.register('digits')(len)", ["data set 'digits' is registered already"]),
     (f"{REGISTER}distillers.register('KD')(distillers.Distiller)", ["distiller 'KD' is registered already"]),
     (f"{REGISTER}distillers.register('New')(object)", ["own.py:2: ", "must be a subclass of Distiller"]),
+    (f"{REGISTER}models.register('new')(lambda: 0)", ["own.py:2: ", "model 'new' requires a function", "num_classes"]),
+    (
+        f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
+        "    def forward(self, student, teacher, batch):\n        return teacher.features[-1].mean()",
+        ["own.py:2: ", "distiller 'New' reads features: add `need = distillers.Need.MAPS`"],
+    ),
     (
         f"{REGISTER}@distillers.register('SOLVER')\nclass A(distillers.Distiller): pass",
         ["distiller name 'SOLVER' must"],
@@ -158,6 +167,10 @@ USED_PLUGINS = [
     (data_set("facts['mean'] = (77.0,) * 3"), ["own_data", "mean"]),
     (data_set("open('/no/database')"), ["data set 'own_data' cannot be opened", "No such file"]),
     (data_set("return train, test"), ["data set 'own_data'", "tuple", "TensorDataset"]),
+    (("class Own(distillers.Distiller): pass\n", "DISTILLER.TYPE=Own"), ["Own in ", "own.py is not registered"]),
+    (("class Own(distillers.Distiller): pass\n", "Own.LOSS.KD_WEIGHT=1"), ["key Own.LOSS", "own.py is not registered"]),
+    (("class Own(models.Network): pass\n", "DISTILLER.STUDENT=Own"), ["unknown", "own.py is not registered"]),
+    (network("models.Wrapped(resnet18(num_classes=n), classifier='fc')"), ["'own' cannot be built", "num_classes"]),
     (network("open('/no/weights')"), ["model 'own' cannot be built", "No such file"]),
     (network("resnet18(num_classes=n)"), ["model 'own'", "ResNet", "Wrapped"]),
     (network("models.Wrapped(resnet18(), n, classifier='fc')"), ["1000 logits for 10 classes"]),
@@ -165,7 +178,7 @@ USED_PLUGINS = [
     (network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc', features=['fc'])"), ["shape [2, 10]"]),
     (
         network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc')", "DISTILLER.TYPE=SP"),
-        ["SP requires feature maps, which own lacks"],
+        ["SP requires feature maps, which own lacks", "without maps: CRD", "NormKD"],
     ),
 ]
 

@@ -119,6 +119,7 @@ class Distiller(nn.Module):
 DISTILLERS: Registry[type[Distiller]] = Registry("distiller")
 
 D = TypeVar("D", bound=type[Distiller])
+_READS = {"features": Need.MAPS, "preacts": Need.MAPS, "pooled": Need.POOLED}  # fields of Outputs
 
 
 def register(name: str) -> Callable[[D], D]:
@@ -127,6 +128,10 @@ def register(name: str) -> Callable[[D], D]:
     def add(cls: D) -> D:
         if not (isinstance(cls, type) and issubclass(cls, Distiller)):
             raise TypeError(f"distiller {name!r} must be a subclass of Distiller")
+        read = getattr(getattr(cls.forward, "__code__", None), "co_names", ())
+        for attribute, need in _READS.items():
+            if attribute in read and cls.need < need:
+                raise TypeError(f"distiller {name!r} reads {attribute}: add `need = distillers.Need.{need.name}`")
         DISTILLERS.register(name)(cls)
         return cls
 

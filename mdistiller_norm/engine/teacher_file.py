@@ -100,6 +100,20 @@ def find_teacher(
     raise CheckpointError(f"no weights for the teacher {model} on {dataset} in {places}: {hint}")
 
 
+def pretrained_teacher(
+    network: Network, classes: Sequence[str], expected: Mapping[str, Sequence[float]], runs: Path, train_command: str
+) -> TeacherFile:
+    """Check that the pretrained weights of a network fit the data set. Its cache is stored in ``runs/pretrained``."""
+    about = network.pretrained
+    if about["num_classes"] != len(classes):
+        raise CheckpointError(
+            f"the pretrained weights of {network.name} have {about['num_classes']} classes, the data set has "
+            f"{len(classes)}: train the teacher with `{train_command}`"
+        )
+    path = runs / "pretrained" / network.name.replace("/", "_")
+    return TeacherFile(path, warning=check_preprocessing(Weights({}, path, about), classes, expected))
+
+
 def known_teacher(model: str, dataset: str) -> TeacherFile | None:
     """Find a teacher in the manifest or in mdistiller's download folder."""
     for root in ROOTS:

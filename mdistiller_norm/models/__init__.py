@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Builder, Network
+from mdistiller_norm.models.external import PREFIXES, build_external, has_weights
 from mdistiller_norm.models.wrapped import Wrapped
 from mdistiller_norm.registry import Registry
 from mdistiller_norm.types import Outputs
@@ -33,9 +35,14 @@ def register(name: str, variants: Sequence[str] = ("cifar", "imagenet")) -> Call
 
     Raises:
         ValueError: the name is already registered.
+        TypeError: the function cannot be called with the number of classes.
     """
 
     def add(builder: Builder) -> Builder:
+        try:
+            inspect.signature(builder).bind(2)
+        except TypeError as error:
+            raise TypeError(f"model {name!r} requires a function with one argument, num_classes ({error})") from error
         for variant in variants:
             VARIANTS[variant].register(name)(builder)
         return builder
@@ -43,17 +50,36 @@ def register(name: str, variants: Sequence[str] = ("cifar", "imagenet")) -> Call
     return add
 
 
-def build_model(name: str, num_classes: int, *, variant: str = "cifar") -> Network:
+def build_model(
+    name: str,
+    num_classes: int,
+    *,
+    variant: str = "cifar",
+    image_size: tuple[int, int] | None = None,
+    pretrained: bool = False,
+) -> Network:
     """Build a network, initialised from PyTorch's global generator.
 
     Args:
-        name: a registered name; the built-in names are mdistiller's.
+        name: a registered name (the built-in ones are mdistiller's), or ``timm:NAME``, ``torchvision:NAME`` or
+            ``hf-hub:USER/REPO``.
         num_classes: number of classes, at least 2.
         variant: ``"cifar"`` for small images, ``"imagenet"`` for 224 pixels; some names exist in both.
+            Networks of other libraries ignore it.
+        image_size: height and width, for networks of other libraries that are built for one size.
+        pretrained: load the published weights of a network of another library.
 
     Raises:
         ConfigError: the name or variant is unknown, or the network cannot be built.
     """
+    if num_classes < 2:
+        raise ConfigError(f"model {name!r} requires at least 2 classes, got {num_classes}")
+    if name.startswith(PREFIXES):
+        network = build_external(name, num_classes, image_size, pretrained)
+        network.name = name
+        return network
+    if pretrained:
+        raise ConfigError(f"pretrained weights require a model with the prefix {' or '.join(PREFIXES)}, got {name}")
     models = VARIANTS[variant]
     others = [other for other in VARIANTS if name in VARIANTS[other]]
     if name not in models and others:
@@ -62,11 +88,9 @@ def build_model(name: str, num_classes: int, *, variant: str = "cifar") -> Netwo
             f"{', '.join(sorted(models))}"
         )
     builder = models[name]
-    if num_classes < 2:
-        raise ConfigError(f"model {name!r} requires at least 2 classes, got {num_classes}")
     try:
         network = builder(num_classes)
-    except OSError as error:  # a file of pretrained weights
+    except (OSError, TypeError) as error:  # a file of pretrained weights, or a base class without num_classes
         raise ConfigError(f"model {name!r} cannot be built: {first_line(error)}") from error
     if not isinstance(network, Network):
         raise ConfigError(f"model {name!r} must be a Network or Wrapped, got {type(network).__name__}")
@@ -104,4 +128,7 @@ def count_macs(network: Network, image_size: Sequence[int]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-__all__ = ["CIFAR_MODELS", "IMAGENET_MODELS", "Network", "Wrapped", "build_model", "count_macs", "probe", "register"]
+__all__ = [
+    "CIFAR_MODELS", "IMAGENET_MODELS", "PREFIXES", "Network", "Wrapped", "build_model", "count_macs", "has_weights",
+    "probe", "register",
+]  # fmt: skip

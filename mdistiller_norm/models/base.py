@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,12 +19,14 @@ class Network(nn.Module, abc.ABC):
     Attributes:
         num_classes: number of classes C.
         name: registered name, set by :func:`~mdistiller_norm.models.build_model`; defaults to the class name.
+        pretrained: ``num_classes``, ``mean``, ``std`` and ``image_size`` of published weights, if known.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.name = type(self).__name__
+        self.pretrained: dict[str, Any] = {}
 
     @abc.abstractmethod
     def outputs(self, images: Tensor) -> Outputs:

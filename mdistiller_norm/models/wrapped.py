@@ -63,7 +63,7 @@ class Wrapped(Network):
         handles = [self.module.get_submodule(name).register_forward_hook(keep(name)) for name in self._features]
         handles.append(self.module.get_submodule(self._classifier).register_forward_pre_hook(keep_input))
         try:
-            result = self.module(images)
+            result, found = self.run_module(images)
         finally:
             for handle in handles:
                 handle.remove()
@@ -71,8 +71,13 @@ class Wrapped(Network):
         if logits.shape[1] != self.num_classes:
             raise ConfigError(f"{self.name} gives {logits.shape[1]} logits for {self.num_classes} classes")
         features = tuple(self._check(f"the output of {name!r}", maps.get(name), 4) for name in self._features)
+        features += tuple(self._check(f"map {number}", value, 4) for number, value in enumerate(found))
         pooled = self._check(f"the input of {self._classifier!r}", inputs[0] if inputs else None, 2, 4)
         return Outputs(logits, features, (), pooled if pooled.dim() == 2 else pooled.mean((2, 3)))
+
+    def run_module(self, images: Tensor) -> tuple[Any, Sequence[Tensor]]:
+        """Return the module's output, and maps ``[B, D_i, H_i, W_i]`` that follow those of the submodules."""
+        return self.module(images), ()
 
     def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
         return ()

@@ -1,0 +1,119 @@
+"""Networks of timm, torchvision and the Hugging Face Hub, built by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller_norm.errors import ConfigError, first_line, needs_extra
+from mdistiller_norm.models.base import Network
+from mdistiller_norm.models.wrapped import Wrapped
+
+PREFIXES = ("timm:", "torchvision:", "hf-hub:", "local-dir:")
+
+
+def has_weights(name: str) -> bool:
+    """Return whether a name selects pretrained weights: a repository, or a tag after a dot (``timm:NAME.TAG``)."""
+    prefix, _, rest = name.partition(":")
+    return name.startswith(PREFIXES) and ("." in rest or prefix in ("hf-hub", "local-dir"))
+
+
+def build_external(name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool) -> Network:
+    """Build a network of a library; the classifier of weights for another number of classes is initialised anew.
+
+    Arguments and errors are those of :func:`~mdistiller_norm.models.build_model`.
+    """
+    prefix, _, rest = name.partition(":")
+    try:
+        if prefix == "torchvision":
+            return _build_torchvision(rest, num_classes, image_size, pretrained or has_weights(name), pretrained)
+        with needs_extra("timm", f"model {name!r}"):
+            return _build_timm(rest if prefix == "timm" else name, num_classes, image_size, pretrained)
+    except ConfigError:
+        raise
+    except Exception as error:  # the libraries raise any type, also for failed downloads
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"model {name!r} cannot be built ({reason})") from error
+
+
+class _TimmNetwork(Wrapped):
+    """Network of timm with the maps of ``forward_intermediates``."""
+
+    def run_module(self, images: Tensor) -> tuple[Any, Sequence[Tensor]]:
+        module: Any = self.module
+        final, maps = module.forward_intermediates(images)
+        if module.feature_info[0]["reduction"] > 2:  # no stem, which the methods expect before the stages
+            maps = [maps[0], *maps]
+        return module.forward_head(final), maps
+
+
+def _build_timm(name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool) -> Network:
+    import timm
+
+    module: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    cfg = module.pretrained_cfg
+    if image_size and cfg.get("fixed_input_size") and tuple(cfg["input_size"][1:]) != image_size:
+        module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
+    head = module.get_classifier()
+    head = head[0] if isinstance(head, tuple) else head  # a distilled network has two
+    classifier = next((name for name, child in module.named_modules() if child is head), "")
+    if hasattr(module, "forward_intermediates"):
+        network: Wrapped = _TimmNetwork(module, num_classes, classifier=classifier)
+    else:
+        network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
+    network.pretrained = {key: cfg[key] for key in ("num_classes", "mean", "std")}
+    network.pretrained["image_size"] = cfg["input_size"][1:]
+    return network
+
+
+def _build_torchvision(
+    name: str, num_classes: int, image_size: tuple[int, int] | None, own_pixels: bool, pretrained: bool
+) -> Network:
+    from torchvision import models
+
+    architecture, _, tag = name.partition(".")
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if architecture.startswith("vit_") and image_size:
+        options["image_size"] = image_size[0]
+    if architecture in ("googlenet", "inception_v3"):
+        options["transform_input"] = own_pixels  # their weights expect another normalisation
+    module = models.get_model(architecture, weights=None, **options)
+    classifier = [key for key, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)][-1]
+    network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
+    if pretrained:
+        weights = models.get_model_weights(architecture)[tag or "DEFAULT"]
+        state, own, images = weights.get_state_dict(check_hash=True), module.state_dict(), weights.transforms()
+        for key in (f"{classifier}.weight", f"{classifier}.bias"):
+            if key in own and own[key].shape != state[key].shape:
+                state[key] = own[key]
+        module.load_state_dict(state)
+        network.pretrained = {"num_classes": len(weights.meta["categories"]), "mean": images.mean, "std": images.std}
+        network.pretrained["image_size"] = images.crop_size * 2
+    return network
+
+
+def _stages(module: nn.Module, classifier: str) -> tuple[str, ...]:
+    """Return the last submodule with maps of each size, from the stem on; none if all maps have one size."""
+    shadow = copy.deepcopy(module).to("meta").eval()
+    ends: dict[int, str] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3] > 1:
+                ends[output.shape[2]] = name
+
+        return hook
+
+    for name, child in shadow.named_modules():
+        if name and name.count(".") < 2 and name.split(".")[0] != classifier.split(".")[0]:  # deeper ones are in blocks
+            child.register_forward_hook(hook_of(name))
+    try:
+        with torch.no_grad():
+            shadow(torch.empty(1, 3, 224, 224, device="meta"))
+    except Exception:  # a network for another size
+        return ()
+    return tuple(ends.values()) if len(ends) > 1 else ()
