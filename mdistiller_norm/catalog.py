@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatch
 
 import torch
@@ -30,8 +30,7 @@ def matches(name: str, pattern: str) -> bool:
     return pattern.lower() in name.lower() or fnmatch(name.lower(), pattern.lower())
 
 
-def models(pattern: str) -> Rows:
-    """Return the networks with parameters and MACs of one image, for 100 (cifar) or 1,000 classes (imagenet)."""
+def _models(pattern: str) -> Rows:
     rows: Rows = [("name", "variant", "image", "parameters", "MACs")]
     for variant, registry in VARIANTS.items():
         size, classes = _SIZES[variant]
@@ -44,26 +43,22 @@ def models(pattern: str) -> Rows:
     return rows
 
 
-def distillers(pattern: str) -> Rows:
-    """Return the methods with the network outputs that they read."""
-    rows: Rows = [("name", "reads", "method")]
-    for name, method in DISTILLERS.items():
-        if matches(name, pattern):
-            rows.append((name, _NEEDS[method.need], (method.__doc__ or "").partition("\n")[0]))
-    return rows
+def _distillers(pattern: str) -> Rows:
+    found = [(name, method) for name, method in DISTILLERS.items() if matches(name, pattern)]
+    return [("name", "reads", "method"), *((name, _NEEDS[method.need], _summary(method)) for name, method in found)]
 
 
-def datasets(pattern: str) -> Rows:
-    """Return the data sets; their functions have the names of their ``DATASET.TYPE``."""
-    rows: Rows = [("name", "content")]
-    for name, function in data.DATASETS.items():
-        if matches(name, pattern):
-            rows.append((name, (getattr(data, name, function).__doc__ or "").partition("\n")[0]))
-    return rows
+def _datasets(pattern: str) -> Rows:
+    # The functions of the package have the names of their DATASET.TYPE.
+    found = [(name, getattr(data, name, opener)) for name, opener in data.DATASETS.items() if matches(name, pattern)]
+    return [("name", "content"), *((name, _summary(opener)) for name, opener in found)]
 
 
-def configs(pattern: str) -> Rows:
-    """Return the packaged configs with the first line of their comment."""
+def _summary(documented: object) -> str:
+    return (documented.__doc__ or "").partition("\n")[0]
+
+
+def _configs(pattern: str) -> Rows:
     rows: Rows = [("name", "content")]
     for path in sorted(CONFIGS.rglob("*.yaml")):
         name = str(path.relative_to(CONFIGS).with_suffix(""))
@@ -72,12 +67,7 @@ def configs(pattern: str) -> Rows:
     return rows
 
 
-KINDS: dict[str, Callable[[str], Rows]] = {
-    "models": models,
-    "distillers": distillers,
-    "datasets": datasets,
-    "configs": configs,
-}
+KINDS = {"models": _models, "distillers": _distillers, "datasets": _datasets, "configs": _configs}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

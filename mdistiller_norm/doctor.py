@@ -13,8 +13,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mdistiller_norm.build import build_device
-from mdistiller_norm.catalog import columns
 from mdistiller_norm.config import load_config
 from mdistiller_norm.engine.compile import compiler_missing
 from mdistiller_norm.engine.logger import environment
@@ -22,11 +23,10 @@ from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, ROOTS, 
 from mdistiller_norm.errors import first_line
 from mdistiller_norm.run import train
 
-# Packages of the extras.
 OPTIONAL = (
     "scikit-learn", "scipy", "matplotlib", "jinja2", "timm", "submitit", "wandb", "onnx", "onnxruntime", "simplejpeg",
 )  # fmt: skip
-DATA = {"cifar100": "cifar-100-python", "imagenet": "imagenet", "tiny_imagenet_20": "tiny_imagenet_20"}  # in --root
+DATA = ("cifar-100-python", "imagenet", "tiny_imagenet_20")  # folders in --root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,27 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print the report; return 1 if the self-test fails."""
     report = diagnose(options.root)
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        rows = [(name if not i else "", text) for name, part in report.items() for i, text in enumerate(_lines(part))]
-        print(columns(rows))
+    print(json.dumps(report, indent=2) if options.json else yaml.safe_dump(report, sort_keys=False).rstrip())
     return 0 if report["self_test"]["passed"] else 1
-
-
-def _lines(part: Any) -> list[str]:
-    if isinstance(part, dict):
-        return [f"{key}: {value}" for key, value in part.items()]
-    return [str(line) for line in part] if isinstance(part, list) else [str(part)]
 
 
 def diagnose(root: Path) -> dict[str, Any]:
     """Return the environment, the data and checkpoints that were found, the free space and the result of the test."""
     device = build_device("auto")
-    data = {name: str(root / path) for name, path in DATA.items() if (root / path).exists()}
+    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    data = {name: str(root / name) for name in DATA if (root / name).exists()}
     return {
         "environment": environment(device),
-        "optional": {name: _version(name) for name in OPTIONAL},
+        "optional": {name: installed.get(name) for name in OPTIONAL},
         "compiler": compiler_missing(device) or "found",
         "data": {"digits": "in the package"} | data,
         "checkpoints": _checkpoints(),
@@ -67,23 +58,14 @@ def diagnose(root: Path) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _checkpoints() -> list[str]:
     """Return the teachers that training can find, without those of finished runs."""
-    found = {}
-    for root in ROOTS:
+    found = []
+    for root in {root.resolve() for root in ROOTS}:
         for entry in read_manifest(root / MANIFEST):
-            path = root / MANIFEST.parent / entry["file"]
-            found[path.resolve()] = f"{entry['model']} on {entry['dataset']}: {path}"
-        for path in sorted((root / PEER_TEACHERS).glob("*/*.pth")):
-            found[path.resolve()] = f"{path.parent.name}: {path}"
-    return list(found.values())
+            found.append(f"{entry['model']} on {entry['dataset']}: {root / MANIFEST.parent / entry['file']}")
+        found += map(str, sorted((root / PEER_TEACHERS).glob("*/*.pth")))
+    return found
 
 
 def self_test() -> dict[str, Any]:

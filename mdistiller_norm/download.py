@@ -42,6 +42,10 @@ class Source:
     dataset: str = ""
     top1: float | None = None
 
+    def __post_init__(self) -> None:
+        if not self.urls or not all(re.match(r"\w+://.*[^/]$", url) for url in self.urls):
+            raise ValueError(f"urls must be a list of URLs of files, got {self.urls}")
+
     @property
     def name(self) -> str:
         """Name of the downloaded file."""
@@ -64,22 +68,15 @@ def read_sources(path: Path = SOURCES) -> dict[str, list[Source]]:
     """Read a file of sources; return them by name."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        sources = {name: [Source(**entry) for entry in entries] for name, entries in content.items()}
-        for source in (source for entries in sources.values() for source in entries):
-            if not all(re.match(r"\w+://.*[^/]$", url) for url in source.urls) or not source.urls:
-                raise ValueError(f"urls must be a list of URLs of files, got {source.urls}")
+        return {name: [Source(**entry) for entry in entries] for name, entries in content.items()}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as sources: {first_line(error)}") from error
-    return sources
 
 
 def obtain(source: Source, folder: Path) -> Path:
     """Download a source to a folder and unpack it, unless it exists; return its path.
 
     An interrupted download continues where it stopped. Several processes may call this function at the same time.
-
-    Raises:
-        DataError: no URL provides the file with the stated size and checksum.
     """
     target, part = folder / (source.unpack or source.name), folder / f".{source.name}.part"
     if target.exists():
@@ -103,45 +100,42 @@ def obtain(source: Source, folder: Path) -> Path:
 def _download(source: Source, part: Path) -> None:
     reasons = []
     for url in source.urls:
-        try:
-            _transfer_all(url, part)
-        except _NETWORK_ERRORS as error:
-            reasons.append(f"{url}: {first_line(error)}")
-            continue
-        if not (wrong := source.mismatch(part)):
-            return
-        part.write_bytes(b"")
-        reasons.append(f"{url}: {wrong}")
+        reason = _transfer_all(url, part)
+        if not reason:
+            reason = source.mismatch(part)
+            if not reason:
+                return
+            part.write_bytes(b"")
+        reasons.append(f"{url}: {reason}")
     hint = "; run the command again to continue" if part.stat().st_size else ""
     raise DataError(f"{source.name} cannot be downloaded: {'; '.join(reasons)}{hint}")
 
 
-def _transfer_all(url: str, part: Path) -> None:
-    """Transfer a file, reconnecting after errors as long as data arrives."""
-    failures = 0
-    while True:
-        before = part.stat().st_size
+def _transfer_all(url: str, part: Path) -> str:
+    """Transfer a file, reconnecting as long as data arrives; return the error, or an empty string."""
+    failures, reason = 0, ""
+    while failures < ATTEMPTS:
+        start = part.stat().st_size
         try:
-            return _transfer(url, part, before)
+            _transfer(url, part, start)
+            return ""
+        except HTTPError as error:
+            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
+                return ""  # the part is the whole file
+            if error.code == 416:
+                part.write_bytes(b"")  # a part of another file
+            return str(error)
         except _NETWORK_ERRORS as error:
-            failures = 0 if part.stat().st_size > before else failures + 1
-            if failures == ATTEMPTS or (isinstance(error, HTTPError) and error.code < 500):
-                raise
+            reason = first_line(error)
+        failures = 0 if part.stat().st_size > start else failures + 1
         time.sleep(failures)
+    return reason
 
 
 def _transfer(url: str, part: Path, start: int) -> None:
     """Append the bytes from ``start`` on; start from 0 if the server does not support ranges."""
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urlopen(request, timeout=TIMEOUT)
-    except HTTPError as error:
-        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
-            return  # complete
-        if error.code == 416:
-            part.write_bytes(b"")  # of another file
-        raise
-    with response:
+    with urlopen(request, timeout=TIMEOUT) as response:
         start = start if response.status == 206 else 0
         size = start + int(response.headers["Content-Length"] or 0)
         name, known = url.rpartition("/")[2], size or None
@@ -162,8 +156,6 @@ def _unpack(archive: Path, target: Path) -> None:
                 tar.extractall(folder, filter="data")
             Path(folder, target.name).rename(target)
         except (tarfile.TarError, EOFError, zlib.error, FileNotFoundError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            reason = f"it contains no folder {target.name}" if missing else first_line(error)
-            raise DataError(f"the downloaded archive of {target} cannot be unpacked: {reason}") from error
+            raise DataError(f"the archive of {target} cannot be unpacked: {first_line(error)}") from error
         finally:
             archive.unlink()

@@ -19,7 +19,7 @@ def test_report_describes_the_installation(
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["environment"]["torch"]
-    assert report["data"] == {"digits": "in the package", "cifar100": "data/cifar-100-python"}
+    assert report["data"] == {"digits": "in the package", "cifar-100-python": "data/cifar-100-python"}
     assert any("resnet20 on cifar100" in line for line in report["checkpoints"])
     assert report["self_test"]["passed"]
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
@@ -29,5 +29,5 @@ def test_failed_self_test_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
-    assert "self_test    passed: False" in printed
+    assert "self_test:\n  passed: false" in printed
     assert "/nowhere" in printed

@@ -139,13 +139,10 @@ class CRD(Distiller):
     }  # fmt: skip
     meanings = {
         "MODE": "positives: exact (the sample) or relax (any sample of its class)",
-        "NCE.K": "negatives of each sample",
-        "NCE.MOMENTUM": "momentum of the memory",
-        "NCE.TEMPERATURE": "temperature of the similarities",
-        "FEAT.DIM": "width of the embeddings",
-        "FEAT.STUDENT_DIM": "probed; checked if it is set",
-        "FEAT.TEACHER_DIM": "probed; checked if it is set",
-    }
+        "NCE.K": "negatives of each sample", "NCE.MOMENTUM": "momentum of the memory",
+        "NCE.TEMPERATURE": "temperature of the similarities", "FEAT.DIM": "width of the embeddings",
+        "FEAT.STUDENT_DIM": "probed; checked if it is set", "FEAT.TEACHER_DIM": "probed; checked if it is set",
+    }  # fmt: skip
     need = Need.POOLED
     needs_indices = True
     student_memory: Tensor

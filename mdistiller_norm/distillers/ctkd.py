@@ -49,10 +49,9 @@ class CTKD(Distiller):
         "T_START": 1.0, "T_RANGE": 20.0, "EPOCHS": 10, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
     }  # fmt: skip
     meanings = {
-        "T_START": "smallest temperature",
-        "T_RANGE": "largest temperature minus the smallest",
+        "T_START": "smallest temperature", "T_RANGE": "largest temperature minus the smallest",
         "EPOCHS": "epochs until the temperature's gradient is fully reversed",
-    }
+    }  # fmt: skip
 
     theta: Tensor
     strength: Tensor

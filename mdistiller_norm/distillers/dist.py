@@ -59,7 +59,7 @@ class DIST(Distiller):
     meanings = {
         "BETA": "weight of the distance between the classes of a sample",
         "GAMMA": "weight of the distance between the samples of a class",
-    }
+    }  # fmt: skip
 
     def __init__(self, temperature: Temperature, beta: float, gamma: float, **weights: Any) -> None:
         super().__init__(**weights)

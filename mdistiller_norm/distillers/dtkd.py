@@ -45,9 +45,8 @@ class DTKD(Distiller):
 
     defaults = {"CE_WEIGHT": 1.0, "ALPHA": 3.0, "BETA": 1.0, "T": 4.0, "WARMUP": 20}
     meanings = {
-        "ALPHA": "weight of the part with dynamic temperatures",
-        "BETA": "weight of the part with the temperature T",
-    }
+        "ALPHA": "weight of the part with dynamic temperatures", "BETA": "weight of the part with the temperature T",
+    }  # fmt: skip
 
     def __init__(self, alpha: float, beta: float, temperature: float, **weights: Any) -> None:
         super().__init__(**weights)

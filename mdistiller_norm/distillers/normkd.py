@@ -69,7 +69,7 @@ class NormKD(KD):
         "TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the statistic",
         "STATISTIC": "of the logits: std, max or range",
         "WEIGHTING": "teacher, or student_teacher: T_norm^2 times both statistics",
-    }
+    }  # fmt: skip
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> NormKD:

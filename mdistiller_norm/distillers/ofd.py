@@ -71,7 +71,7 @@ class OFD(Distiller):
     meanings = {
         "CONNECTOR.KERNEL_SIZE": "kernel size of the connectors",
         "TEACHER_TRAIN_MODE": "run the teacher with batch statistics",
-    }
+    }  # fmt: skip
     need = Need.MAPS
 
     def __init__(

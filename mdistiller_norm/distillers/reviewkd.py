@@ -109,13 +109,10 @@ class ReviewKD(Distiller):
     meanings = {
         "REVIEWKD_WEIGHT": "weight of the distillation loss",
         "WARMUP_EPOCHS": "epochs of the linear warm-up of the distillation loss",
-        "STU_PREACT": "use the student's maps before their activation",
-        "MAX_MID_CHANNEL": "not used",
-        "SHAPES": "probed; checked if it is set",
-        "OUT_SHAPES": "probed; checked if it is set",
-        "IN_CHANNELS": "probed; checked if it is set",
-        "OUT_CHANNELS": "probed; checked if it is set",
-    }
+        "STU_PREACT": "use the student's maps before their activation", "MAX_MID_CHANNEL": "not used",
+        "SHAPES": "probed; checked if it is set", "OUT_SHAPES": "probed; checked if it is set",
+        "IN_CHANNELS": "probed; checked if it is set", "OUT_CHANNELS": "probed; checked if it is set",
+    }  # fmt: skip
     need = Need.MAPS
 
     def __init__(

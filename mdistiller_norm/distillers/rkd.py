@@ -72,11 +72,10 @@ class RKD(Distiller):
         "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
     }  # fmt: skip
     meanings = {
-        "DISTANCE_WEIGHT": "weight of the distances",
-        "ANGLE_WEIGHT": "weight of the angles",
+        "DISTANCE_WEIGHT": "weight of the distances", "ANGLE_WEIGHT": "weight of the angles",
         "PDIST.EPSILON": "squared distance below which samples count as equal",
         "PDIST.SQUARED": "compare squared distances",
-    }
+    }  # fmt: skip
     need = Need.POOLED
 
     def __init__(self, squared: bool, eps: float, distance_weight: float, angle_weight: float, **weights: Any) -> None:

@@ -60,10 +60,9 @@ class RLD(Distiller):
 
     defaults = {"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0, "WARMUP": 20}
     meanings = {
-        "ALPHA": "weight of the sample confidence",
-        "BETA": "weight of the masked correlation",
+        "ALPHA": "weight of the sample confidence", "BETA": "weight of the masked correlation",
         "ALPHA_T": "temperature of the sample confidence",
-    }
+    }  # fmt: skip
 
     def __init__(self, alpha: float, beta: float, temperature: float, confidence_temperature: float, **weights: Any):
         super().__init__(**weights)
