@@ -1,13 +1,12 @@
-"""A network of timm."""
+"""A network of timm with options; without options, its name is enough: DISTILLER.STUDENT timm:convnext_atto."""
 
 import timm
 
 from mdistiller_norm import models
 
 
-@models.register("convnext_atto")
-def convnext_atto(num_classes):
-    """ConvNeXt (atto) with ImageNet weights."""
-    network = timm.create_model("convnext_atto", pretrained=True, num_classes=num_classes)
-    stages = ("stem", "stages.0", "stages.1", "stages.2", "stages.3")  # network.feature_info lists most
-    return models.Wrapped(network, num_classes, classifier=network.default_cfg["classifier"], features=stages)
+@models.register("vit_patch4")
+def vit_patch4(num_classes):
+    """ViT (tiny) for 32 pixels, with patches of 4 pixels and six blocks."""
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=num_classes)
+    return models.Wrapped(network, num_classes, classifier="head")  # tokens: no maps

@@ -38,7 +38,7 @@ _CARD = """
 from safetensors.torch import load_file
 from mdistiller_norm.models import build_model
 
-network = build_model("{name}", {classes}, variant="{variant}")
+network = build_model("{name}", {classes}, variant="{variant}", image_size={image_size})
 network.load_state_dict(load_file("model.safetensors"))
 ```
 
@@ -186,7 +186,11 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
         accuracy = {"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}
         entry = {"task": {"type": "image-classification"}, "dataset": dataset, "metrics": [accuracy]}
         header["model-index"] = [{"name": about["name"], "results": [entry]}]
-    facts = about | {"classes": len(about["classes"]), "description": description}
+    facts = about | {
+        "classes": len(about["classes"]),
+        "image_size": tuple(about["image_size"]),
+        "description": description,
+    }
     write_text(f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{_CARD.format(**facts)}", folder / "README.md")
     return [*lines, f"wrote config.json and README.md in {folder}"]
 

@@ -19,6 +19,7 @@ CHANNELS = {  # of the maps: a stem, or the first map twice, then the stages
     "timm:vit_tiny_patch16_224": [192] * 13,
     "torchvision:resnet18": [64, 64, 128, 256, 512],
     "torchvision:mobilenet_v3_small": [16, 16, 24, 48, 576],
+    "torchvision:convnext_tiny": [96, 96, 192, 384, 768],
     "torchvision:squeezenet1_1": [64, 128, 256, 512],
 }
 

@@ -30,7 +30,7 @@ def build_external(name: str, num_classes: int, image_size: tuple[int, int] | No
     prefix, _, rest = name.partition(":")
     try:
         if prefix == "torchvision":
-            return _build_torchvision(rest, num_classes, image_size, pretrained or has_weights(name), pretrained)
+            return _build_torchvision(rest, num_classes, image_size, pretrained)
         with needs_extra("timm", f"model {name!r}"):
             return _build_timm(rest if prefix == "timm" else name, num_classes, image_size, pretrained)
     except ConfigError:
@@ -61,18 +61,14 @@ def _build_timm(name: str, num_classes: int, image_size: tuple[int, int] | None,
     head = module.get_classifier()
     head = head[0] if isinstance(head, tuple) else head  # a distilled network has two
     classifier = next((name for name, child in module.named_modules() if child is head), "")
-    if hasattr(module, "forward_intermediates"):
-        network: Wrapped = _TimmNetwork(module, num_classes, classifier=classifier)
-    else:
-        network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
+    kind = _TimmNetwork if hasattr(module, "forward_intermediates") else Wrapped
+    network = kind(module, num_classes, classifier=classifier)
     network.pretrained = {key: cfg[key] for key in ("num_classes", "mean", "std")}
     network.pretrained["image_size"] = cfg["input_size"][1:]
     return network
 
 
-def _build_torchvision(
-    name: str, num_classes: int, image_size: tuple[int, int] | None, own_pixels: bool, pretrained: bool
-) -> Network:
+def _build_torchvision(name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool) -> Network:
     from torchvision import models
 
     architecture, _, tag = name.partition(".")
@@ -80,7 +76,7 @@ def _build_torchvision(
     if architecture.startswith("vit_") and image_size:
         options["image_size"] = image_size[0]
     if architecture in ("googlenet", "inception_v3"):
-        options["transform_input"] = own_pixels  # their weights expect another normalisation
+        options["transform_input"] = pretrained or bool(tag)  # their weights expect another normalisation
     module = models.get_model(architecture, weights=None, **options)
     classifier = [key for key, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)][-1]
     network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
@@ -99,21 +95,15 @@ def _build_torchvision(
 def _stages(module: nn.Module, classifier: str) -> tuple[str, ...]:
     """Return the last submodule with maps of each size, from the stem on; none if all maps have one size."""
     shadow = copy.deepcopy(module).to("meta").eval()
-    ends: dict[int, str] = {}
-
-    def hook_of(name: str) -> Any:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3] > 1:
-                ends[output.shape[2]] = name
-
-        return hook
-
-    for name, child in shadow.named_modules():
-        if name and name.count(".") < 2 and name.split(".")[0] != classifier.split(".")[0]:  # deeper ones are in blocks
-            child.register_forward_hook(hook_of(name))
+    shapes: list[tuple[str, Any]] = []
+    for name, child in shadow.named_modules():  # deeper ones are inside of blocks
+        if name and name.count(".") < 2 and name.split(".")[0] != classifier.split(".")[0]:
+            child.register_forward_hook(lambda *args, name=name: shapes.append((name, getattr(args[2], "shape", ()))))
     try:
         with torch.no_grad():
             shadow(torch.empty(1, 3, 224, 224, device="meta"))
     except Exception:  # a network for another size
         return ()
-    return tuple(ends.values()) if len(ends) > 1 else ()
+    ends = {shape[2]: name for name, shape in shapes if len(shape) == 4 and shape[2] == shape[3] > 1}
+    names = tuple(ends.values()) if len(ends) > 1 else ()
+    return names if max(ends, default=0) > 56 else names[:1] + names  # without a stem, as in _TimmNetwork
