@@ -255,6 +255,14 @@ def test_rows_are_written_once_and_shared(tmp_path: Path) -> None:
     assert device_rows.read(torch.tensor([7, 8, 7])).tolist() == [[7, 8, 9], [-1, -1, -1], [7, 8, 9]]
 
 
+def test_truncation_during_a_run_is_an_error(tmp_path: Path) -> None:
+    store, rows = open_store(tmp_path / "t"), np.array([990])
+    store.write(rows, np.ones((1, 3), np.float32))
+    os.truncate(tmp_path / "t/rows.bin", 100)
+    with pytest.raises(CheckpointError, match=r"rows\.bin was truncated during the run"):
+        store.missing(rows)
+
+
 def test_concurrent_writers_store_each_row_once(tmp_path: Path) -> None:
     stores = [open_store(tmp_path / "t") for _ in range(4)]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mdistiller_norm.errors import CheckpointError
-from mdistiller_norm.files import whole_file, write_json
+from mdistiller_norm.files import open_lock, whole_file, write_json
 
 Array = npt.NDArray[Any]
 
@@ -82,7 +82,7 @@ class RowStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.folder / "lock").open("a") as file:
+        with open_lock(self.folder / "lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -92,6 +92,9 @@ class RowStore:
 
     def is_valid(self, rows: Array) -> Array:
         """Return for each of the rows ``[n]`` whether it is stored and intact."""
+        if self._file.exists() and self._file.stat().st_size < self._header_bytes + self.rows * self.row_bytes:
+            # Reading the memory map would kill the process.
+            raise CheckpointError(f"{self._file} was truncated during the run: remove {self.folder} and add --resume")
         checksums: Array = self._checksums[rows]
         valid = np.asarray(checksums != 0)
         valid[valid] = _checksums(self.read(rows[valid])) == checksums[valid]

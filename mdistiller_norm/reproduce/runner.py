@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 import yaml
 
@@ -19,7 +18,7 @@ from mdistiller_norm.config import dump
 from mdistiller_norm.engine.runtime import slot_environment
 from mdistiller_norm.engine.signals import STOP_SIGNALS, stop_signals
 from mdistiller_norm.errors import DataError
-from mdistiller_norm.files import find_config
+from mdistiller_norm.files import find_config, open_lock
 from mdistiller_norm.program import python_arguments
 from mdistiller_norm.reproduce.ledger import (
     FORMAT,
@@ -70,7 +69,7 @@ class Execution:
         self.started = self.reported = time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None  # None if another process finished the job
         self.record: Record | None = None
-        self._lock: IO[str] = (logs / f"{job.folder.name}.lock").open("w")
+        self._lock = open_lock(logs / f"{job.folder.name}.lock")
         self._stopping, self._kill_at = False, float("inf")
 
     def start(self) -> bool:
