@@ -52,7 +52,7 @@ def test_documented_command_parses(page: str, tool: str, arguments: str, monkeyp
     main = importlib.import_module("benchmark").main if tool == "benchmark" else cli.execute
     with pytest.raises(ConfigError, match="unrecognized arguments: --end-of-command"):
         main(words if tool == "benchmark" else [tool, *words])
-    if tool == "train" and words[1].startswith("configs/") and "EXPERIMENT.PLUGINS" not in words:
+    if tool == "train" and words[1].startswith(("configs/", "cifar100/")) and "EXPERIMENT.PLUGINS" not in words:
         config.load_config(words[1], [word for word in words[2:] if not word.startswith("--")])
 
 
