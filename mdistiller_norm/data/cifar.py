@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class _Recorded:
-    """Stands for a numpy object in a CIFAR file: records the arguments and the state, and constructs nothing."""
+    """Placeholder of a numpy object in a CIFAR file: records arguments and state, and constructs nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments, self.state = arguments, ()
