@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from mdistiller_norm.config import method_names
+from mdistiller_norm.config import leaves, method_names
 from mdistiller_norm.data import (
     DATASETS,
     Dataset,
@@ -42,6 +42,7 @@ from mdistiller_norm.files import find_config
 from mdistiller_norm.models import PREFIXES, VARIANTS, build_model, has_weights, probe
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.program import command
+from mdistiller_norm.registry import suggest
 
 Log = Callable[[str], None]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +75,26 @@ def build_precision(name: str, device: torch.device) -> tuple[torch.dtype | None
     return dtype, ""
 
 
+def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
+    """Return the device and :func:`build_precision`; check the settings that depend on these and on the processes."""
+    solver, world = cfg.SOLVER, distributed.process_share().world
+    device = build_device(cfg.DEVICE)
+    autocast, warning = build_precision(solver.PRECISION, device)
+    if solver.SYNC_BN and device.type != "cuda":
+        raise ConfigError(f"SOLVER.SYNC_BN requires a GPU, got {device}")
+    if solver.BATCH_SIZE % (world * solver.ACCUMULATE):
+        parts = f"SOLVER.ACCUMULATE {solver.ACCUMULATE} and the number of processes, {world}"
+        raise ConfigError(f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be divisible by the product of {parts}")
+    conflicts = {
+        "DISTILLER.TYPE NONE": not method_names(cfg), "SOLVER.PRECISION fp16": autocast is torch.float16,
+        f"SOLVER.ACCUMULATE {solver.ACCUMULATE}": solver.ACCUMULATE > 1, f"{world} processes": world > 1,
+    }  # fmt: skip
+    if solver.TRAINER.endswith("dot") and any(conflicts.values()):
+        found = ", ".join(name for name, present in conflicts.items() if present)
+        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} does not support {found}")
+    return device, autocast, warning
+
+
 def placed(network: Network, device: torch.device) -> Network:
     """Move a network to the device, in channels-last memory format."""
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
@@ -92,6 +113,8 @@ def image_options(cfg: Any) -> ImageOptions:
 def build_dataset(cfg: Any) -> Dataset:
     """Open the data set; with ``DATASET.VAL_SPLIT``, part of the training split replaces the test split."""
     data, options = cfg.DATASET, image_options(cfg)
+    if data.TYPE not in DATASETS:
+        raise ConfigError(f"DATASET.TYPE: unknown data set {data.TYPE!r}: {suggest(data.TYPE, DATASETS)}")
     dataset = open_dataset(data.TYPE, Path(data.ROOT), options)
     if not data.VAL_SPLIT:
         return dataset
@@ -103,7 +126,7 @@ def build_dataset(cfg: Any) -> Dataset:
 def build_student(name: str, dataset: Dataset, seed: int) -> Network:
     """Return the student with its initial weights: a function of the seed, or pretrained if its name selects them."""
     torch.manual_seed(seed)
-    student = _network(name, dataset, has_weights(name))
+    student = _network("DISTILLER.STUDENT", name, dataset, has_weights(name))
     probe(student, dataset.image_size)
     return student
 
@@ -126,9 +149,12 @@ def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check
         ) from error
 
 
-def _network(name: str, dataset: Dataset, pretrained: bool = False) -> Network:
+def _network(key: str, name: str, dataset: Dataset, pretrained: bool = False) -> Network:
     size, variant = dataset.image_size, dataset.variant
-    return build_model(name, len(dataset.classes), variant=variant, image_size=size, pretrained=pretrained)
+    try:
+        return build_model(name, len(dataset.classes), variant=variant, image_size=size, pretrained=pretrained)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def train_command(kind: str, model: str) -> str:
@@ -145,9 +171,9 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
     seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
     if cfg.DISTILLER.TEACHER_WEIGHTS == "pretrained":
-        network = _network(name, dataset, pretrained=True)
+        network = _network("DISTILLER.TEACHER", name, dataset, pretrained=True)
         return network, teacher_file.pretrained_teacher(network, dataset.classes, seen, runs, command)
-    network = _network(name, dataset)
+    network = _network("DISTILLER.TEACHER", name, dataset)
     data = {key: cfg.DATASET[key] for key in ("CLASSES", "IMAGE_SIZE", "MEAN", "STD")}
     file = teacher_file.find_teacher(
         name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS, data
@@ -179,17 +205,10 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
             raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
         if not isinstance(distillers[name], Distiller):
             raise ConfigError(f"{name}: from_config must return a Distiller, got {type(distillers[name]).__name__}")
+    if not any(method.ce_weight or method.weight for method in distillers.values()):
+        weights = [key for key, _ in leaves(cfg) if key.split(".")[0] in distillers and key.endswith("_WEIGHT")]
+        raise ConfigError(f"{' and '.join(weights)} must not all be 0")
     return distillers
-
-
-def build_loader(
-    dataset: Dataset, batch_size: int, seed: int, device: torch.device, share: Share, accumulate: int, log: Log
-) -> TrainLoader:
-    """Return this process's share of the training batches of ``batch_size`` images."""
-    loader = dataset.train_loader(batch_size, seed, device, share, warn=lambda text: log(f"warning: {text}"))
-    if loader.batch_size % accumulate:
-        raise ConfigError(f"SOLVER.ACCUMULATE {accumulate} does not divide a process's batch of {loader.batch_size}")
-    return loader
 
 
 def build_teacher_runner(
@@ -261,11 +280,11 @@ def build_step(
     ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
     trainable = Trainable(placed(student, device), distillers, ce_weight, autocast).to(device)
     if solver.SYNC_BN:
-        distributed.synchronise_batch_norms(trainable, device)
+        distributed.synchronise_batch_norms(trainable)
     scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
     optimizer = build_optimizer(  # DOT copies the student: before compiling
-        trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA, accumulate=solver.ACCUMULATE,
-        lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
+        trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA, lr=solver.LR,
+        momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
     )  # fmt: skip
     if compiled:
         trainable.forward_student = compile_student(student, log, twice=isinstance(optimizer, DOT))
@@ -296,6 +315,6 @@ def open_checkpoint(
         known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
         images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
         dataset = open_dataset(kind, data_root(root, about.get("dataset", "")), images)
-    network = _network(name, dataset)
+    network = _network("model", name, dataset)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     return network, dataset

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from errno import EACCES, EDQUOT, EIO, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mdistiller_norm import __version__
 from mdistiller_norm.errors import ConfigError, Interrupted, UserError, first_line
@@ -33,7 +34,6 @@ COMMANDS = {
     "shards": ("mdistiller_norm.pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
 _WITH_OVERRIDES = ("train", "reproduce")  # KEY VALUE may be placed between the options
-_DISK_ERRORS = {EACCES, EDQUOT, EIO, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -63,6 +63,7 @@ def run(program: Callable[[], int]) -> int:
     Returns:
         The exit code: 1 if the output was closed, 2 for an error, 128 + the number of the signal that stopped it.
     """
+    _prepare_streams()
     try:
         return program()
     except BrokenPipeError:
@@ -83,6 +84,19 @@ def run(program: Callable[[], int]) -> int:
     return 2
 
 
+def _prepare_streams() -> None:
+    """Replace closed streams, escape characters that a stream cannot encode, and silence failed writer threads."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # A disk error in TensorBoard's thread is raised again in the main thread.
+    default = threading.__excepthook__
+    threading.excepthook = lambda error: None if isinstance(error.exc_value, OSError) else default(error)
+
+
 def _message(error: BaseException) -> str:
     """Return the message for a user, or an empty string for an unexpected error."""
     cause: BaseException | None = error
@@ -93,8 +107,9 @@ def _message(error: BaseException) -> str:
                 "short, lower DATASET.NUM_WORKERS; --resume continues a run that has saved a state"
             )
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return f"{error.filename or 'output'}: {error.strerror}: free some space or choose another path"
+    if isinstance(error, OSError) and error.strerror:
+        place = error.filename or "output"
+        return f"{place}: {error.strerror} (the disk may be full, or a folder was removed, renamed or is read-only)"
     return str(error) if isinstance(error, UserError) else ""
 
 
@@ -129,6 +144,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config file")
     parser.add_argument("--resume", action="store_true", help="continue from latest.pt in the run folder")
     parser.add_argument("--show", action="store_true", help="print the resolved config with the source of each key")
+    parser.add_argument("--no-plugins", action="store_true", help="refuse a config that would import a plugin's code")
     parser.add_argument("--check-data", action="store_true", help="read every image, list the unreadable ones and exit")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
 
@@ -136,7 +152,8 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     from mdistiller_norm import config
 
-    resolved = config.load_config(options.cfg, options.overrides)
+    plugins: Any = "refuse" if options.no_plugins else "skip" if options.show else "import"
+    resolved = config.load_config(options.cfg, options.overrides, plugins=plugins)
     if options.show:
         print(config.show(resolved))
         return 0

@@ -10,16 +10,20 @@ overrides its bases; a base that several files share is applied once, at its fir
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from yacs.config import CfgNode
 
+from mdistiller_norm.config_text import Settings, TextLoader, read_file
 from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.distillers.temperature import STATISTICS, WEIGHTINGS
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import find_config
 from mdistiller_norm.plugins import import_plugin
@@ -39,9 +43,12 @@ _AT_LEAST_0: Check = (">= 0", lambda x: x >= 0)
 _AT_LEAST_1: Check = (">= 1", lambda x: x >= 1)
 _SEED: Check = ("in [0, 2**63)", lambda x: 0 <= x < 2**63)
 _FRACTION: Check = ("in [0, 1)", lambda x: 0 <= x < 1)
+_RATE: Check = ("in (0, 1]", lambda x: 0 < x <= 1)
+_TEMPERATURE: Check = ("> 0", lambda x: min(x if isinstance(x, list) else [x]) > 0)
 _HALF: Check = ("in [0, 0.5]", lambda x: 0 <= x <= 0.5)
+_UTF8: Check = ("valid UTF-8", lambda x: x.encode() is not None)  # raises a ValueError
 _FOLDER: Check = ("the name of one folder, without /", lambda x: "/" not in x and x not in (".", ".."))
-_PROJECT: Check = ("the name of one folder, without /", lambda x: "/" not in x and x not in ("", ".", ".."))
+_PROJECT: Check = ("the name of one folder, without /", lambda x: b"/" not in x.encode() and x not in ("", ".", ".."))
 _MEANS: Check = ("three numbers in [0, 1], or empty", lambda x: len(x) in (0, 3) and all(0 <= v <= 1 for v in x))
 _DEVIATIONS: Check = ("three numbers in (0, 1], or empty", lambda x: len(x) in (0, 3) and all(0 < v <= 1 for v in x))
 _CROP: Check = ("two areas with 0 < smallest <= largest <= 1", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
@@ -78,7 +85,7 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "SOLVER.EPOCHS": (240, "passes over the training set", _AT_LEAST_1),
     "SOLVER.LR": (0.05, "initial learning rate", _POSITIVE),
     "SOLVER.LR_DECAY_STAGES": ([150, 180, 210], "epochs after which the learning rate decays", _EPOCHS),
-    "SOLVER.LR_DECAY_RATE": (0.1, "factor of each decay", _POSITIVE),
+    "SOLVER.LR_DECAY_RATE": (0.1, "factor of each decay", _RATE),
     "SOLVER.WEIGHT_DECAY": (1e-4, "weight decay of every parameter", _AT_LEAST_0),
     "SOLVER.MOMENTUM": (0.9, "momentum of SGD", _FRACTION),
     "SOLVER.NESTEROV": (False, "Nesterov momentum (on in the NormKD paper, off in mdistiller)", _ANY),
@@ -94,11 +101,18 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "LOG.TENSORBOARD_FREQ": (500, "steps between two scalars of the training loss", _AT_LEAST_1),
     "LOG.CHECKPOINT_STEPS": (0, "steps between two saves of latest.pt in an epoch; 0: one per epoch", _AT_LEAST_0),
     "LOG.SAVE_CHECKPOINT_FREQ": (40, "epochs between two student_<epoch>.pt", _AT_LEAST_1),
-    "LOG.PREFIX": ("./output", "folder of all projects", _ANY),
+    "LOG.PREFIX": ("./output", "folder of all projects", _UTF8),
     "LOG.WANDB": (False, "log to Weights & Biases too", _ANY),
     "SEED": (0, "seed of initialisation, order, augmentation and negatives", _SEED),
     "DEVICE": ("auto", "auto, cpu, cuda or cuda:N", _ANY),
 }
+# Last part of a key in the node of a method -> check.
+_METHOD_KEYS: dict[str, Check] = {
+    **dict.fromkeys(("T", "TEMPERATURE", "TEMPERATURE_NORM", "ALPHA_T", "T_START"), _TEMPERATURE),
+    **dict.fromkeys(("CE_WEIGHT", "KD_WEIGHT", "FEAT_WEIGHT", "REVIEWKD_WEIGHT", "ALPHA", "BETA"), _AT_LEAST_0),
+    **dict.fromkeys(("K", "DIM", "P"), _AT_LEAST_1),
+    "MOMENTUM": _FRACTION, "STATISTIC": _one_of(*STATISTICS), "WEIGHTING": _one_of(*WEIGHTINGS),
+}  # fmt: skip
 # Removed key -> its old default, which stored configs may contain, and the replacement.
 _SEEDS = f"run one command for each SEED, or {command('reproduce')} --trials N"
 REMOVED: dict[str, tuple[Any, str]] = {
@@ -108,10 +122,10 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "DATASET.DECODE": ("cpu", "raise DATASET.NUM_WORKERS"),
 }
 _ONE_OR_SEVERAL = ("DISTILLER.TYPE", "EXPERIMENT.PLUGINS", "KD.TEMPERATURE")  # keys of a value or a list of values
+_PATHS = ("DATASET.ROOT", "DISTILLER.TEACHER_WEIGHTS", "EXPERIMENT.PLUGINS", "LOG.PREFIX")  # ~ is the home folder
 _ITEMS: dict[str, Any] = {"DATASET.MEAN": 0.0, "DATASET.STD": 0.0, "DATASET.CLASSES": ""}  # items of empty defaults
-_TYPES = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
+_TYPES = {bool: "true or false", int: "an integer", float: "a finite number", str: "valid text"}
 _COMMAND_LINE = "command line"
-_Settings = dict[str, tuple[Any, str]]  # dotted key -> text, or list of texts, and its source
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,11 @@ def default_config() -> CfgNode:
 
 
 def load_config(
-    path: str | Path | None = None, overrides: Sequence[str] = (), others: Sequence[str] = (), stored: bool = False
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    others: Sequence[str] = (),
+    stored: bool = False,
+    plugins: Literal["import", "refuse", "skip"] = "import",
 ) -> Config:
     """Load the defaults, then a YAML file with its bases, then overrides.
 
@@ -146,28 +164,35 @@ def load_config(
         overrides: ``KEY VALUE`` (two items) or ``KEY=VALUE`` (one item).
         others: methods besides those of ``DISTILLER.TYPE`` whose keys the overrides may set.
         stored: whether a run wrote the file, which may then contain removed keys at their old defaults.
+        plugins: import those of the config, refuse a config with plugins, or skip them: the keys of their methods are
+            then kept as text.
 
     Raises:
         ConfigError: a file, key or value is invalid, or an override is for a method that is not used.
     """
-    settings = {} if path is None else _read_file(find_config(path), set())
+    settings = {} if path is None else read_file(find_config(path), set())
     settings |= _parse_overrides(overrides)
-    # Plugins may add keys. A file is searched beside the config that names it, then in the working directory.
     names, source = settings.get("EXPERIMENT.PLUGINS", ("", ""))
-    names = [names] if isinstance(names, str) else names
-    plugins = [import_plugin(name, Path(source).parent) for name in names if name]
+    names = _checked("EXPERIMENT.PLUGINS", names, {"EXPERIMENT.PLUGINS": ""}, source)
+    names = [name for name in ([names] if isinstance(names, str) else names) if name]
+    if names and plugins == "refuse":
+        raise ConfigError(f"{source}: EXPERIMENT.PLUGINS would import {', '.join(names)}, refused by --no-plugins")
+    if plugins == "import":  # searched beside the config that names it, then in the working directory
+        names = [import_plugin(name, Path(source).parent) for name in names]
     node = default_config()
     defaults = dict(leaves(node, sections=True))
     sources = {key: "default" for key, _ in leaves(node)}
+    skipped = bool(names) and plugins == "skip"
     for key, (value, source) in settings.items():
         if stored and key in REMOVED and value == str(REMOVED[key][0]):
             continue
         *sections, name = key.split(".")
-        value = _checked(key, value, defaults, source)
-        reduce(lambda section, part: section[part], sections, node)[name] = value
+        if not (skipped and sections and sections[0] not in defaults):
+            value = _checked(key, value, defaults, source)
+        reduce(lambda section, part: section.setdefault(part, CfgNode()), sections, node)[name] = value
         sources[key] = source
-    node.EXPERIMENT.PLUGINS = plugins or ""
-    _check_together(node, sources, others)
+    node.EXPERIMENT.PLUGINS = names or ""
+    _check_together(node, sources, others, skipped)
     node.freeze()
     return Config(node, sources)
 
@@ -187,7 +212,10 @@ def dump(node: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> s
         line = "  " * key.count(".") + key.rsplit(".", 1)[-1] + ":"
         if not isinstance(value, CfgNode):
             # Dumped as a list: YAML ends a document that is a scalar with a mark.
-            line += " " + yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True)[1:-2]
+            text = yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True)
+            if len(text.splitlines()) > 1:
+                text = yaml.safe_dump([value], default_flow_style=True, width=math.inf, default_style='"')
+            line += f" {text[1:-2]}"
         elif not value:
             line += " {}"
         lines.append((line, (sources or {}).get(key, "")))
@@ -211,54 +239,15 @@ def leaves(tree: Mapping[str, Any], sections: bool = False, prefix: str = "") ->
             yield from leaves(value, sections, f"{prefix}{name}.")
 
 
-class _Loader(yaml.BaseLoader):
-    """Loads every scalar as text and nested mappings as dotted keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
-        settings: dict[str, Any] = {}
-        for name_node, value_node in node.value:
-            name, value = self.construct_scalar(name_node), self.construct_object(value_node, deep=True)
-            found = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-            if twice := settings.keys() & found.keys():
-                raise yaml.YAMLError(f"key {min(twice)} is given twice")
-            settings |= found
-        return settings
-
-
-def _read_file(path: Path, done: set[Path]) -> _Settings:
-    """Return the settings of a file, unless it was read before, on top of those of its bases."""
-    if path.resolve() in done:
-        return {}
-    done.add(path.resolve())
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; see {command('list')} configs") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"config file {path} must be a mapping of keys to values")
-    bases = found.pop("_BASE_", [])
-    settings: _Settings = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        settings |= _read_file(find_config(base, path.parent), done)
-    return settings | {key: (value, str(path)) for key, value in found.items()}
-
-
-def _parse_overrides(overrides: Sequence[str]) -> _Settings:
-    settings: _Settings = {}
+def _parse_overrides(overrides: Sequence[str]) -> Settings:
+    settings: Settings = {}
     items = iter(overrides)
     for item in items:
         key, equals, value = item.partition("=")
         text = value if equals else next(items, None)
         if text is None:
             raise ConfigError(f"{_COMMAND_LINE}: {key} has no value: overrides are KEY VALUE pairs")
-        try:
-            found = yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            found = text
-        # A name may look like a mapping.
-        settings[key] = (found if isinstance(found, str | list) else text, _COMMAND_LINE)
+        settings[key] = (text, _COMMAND_LINE)
     return settings
 
 
@@ -273,30 +262,36 @@ def _checked(key: str, value: Any, defaults: Mapping[str, Any], source: str) -> 
     default = defaults[key]
     if isinstance(default, CfgNode):
         raise ConfigError(f"{source}: {key} is a section: set one of its keys, such as {key}.{next(iter(default), '')}")
-    requirement, holds = KEYS[key][2] if key in KEYS else _ANY
+    requirement, holds = KEYS[key][2] if key in KEYS else _METHOD_KEYS.get(key.rpartition(".")[2], _ANY)
     is_list = isinstance(default, list | tuple)
     item = default if not is_list else default[0] if default else _ITEMS.get(key)
-    if is_list and isinstance(value, str) and value.startswith("("):  # a tuple, as in YACS's command lines
-        value = yaml.load(f"[{value.strip('()')}]", _Loader)
+    several = is_list or key in _ONE_OR_SEVERAL
+    result: Any
     try:
-        if isinstance(value, list) and (is_list or (key in _ONE_OR_SEVERAL and value)):
+        if several and isinstance(value, str) and re.fullmatch(r"\s*(\[.*\]|\(.*\))\s*", value, re.DOTALL):
+            value = yaml.load(f"[{value.strip()[1:-1]}]", TextLoader)
+        if isinstance(value, list) and (is_list or (several and value)):
             result = (tuple if isinstance(default, tuple) else list)(_convert(each, item) for each in value)
         else:
             result = _convert(value, default)
         valid = holds(result)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, RecursionError, yaml.YAMLError):
         kind = _TYPES.get(type(item), "a value")
         valid, requirement = False, f"a list (each item {kind})" if is_list else kind
     if not valid:
-        got = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value or "''"
-        raise ConfigError(f"{source}: {key} must be {requirement}, got {got}")
+        items = value if isinstance(value, list) else [value or "''"]  # of nested lists, aliases can make large ones
+        got = ", ".join(item if isinstance(item, str) else "[...]" for item in items)
+        raise ConfigError(f"{source}: {key} must be {requirement}, got {f'[{got}]' if value is items else got}")
+    if key in _PATHS:
+        result = os.path.expanduser(result) if isinstance(result, str) else [os.path.expanduser(x) for x in result]
     return result
 
 
 def _convert(text: Any, default: Any) -> Any:
     """Return text in the type of a default, or raise TypeError, ValueError or KeyError."""
-    if not isinstance(text, str) or isinstance(default, list | tuple):
+    if not isinstance(text, str) or isinstance(default, list | tuple) or "\0" in text:
         raise TypeError
+    os.fsencode(text)  # raises a ValueError for lone surrogates
     if default is None:
         return yaml.safe_load(text)
     if isinstance(default, bool):
@@ -307,12 +302,12 @@ def _convert(text: Any, default: Any) -> Any:
     return result
 
 
-def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[str]) -> None:
+def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[str], skipped: bool) -> None:
     """Check values that depend on each other or on the registered methods."""
     used = method_names(node)
     types = f"DISTILLER.TYPE ({sources['DISTILLER.TYPE']})"
     for name in used:
-        if name not in DISTILLERS:
+        if name not in DISTILLERS and not skipped:
             raise ConfigError(f"{types}: unknown distiller {name!r}: {suggest(name, ['NONE', *DISTILLERS])}")
     for key, source in sources.items():
         section = key.split(".")[0]
@@ -326,4 +321,4 @@ def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[
     delta = solver.DOT.DELTA
     if solver.TRAINER.endswith("dot") and not 0 <= delta < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
         where = sources["SOLVER.DOT.DELTA"]
-        raise ConfigError(f"DOT's momenta MOMENTUM -/+ DELTA must be in (0, 1), {got} and DELTA {delta:g} ({where})")
+        raise ConfigError(f"SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must be in (0, 1), {got} and {delta:g} ({where})")

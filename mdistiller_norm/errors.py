@@ -29,7 +29,13 @@ class CheckpointError(UserError):
 
 
 class NonFiniteLossError(UserError):
-    """A loss became NaN or infinite; training stopped before the next checkpoint."""
+    """A loss or a weight became NaN or infinite; training stopped before the next checkpoint."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"{problem}: training stopped without saving this state. The last saved state is finite, but may have "
+            "begun to diverge. A lower SOLVER.LR, a higher temperature or SOLVER.PRECISION fp32 may help"
+        )
 
 
 class Interrupted(Exception):  # noqa: N818 - a requested stop, not an error

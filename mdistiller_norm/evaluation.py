@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_last.pt"
     weights = "checkpoints, run folders, torchvision:NAME, or pretrain (default): the teacher weights of -m on -d"
     parser.add_argument("-c", "--ckpt", default=["pretrain"], nargs="+", help=weights)
-    parser.add_argument("--cfg", metavar="FILE", help="config whose DATASET.* to use instead of -d and --root")
+    parser.add_argument("--cfg", metavar="FILE", help="config whose DATASET.* to use; its plugins need --plugin")
     add_student_arguments(parser, batch_size=64)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION")
     parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
     """Evaluate the checkpoints and print a line for each."""
     if options.cfg and (options.dataset or options.root):
         raise ConfigError("--cfg sets the data set: remove -d and --root")
-    dataset = build_dataset(load_config(options.cfg).node) if options.cfg else None
+    dataset = build_dataset(load_config(options.cfg, plugins="skip").node) if options.cfg else None
     device = build_device(options.device)
     autocast, warning = build_precision(options.precision, device)
     if warning:

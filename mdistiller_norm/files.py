@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,13 @@ def find_config(name: str | Path, folder: Path = Path()) -> Path:
     packaged = CONFIGS / str(name).removeprefix("configs/")
     candidates = [Path(f"{path}{suffix}") for path in (local, packaged) for suffix in ("", ".yaml")]
     return next((path for path in candidates if path.is_file()), local)
+
+
+def regular(path: Path) -> Path:
+    """Return the path of a regular file; raise an OSError for others, such as a FIFO or a device, which may not end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
 
 
 @contextmanager

@@ -13,10 +13,8 @@ from mdistiller_norm.build import (
     PRECISIONS,
     Log,
     build_dataset,
-    build_device,
     build_distillers,
-    build_loader,
-    build_precision,
+    build_execution,
     build_step,
     build_student,
     build_teacher,
@@ -64,8 +62,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         dataset: an open data set to use instead of ``DATASET.TYPE``.
     """
     cfg = config.node
-    device = build_device(cfg.DEVICE)
-    autocast, warning = build_precision(cfg.SOLVER.PRECISION, device)
+    device, autocast, warning = build_execution(cfg)
     if isinstance(dataset, TensorDataset):
         dataset.check()
     dataset = dataset or build_dataset(cfg)
@@ -84,7 +81,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if warning:
         log(f"warning: {warning}")
     test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
-    loader = build_loader(dataset, cfg.SOLVER.BATCH_SIZE, cfg.SEED, device, share, cfg.SOLVER.ACCUMULATE, log)
+    loader = dataset.train_loader(cfg.SOLVER.BATCH_SIZE, cfg.SEED, device, share, lambda text: log(f"warning: {text}"))
     steps = cfg.SOLVER.EPOCHS * loader.steps
     steps_left = steps - folder.steps_done
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if steps_left else 0)

@@ -44,7 +44,8 @@ def run_folder(config: Config) -> Path:
                 for part in key.split("."):
                     value = value[part]
                 name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
-    return Path(str(cfg.LOG.PREFIX), str(cfg.EXPERIMENT.PROJECT), name)
+    name = name.encode(errors="backslashreplace").decode()  # TensorBoard requires UTF-8
+    return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name)
 
 
 def _is_neutral(key: str, cfg: Any) -> bool:

@@ -114,7 +114,7 @@ def make_step(
     trainable = Trainable(student, methods, max((method.ce_weight for method in methods.values()), default=ce_weight))
     solver = cfg.SOLVER
     optimizer = build_optimizer(
-        trainable, loader, taught if methods else None, trainer=solver.TRAINER, delta=solver.DOT.DELTA, accumulate=1,
+        trainable, loader, taught if methods else None, trainer=solver.TRAINER, delta=solver.DOT.DELTA,
         lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
     )  # fmt: skip
     meters = TrainMeters(trainable.loss_names)

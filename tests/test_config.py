@@ -256,6 +256,11 @@ def test_files_that_include_each_other_are_read_once(tmp_path):
         (["EXPERIMENT.NAME", "007"], "EXPERIMENT.NAME", "007"),
         (["EXPERIMENT.NAME", "a=b: c"], "EXPERIMENT.NAME", "a=b: c"),
         (["EXPERIMENT.TAG", "kd, a ..b"], "EXPERIMENT.TAG", "kd, a ..b"),
+        (["EXPERIMENT.NAME", "run #1"], "EXPERIMENT.NAME", "run #1"),
+        (["EXPERIMENT.NAME", "&x 'y' [z"], "EXPERIMENT.NAME", "&x 'y' [z"),
+        (["EXPERIMENT.NAME", "1:30"], "EXPERIMENT.NAME", "1:30"),
+        (["DATASET.ROOT=/data/my #1 set"], "DATASET.ROOT", "/data/my #1 set"),
+        (["DATASET.CLASSES=[yes, no, 0, 01, '#']"], "DATASET.CLASSES", ["yes", "no", "0", "01", "#"]),
     ],
 )
 def test_overrides(overrides, key, value):
@@ -281,6 +286,24 @@ def test_stored_configs_may_contain_removed_keys_at_their_old_defaults(tmp_path)
     for source in (path, write(tmp_path, "other.yaml", old.replace("-1", "5"))):
         with pytest.raises(ConfigError, match="unknown key SOLVER"):
             load_config(source, stored=source != path)
+
+
+def test_merge_keys_replace_whole_values(tmp_path):
+    text = "KD: {LOSS: &a {CE_WEIGHT: 0.3, KD_WEIGHT: 0.7}}\nAT.LOSS: &b {CE_WEIGHT: 0.4, FEAT_WEIGHT: 2}\n"
+    text += "NormKD:\n  LOSS:\n    <<: *a\n    KD_WEIGHT: 0.5\nPKT: {LOSS: {<<: [*b, {CE_WEIGHT: 9}]}}\n"
+    node = load_config(write(tmp_path, "run.yaml", text)).node
+    assert plain(node.NormKD.LOSS) == {"CE_WEIGHT": 0.3, "KD_WEIGHT": 0.5}
+    assert plain(node.PKT.LOSS) == {"CE_WEIGHT": 0.4, "FEAT_WEIGHT": 2.0}
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "base.yaml", "DISTILLER: {TEACHER_WEIGHTS: ~/w.pt}\nDATASET: {ROOT: ~}\n")
+    write(tmp_path, "empty.py", "")
+    file = write(tmp_path, "run/run.yaml", "_BASE_: ~/base.yaml\nLOG: {PREFIX: ~/runs}\nEXPERIMENT.PLUGINS: ~/empty.py")
+    node = load_config(file).node
+    assert (f"{tmp_path}/w.pt", str(tmp_path)) == (node.DISTILLER.TEACHER_WEIGHTS, node.DATASET.ROOT)
+    assert (f"{tmp_path}/runs", [f"{tmp_path}/empty.py"]) == (node.LOG.PREFIX, node.EXPERIMENT.PLUGINS)
 
 
 # Values and their types
@@ -325,7 +348,7 @@ def test_show_prints_values_with_their_sources_and_only_nodes_in_use(tmp_path):
 
 def test_dump_keeps_awkward_values(tmp_path):
     awkward = [
-        "EXPERIMENT.NAME", "'5e-4: # [x]'", "EXPERIMENT.TAG", "ü" * 200, "DATASET.ROOT", "true", "SOLVER.LR", "1e-12",
+        "EXPERIMENT.NAME", "5e-4: # [x]", "EXPERIMENT.TAG", "ü" * 200, "DATASET.ROOT", "true", "SOLVER.LR", "1e-12",
     ]  # fmt: skip
     several = ["DISTILLER.TYPE", "KD", "KD.TEMPERATURE", "[1, 2]", "SOLVER.LR_DECAY_STAGES", "[]"]
     config = load_config(None, [*awkward, *several])

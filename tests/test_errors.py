@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import resource
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,13 +40,25 @@ COMMANDS = [
     (f"{DIGITS} DATASET.DECODE cuda", ["unknown key DATASET.DECODE: it was removed", "NUM_WORKERS"]),
     (f"{DIGITS} SOLVER.LR fast", ["command line: SOLVER.LR must be a finite number, got fast"]),
     (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", ["SOLVER.MOMENTUM must be > 0 with NESTEROV"]),
-    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", ["MOMENTUM -/+ DELTA must be in (0, 1)", "DELTA 0.9 (comm"]),
-    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA=-1", ["MOMENTUM -/+ DELTA must be in (0, 1)", "DELTA -1"]),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", ["SOLVER.DOT.DELTA must be in (0, 1)", "and 0.9 (comm"]),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA=-1", ["SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must", "and -1"]),
+    (f"{DIGITS} SOLVER.TRAINER dot", ["SOLVER.TRAINER dot does not support DISTILLER.TYPE NONE"]),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.ACCUMULATE 2", ["SOLVER.TRAINER dot does not support SOLVER.ACCUMULATE 2"]),
+    (f"{DIGITS} SOLVER.ACCUMULATE 7", ["SOLVER.BATCH_SIZE 64 must be divisible by the product of SOLVER.ACCUMULATE 7"]),
+    (f"{DIGITS} SOLVER.SYNC_BN true", ["SOLVER.SYNC_BN requires a GPU, got cpu"]),
+    (f"{DIGITS} SOLVER.LR_DECAY_RATE 10", ["SOLVER.LR_DECAY_RATE must be in (0, 1], got 10"]),
+    (f"{NORMKD} NormKD.TEMPERATURE_NORM 0", ["NormKD.TEMPERATURE_NORM must be > 0, got 0"]),
+    (f"{NORMKD} NormKD.LOSS.KD_WEIGHT=-1", ["NormKD.LOSS.KD_WEIGHT must be >= 0, got -1"]),
+    (f"{NORMKD} NormKD.STATISTIC mean", ["NormKD.STATISTIC must be one of constant, std, max, range, got mean"]),
+    (f"{DIGITS} LOG.PREFIX '\udce9'", ["LOG.PREFIX must be valid"]),
+    ("train --cfg fifo", ["config file fifo cannot be read", "not a regular file"]),
+    ("train --cfg /dev/zero", ["config file /dev/zero cannot be read", "not a regular file"]),
     (f"{NORMKD} KD.TEMPERATURE 8", ["KD.TEMPERATURE has no effect", "digits/normkd.yaml) is NormKD"]),
     (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", ["plugin no/file.py does not exist in /"]),
     (f"{NORMKD} EXPERIMENT.PLUGINS no_module", ["plugin no_module cannot be imported: ModuleNotFoundError"]),
+    (f"{DIGITS} DATASET.TYPE digit", ["DATASET.TYPE: unknown data set 'digit': did you mean digits?"]),
     (f"{DIGITS} DEVICE tpu", ["DEVICE", "tpu"]),
-    (f"{DIGITS} DISTILLER.STUDENT resnet21", ["resnet21", "resnet20"]),
+    (f"{DIGITS} DISTILLER.STUDENT resnet21", ["DISTILLER.STUDENT: unknown CIFAR model 'resnet21'", "resnet20"]),
     (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19", ["'torchvision:resnet19' cannot be built", "resnet19"]),
     (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9", ["'torchvision:resnet18.V9' cannot be built", "V9"]),
     (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", ["pretrained weights require a model with the prefix timm:"]),
@@ -65,6 +81,13 @@ COMMANDS = [
     ("list tables", ["argument kind: invalid choice: 'tables'"]),
     ("report --export xls", ["argument --export: invalid choice: 'xls'"]),
 ]
+
+
+def bomb(level: str) -> str:
+    """Return a config whose aliases (``*`` in ``level``) refer to the level before, which makes 4**20 nodes."""
+    return "\n".join(["x0: &x0 {a: 1}", *(f"x{i}: &x{i} " + level.replace("*", f"*x{i - 1}") for i in range(1, 20))])
+
+
 # Text of a config -> words of the message.
 CONFIGS = [
     ("SOLVER: {LR: true}", ["run.yaml: SOLVER.LR must be a finite number, got true"]),
@@ -96,9 +119,19 @@ CONFIGS = [
     ("NORMKD: {TEMPERATURE_NORM: 2}", ["unknown key NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"]),
     ("SOLVER: 3", ["SOLVER is a section"]),
     ("SOLVER: {LR: 1}\nSOLVER.LR: 2", ["cannot be read: key SOLVER.LR is given twice"]),
-    ("- 1", ["config file run.yaml must be a mapping"]),
+    ("- 1", ["config file run.yaml cannot be read: it must be a mapping"]),
     ("SOLVER:\n  LR: [1\nSEED: 2", ["config file run.yaml cannot be read"]),
     ("SEED: \x00", ["config file run.yaml cannot be read"]),
+    ('EXPERIMENT: {NAME: "a\\0"}', ["EXPERIMENT.NAME must be valid text"]),
+    ('LOG: {PREFIX: "\\ud800"}', ["LOG.PREFIX must be valid text"]),
+    ('_BASE_: "a\\0"', ["cannot be read: embedded null"]),
+    ("_BASE_: [[a]]", ["_BASE_ must be a file or a list of files"]),
+    ("EXPERIMENT: {PLUGINS: [[a]]}", ["EXPERIMENT.PLUGINS must be valid text, got [[...]]"]),
+    ("SOLVER: {<<: 3}", ["<< must be a mapping or a list of mappings"]),
+    ("SOLVER: " + "{a: " * 4000, ["cannot be read"]),
+    (bomb("{k: *, l: *, m: *, n: *}"), ["it has more than 10,000 keys"]),
+    (bomb("{<<: [*, *, *, *]}"), ["unknown key x0.a"]),
+    ("SEED: [&x0 [a]" + "".join(f", &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)) + "]", ["got [[...], "]),
     ("_BASE_: nowhere.yaml", ["config file nowhere.yaml does not exist"]),
 ]
 # Text of a plugin that is broken -> words of the message.
@@ -206,8 +239,9 @@ def check(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(("command", "words"), COMMANDS)
 def test_command(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text("not a checkpoint")
+    os.mkfifo("fifo")
     check(command, words, capsys)
-    assert not Path("out").exists()
+    assert {path.name for path in Path().iterdir()} == {"run.yaml", "fifo"}
 
 
 @pytest.mark.parametrize(("text", "words"), CONFIGS)
@@ -226,7 +260,85 @@ def test_plugin_that_cannot_be_imported(text: str, words: list[str], capsys: pyt
 def test_plugin_that_cannot_be_used(
     plugin: tuple[str, str], words: list[str], teacher: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    check(command_with_plugin(plugin, teacher), words, capsys)
+
+
+def command_with_plugin(plugin: tuple[str, str], teacher: str) -> str:
     text, overrides = plugin
     Path("own.py").write_text(f"{REGISTER}import torch\nfrom torchvision.models import resnet18\n{text}")
     pair = f"DISTILLER.TYPE=NormKD DISTILLER.TEACHER=resnet14 {teacher} DISTILLER.STUDENT=resnet8"
-    check(f"{DIGITS} EXPERIMENT.PLUGINS=own.py SOLVER.BATCH_SIZE=12 {pair} {overrides}", words, capsys)
+    return f"{DIGITS} EXPERIMENT.PLUGINS=own.py SOLVER.BATCH_SIZE=12 {pair} {overrides}"
+
+
+def test_loss_weights_that_are_all_0(teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = "NormKD.LOSS.CE_WEIGHT=0 NormKD.LOSS.KD_WEIGHT=0"
+    words = ["NormKD.LOSS.CE_WEIGHT and NormKD.LOSS.KD_WEIGHT must not all be 0"]
+    check(command_with_plugin(("", weights), teacher), words, capsys)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("shutil.rmtree('out')", ["out/digits/run", "No such file or directory"]),
+        ("shutil.rmtree('out/digits/run/tensorboard')", ["tensorboard", "No such file or directory"]),
+        ("os.rename('out', 'moved')", ["out/digits/run", "No such file or directory"]),
+        ("resource.setrlimit(resource.RLIMIT_FSIZE, (999, -1))", ["out/digits/run", "File too large"]),
+    ],
+)
+def test_run_folder_that_is_damaged_during_training(
+    damage: str, words: list[str], teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, override = method("student.logits.mean()")
+    text = f"import os, resource, shutil\n{text}    def begin_epoch(self, epoch, seed):\n        {damage}\n"
+    short = "EXPERIMENT.NAME=run SOLVER.BATCH_SIZE=479 SOLVER.EPOCHS=2 SOLVER.LR_DECAY_STAGES=[]"
+    try:
+        check(command_with_plugin((text, f"{override} {short}"), teacher), words, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+
+
+def test_plugins_are_imported_for_training_only(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text("open('imported', 'w')\n")
+    keys = "EXPERIMENT.PLUGINS: own.py\nDATASET.TYPE: own_data\nDISTILLER.TYPE: Own\nOwn: {SCALE: {A: 007}}\n"
+    Path("run.yaml").write_text(keys)
+    check("train --cfg run.yaml --no-plugins", ["run.yaml: EXPERIMENT.PLUGINS would import own.py"], capsys)
+    check("eval --cfg run.yaml -c x.pt", ["DATASET.TYPE: unknown data set 'own_data'"], capsys)
+    assert main(["train", "--cfg", "run.yaml", "--show"]) == 0
+    assert "    A: '007'" in capsys.readouterr().out
+    assert not Path("imported").exists()
+    check("train --cfg run.yaml", ["unknown key Own.SCALE.A"], capsys)
+    assert Path("imported").exists()
+
+
+@pytest.mark.parametrize("stream", [None, io.TextIOWrapper(io.BytesIO(), "ascii")], ids=["closed", "ASCII"])
+def test_standard_output_that_cannot_show_a_name(
+    stream: io.TextIOWrapper | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", stream)
+    short = ["SOLVER.EPOCHS=1", "SOLVER.LR_DECAY_STAGES=[]", "SOLVER.BATCH_SIZE=479"]
+    assert main([*shlex.split(DIGITS), *short, "EXPERIMENT.NAME=gr\u00f6\udce9"]) == 0
+    assert Path("out/digits/gr\u00f6\\udce9/result.json").is_file()
+    if stream:
+        assert b"gr\\xf6\\udce9" in stream.buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["train/cat/1.png", "train/0.tar"])
+def test_data_files_that_are_not_regular(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = "webdataset" if name.endswith("tar") else "image_folder"
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        Path("d", folder).mkdir(parents=True)
+    os.mkfifo(Path("d", name))
+    for path in ("train/dog/1.png", "val/cat/1.png", "val/dog/1.png"):
+        Path("d", path).write_bytes(b"")
+    command = f"{DIGITS} DATASET.TYPE={kind} DATASET.ROOT=d DATASET.IMAGE_SIZE=32 DATASET.RESIZE=32"
+    check(command, ["is not a regular file" if kind == "webdataset" else "can be read"], capsys)
+
+
+def test_result_files_of_other_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("fifo", "deep", "large"):
+        Path("output/p", name).mkdir(parents=True)
+    os.mkfifo("output/p/fifo/result.json")
+    Path("output/p/deep/result.json").write_text("[" * 100_000)
+    Path("output/p/large/result.json").write_text('{"method": [], "epochs": 1e999}')
+    check(f"{NORMKD} DISTILLER.TEACHER=resnet44", ["no weights for the teacher resnet44"], capsys)

@@ -15,6 +15,7 @@ from conftest import assert_user_error, tool
 from short_runs import assert_same_state, config, state_of
 
 from mdistiller_norm.engine.checkpoint import load, load_weights
+from mdistiller_norm.engine.signals import STOP_SIGNALS, stop_signals
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.run import train
 
@@ -78,6 +79,19 @@ def test_a_damaged_state_is_replaced_by_the_one_before_it(
     for state in (a, b):
         del state["parts"]
     assert_same_state(a, b)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_first_signal_is_a_request_and_the_second_exits(number: signal.Signals) -> None:
+    received: list[int] = []
+    child = os.fork()
+    if child == 0:
+        with stop_signals(received.append):
+            signal.raise_signal(number)
+            if received == [number]:
+                signal.raise_signal(number)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
 
 
 def kill_until_done(start: Callable[[], object], kills: int, longest: float) -> None:

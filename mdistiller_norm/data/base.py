@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mdistiller_norm.data.plan import ALONE, Part, Share, share_out
-from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch
 
 Warn = Callable[[str], None]
@@ -94,8 +93,6 @@ class TrainLoader(ABC):
     views: int | None = None
 
     def __init__(self, samples: int, batch_size: int, seed: int, share: Share = ALONE) -> None:
-        if batch_size % share.world:
-            raise ConfigError(f"SOLVER.BATCH_SIZE {batch_size} cannot be split evenly over {share.world} processes")
         self.samples, self.seed, self.share = samples, seed, share
         self.global_batch_size = batch_size
         self.batch_size = batch_size // share.world

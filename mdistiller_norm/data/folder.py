@@ -18,6 +18,7 @@ from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
 from mdistiller_norm.data.loader import ImageEvalLoader, ImageOptions, ImageSplit, ImageTrainLoader, Source, unreadable
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.files import regular
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 # torchvision's constants, with which its published weights were trained.
@@ -38,7 +39,7 @@ class Files:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
-        return Path(self._path(index)).read_bytes()
+        return regular(Path(self._path(index))).read_bytes()
 
     def name(self, index: int) -> str:
         return _printable(self._path(index))

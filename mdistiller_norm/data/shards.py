@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mdistiller_norm.data.folder import EXTENSIONS, MEAN, STD, ImageDataset, data_root
 from mdistiller_norm.data.loader import ImageOptions, ImageSplit
 from mdistiller_norm.errors import DataError
+from mdistiller_norm.files import regular
 from mdistiller_norm.program import command
 
 INDEX, CLASSES = "index.npz", "classes.txt"
@@ -53,7 +54,7 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     splits = [open_shards(root / split) for split in ("train", "val") if options.train or split == "val"]
     path = root / CLASSES
     try:
-        classes = tuple(path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+        classes = tuple(regular(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
         if "" in classes or len(set(classes)) < len(classes):
             raise ValueError("empty or repeated name")
     except (OSError, ValueError) as error:
@@ -71,6 +72,8 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
 def open_shards(folder: Path) -> ImageSplit:
     """List the images of all shards of a folder, from its index or, without one, from the headers of the tar files."""
     shards = sorted(path.name for path in folder.glob("*.tar"))
+    if irregular := [name for name in shards if not (folder / name).is_file()]:
+        raise DataError(f"the shard {folder / irregular[0]} is not a regular file")
     if not shards:
         raise DataError(f"{folder} has no shards (*.tar): create them with {command('shards')}")
     positions, targets = _read_index(folder, shards) if (folder / INDEX).is_file() else _scan(folder, shards)

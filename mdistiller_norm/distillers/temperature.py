@@ -24,6 +24,7 @@ FLOOR = 1e-6  # smaller statistics count as zero: the sample has no temperature
 
 Statistic = Callable[[Tensor], Tensor]
 STATISTICS: Registry[Statistic] = Registry("temperature statistic")
+WEIGHTINGS = ("teacher", "student_teacher", "none")
 
 
 @STATISTICS.register("constant")
@@ -78,8 +79,8 @@ class Temperature:
 
     def __post_init__(self) -> None:
         STATISTICS[self.statistic]
-        if self.weighting not in ("teacher", "student_teacher", "none"):
-            raise ConfigError(f"WEIGHTING must be teacher, student_teacher or none, got {self.weighting!r}")
+        if self.weighting not in WEIGHTINGS:
+            raise ConfigError(f"WEIGHTING must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
         if not self.scales or any(not math.isfinite(scale) or scale <= 0 for scale in self.scales):
             raise ConfigError(f"the temperature must be positive and finite, got {self.scale!r}")
 

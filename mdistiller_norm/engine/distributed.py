@@ -146,10 +146,8 @@ def wrap(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **no_sync)  # type: ignore[arg-type]
 
 
-def synchronise_batch_norms(module: nn.Module, device: torch.device) -> None:
+def synchronise_batch_norms(module: nn.Module) -> None:
     """Make the batch norms inside a module use the batch of all processes."""
-    if device.type != "cuda":
-        raise ConfigError(f"SOLVER.SYNC_BN requires a GPU, got {device}")
     if together():
         nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
 

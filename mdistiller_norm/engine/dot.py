@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.data import TrainLoader
-from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch
 
 
@@ -108,17 +106,11 @@ def build_optimizer(
     *,
     trainer: str,
     delta: float,
-    accumulate: int,
     **sgd: Any,
 ) -> torch.optim.Optimizer | DOT:
     """Build SGD, or DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot. ``sgd`` holds arguments of ``build_sgd``."""
     if not trainer.endswith("dot"):
         return build_sgd(trainable.parameters(), **sgd)
-    if teacher is None:
-        raise ConfigError(f"SOLVER.TRAINER {trainer} requires a distillation loss: DISTILLER.TYPE is NONE")
-    if trainable.autocast is torch.float16 or distributed.together() or accumulate > 1:
-        raise ConfigError(
-            f"SOLVER.TRAINER {trainer} requires SOLVER.PRECISION fp32 or bf16, one process and SOLVER.ACCUMULATE 1"
-        )
+    assert teacher is not None  # checked by build_execution
     batch = loader.prepare(*next(loader.batches(1)))
     return DOT(trainable, batch, teacher, delta, **sgd)

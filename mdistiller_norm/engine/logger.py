@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def _cpu_name() -> str:
 
 
 def _append_line(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text + "\n")
 
 
@@ -99,9 +99,8 @@ class RunLog:
 
     def close(self) -> None:
         """Flush the writers and release the run folder."""
-        self._by_epoch.close()
-        self._by_step.close()
-        self.held.close()
+        with self.held, closing(self._by_step), closing(self._by_epoch):
+            pass
 
 
 class SilentLog(RunLog):

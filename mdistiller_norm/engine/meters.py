@@ -83,10 +83,7 @@ class TrainMeters(nn.Module):
         if bad:
             step = min(bad.values())
             names = " and ".join(name for name in bad if bad[name] == step)
-            raise NonFiniteLossError(
-                f"the loss {names} became NaN or infinite in epoch {epoch}, step {step}: training stopped, the last "
-                "good checkpoint stays; a lower SOLVER.LR, a higher temperature or SOLVER.PRECISION fp32 may help"
-            )
+            raise NonFiniteLossError(f"the loss {names} became NaN or infinite in epoch {epoch}, step {step}")
         samples = int(state["samples"])
         means = [value / max(samples, 1) for value in state["sums"].tolist()]
         losses = dict(zip(self.names, means, strict=True)) | {"total": sum(means)}

@@ -17,7 +17,7 @@ from mdistiller_norm.data.base import EvalLoader
 from mdistiller_norm.engine.checkpoint import Weights
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.errors import CheckpointError, first_line
-from mdistiller_norm.files import PROJECT, write_text
+from mdistiller_norm.files import PROJECT, regular, write_text
 from mdistiller_norm.models.base import Network
 
 MANIFEST = Path("checkpoints/manifest.yaml")
@@ -152,13 +152,13 @@ def _finished_run(
     for path in sorted(runs.glob("*/*/result.json")):
         weights = path.with_name("student_last.pt")
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(regular(path).read_text())
             matches = (result["method"], result["student"], result["dataset"]) == ([], model, dataset)
             node = result["config"]["DATASET"]
             if matches and not node.get("VAL_SPLIT") and weights.is_file():
                 same_data = all(node.get(key, value) == value for key, value in data.items())
                 found.append((same_data, weights, float(result["last"]["top1"]), int(result["epochs"])))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             continue  # not this project's file, or one that is being written
     best = max(found, key=lambda run: (run[0], run[3] == epochs, run[3], run[2]), default=None)
     return best[1:] if best else None

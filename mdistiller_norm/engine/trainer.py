@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ class Trainer:
         distributed.average_batch_norms(trainable)
         test = evaluate(trainable.student, self.test, trainable.autocast, self.run_test)
         if not math.isfinite(test.loss):  # the last update is not covered by the training losses
-            raise _non_finite(f"the test loss became NaN or infinite after epoch {self.epoch}")
+            raise NonFiniteLossError(f"the test loss became NaN or infinite after epoch {self.epoch}")
         return test
 
     def _end_epoch(self, record: Record, test: Evaluation) -> None:
@@ -233,9 +234,10 @@ class Trainer:
     def _save_latest(self) -> None:
         """Save the state within an epoch, if it is finite."""
         self.step.meters.read(self.epoch, together=True)
-        finite = [parameter.isfinite().all() for parameter in self.step.trainable.parameters()]
-        if not torch.stack(finite).all():  # the last update is not covered by the losses
-            raise _non_finite(f"the weights became NaN or infinite at step {self.steps_done} of epoch {self.epoch}")
+        tensors = chain(self.step.trainable.parameters(), self.step.trainable.student.buffers())
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():  # not covered by the losses
+            place = f"step {self.steps_done} of epoch {self.epoch}"
+            raise NonFiniteLossError(f"the weights or batch norms became NaN or infinite at {place}")
         distributed.average_batch_norms(self.step.trainable)
         now = time.perf_counter()
         self.seconds, self._counted_until = self.seconds + now - self._counted_until, now
@@ -280,8 +282,3 @@ class Trainer:
         this_part = self.parts[0] | {"from_step": done}
         unchanged = parts and parts[-1] | {"from_step": done} == this_part
         self.parts = parts if unchanged or self.finished else [*parts, this_part]
-
-
-def _non_finite(problem: str) -> NonFiniteLossError:
-    advice = "the last good checkpoint is kept; a lower SOLVER.LR or SOLVER.PRECISION fp32 may help"
-    return NonFiniteLossError(f"{problem}: training stopped, {advice}")

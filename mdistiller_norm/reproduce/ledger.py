@@ -23,7 +23,7 @@ from mdistiller_norm.config import REMOVED, default_config, leaves, method_names
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import DataError
-from mdistiller_norm.files import write_text
+from mdistiller_norm.files import regular, write_text
 from mdistiller_norm.run_folder import NEUTRAL
 
 Record = dict[str, Any]
@@ -175,18 +175,12 @@ def check(record: Any) -> None:
             raise DataError(f"{which} top1 {record[which]['top1']} differs from the metrics' {expected}")
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():  # a FIFO would block
-        raise DataError("not a regular file")
-    return path.read_text(encoding="utf-8")
-
-
 def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
     """Read and check all records of a folder, which may be missing; ``smoke`` selects those of the short schedule."""
     ledger, entries = Ledger(), list[Entry]()
     for path in sorted(folder.glob("*.json")):
         try:
-            record = json.loads(_read(path))
+            record = json.loads(regular(path).read_text(encoding="utf-8"))
             check(record)
             entries.append(Entry(path, record, identity(record["config"])))
         except DataError as error:
@@ -211,7 +205,7 @@ def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Re
     path = run / "result.json"
     head: Record = {"format": FORMAT, "status": "finished", "smoke": smoke, "config_file": config_file}
     try:
-        text = _read(path)
+        text = regular(path).read_text(encoding="utf-8")
         prefix = Path(json.loads(text)["config"]["LOG"]["PREFIX"])
         if prefix.is_absolute():  # keep paths as they are in any other checkout
             text = text.replace(json.dumps(str(prefix))[1:-1], prefix.name)

@@ -1,0 +1,67 @@
+"""Config files: YAML with bases and merge keys, read as text by dotted key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.files import find_config, regular
+from mdistiller_norm.program import command
+
+Settings = dict[str, tuple[Any, str]]  # dotted key -> text, or list of texts, and its source
+_LARGEST = 10_000  # keys of a file; aliases can multiply them
+
+
+class TextLoader(yaml.BaseLoader):
+    """Loads every scalar as text, nested mappings as dotted keys, and the merge keys (``<<``) of YAML 1.1."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        settings: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            name, value = self.construct_scalar(name_node), self.construct_object(value_node, deep=True)
+            if name == "<<":
+                for base in value if isinstance(value, list) else [value]:
+                    if not isinstance(base, dict):
+                        raise yaml.YAMLError("<< must be a mapping or a list of mappings")
+                    merged = _replace(base, merged)  # the first one wins
+                continue
+            found = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            if twice := settings.keys() & found.keys():
+                raise yaml.YAMLError(f"key {min(twice)} is given twice")
+            settings |= found
+            if len(settings) > _LARGEST:
+                raise yaml.YAMLError(f"it has more than {_LARGEST:,} keys")
+        return _replace(merged, settings)
+
+
+def _replace(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
+    """Replace whole keys and sections."""
+    names = {key.split(".")[0] for key in by}
+    return {key: value for key, value in settings.items() if key.split(".")[0] not in names} | by
+
+
+def read_file(path: Path, done: set[Path]) -> Settings:
+    """Return the settings of a file, unless it was read before, on top of those of its bases."""
+    try:
+        if path.resolve() in done:
+            return {}
+        done.add(path.resolve())
+        found = yaml.load(regular(path).read_text(encoding="utf-8"), TextLoader) or {}
+        if not isinstance(found, dict):
+            raise ValueError("it must be a mapping of keys to values")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist; see {command('list')} configs") from None
+    except (OSError, ValueError, RuntimeError, ArithmeticError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
+    bases = found.pop("_BASE_", [])
+    settings: Settings = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: _BASE_ must be a file or a list of files")
+        settings |= read_file(find_config(os.path.expanduser(base), path.parent), done)
+    return settings | {key: (value, str(path)) for key, value in found.items()}
