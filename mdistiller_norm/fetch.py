@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mdistiller_norm.cli import execute
 from mdistiller_norm.download import Source, obtain, read_sources
 from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, add_to_manifest
 from mdistiller_norm.errors import ConfigError, UserError
@@ -50,19 +51,12 @@ def fetch(source: Source, root: Path) -> list[Teacher]:
 
 
 def _evaluate(path: Path, model: str, dataset: str, root: Path) -> bool:
-    """Print the accuracy of a teacher; return False if its weights cannot be used."""
-    from mdistiller_norm.build import build_device, open_checkpoint, placed
-    from mdistiller_norm.engine.evaluate import evaluate
-
+    """Run the command ``eval`` if the data exists; return False if the weights cannot be used."""
     if dataset == "cifar100" and not (root / "cifar-100-python").is_dir():  # would be downloaded
         print(f"{model}: not evaluated, {root} contains no cifar-100-python: {path}")
         return True
     try:
-        network, data = open_checkpoint(path, model, dataset, root)
+        return execute(["eval", "-m", model, "-d", dataset, "--root", str(root), "-c", str(path)]) == 0
     except UserError as error:
         print(f"{model}: not evaluated, {error}")
         return False
-    device = build_device("auto")
-    result = evaluate(placed(network, device), data.eval_loader(250, device))
-    print(f"{model}: top-1 {result.top1:.2f} on {data.name}: {path}", flush=True)
-    return True

@@ -18,16 +18,9 @@ CONFIGS = PROJECT / "configs"
 
 
 def find_config(name: str | Path, folder: Path = Path()) -> Path:
-    """Return the path of a config file: in a folder, or else among the packaged ones.
+    """Return the path of a config file in a folder, else of the packaged one, else the path in the folder.
 
     The suffix ``.yaml`` and, for packaged files, the leading ``configs/`` may be left out.
-
-    Args:
-        name: such as ``my.yaml``, ``configs/digits/normkd.yaml`` or ``digits/normkd``.
-        folder: searched first.
-
-    Returns:
-        The path of the file; the path in the folder if no file exists.
     """
     local = Path(os.path.normpath(folder / name))
     packaged = CONFIGS / str(name).removeprefix("configs/")

@@ -151,7 +151,7 @@ def test_weights_are_listed_found_and_evaluated(server: Server, run: Path, capsy
     server.files[name] = content
     entry = {"urls": [server.url(f"cut/{name}")], "to": "checkpoints", "model": "resnet8", "dataset": "digits"}
     assert fetch("mine", **entry) == 0
-    assert re.search(r"resnet8: top-1 \d+\.\d\d on digits: checkpoints/digits_resnet8", capsys.readouterr().out)
+    assert re.search(r"resnet8 +digits  top-1 .*360 images.*checkpoints/digits_resnet8", capsys.readouterr().out)
     teacher = known_teacher("resnet8", "digits")
     assert teacher
     assert teacher.path == Path("checkpoints", name)
