@@ -205,7 +205,7 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
             raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
         if not isinstance(distillers[name], Distiller):
             raise ConfigError(f"{name}: from_config must return a Distiller, got {type(distillers[name]).__name__}")
-    if not any(method.ce_weight or method.weight for method in distillers.values()):
+    if distillers and not any(method.ce_weight or method.weight for method in distillers.values()):
         weights = [key for key, _ in leaves(cfg) if key.split(".")[0] in distillers and key.endswith("_WEIGHT")]
         raise ConfigError(f"{' and '.join(weights)} must not all be 0")
     return distillers

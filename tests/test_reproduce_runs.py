@@ -339,7 +339,7 @@ def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
     os.mkfifo(folder / "pipe.json")
     ledger = ledger_of(output)
     reasons = {path.stem: reason for path, reason in ledger.left_out}
-    assert reasons.pop("pipe") == "not a regular file"
+    assert "not a regular file" in reasons.pop("pipe")
     assert reasons.keys() == cases.keys()
     for name, reason in reasons.items():
         assert cases[name][1] in reason, name
