@@ -84,7 +84,7 @@ def build(name: str, pair: Pair | None = None, changes: dict[str, Any] | None = 
         ("KD", "TEMPERATURE", [4.0, math.nan], "positive"),
         ("NormKD", "TEMPERATURE_NORM", math.inf, "positive"),
         ("NormKD", "STATISTIC", "rang", "range"),
-        ("NormKD", "WEIGHTING", "both", "WEIGHTING must be teacher, student_teacher or none"),
+        ("NormKD", "WEIGHTING", "both", "WEIGHTING must be one of teacher, student_teacher, none"),
         ("DKD", "T", -1.0, "positive"),
         ("NKD", "TEMPERATURE", 0.0, "positive"),
         ("DTKD", "T", 0.0, "positive"),

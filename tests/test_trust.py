@@ -86,6 +86,7 @@ def test_the_first_signal_is_a_request_and_the_second_exits(number: signal.Signa
     received: list[int] = []
     child = os.fork()
     if child == 0:
+        signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
         with stop_signals(received.append):
             signal.raise_signal(number)
             if received == [number]:
