@@ -37,9 +37,7 @@ def configuration() -> str:
         )
     page = INTRODUCTION
     for section, rows in tables.items():
-        page += (
-            f"\n## {section}\n\n| key | default | type | meaning |\n| --- | --- | --- | --- |\n{''.join(sorted(rows))}"
-        )
+        page += f"\n## {section}\n\n| key | default | type | meaning |\n| --- | --- | --- | --- |\n{''.join(sorted(rows))}"
     return page
 
 

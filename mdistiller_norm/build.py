@@ -84,7 +84,9 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
         raise ConfigError(f"SOLVER.SYNC_BN requires a GPU, got {device}")
     if solver.BATCH_SIZE % (world * solver.ACCUMULATE):
         parts = f"SOLVER.ACCUMULATE {solver.ACCUMULATE} and the number of processes, {world}"
-        raise ConfigError(f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be divisible by the product of {parts}")
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be divisible by the product of {parts}"
+        )
     conflicts = {
         "DISTILLER.TYPE NONE": not method_names(cfg), "SOLVER.PRECISION fp16": autocast is torch.float16,
         f"SOLVER.ACCUMULATE {solver.ACCUMULATE}": solver.ACCUMULATE > 1, f"{world} processes": world > 1,
@@ -119,7 +121,9 @@ def build_dataset(cfg: Any) -> Dataset:
     if not data.VAL_SPLIT:
         return dataset
     if not isinstance(dataset, TensorDataset):
-        raise ConfigError(f"DATASET.VAL_SPLIT requires a data set in memory, got {data.TYPE}: split its folders")
+        raise ConfigError(
+            f"DATASET.VAL_SPLIT requires a data set in memory, got {data.TYPE}: split its folders"
+        )
     return dataset.hold_out(data.VAL_SPLIT)
 
 
@@ -152,7 +156,9 @@ def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check
 def _network(key: str, name: str, dataset: Dataset, pretrained: bool = False) -> Network:
     size, variant = dataset.image_size, dataset.variant
     try:
-        return build_model(name, len(dataset.classes), variant=variant, image_size=size, pretrained=pretrained)
+        return build_model(
+            name, len(dataset.classes), variant=variant, image_size=size, pretrained=pretrained
+        )
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 
@@ -182,8 +188,12 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
     trained_on, renamed = weights.about.get("dataset", dataset.name), ""
     if trained_on != dataset.name:
         renamed = f"{file.path} was trained on {trained_on}, not on {dataset.name}"
-        if not isinstance(dataset, ImageDataset) or list(weights.about.get("classes", ())) != list(dataset.classes):
-            raise CheckpointError(renamed)  # otherwise the folder, which names the data set, may have been renamed
+        if not isinstance(dataset, ImageDataset) or list(weights.about.get("classes", ())) != list(
+            dataset.classes
+        ):
+            raise CheckpointError(
+                renamed
+            )  # otherwise the folder, which names the data set, may have been renamed
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     warnings = [file.warning, renamed, teacher_file.check_preprocessing(weights, dataset.classes, seen)]
     return network, replace(file, warning="; ".join(filter(None, warnings)))
@@ -198,15 +208,21 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
         for network, outputs in ((student, pair.student), (teacher, pair.teacher)):
             if DISTILLERS[name].need is Need.MAPS and not outputs.features:
                 others = ", ".join(other for other, cls in DISTILLERS.items() if cls.need < Need.MAPS)
-                raise ConfigError(f"{name} requires feature maps, which {network.name} lacks; without maps: {others}")
+                raise ConfigError(
+                    f"{name} requires feature maps, which {network.name} lacks; without maps: {others}"
+                )
         try:
             distillers[name] = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)
         except ConfigError as error:
             raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
         if not isinstance(distillers[name], Distiller):
-            raise ConfigError(f"{name}: from_config must return a Distiller, got {type(distillers[name]).__name__}")
+            raise ConfigError(
+                f"{name}: from_config must return a Distiller, got {type(distillers[name]).__name__}"
+            )
     if distillers and not any(method.ce_weight or method.weight for method in distillers.values()):
-        weights = [key for key, _ in leaves(cfg) if key.split(".")[0] in distillers and key.endswith("_WEIGHT")]
+        weights = [
+            key for key, _ in leaves(cfg) if key.split(".")[0] in distillers and key.endswith("_WEIGHT")
+        ]
         raise ConfigError(f"{' and '.join(weights)} must not all be 0")
     return distillers
 
@@ -294,7 +310,11 @@ def build_step(
 
 
 def open_checkpoint(
-    path: str | Path, model: str = "", kind: str = "", root: Path = Path("data"), dataset: Dataset | None = None
+    path: str | Path,
+    model: str = "",
+    kind: str = "",
+    root: Path = Path("data"),
+    dataset: Dataset | None = None,
 ) -> tuple[Network, Dataset]:
     """Return the network of a weights file and the data set that it was trained on.
 
@@ -307,7 +327,9 @@ def open_checkpoint(
         raise ConfigError(f"{path} does not name its network: add -m, for example -m resnet20")
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
     known_data = dataset is not None or kind in DATASETS
-    if about.get("plugins") and not (known_data and (name.startswith(PREFIXES) or name in chain(*VARIANTS.values()))):
+    if about.get("plugins") and not (
+        known_data and (name.startswith(PREFIXES) or name in chain(*VARIANTS.values()))
+    ):
         plugins = " ".join(about["plugins"])
         raise CheckpointError(f"{path} is {name} on {kind}, registered by a plugin: add --plugin {plugins}")
     if dataset is None:

@@ -14,7 +14,12 @@ from mdistiller_norm.files import CONFIGS
 from mdistiller_norm.models import VARIANTS, build_model, count_macs
 
 _SIZES = {"cifar": (32, 100), "imagenet": (224, 1000)}  # image size and number of classes
-_NEEDS = {Need.NOTHING: "nothing", Need.LOGITS: "logits", Need.POOLED: "pooled features", Need.MAPS: "feature maps"}
+_NEEDS = {
+    Need.NOTHING: "nothing",
+    Need.LOGITS: "logits",
+    Need.POOLED: "pooled features",
+    Need.MAPS: "feature maps",
+}
 Rows = list[tuple[str, ...]]
 
 
@@ -45,12 +50,19 @@ def _models(pattern: str) -> Rows:
 
 def _distillers(pattern: str) -> Rows:
     found = [(name, method) for name, method in DISTILLERS.items() if matches(name, pattern)]
-    return [("name", "reads", "method"), *((name, _NEEDS[method.need], _summary(method)) for name, method in found)]
+    return [
+        ("name", "reads", "method"),
+        *((name, _NEEDS[method.need], _summary(method)) for name, method in found),
+    ]
 
 
 def _datasets(pattern: str) -> Rows:
     # The functions of the package have the names of their DATASET.TYPE.
-    found = [(name, getattr(data, name, opener)) for name, opener in data.DATASETS.items() if matches(name, pattern)]
+    found = [
+        (name, getattr(data, name, opener))
+        for name, opener in data.DATASETS.items()
+        if matches(name, pattern)
+    ]
     return [("name", "content"), *((name, _summary(opener)) for name, opener in found)]
 
 
@@ -74,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``list``."""
     parser.epilog = f"example: {parser.prog} configs cifar100/normkd"
     parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument("pattern", nargs="?", default="", help="part of the name, or a pattern with wildcards")
+    parser.add_argument(
+        "pattern", nargs="?", default="", help="part of the name, or a pattern with wildcards"
+    )
 
 
 def main(options: argparse.Namespace) -> int:

@@ -22,15 +22,27 @@ COMMANDS = {
     "train": ("", "Train a student, with or without a teacher."),
     "eval": ("mdistiller_norm.evaluation", "Evaluate weights of networks on a test split."),
     "predict": ("mdistiller_norm.predict", "Classify image files with a trained network."),
-    "compare": ("mdistiller_norm.compare", "Compare size, speed, accuracy and agreement of trained networks."),
-    "export": ("mdistiller_norm.export", "Write a trained network as a file that does not need this package."),
+    "compare": (
+        "mdistiller_norm.compare",
+        "Compare size, speed, accuracy and agreement of trained networks.",
+    ),
+    "export": (
+        "mdistiller_norm.export",
+        "Write a trained network as a file that does not need this package.",
+    ),
     "reproduce": ("mdistiller_norm.reproduce.command", "Train the runs of the paper's tables."),
-    "report": ("mdistiller_norm.reproduce.report", "Write TABLES.md and report.html from the ledger of finished runs."),
+    "report": (
+        "mdistiller_norm.reproduce.report",
+        "Write TABLES.md and report.html from the ledger of finished runs.",
+    ),
     "visualize": ("mdistiller_norm.analysis.cli", "Draw the paper's figures from checkpoints."),
     "list": ("mdistiller_norm.catalog", "List networks, methods, data sets and packaged configs."),
     "config": ("mdistiller_norm.config_files", "Show a config, copy a packaged one, or list the keys."),
     "fetch": ("mdistiller_norm.fetch", "Download CIFAR-100 or published teachers."),
-    "doctor": ("mdistiller_norm.doctor", "Describe the installation and run a short self-test, for bug reports."),
+    "doctor": (
+        "mdistiller_norm.doctor",
+        "Describe the installation and run a short self-test, for bug reports.",
+    ),
     "shards": ("mdistiller_norm.pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
 _WITH_OVERRIDES = ("train", "reproduce")  # KEY VALUE may be placed between the options
@@ -120,7 +132,9 @@ def execute(arguments: Sequence[str]) -> int:
         UserError: the input is wrong.
         Interrupted: a signal stopped the command after it had saved its state.
     """
-    parser = ArgumentParser(prog="mdistiller-norm", description="Knowledge distillation for image classifiers.")
+    parser = ArgumentParser(
+        prog="mdistiller-norm", description="Knowledge distillation for image classifiers."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, text) in COMMANDS.items():
@@ -143,9 +157,15 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"example: {parser.prog} --cfg configs/cifar100/normkd/res32x4_res8x4.yaml SEED 1"
     parser.add_argument("--cfg", required=True, metavar="FILE", help="config file")
     parser.add_argument("--resume", action="store_true", help="continue from latest.pt in the run folder")
-    parser.add_argument("--show", action="store_true", help="print the resolved config with the source of each key")
-    parser.add_argument("--no-plugins", action="store_true", help="refuse a config that would import a plugin's code")
-    parser.add_argument("--check-data", action="store_true", help="read every image, list the unreadable ones and exit")
+    parser.add_argument(
+        "--show", action="store_true", help="print the resolved config with the source of each key"
+    )
+    parser.add_argument(
+        "--no-plugins", action="store_true", help="refuse a config that would import a plugin's code"
+    )
+    parser.add_argument(
+        "--check-data", action="store_true", help="read every image, list the unreadable ones and exit"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
 
 

@@ -33,7 +33,13 @@ _HEADER = (
     "name", "network", "method", "parameters", "MB", "MMACs", "n", "last top-1", "best top-1", "measured top-1",
     "ms (batch 1)", "images/s (batch 64)",
 )  # fmt: skip
-_PAIR_HEADER = ("compared with {}", "top-1 difference (last epoch)", "agreement %", "only one correct", "McNemar p")
+_PAIR_HEADER = (
+    "compared with {}",
+    "top-1 difference (last epoch)",
+    "agreement %",
+    "only one correct",
+    "McNemar p",
+)
 
 
 def mcnemar(first: Tensor, second: Tensor) -> Record:
@@ -131,7 +137,11 @@ def tables(networks: Sequence[Record], pairs: Sequence[Record]) -> list[list[lis
         test = pair["mcnemar"]
         found = ["-"] * 3
         if test:
-            found = [f"{pair['agreement']:.2f}", f"{test['only_second']} / {test['only_first']}", f"{test['p']:.3g}"]
+            found = [
+                f"{pair['agreement']:.2f}",
+                f"{test['only_second']} / {test['only_first']}",
+                f"{test['p']:.3g}",
+            ]
         others.append([pair["second"], pair["text"], *found])
     return [rows, others]
 
@@ -150,7 +160,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``compare``."""
     parser.epilog = f"example: {parser.prog} output/digits/student_plain output/digits/student_normkd"
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH", help="run folders or weights; the first one is the reference")
+    add(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="run folders or weights; the first one is the reference",
+    )
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--html", type=Path, metavar="FILE", help="also write the tables as a page")
     add_student_arguments(parser, batch_size=250)

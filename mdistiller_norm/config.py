@@ -48,12 +48,27 @@ _TEMPERATURE: Check = ("> 0", lambda x: min(x if isinstance(x, list) else [x]) >
 _HALF: Check = ("in [0, 0.5]", lambda x: 0 <= x <= 0.5)
 _UTF8: Check = ("valid UTF-8", lambda x: x.encode() is not None)  # raises a ValueError
 _FOLDER: Check = ("the name of one folder, without /", lambda x: "/" not in x and x not in (".", ".."))
-_PROJECT: Check = ("the name of one folder, without /", lambda x: b"/" not in x.encode() and x not in ("", ".", ".."))
-_MEANS: Check = ("three numbers in [0, 1], or empty", lambda x: len(x) in (0, 3) and all(0 <= v <= 1 for v in x))
-_DEVIATIONS: Check = ("three numbers in (0, 1], or empty", lambda x: len(x) in (0, 3) and all(0 < v <= 1 for v in x))
-_CROP: Check = ("two areas with 0 < smallest <= largest <= 1", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
+_PROJECT: Check = (
+    "the name of one folder, without /",
+    lambda x: b"/" not in x.encode() and x not in ("", ".", ".."),
+)
+_MEANS: Check = (
+    "three numbers in [0, 1], or empty",
+    lambda x: len(x) in (0, 3) and all(0 <= v <= 1 for v in x),
+)
+_DEVIATIONS: Check = (
+    "three numbers in (0, 1], or empty",
+    lambda x: len(x) in (0, 3) and all(0 < v <= 1 for v in x),
+)
+_CROP: Check = (
+    "two areas with 0 < smallest <= largest <= 1",
+    lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
+)
 _EPOCHS: Check = ("increasing epochs >= 1", lambda x: x == sorted(set(x)) and min(x, default=1) >= 1)
-_METHODS: Check = ("NONE or different methods", lambda x: isinstance(x, str) or len({"NONE", *x}) == len(x) + 1)
+_METHODS: Check = (
+    "NONE or different methods",
+    lambda x: isinstance(x, str) or len({"NONE", *x}) == len(x) + 1,
+)
 
 # Key -> default, help and check. Every registered distiller adds a node under its name, see default_config.
 KEYS: dict[str, tuple[Any, str, Check]] = {
@@ -63,24 +78,44 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "EXPERIMENT.PLUGINS": ("", "Python file or files that register networks, data sets and methods", _ANY),
     "DATASET.TYPE": ("cifar100", "data set", _ANY),
     "DATASET.ROOT": ("data", "folder of the data sets; of image files or shards: their folder", _ANY),
-    "DATASET.NUM_WORKERS": (2, "processes that load images in training, and as many in evaluation", _AT_LEAST_0),
+    "DATASET.NUM_WORKERS": (
+        2,
+        "processes that load images in training, and as many in evaluation",
+        _AT_LEAST_0,
+    ),
     "DATASET.IMAGE_SIZE": (224, "image files: height and width of the networks' input", _AT_LEAST_1),
-    "DATASET.RESIZE": (256, "image files: shorter side before the central crop of an evaluation", _AT_LEAST_1),
+    "DATASET.RESIZE": (
+        256,
+        "image files: shorter side before the central crop of an evaluation",
+        _AT_LEAST_1,
+    ),
     "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: smallest and largest area of a random crop", _CROP),
     "DATASET.MEAN": ([], "image files: channel means; empty: ImageNet's (image_folder: measured)", _MEANS),
     "DATASET.STD": ([], "image files: channel standard deviations; empty: as for MEAN", _DEVIATIONS),
     "DATASET.CLASSES": ([], "image files: class folders, in order; empty: all, sorted", _ANY),
-    "DATASET.VARIANT": ("auto", "networks; auto: imagenet above 64 pixels", _one_of("auto", "cifar", "imagenet")),
+    "DATASET.VARIANT": (
+        "auto",
+        "networks; auto: imagenet above 64 pixels",
+        _one_of("auto", "cifar", "imagenet"),
+    ),
     "DATASET.MAX_BROKEN": (10, "image files: unreadable images to replace before the run fails", _AT_LEAST_0),
     "DATASET.VAL_SPLIT": (0.0, "data in memory: part of the training set to evaluate on", _HALF),
     "DATASET.TEST.BATCH_SIZE": (64, "images per batch of an evaluation", _AT_LEAST_1),
-    "DISTILLER.TYPE": ("NONE", "method or list of methods whose losses are added; NONE: no teacher", _METHODS),
+    "DISTILLER.TYPE": (
+        "NONE",
+        "method or list of methods whose losses are added; NONE: no teacher",
+        _METHODS,
+    ),
     "DISTILLER.TEACHER": ("ResNet50", "model name of the teacher", _ANY),
     "DISTILLER.STUDENT": ("resnet32", "model name of the student", _ANY),
     "DISTILLER.TEACHER_WEIGHTS": ("", "file, torchvision:NAME, or pretrained; empty: search for it", _ANY),
     "DISTILLER.TEACHER_CACHE": ("off", "store the teacher's outputs on disk", _one_of("off", "lazy", "full")),
     "DISTILLER.TEACHER_CACHE_PRECISION": ("fp32", "precision of the teacher cache", _one_of("fp32", "fp16")),
-    "SOLVER.TRAINER": ("base", "dot: DOT's two momenta; crd: as base", _one_of("base", "crd", "dot", "crd_dot")),
+    "SOLVER.TRAINER": (
+        "base",
+        "dot: DOT's two momenta; crd: as base",
+        _one_of("base", "crd", "dot", "crd_dot"),
+    ),
     "SOLVER.BATCH_SIZE": (64, "images per batch, over all processes", _AT_LEAST_1),
     "SOLVER.EPOCHS": (240, "passes over the training set", _AT_LEAST_1),
     "SOLVER.LR": (0.05, "initial learning rate", _POSITIVE),
@@ -97,9 +132,17 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "SOLVER.DOT.DELTA": (0.075, "DOT: the momenta of the two losses are MOMENTUM -/+ DELTA", _ANY),
     "ENGINE.COMPILE": ("auto", "auto: the teacher of a long run", _one_of("auto", "none", "teacher", "all")),
     "ENGINE.CUDA_GRAPH": ("auto", "record a step as a CUDA graph", _one_of("auto", "on", "off")),
-    "ENGINE.DETERMINISTIC": (False, "bit-identical results on CUDA, at a cost in speed (on the CPU always)", _ANY),
+    "ENGINE.DETERMINISTIC": (
+        False,
+        "bit-identical results on CUDA, at a cost in speed (on the CPU always)",
+        _ANY,
+    ),
     "LOG.TENSORBOARD_FREQ": (500, "steps between two scalars of the training loss", _AT_LEAST_1),
-    "LOG.CHECKPOINT_STEPS": (0, "steps between two saves of latest.pt in an epoch; 0: one per epoch", _AT_LEAST_0),
+    "LOG.CHECKPOINT_STEPS": (
+        0,
+        "steps between two saves of latest.pt in an epoch; 0: one per epoch",
+        _AT_LEAST_0,
+    ),
     "LOG.SAVE_CHECKPOINT_FREQ": (40, "epochs between two student_<epoch>.pt", _AT_LEAST_1),
     "LOG.PREFIX": ("./output", "folder of all projects", _UTF8),
     "LOG.WANDB": (False, "log to Weights & Biases too", _ANY),
@@ -121,9 +164,22 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "SOLVER.INIT_SEED": (-1, "set SEED"),
     "DATASET.DECODE": ("cpu", "raise DATASET.NUM_WORKERS"),
 }
-_ONE_OR_SEVERAL = ("DISTILLER.TYPE", "EXPERIMENT.PLUGINS", "KD.TEMPERATURE")  # keys of a value or a list of values
-_PATHS = ("DATASET.ROOT", "DISTILLER.TEACHER_WEIGHTS", "EXPERIMENT.PLUGINS", "LOG.PREFIX")  # ~ is the home folder
-_ITEMS: dict[str, Any] = {"DATASET.MEAN": 0.0, "DATASET.STD": 0.0, "DATASET.CLASSES": ""}  # items of empty defaults
+_ONE_OR_SEVERAL = (
+    "DISTILLER.TYPE",
+    "EXPERIMENT.PLUGINS",
+    "KD.TEMPERATURE",
+)  # keys of a value or a list of values
+_PATHS = (
+    "DATASET.ROOT",
+    "DISTILLER.TEACHER_WEIGHTS",
+    "EXPERIMENT.PLUGINS",
+    "LOG.PREFIX",
+)  # ~ is the home folder
+_ITEMS: dict[str, Any] = {
+    "DATASET.MEAN": 0.0,
+    "DATASET.STD": 0.0,
+    "DATASET.CLASSES": "",
+}  # items of empty defaults
 _TYPES = {bool: "true or false", int: "an integer", float: "a finite number", str: "valid text"}
 _COMMAND_LINE = "command line"
 
@@ -176,7 +232,9 @@ def load_config(
     names = _checked("EXPERIMENT.PLUGINS", names, {"EXPERIMENT.PLUGINS": ""}, source)
     names = [name for name in ([names] if isinstance(names, str) else names) if name]
     if names and plugins == "refuse":
-        raise ConfigError(f"{source}: EXPERIMENT.PLUGINS would import {', '.join(names)}, refused by --no-plugins")
+        raise ConfigError(
+            f"{source}: EXPERIMENT.PLUGINS would import {', '.join(names)}, refused by --no-plugins"
+        )
     if plugins == "import":  # searched beside the config that names it, then in the working directory
         names = [import_plugin(name, Path(source).parent) for name in names]
     node = default_config()
@@ -254,14 +312,18 @@ def _parse_overrides(overrides: Sequence[str]) -> Settings:
 def _checked(key: str, value: Any, defaults: Mapping[str, Any], source: str) -> Any:
     """Return a setting's value in the type of its default, or raise ConfigError."""
     if key not in defaults:
-        same_name = [known for known in defaults if known.lower().endswith(f".{key.rpartition('.')[2].lower()}")]
+        same_name = [
+            known for known in defaults if known.lower().endswith(f".{key.rpartition('.')[2].lower()}")
+        ]
         near = (nearest(key, same_name) or same_name or nearest(key, defaults))[:3]
         hint = not_registered(key.split(".")[0]) or (f"did you mean {' or '.join(near)}?" if near else "")
         hint = f"it was removed, {REMOVED[key][1]}" if key in REMOVED else hint
         raise ConfigError(f"{source}: unknown key {key}{': ' * bool(hint)}{hint}")
     default = defaults[key]
     if isinstance(default, CfgNode):
-        raise ConfigError(f"{source}: {key} is a section: set one of its keys, such as {key}.{next(iter(default), '')}")
+        raise ConfigError(
+            f"{source}: {key} is a section: set one of its keys, such as {key}.{next(iter(default), '')}"
+        )
     requirement, holds = KEYS[key][2] if key in KEYS else _METHOD_KEYS.get(key.rpartition(".")[2], _ANY)
     is_list = isinstance(default, list | tuple)
     item = default if not is_list else default[0] if default else _ITEMS.get(key)
@@ -279,11 +341,17 @@ def _checked(key: str, value: Any, defaults: Mapping[str, Any], source: str) -> 
         kind = _TYPES.get(type(item), "a value")
         valid, requirement = False, f"a list (each item {kind})" if is_list else kind
     if not valid:
-        items = value if isinstance(value, list) else [value or "''"]  # of nested lists, aliases can make large ones
+        items = (
+            value if isinstance(value, list) else [value or "''"]
+        )  # of nested lists, aliases can make large ones
         got = ", ".join(item if isinstance(item, str) else "[...]" for item in items)
-        raise ConfigError(f"{source}: {key} must be {requirement}, got {f'[{got}]' if value is items else got}")
+        raise ConfigError(
+            f"{source}: {key} must be {requirement}, got {f'[{got}]' if value is items else got}"
+        )
     if key in _PATHS:
-        result = os.path.expanduser(result) if isinstance(result, str) else [os.path.expanduser(x) for x in result]
+        result = (
+            os.path.expanduser(result) if isinstance(result, str) else [os.path.expanduser(x) for x in result]
+        )
     return result
 
 
@@ -321,4 +389,6 @@ def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[
     delta = solver.DOT.DELTA
     if solver.TRAINER.endswith("dot") and not 0 <= delta < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
         where = sources["SOLVER.DOT.DELTA"]
-        raise ConfigError(f"SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must be in (0, 1), {got} and {delta:g} ({where})")
+        raise ConfigError(
+            f"SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must be in (0, 1), {got} and {delta:g} ({where})"
+        )

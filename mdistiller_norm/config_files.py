@@ -25,9 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     action = actions.add_parser("copy", help="copy a packaged config")
     action.add_argument("name", metavar="NAME", help="such as digits/normkd")
-    action.add_argument("to", nargs="?", type=Path, default=Path(), metavar="TO", help="file or folder (default: .)")
+    action.add_argument(
+        "to", nargs="?", type=Path, default=Path(), metavar="TO", help="file or folder (default: .)"
+    )
     action = actions.add_parser("keys", help="list the config keys with default, type and meaning")
-    action.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of the key, or with wildcards")
+    action.add_argument(
+        "pattern", nargs="?", default="", metavar="PATTERN", help="part of the key, or with wildcards"
+    )
 
 
 def main(options: argparse.Namespace) -> int:

@@ -31,7 +31,9 @@ DATA = ("cifar-100-python", "imagenet", "tiny_imagenet_20")  # folders in --root
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``doctor``."""
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -71,10 +73,18 @@ def _checkpoints() -> list[str]:
 def self_test() -> dict[str, Any]:
     """Train a teacher and, with NormKD, a student for 20 steps each in a temporary folder."""
     start, output = time.perf_counter(), io.StringIO()
-    common = ["SOLVER.EPOCHS=1", "SOLVER.BATCH_SIZE=72", "SOLVER.LR_DECAY_STAGES=[]", "DISTILLER.TEACHER=resnet8"]
+    common = [
+        "SOLVER.EPOCHS=1",
+        "SOLVER.BATCH_SIZE=72",
+        "SOLVER.LR_DECAY_STAGES=[]",
+        "DISTILLER.TEACHER=resnet8",
+    ]
     try:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(output):
-            common += [f"LOG.PREFIX={folder}", f"DISTILLER.TEACHER_WEIGHTS={folder}/digits/teacher/student_last.pt"]
+            common += [
+                f"LOG.PREFIX={folder}",
+                f"DISTILLER.TEACHER_WEIGHTS={folder}/digits/teacher/student_last.pt",
+            ]
             train(load_config("digits/vanilla_resnet8", [*common, "EXPERIMENT.NAME=teacher"]))
             train(load_config("digits/normkd", [*common, "EXPERIMENT.NAME=student"]))
     except Exception as error:  # a broken installation may raise anything

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 
-from mdistiller_norm.build import build_dataset, build_device, build_precision, open_checkpoint, placed, train_command
+from mdistiller_norm.build import (
+    build_dataset,
+    build_device,
+    build_precision,
+    open_checkpoint,
+    placed,
+    train_command,
+)
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
@@ -20,11 +27,17 @@ from mdistiller_norm.student import add_student_arguments, find_root, find_weigh
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``eval``."""
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_last.pt"
-    weights = "checkpoints, run folders, torchvision:NAME, or pretrain (default): the teacher weights of -m on -d"
+    weights = (
+        "checkpoints, run folders, torchvision:NAME, or pretrain (default): the teacher weights of -m on -d"
+    )
     parser.add_argument("-c", "--ckpt", default=["pretrain"], nargs="+", help=weights)
-    parser.add_argument("--cfg", metavar="FILE", help="config whose DATASET.* to use; its plugins need --plugin")
+    parser.add_argument(
+        "--cfg", metavar="FILE", help="config whose DATASET.* to use; its plugins need --plugin"
+    )
     add_student_arguments(parser, batch_size=64)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION"
+    )
     parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
 
 
@@ -57,13 +70,19 @@ def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | Non
 
 
 def _evaluate(
-    path: str, options: argparse.Namespace, data: Dataset | None, device: torch.device, autocast: torch.dtype | None
+    path: str,
+    options: argparse.Namespace,
+    data: Dataset | None,
+    device: torch.device,
+    autocast: torch.dtype | None,
 ) -> None:
     root = find_root(Path(path), options.root)
     network, dataset = open_checkpoint(path, options.model, options.dataset, root, data)
     result = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
     if not math.isfinite(result.loss):
-        raise CheckpointError(f"{path} gives NaN or infinite logits on {dataset.name}: it diverged or is damaged")
+        raise CheckpointError(
+            f"{path} gives NaN or infinite logits on {dataset.name}: it diverged or is damaged"
+        )
     print(
         f"{network.name:12} {dataset.name}  top-1 {result.top1:6.2f}  top-5 {result.top5:6.2f}  "
         f"loss {result.loss:7.4f}  {result.samples} images of {'x'.join(map(str, dataset.image_size))}, "

@@ -27,7 +27,13 @@ from mdistiller_norm.student import Metadata, Student, add_student_arguments, fi
 Forward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-4  # of a logit, relative to the largest of its batch: other kernels sum in another order
 ABOUT = "about.json"  # name of the metadata in a .pt2
-SUFFIXES = {".pt2": "pt2", ".onnx": "onnx", ".pth": "state_dict", ".safetensors": "safetensors", ".pt": "state_dict"}
+SUFFIXES = {
+    ".pt2": "pt2",
+    ".onnx": "onnx",
+    ".pth": "state_dict",
+    ".safetensors": "safetensors",
+    ".pt": "state_dict",
+}
 _WEIGHTS_ONLY = ("state_dict", "safetensors")
 _CARD = """
 # {name}, trained on {dataset}
@@ -46,7 +52,9 @@ Preprocessing and class names are in `config.json`.
 """
 
 
-def export(student: Student, path: Path, form: str, with_normalisation: bool = False, count: int = 64) -> list[str]:
+def export(
+    student: Student, path: Path, form: str, with_normalisation: bool = False, count: int = 64
+) -> list[str]:
     """Write a network, load the file again, compare both, and return lines about the file.
 
     Args:
@@ -75,7 +83,9 @@ def export(student: Student, path: Path, form: str, with_normalisation: bool = F
             file.flush()
             forward, about = read(Path(file.name), form, about)
             if with_normalisation:
-                lines = check(lambda images: forward(images * std[:, None, None] + mean[:, None, None]), student, count)
+                lines = check(
+                    lambda images: forward(images * std[:, None, None] + mean[:, None, None]), student, count
+                )
             else:
                 lines = check(forward, student, count)
     except OSError as error:
@@ -90,7 +100,9 @@ def check(forward: Forward, student: Student, count: int) -> list[str]:
     random = torch.randn(16, 3, *student.about["image_size"], generator=torch.Generator().manual_seed(0))
     kinds, lines = {"random": random}, []
     if student.dataset:
-        kinds[student.about["dataset"]], _ = next(iter(student.dataset.eval_loader(count, torch.device("cpu"))))
+        kinds[student.about["dataset"]], _ = next(
+            iter(student.dataset.eval_loader(count, torch.device("cpu")))
+        )
     for kind, images in kinds.items():
         largest = 0.0
         for batch in (images[:1], images):
@@ -98,9 +110,13 @@ def check(forward: Forward, student: Student, count: int) -> list[str]:
                 expected = student.network(batch)
                 difference = float((forward(batch) - expected).abs().max())
             if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-                raise CheckpointError(f"on {kind} images its logits differ by {difference:.2g} from the network's")
+                raise CheckpointError(
+                    f"on {kind} images its logits differ by {difference:.2g} from the network's"
+                )
             largest = max(largest, difference)
-        lines.append(f"largest difference of a logit: {largest:.2g} on {kind} images, batches of 1 and {len(images)}")
+        lines.append(
+            f"largest difference of a logit: {largest:.2g} on {kind} images, batches of 1 and {len(images)}"
+        )
     return lines if student.dataset else [*lines, f"checked on random images only: {student.missing}"]
 
 
@@ -122,10 +138,14 @@ def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
         if form == "pt2":
             torch.export.save(program, content, extra_files={ABOUT: json.dumps(about)})
             return content.getvalue()
-        onnx = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+        onnx = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
+        )
     except Exception as error:  # any error of a user's network; its cause names the operation
         reason = first_line(error.__cause__ or error)
-        raise ConfigError(f"{about['name']} cannot be exported ({reason}); use --format state_dict") from error
+        raise ConfigError(
+            f"{about['name']} cannot be exported ({reason}); use --format state_dict"
+        ) from error
     assert onnx is not None
     for key, value in about.items():
         onnx.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
@@ -158,7 +178,9 @@ def read(path: Path, form: str, about: Metadata | None = None) -> tuple[Forward,
     for key, value in session.get_modelmeta().custom_metadata_map.items():
         is_text = key in ("name", "variant", "dataset", "crop", "interpolation", "channels", "input")
         stored[key] = value if is_text else json.loads(value)
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0]), stored
+    return lambda images: torch.from_numpy(
+        session.run(None, {"images": images.contiguous().numpy()})[0]
+    ), stored
 
 
 def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], count: int = 64) -> list[str]:
@@ -169,7 +191,9 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
     about = student.about
     folder.mkdir(parents=True, exist_ok=True)
     lines = export(student, folder / "model.safetensors", "safetensors", count=count)
-    write_json({"architecture": about["name"], "num_classes": len(about["classes"])} | about, folder / "config.json")
+    write_json(
+        {"architecture": about["name"], "num_classes": len(about["classes"])} | about, folder / "config.json"
+    )
     header: dict[str, Any] = {
         "library_name": "mdistiller_norm", "pipeline_tag": "image-classification", "datasets": [about["dataset"]],
         "tags": ["knowledge-distillation", *result.get("method", [])],
@@ -191,19 +215,49 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
         "image_size": tuple(about["image_size"]),
         "description": description,
     }
-    write_text(f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{_CARD.format(**facts)}", folder / "README.md")
+    write_text(
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{_CARD.format(**facts)}", folder / "README.md"
+    )
     return [*lines, f"wrote config.json and README.md in {folder}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``export``."""
-    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd --format onnx --with-normalisation"
+    parser.epilog = (
+        f"example: {parser.prog} -c output/digits/student_normkd --format onnx --with-normalisation"
+    )
     add = parser.add_argument
-    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="checkpoint, or run folder (its best epoch)")
-    add("-o", "--out", type=Path, metavar="FILE", help="default: beside the checkpoint, with the format's suffix")
-    add("--format", choices=list(dict.fromkeys(SUFFIXES.values())), help="default: by the suffix of -o, else pt2")
-    add("--push-folder", type=Path, metavar="FOLDER", help="write a folder to upload to the Hugging Face Hub instead")
-    add("--with-normalisation", action="store_true", help="include the normalisation: the input are pixels in 0..1")
+    add(
+        "-c",
+        "--ckpt",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="checkpoint, or run folder (its best epoch)",
+    )
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: beside the checkpoint, with the format's suffix",
+    )
+    add(
+        "--format",
+        choices=list(dict.fromkeys(SUFFIXES.values())),
+        help="default: by the suffix of -o, else pt2",
+    )
+    add(
+        "--push-folder",
+        type=Path,
+        metavar="FOLDER",
+        help="write a folder to upload to the Hugging Face Hub instead",
+    )
+    add(
+        "--with-normalisation",
+        action="store_true",
+        help="include the normalisation: the input are pixels in 0..1",
+    )
     add("--force", action="store_true", help="replace existing files")
     add_student_arguments(parser, batch_size=64)
 
@@ -220,11 +274,19 @@ def main(options: argparse.Namespace) -> int:
     if SUFFIXES.get(path.suffix) != form:
         raise ConfigError(f"-o {path} must end in the suffix of its format: {', '.join(SUFFIXES)}")
     if form in _WEIGHTS_ONLY and options.with_normalisation:
-        raise ConfigError("--with-normalisation requires --format pt2 or onnx: the other formats have weights only")
+        raise ConfigError(
+            "--with-normalisation requires --format pt2 or onnx: the other formats have weights only"
+        )
     with needs_extra(form, f"--format {form}"):
-        for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}.get(form, ()):
+        for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}.get(
+            form, ()
+        ):
             importlib.import_module(package)
-    if path.resolve() == source.resolve() or path.is_dir() or not (options.push_folder or path.parent.is_dir()):
+    if (
+        path.resolve() == source.resolve()
+        or path.is_dir()
+        or not (options.push_folder or path.parent.is_dir())
+    ):
         raise ConfigError(f"-o {path} must be a file in an existing folder, and not the checkpoint")
     if path.exists() and not options.force:
         raise ConfigError(f"{path} exists: choose another path, or replace it with --force")

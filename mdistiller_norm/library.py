@@ -33,7 +33,9 @@ def load(path: str | Path) -> tuple[Network, dict[str, Any]]:
     return student.network, student.about
 
 
-def train(config: str | Path, overrides: Mapping[str, Any] | None = None, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: str | Path, overrides: Mapping[str, Any] | None = None, resume: bool = False
+) -> dict[str, Any]:
     """Train a run from its config file.
 
     Args:
@@ -178,7 +180,9 @@ def _as_network(module: nn.Module, image_size: tuple[int, int]) -> Network:
 
 def _describe(network: Network, image_size: tuple[int, int]) -> Outputs:
     if isinstance(network, _LogitNetwork):  # may not run on meta tensors
-        return Outputs(torch.empty(2, network.num_classes, device="meta"), (), (), torch.empty(2, 0, device="meta"))
+        return Outputs(
+            torch.empty(2, network.num_classes, device="meta"), (), (), torch.empty(2, 0, device="meta")
+        )
     return probe(network, image_size)
 
 

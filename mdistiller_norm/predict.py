@@ -47,7 +47,13 @@ def preprocess(path: Path, about: Metadata) -> Tensor:
 
 @torch.inference_mode()
 def predict(
-    forward: Forward, about: Metadata, paths: Sequence[Path], *, top: int, batch_size: int, device: torch.device
+    forward: Forward,
+    about: Metadata,
+    paths: Sequence[Path],
+    *,
+    top: int,
+    batch_size: int,
+    device: torch.device,
 ) -> Iterator[Entry]:
     """Yield an entry for each image file, in order: its ``top`` classes with probabilities, or its decoding error.
 
@@ -67,7 +73,9 @@ def predict(
             for path, row in zip(images, probabilities, strict=True):
                 values, indices = row.topk(min(top, len(row)))
                 pairs = zip(indices.tolist(), values.tolist(), strict=True)
-                entries[path]["classes"] = [{"class": about["classes"][i], "probability": p} for i, p in pairs]
+                entries[path]["classes"] = [
+                    {"class": about["classes"][i], "probability": p} for i, p in pairs
+                ]
         yield from entries.values()
 
 
@@ -76,7 +84,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     images = []
     for path in paths:
         found = (
-            sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS) if path.is_dir() else [path]
+            sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+            if path.is_dir()
+            else [path]
         )
         if not found or not path.exists():
             raise DataError(f"{path} does not exist or has no images ({', '.join(EXTENSIONS)})")
@@ -88,7 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``predict``."""
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd photos/ --top 3"
     add = parser.add_argument
-    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="weights, run folder, .pt2 or .onnx file")
+    add(
+        "-c",
+        "--ckpt",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="weights, run folder, .pt2 or .onnx file",
+    )
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of images")
     add("--top", type=positive, default=5, metavar="N", help="number of classes of each image (default: 5)")
     add("--json", action="store_true", help="print a JSON list")
@@ -102,7 +119,9 @@ def main(options: argparse.Namespace) -> int:
     paths = find_images(options.images)
     forward, about = open_network(options.ckpt, options.model, options.dataset, options.root, device)
     found = []
-    for entry in predict(forward, about, paths, top=options.top, batch_size=options.batch_size, device=device):
+    for entry in predict(
+        forward, about, paths, top=options.top, batch_size=options.batch_size, device=device
+    ):
         found.append(entry)
         if "error" in entry:
             print(f"error: {entry['image']} cannot be read ({entry['error']})", file=sys.stderr)

@@ -22,7 +22,11 @@ def nearest(name: str, candidates: Iterable[str]) -> list[str]:
 def not_registered(name: str) -> str:
     """Return a hint if a plugin defines an object of this name, which it then did not register."""
     files = [plugin.__file__ for plugin in PLUGINS if name in vars(plugin)]
-    return f"{name} in {files[0]} is not registered: decorate it (methods: @distillers.register)" if files else ""
+    return (
+        f"{name} in {files[0]} is not registered: decorate it (methods: @distillers.register)"
+        if files
+        else ""
+    )
 
 
 def suggest(name: str, candidates: Collection[str]) -> str:

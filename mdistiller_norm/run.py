@@ -75,13 +75,17 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
-    check_data(cfg, student, dataset, share, check_test=trained is None)  # a teacher is evaluated on the test images
+    check_data(
+        cfg, student, dataset, share, check_test=trained is None
+    )  # a teacher is evaluated on the test images
     folder = RunFolder.open(config, config_yaml, resume, share.rank)
     log = folder.log.line
     if warning:
         log(f"warning: {warning}")
     test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
-    loader = dataset.train_loader(cfg.SOLVER.BATCH_SIZE, cfg.SEED, device, share, lambda text: log(f"warning: {text}"))
+    loader = dataset.train_loader(
+        cfg.SOLVER.BATCH_SIZE, cfg.SEED, device, share, lambda text: log(f"warning: {text}")
+    )
     steps = cfg.SOLVER.EPOCHS * loader.steps
     steps_left = steps - folder.steps_done
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if steps_left else 0)
@@ -92,7 +96,16 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if trained:
         placed(trained[0], device)
         teacher, teacher_record = build_teacher_runner(
-            cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", steps_left, log
+            cfg,
+            trained,
+            distillers,
+            loader,
+            test,
+            dataset.image_size,
+            autocast,
+            to_compile != "none",
+            steps_left,
+            log,
         )
     step = build_step(cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log)
     surroundings = environment(device)
@@ -113,7 +126,9 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     return Run(trainer, folder, facts)
 
 
-def _facts(cfg: Any, dataset: Dataset, distillers: Mapping[str, Distiller], teacher: Record, precision: str) -> Record:
+def _facts(
+    cfg: Any, dataset: Dataset, distillers: Mapping[str, Distiller], teacher: Record, precision: str
+) -> Record:
     return {
         "method": list(distillers), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
         "dataset": dataset.name, "data": dataset.fingerprint(), "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
@@ -134,7 +149,9 @@ def _provenance(cfg: Any, dataset: Dataset, facts: Record) -> Provenance:
         "teacher": teacher.get("hash", ""), "data": facts["data"], "precision": facts["precision"],
         "precision of the teacher's answers": "fp16" if teacher.get("cache") == "fp16" else "as computed",
     }  # fmt: skip
-    return Provenance(about, identity, facts["environment"] | {key: facts[key] for key in ("precision", "processes")})
+    return Provenance(
+        about, identity, facts["environment"] | {key: facts[key] for key in ("precision", "processes")}
+    )
 
 
 def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts: Record, log: Log) -> None:
@@ -144,7 +161,9 @@ def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts
         f"images, {steps} steps per epoch, {parameters:,} parameters and {facts['extra_parameters']:,} extra parameters"
     )
     if cfg.DATASET.VAL_SPLIT:
-        log(f"the test split is {cfg.DATASET.VAL_SPLIT:g} of each class of the training images (DATASET.VAL_SPLIT)")
+        log(
+            f"the test split is {cfg.DATASET.VAL_SPLIT:g} of each class of the training images (DATASET.VAL_SPLIT)"
+        )
 
 
 def train(config: Config, resume: bool = False, command: Sequence[str] = ()) -> Record:

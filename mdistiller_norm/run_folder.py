@@ -82,7 +82,9 @@ class RunFolder:
             saved, current = self.state["identity"], trainer.provenance.identity
             changed = [name for name in saved if saved[name] != current.get(name, saved[name])]
             if changed:
-                values = ", ".join(f"{name} ({saved[name][:12]}, now {current[name][:12]})" for name in changed)
+                values = ", ".join(
+                    f"{name} ({saved[name][:12]}, now {current[name][:12]})" for name in changed
+                )
                 raise ConfigError(f"{self.path} cannot be resumed with another {values}")
             try:
                 trainer.load_state(self.state)
@@ -117,9 +119,13 @@ class RunFolder:
 
 def _open_first(path: Path, config: Config, config_yaml: str, resume: bool) -> RunFolder:
     resources, experiment, warnings = ExitStack(), config.node.EXPERIMENT, [""]
-    exists = any(os.path.exists(path / name) for name in (LATEST, PREVIOUS, RESULT))  # False if the name is too long
+    exists = any(
+        os.path.exists(path / name) for name in (LATEST, PREVIOUS, RESULT)
+    )  # False if the name is too long
     if exists and not (resume or _was_restarted(path)):
-        raise ConfigError(f"{path} holds a run: add --resume to continue it, or set EXPERIMENT.NAME for a new one")
+        raise ConfigError(
+            f"{path} holds a run: add --resume to continue it, or set EXPERIMENT.NAME for a new one"
+        )
     try:
         with resources:
             resources.enter_context(_lock(path))
@@ -127,7 +133,9 @@ def _open_first(path: Path, config: Config, config_yaml: str, resume: bool) -> R
             if (path / LATEST).exists() or (path / PREVIOUS).exists():
                 state, warnings[0] = _load_state(path, config)
             elif exists:
-                raise ConfigError(f"{path} holds a result but no {LATEST} to resume from: set EXPERIMENT.NAME")
+                raise ConfigError(
+                    f"{path} holds a result but no {LATEST} to resume from: set EXPERIMENT.NAME"
+                )
             if config.node.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
                 settings = yaml.safe_load(config_yaml)
                 warnings.append(start_wandb(path, experiment.PROJECT, experiment.TAG, settings, resources))
@@ -192,7 +200,9 @@ def _load_state(path: Path, config: Config) -> tuple[Record, str]:
     state, warning = _read_state(path)
     done = state["epoch"] - 1
     if done > cfg.SOLVER.EPOCHS:
-        raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the finished epochs of {path}, got {cfg.SOLVER.EPOCHS}")
+        raise ConfigError(
+            f"SOLVER.EPOCHS must be >= {done}, the finished epochs of {path}, got {cfg.SOLVER.EPOCHS}"
+        )
     return state, warning
 
 

@@ -82,7 +82,11 @@ def load_student(
     try:
         if complete and not with_data:
             raise DataError("not requested")
-        if complete and (kind or about.get("type")) == "cifar100" and not (root / "cifar-100-python").exists():
+        if (
+            complete
+            and (kind or about.get("type")) == "cifar100"
+            and not (root / "cifar-100-python").exists()
+        ):
             raise DataError(f"{root / 'cifar-100-python'} does not exist")  # do not download it
         network, dataset = open_checkpoint(path, model, kind, root)
     except DataError as error:
@@ -104,4 +108,9 @@ def _metadata(about: Metadata, network: Network) -> Metadata:
     kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
     from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
     resize = about.get("resize", 256) if from_files else about["image_size"][0]
-    return kept | {"resize": resize, "crop": "center", "interpolation": "bilinear, antialiased", "channels": "RGB"}
+    return kept | {
+        "resize": resize,
+        "crop": "center",
+        "interpolation": "bilinear, antialiased",
+        "channels": "RGB",
+    }

@@ -96,12 +96,16 @@ def run(once: Once) -> Path:
     return once("run", lambda folder: train(config(folder, "run", epochs=1))) / "distill" / "run"
 
 
-def tool(name: str, *arguments: object, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def tool(
+    name: str, *arguments: object, check: bool = True, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Run ``tools/<name>.py`` in another process."""
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(
+            f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
     return done
 
 

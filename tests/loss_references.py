@@ -137,7 +137,13 @@ def dtkd(students: Arrays, teachers: Arrays, targets: np.ndarray, alpha: float, 
 
 
 def rld(
-    students: Arrays, teachers: Arrays, targets: np.ndarray, alpha: float, beta: float, t: float, t_sure: float
+    students: Arrays,
+    teachers: Arrays,
+    targets: np.ndarray,
+    alpha: float,
+    beta: float,
+    t: float,
+    t_sure: float,
 ) -> Any:
     total: Any = 0.0
     for z_s, z_t, y in zip(students[0], teachers[0], targets, strict=True):
@@ -250,7 +256,12 @@ def kdsvd(students: Arrays, teachers: Arrays, targets: np.ndarray, k: int) -> fl
 
 
 def rkd(
-    students: Arrays, teachers: Arrays, targets: np.ndarray, squared: bool, distance_weight: float, angle_weight: float
+    students: Arrays,
+    teachers: Arrays,
+    targets: np.ndarray,
+    squared: bool,
+    distance_weight: float,
+    angle_weight: float,
 ) -> float:
     s, t = students[0], teachers[0]
     count = len(s)

@@ -21,7 +21,8 @@ SMALLER = {"CRD": ["CRD.NCE.K=16"]}
 def config(folder: Path, name: str, *overrides: str, epochs: int = 2) -> Config:
     """Return the config of a run in ``folder/distill/name``."""
     return load_config(
-        None, [*PAIR, f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", *overrides]
+        None,
+        [*PAIR, f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", *overrides],
     )
 
 

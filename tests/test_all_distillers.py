@@ -37,7 +37,12 @@ from mdistiller_norm.models.base import Network
 
 CPU = torch.device("cpu")
 # Logit methods read no maps: the first pair is enough for them.
-PAIRS = [("resnet56", "resnet20"), ("wrn_40_2", "wrn_16_2"), ("vgg13", "MobileNetV2"), ("ResNet50", "MobileNetV2")]
+PAIRS = [
+    ("resnet56", "resnet20"),
+    ("wrn_40_2", "wrn_16_2"),
+    ("vgg13", "MobileNetV2"),
+    ("ResNet50", "MobileNetV2"),
+]
 PAIRS += [("resnet32x4", "ShuffleV1")]
 CASES: dict[str, dict[str, Any]] = {name: {"DISTILLER.TYPE": name} for name in DISTILLERS} | {
     "NormKD and REVIEWKD": {"DISTILLER.TYPE": "[NormKD, REVIEWKD]"},
@@ -111,7 +116,9 @@ def make_step(
     need = max((method.need for method in methods.values()), default=Need.NOTHING)
     taught = teacher(pair[0], data, need, any(method.teacher_in_train_mode for method in methods.values()))
     loader = few(data).train_loader(cfg.SOLVER.BATCH_SIZE, 0, CPU)
-    trainable = Trainable(student, methods, max((method.ce_weight for method in methods.values()), default=ce_weight))
+    trainable = Trainable(
+        student, methods, max((method.ce_weight for method in methods.values()), default=ce_weight)
+    )
     solver = cfg.SOLVER
     optimizer = build_optimizer(
         trainable, loader, taught if methods else None, trainer=solver.TRAINER, delta=solver.DOT.DELTA,
@@ -172,7 +179,9 @@ def test_two_real_steps(name: str, pair: tuple[str, str]) -> None:
     assert all(torch.equal(value, known[key]) for key, value in instructor.state_dict().items())
     assert not any(parameter.requires_grad for parameter in instructor.parameters())
     for method in trainable.methods():
-        assert (method.extra_parameters() > 0) == (type(method) in {DISTILLERS[learner] for learner in LEARNING})
+        assert (method.extra_parameters() > 0) == (
+            type(method) in {DISTILLERS[learner] for learner in LEARNING}
+        )
 
 
 @pytest.mark.parametrize("name", DISTILLERS)
@@ -207,13 +216,20 @@ def machine() -> dict[str, Any]:
         found = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines)}
         cpu = {field: found.get(field, "") for field in fields}
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    kernels = {"torch": torch.__version__, "platform": sys.platform, "capability": capability, "threads": threads}
+    kernels = {
+        "torch": torch.__version__,
+        "platform": sys.platform,
+        "capability": capability,
+        "threads": threads,
+    }
     return kernels | {"cpu": cpu}
 
 
 def measure(name: str) -> list[list[float]]:
     """Weighted cross entropy and distillation losses of 20 steps with 8 digits."""
-    step = make_step(CASES[name], ("resnet14", "resnet8"), "digits", **{"SOLVER.BATCH_SIZE": 8, "SOLVER.LR": 1e-4})
+    step = make_step(
+        CASES[name], ("resnet14", "resnet8"), "digits", **{"SOLVER.BATCH_SIZE": 8, "SOLVER.LR": 1e-4}
+    )
     return [[losses[part] for part in step.trainable.loss_names] for losses in losses_of(step, STEPS)]
 
 
@@ -242,7 +258,11 @@ def test_losses_equal_the_stored_ones(name: str) -> None:
 def test_table_of_methods_in_the_docs() -> None:
     text = (ROOT / "docs" / "distillers.md").read_text()
     table = text.split("## Overview")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if "| `" in line]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in table.splitlines()
+        if "| `" in line
+    ]
     assert sorted(row[0].strip("` ") for row in rows) == sorted(DISTILLERS)
     with torch.device("meta"):
         networks = [build_model(name, 100) for name in ("resnet8x4", "resnet32x4")]

@@ -14,7 +14,15 @@ from PIL import Image
 from mdistiller_norm.errors import UserError
 
 QUICK = ["--blocks", "2", "--steps", "1", "--warmup", "1", "ENGINE.COMPILE=none"]
-SMALL = ["--synthetic", "200", "--batch-size", "16", *QUICK, "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
+SMALL = [
+    "--synthetic",
+    "200",
+    "--batch-size",
+    "16",
+    *QUICK,
+    "DISTILLER.TEACHER=resnet14",
+    "DISTILLER.STUDENT=resnet8",
+]
 
 # The interface of mdistiller in one module; its method is the mean squared error of the logits.
 REFERENCE = """
@@ -73,7 +81,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def assert_quotients(ratio: dict[str, Any], above: dict[str, Any], below: dict[str, Any]) -> None:
-    assert ratio["values"] == pytest.approx([a / b for a, b in zip(above["values"], below["values"], strict=True)])
+    assert ratio["values"] == pytest.approx(
+        [a / b for a, b in zip(above["values"], below["values"], strict=True)]
+    )
 
 
 def test_time_memory_and_parameters_of_a_method(measure: Any) -> None:
@@ -83,7 +93,9 @@ def test_time_memory_and_parameters_of_a_method(measure: Any) -> None:
     assert 100 < row["memory_mb"] < 5000
 
 
-def test_training_steps_against_a_reference(measure: Any, reference: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_steps_against_a_reference(
+    measure: Any, reference: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     row = measure("--against", reference, *SMALL)["against"]["NormKD"]
     assert_quotients(row["ratio"], row["reference_ms"], row["ours_ms"])
     assert "progress bar" not in capsys.readouterr().out
@@ -111,7 +123,9 @@ def test_replayed_blocks_hit_the_teacher_cache(measure: Any, tmp_path: Path) -> 
 
 
 def test_bad_options(measure: Any, reference: str) -> None:
-    assert_user_error(tool("benchmark", "--against", "no", check=False), "--against no must have mdistiller's layout")
+    assert_user_error(
+        tool("benchmark", "--against", "no", check=False), "--against no must have mdistiller's layout"
+    )
     for arguments, words in (
         ([], "nothing to measure: add --table9"),
         (["--evaluate", "--synthetic", "200", "--batch-size", "300"], "BATCH_SIZE must be <= 200"),

@@ -116,13 +116,19 @@ def test_other_files_are_refused(
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "resnet8.pth")
     weights = load_weights(tmp_path / "resnet8.pth")
-    with pytest.raises(CheckpointError, match=r"does not fit resnet14: it lacks tensor layer1\.1\.conv1\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit resnet14: it lacks tensor layer1\.1\.conv1\.weight"
+    ):
         load_into(build_model("resnet14", 10), weights, "resnet14")
     with pytest.raises(CheckpointError, match=r"fc\.weight has shape \(10, 64\), not \(100, 64\)"):
         load_into(build_model("resnet8", 100), weights, "resnet8")
-    versioned = Wrapped(mnasnet0_5(num_classes=4), 4, classifier="classifier.1")  # requires a version in the metadata
+    versioned = Wrapped(
+        mnasnet0_5(num_classes=4), 4, classifier="classifier.1"
+    )  # requires a version in the metadata
     torch.save(versioned.state_dict(), tmp_path / "mnasnet.pth")
-    with pytest.raises(CheckpointError, match=r"mnasnet\.pth does not load into mnasnet: version should be set"):
+    with pytest.raises(
+        CheckpointError, match=r"mnasnet\.pth does not load into mnasnet: version should be set"
+    ):
         load_into(versioned, load_weights(tmp_path / "mnasnet.pth"), "mnasnet")
 
 
@@ -138,7 +144,10 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path: Path) -> None:
             raise self.error
 
     (tmp_path / ".state.pt.tmp").write_bytes(b"left by a killed process")
-    for error, raised in ((OSError("No space left"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, raised in (
+        (OSError("No space left"), CheckpointError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
         with pytest.raises(raised):
             save_atomically([torch.zeros(2), CannotBeSaved(error)], tmp_path / "state.pt")
     assert (tmp_path / "state.pt").read_bytes() == before
@@ -185,14 +194,20 @@ def add_entry(project: Path, **changes: Any) -> None:
 
 
 def find(weights: str = "", dataset: str = "digits", epochs: int = 0, **data: Any) -> TeacherFile:
-    return find_teacher("resnet8", dataset, weights, Path("output"), "python tools/train.py --cfg x.yaml", epochs, data)
+    return find_teacher(
+        "resnet8", dataset, weights, Path("output"), "python tools/train.py --cfg x.yaml", epochs, data
+    )
 
 
 def test_the_manifest_and_mdistillers_downloads_are_searched(project: Path) -> None:
-    add_entry(project, sha256=hashlib.sha256((project / "checkpoints" / "teacher.pt").read_bytes()).hexdigest())
+    add_entry(
+        project, sha256=hashlib.sha256((project / "checkpoints" / "teacher.pt").read_bytes()).hexdigest()
+    )
     assert find() == TeacherFile(Path("checkpoints/teacher.pt"), 97.5)
     assert find(str(project / "checkpoints" / "teacher.pt")).top1 == 97.5
-    with pytest.raises(CheckpointError, match=r"no weights for the teacher resnet8 on cifar100.*train it with `python"):
+    with pytest.raises(
+        CheckpointError, match=r"no weights for the teacher resnet8 on cifar100.*train it with `python"
+    ):
         find(dataset="cifar100")
     folder = project / "download_ckpts" / "cifar_teachers" / "resnet8_vanilla"
     folder.mkdir(parents=True)

@@ -73,7 +73,9 @@ def test_runs_are_grouped_by_seed_and_compared(
     assert page.read_text().count("<tr>") == 5
 
 
-def test_differences_over_common_seeds(seeds: list[Path], capsys: pytest.CaptureFixture[str], once: Once) -> None:
+def test_differences_over_common_seeds(
+    seeds: list[Path], capsys: pytest.CaptureFixture[str], once: Once
+) -> None:
     def fill(folder: Path) -> None:
         for seed in (0, 1, 2):
             train(config(folder, f"fast,SEED={seed}", f"SEED={seed}", "SOLVER.LR=0.05", epochs=1))

@@ -109,10 +109,15 @@ def test_pair_has_the_papers_protocol(method, pair, facts):
     (row,) = [
         row
         for row in json.loads((facts / "protocol.json").read_text())["paper_pair_rows"]
-        if (row["dataset"], row["method"], row["teacher"], row["student"]) == ("cifar100", row_name, teacher, student)
+        if (row["dataset"], row["method"], row["teacher"], row["student"])
+        == ("cifar100", row_name, teacher, student)
     ]
     node = load_config(ROOT / f"configs/cifar100/{method}/{pair}.yaml").node
-    assert values(node, "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT") == (kind, teacher, student)
+    assert values(node, "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT") == (
+        kind,
+        teacher,
+        student,
+    )
     solver = node.SOLVER
     assert values(solver, "LR", "LR_DECAY_STAGES", "LR_DECAY_RATE") == (
         row["lr_for_this_pair(paper rule)"], row["stages"], row["decay"],
@@ -175,7 +180,17 @@ def test_defaults_are_a_superset_of_mdistillers(facts, tmp_path):
     theirs = json.loads((facts / "config_defaults.json").read_text())["NormKD"]
     ours = default_config()
     known = {name: node for name, node in theirs.items() if name in ours}
-    assert {"EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG", "KD", "NormKD", "NormKD_W_DKD", "DKD"} <= set(known)
+    assert {
+        "EXPERIMENT",
+        "DATASET",
+        "DISTILLER",
+        "SOLVER",
+        "LOG",
+        "KD",
+        "NormKD",
+        "NormKD_W_DKD",
+        "DKD",
+    } <= set(known)
     assert set(theirs) - set(known) <= set(theirs) - set(DISTILLERS)
     node = load_config(write(tmp_path, "theirs.yaml", yaml.safe_dump(known))).node
     for section, values in known.items():
@@ -203,7 +218,9 @@ def test_default_trees_are_independent():
 
 def test_file_of_mdistillers_kind_loads_unchanged(tmp_path):
     node = load_config(write(tmp_path, "normkd.yaml", PEER_FILE)).node
-    found = values(node, "NormKD.TEMPERATURE_NORM", "KD.TEMPERATURE", "SOLVER.NESTEROV", "SOLVER.TRAINER", "LOG.WANDB")
+    found = values(
+        node, "NormKD.TEMPERATURE_NORM", "KD.TEMPERATURE", "SOLVER.NESTEROV", "SOLVER.TRAINER", "LOG.WANDB"
+    )
     assert found == (1.0, 4.0, False, "crd", True)
     assert [type(value) for value in found[:2]] == [float, float]
     assert plain(node.NormKD_W_DKD.LOSS) == {}
@@ -300,7 +317,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "base.yaml", "DISTILLER: {TEACHER_WEIGHTS: ~/w.pt}\nDATASET: {ROOT: ~}\n")
     write(tmp_path, "empty.py", "")
-    file = write(tmp_path, "run/run.yaml", "_BASE_: ~/base.yaml\nLOG: {PREFIX: ~/runs}\nEXPERIMENT.PLUGINS: ~/empty.py")
+    file = write(
+        tmp_path, "run/run.yaml", "_BASE_: ~/base.yaml\nLOG: {PREFIX: ~/runs}\nEXPERIMENT.PLUGINS: ~/empty.py"
+    )
     node = load_config(file).node
     assert (f"{tmp_path}/w.pt", str(tmp_path)) == (node.DISTILLER.TEACHER_WEIGHTS, node.DATASET.ROOT)
     assert (f"{tmp_path}/runs", [f"{tmp_path}/empty.py"]) == (node.LOG.PREFIX, node.EXPERIMENT.PLUGINS)
@@ -316,12 +335,16 @@ def test_values_have_the_types_of_their_defaults(tmp_path):
     node = load_config(path).node
     found = values(node, "SOLVER.WEIGHT_DECAY", "SOLVER.LR", "SOLVER.EPOCHS", "SOLVER.LR_DECAY_STAGES")
     assert found == (5e-4, 1e-2, 7, [3, 5])
-    found = values(node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH", "EXPERIMENT.TAG")
+    found = values(
+        node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH", "EXPERIMENT.TAG"
+    )
     assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on", "3")
 
 
 def test_empty_file_is_the_defaults(tmp_path):
-    assert load_config(write(tmp_path, "run.yaml", "# nothing\n")).node == load_config().node == default_config()
+    assert (
+        load_config(write(tmp_path, "run.yaml", "# nothing\n")).node == load_config().node == default_config()
+    )
 
 
 # Output
@@ -333,7 +356,9 @@ def test_show_prints_values_with_their_sources_and_only_nodes_in_use(tmp_path):
     config = load_config(file, ["SEED", "3"])
     text = show(config)
     source_of = {
-        line.split("#")[0].strip(): line.split("# ")[1] for line in text.splitlines() if not line.endswith(":")
+        line.split("#")[0].strip(): line.split("# ")[1]
+        for line in text.splitlines()
+        if not line.endswith(":")
     }
     assert source_of["LR: 0.01"] == str(ROOT / "configs/cifar100/_base_/pairs/res32x4_shuv1.yaml")
     assert source_of["TAG: 'normkd,res32x4,shuv1'"] == str(ROOT / path)

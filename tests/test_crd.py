@@ -91,7 +91,9 @@ def test_the_largest_number_of_negatives() -> None:
         ContrastSampler(UNEQUAL, 5, 14)
 
 
-def make_crd(relaxed: bool = False, momentum: float = 0.5, temperature: float = 0.07, negatives: int = 7) -> CRD:
+def make_crd(
+    relaxed: bool = False, momentum: float = 0.5, temperature: float = 0.07, negatives: int = 7
+) -> CRD:
     sampler = ContrastSampler(UNEQUAL, 5, negatives, relaxed)
     return CRD([6, 10], sampler, dim=8, momentum=momentum, temperature=temperature).double()
 
@@ -171,7 +173,9 @@ def test_steps_equal_the_reference(
 @pytest.mark.parametrize("mode", ["exact", "relax"])
 def test_config_keys_reach_their_arguments(mode: str) -> None:
     node = CfgNode(copy.deepcopy(CRD.defaults))
-    node.merge_from_list(["MODE", mode, "FEAT.DIM", 11, "NCE.K", 5, "NCE.MOMENTUM", 0.8, "NCE.TEMPERATURE", 0.2])
+    node.merge_from_list(
+        ["MODE", mode, "FEAT.DIM", 11, "NCE.K", 5, "NCE.MOMENTUM", 0.8, "NCE.TEMPERATURE", 0.2]
+    )
     node.merge_from_list(["LOSS.CE_WEIGHT", 0.37, "LOSS.FEAT_WEIGHT", 4.3, "WARMUP", 9])
     student, teacher, batch = crd_batch([1, 2, 3], key=0)
     pair = Pair(student, teacher, torch.nn.Identity(), UNEQUAL, 5)
@@ -205,13 +209,17 @@ def test_the_first_of_two_equal_samples_updates_the_memory() -> None:
     torch.testing.assert_close(twice.teacher_memory, once.teacher_memory)
 
 
-@pytest.mark.parametrize("change", [lambda x: 1e4 * x, torch.zeros_like, torch.ones_like, lambda x: x[:1].repeat(4, 1)])
+@pytest.mark.parametrize(
+    "change", [lambda x: 1e4 * x, torch.zeros_like, torch.ones_like, lambda x: x[:1].repeat(4, 1)]
+)
 def test_hard_inputs_are_finite(change: Callable[[Tensor], Tensor]) -> None:
     method = make_crd(temperature=0.01).float()
     student, teacher, batch = crd_batch([0, 1, 2, 3], key=0)
     leaf = change(student.pooled.detach().float()).requires_grad_()
     for _ in range(2):
-        value = method(student._replace(pooled=leaf), teacher._replace(pooled=change(teacher.pooled.float())), batch)
+        value = method(
+            student._replace(pooled=leaf), teacher._replace(pooled=change(teacher.pooled.float())), batch
+        )
         value.backward()
         assert value.isfinite()
         assert leaf.grad is not None
@@ -226,7 +234,9 @@ def _one_of_two(rank: int, folder: str) -> None:
     for student, teacher, batch in _shared_batches():
         half = slice(3 * rank, 3 * rank + 3)
         parts = [out._replace(pooled=out.pooled[half]) for out in (student, teacher)]
-        values.append(method(*parts, Batch(*(field[half] if field.ndim else field for field in batch))).detach())
+        values.append(
+            method(*parts, Batch(*(field[half] if field.ndim else field for field in batch))).detach()
+        )
     torch.save({"values": values, **method.state_dict()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -107,7 +107,9 @@ def test_a_cached_teacher_is_held_on_the_device(teacher: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["NONE", "NormKD", "REVIEWKD"])
-def test_half_precision_is_finite_and_close(method: str, precision: str, teacher: str, tmp_path: Path) -> None:
+def test_half_precision_is_finite_and_close(
+    method: str, precision: str, teacher: str, tmp_path: Path
+) -> None:
     overrides = [f"DISTILLER.TYPE={method}", *([teacher] if method != "NONE" else [])]
     trained(tmp_path, "fp32", *overrides)
     half = trained(tmp_path, precision, *overrides, f"SOLVER.PRECISION={precision}")
@@ -117,10 +119,16 @@ def test_half_precision_is_finite_and_close(method: str, precision: str, teacher
 
 @pytest.mark.parametrize(
     "overrides",
-    [["CRD", "CRD.NCE.K=128"], ["NormKD", "DISTILLER.TEACHER_CACHE=lazy"], ["NormKD", "SOLVER.PRECISION=fp16"]],
+    [
+        ["CRD", "CRD.NCE.K=128"],
+        ["NormKD", "DISTILLER.TEACHER_CACHE=lazy"],
+        ["NormKD", "SOLVER.PRECISION=fp16"],
+    ],
     ids=" ".join,
 )
-def test_a_resumed_run_equals_an_uninterrupted_run(overrides: list[str], teacher: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(
+    overrides: list[str], teacher: str, tmp_path: Path
+) -> None:
     overrides = [f"DISTILLER.TYPE={overrides[0]}", *overrides[1:], teacher]
     expected = trained(tmp_path, "whole", *overrides)
     run = build_run(config(tmp_path, "parts", *COMMON, *overrides))

@@ -12,7 +12,15 @@ import torch
 from torchvision.transforms import functional as TF
 
 from mdistiller_norm.config import load_config
-from mdistiller_norm.data import DATASETS, MemoryEvalLoader, MemoryTrainLoader, Share, TensorDataset, cifar100, digits
+from mdistiller_norm.data import (
+    DATASETS,
+    MemoryEvalLoader,
+    MemoryTrainLoader,
+    Share,
+    TensorDataset,
+    cifar100,
+    digits,
+)
 from mdistiller_norm.data.augment import PadCropFlip, normalise
 from mdistiller_norm.data.plan import epoch_plan, share_out, smallest_micro_batch
 from mdistiller_norm.download import read_sources
@@ -47,7 +55,9 @@ def test_every_view_equals_torchvision(cifar: TensorDataset) -> None:
     assert augment.views == 162
     indices = torch.arange(162) * 31
     got = normalise(
-        augment(cifar.train.images, indices, torch.arange(162)), torch.tensor(cifar.mean), torch.tensor(cifar.std)
+        augment(cifar.train.images, indices, torch.arange(162)),
+        torch.tensor(cifar.mean),
+        torch.tensor(cifar.std),
     )
     assert got.is_contiguous(memory_format=torch.channels_last)
     for view, (index, image) in enumerate(zip(indices.tolist(), got, strict=True)):
@@ -59,7 +69,9 @@ def test_every_view_equals_torchvision(cifar: TensorDataset) -> None:
 
 def test_evaluation_images_equal_torchvision(cifar: TensorDataset) -> None:
     images, targets = next(iter(MemoryEvalLoader(cifar, 16)))
-    usual = [TF.normalize(TF.to_tensor(image.numpy()), cifar.mean, cifar.std) for image in cifar.test.images[:16]]
+    usual = [
+        TF.normalize(TF.to_tensor(image.numpy()), cifar.mean, cifar.std) for image in cifar.test.images[:16]
+    ]
     assert torch.equal(images, torch.stack(usual))
     assert torch.equal(targets, cifar.test.targets[:16])
 
@@ -96,9 +108,12 @@ def test_processes_share_one_plan() -> None:
     whole = [raw[0] for raw in MemoryTrainLoader(data, 479, seed=5).batches(3)]
     for world, batch in ((3, 480), (2, 64), (4, 360)):  # 1437 samples: last batches of 477, 29 and 357
         parts = [
-            [raw[0] for raw in MemoryTrainLoader(data, batch, 5, Share(r, world)).batches(3)] for r in range(world)
+            [raw[0] for raw in MemoryTrainLoader(data, batch, 5, Share(r, world)).batches(3)]
+            for r in range(world)
         ]
-        assert torch.equal(torch.cat([part for step in zip(*parts, strict=True) for part in step]), torch.cat(whole))
+        assert torch.equal(
+            torch.cat([part for step in zip(*parts, strict=True) for part in step]), torch.cat(whole)
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
@@ -188,7 +203,9 @@ def test_damaged_and_missing_cifar_files_are_named(tmp_path: Path) -> None:
 def test_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     sources = tmp_path / "sources.yaml"
-    sources.write_text("cifar100: [{urls: ['http://127.0.0.1:9/archive.tar.gz'], to: data}]")  # no server listens
+    sources.write_text(
+        "cifar100: [{urls: ['http://127.0.0.1:9/archive.tar.gz'], to: data}]"
+    )  # no server listens
     monkeypatch.setattr("mdistiller_norm.data.cifar.read_sources", lambda: read_sources(sources))
     with pytest.raises(DataError, match=r"archive.tar.gz cannot be downloaded: http://.*: put the files"):
         cifar100(tmp_path / "data")
@@ -205,7 +222,9 @@ def test_held_out_part_is_stratified_fixed_and_disjoint() -> None:
     assert torch.equal(everything, whole.train.images.flatten(1).long().sum(1).sort().values)
     torch.manual_seed(5)
     assert torch.equal(whole.hold_out(0.1).test.images, held.test.images)
-    with pytest.raises(ConfigError, match=r"DATASET\.VAL_SPLIT 0\.001 holds out no image of any class of digits"):
+    with pytest.raises(
+        ConfigError, match=r"DATASET\.VAL_SPLIT 0\.001 holds out no image of any class of digits"
+    ):
         whole.hold_out(0.001)
 
 

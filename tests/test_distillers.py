@@ -34,7 +34,10 @@ from mdistiller_norm.types import Batch, Outputs
 TARGETS = torch.tensor([0] * 3 + [1] * 9 + [2] * 20 + [4])[
     torch.randperm(33, generator=torch.Generator().manual_seed(5))
 ]
-STUDENT, TEACHER = [(4, 16), (6, 16), (8, 8), (10, 4)], [(8, 16), (5, 16), (7, 8), (9, 8)]  # channels, size of each map
+STUDENT, TEACHER = (
+    [(4, 16), (6, 16), (8, 8), (10, 4)],
+    [(8, 16), (5, 16), (7, 8), (9, 8)],
+)  # channels, size of each map
 Maps = list[tuple[int, int]]
 
 
@@ -146,11 +149,18 @@ UNUSED = {"INPUT_SIZE", "MAX_MID_CHANNEL"}
 WEIGHT_KEYS = ("KD_WEIGHT", "FEAT_WEIGHT", "REVIEWKD_WEIGHT")
 
 
-def call(loss: Callable[..., Tensor], *, read: str = "logits", targets: bool = False, **arguments: Any) -> Call:
+def call(
+    loss: Callable[..., Tensor], *, read: str = "logits", targets: bool = False, **arguments: Any
+) -> Call:
     """A pure loss of the logits, the pooled features, the stages or the last map."""
 
     def select(side: Outputs) -> Any:
-        values = {"logits": side.logits, "pooled": side.pooled, "stages": side.features[1:], "last": side.features[-1:]}
+        values = {
+            "logits": side.logits,
+            "pooled": side.pooled,
+            "stages": side.features[1:],
+            "last": side.features[-1:],
+        }
         return values[read]
 
     return lambda s, t, y, method: loss(select(s), select(t), *([y] if targets else []), **arguments)
@@ -161,7 +171,9 @@ def vid_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
     start = 0.1 + math.log(math.expm1(2.3 - 0.7))
     pairs = zip(method.regressors, s.features[1:], t.features[1:], strict=True)
     pooled = [(regressor(a), pool_to(b, a.shape[2:])) for regressor, a, b in pairs]
-    return torch.stack([losses.vid_loss(a, b, torch.full((b.shape[1],), start), eps=0.7) for a, b in pooled]).sum()
+    return torch.stack(
+        [losses.vid_loss(a, b, torch.full((b.shape[1],), start), eps=0.7) for a, b in pooled]
+    ).sum()
 
 
 def ofd_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
@@ -192,7 +204,10 @@ WIRING: dict[str, tuple[dict[str, Any], Call]] = {
     ),
     "LSKD": (KD_WEIGHTS | {"TEMPERATURE": 0.7}, call(losses.lskd_loss, base_temperature=0.7)),
     "DKD": (DECOUPLED | {"T": 2.9}, call(losses.dkd_loss, **ALPHA_BETA, temperature=2.9)),
-    "NormKD_W_DKD": (DECOUPLED | {"TEMPERATURE_NORM": 1.7}, call(losses.norm_dkd_loss, **ALPHA_BETA, t_norm=1.7)),
+    "NormKD_W_DKD": (
+        DECOUPLED | {"TEMPERATURE_NORM": 1.7},
+        call(losses.norm_dkd_loss, **ALPHA_BETA, t_norm=1.7),
+    ),
     "LSDKD": (
         DECOUPLED | {"KD_WEIGHT": 4.3, "TEMPERATURE": 1.7},
         call(losses.lsdkd_loss, **ALPHA_BETA, base_temperature=1.7),
@@ -218,7 +233,8 @@ WIRING: dict[str, tuple[dict[str, Any], Call]] = {
     ),
     "AT": (FEATURE_WEIGHTS | {"P": 3.5}, call(losses.at_loss, read="stages", p=3.5)),
     "RKD": (
-        FEATURE_WEIGHTS | {"DISTANCE_WEIGHT": 1.3, "ANGLE_WEIGHT": 2.3, "PDIST.EPSILON": 0.5, "PDIST.SQUARED": True},
+        FEATURE_WEIGHTS
+        | {"DISTANCE_WEIGHT": 1.3, "ANGLE_WEIGHT": 2.3, "PDIST.EPSILON": 0.5, "PDIST.SQUARED": True},
         call(losses.rkd_loss, read="pooled", squared=True, eps=0.5, distance_weight=1.3, angle_weight=2.3),
     ),
     "NST": (FEATURE_WEIGHTS, call(losses.nst_loss, read="stages")),
@@ -232,7 +248,13 @@ WIRING: dict[str, tuple[dict[str, Any], Call]] = {
     ),
     "OFD": (FEATURE_WEIGHTS | {"CONNECTOR.KERNEL_SIZE": 3, "TEACHER_TRAIN_MODE": True}, ofd_by_hand),
     "REVIEWKD": (
-        {"CE_WEIGHT": 0.37, "REVIEWKD_WEIGHT": 4.3, "WARMUP_EPOCHS": 9, "STU_PREACT": True, "SHAPES": [1, 4, 8, 16]}
+        {
+            "CE_WEIGHT": 0.37,
+            "REVIEWKD_WEIGHT": 4.3,
+            "WARMUP_EPOCHS": 9,
+            "STU_PREACT": True,
+            "SHAPES": [1, 4, 8, 16],
+        }
         | {"OUT_SHAPES": [1, 8, 8, 16], "IN_CHANNELS": [6, 8, 10, 10], "OUT_CHANNELS": [5, 7, 9, 9]},
         review_by_hand,
     ),
@@ -295,7 +317,9 @@ def test_parameters_train_and_resume_is_bit_identical(name: str) -> None:
     method(student, teacher, batch).backward()
     torch.optim.SGD(method.parameters(), lr=0.1).step()
     moved = {key for key, value in method.named_parameters() if not torch.equal(before[key], value)}
-    assert {key for key in before if not key.endswith("0.bias")} <= moved  # a bias before a batch norm has no gradient
+    assert {
+        key for key in before if not key.endswith("0.bias")
+    } <= moved  # a bias before a batch norm has no gradient
     resumed = build(name)
     resumed.load_state_dict(method.state_dict())
     resumed.begin_epoch(10, seed=0)
@@ -381,7 +405,9 @@ def test_curriculum_of_ctkd() -> None:
         ((4, 9, 10), (5, 7, 7), 4 * 5 * 3 * 4),
     ],
 )
-def test_regressor_of_fitnet_fits_the_map(student: tuple[int, ...], teacher: tuple[int, ...], weights: int) -> None:
+def test_regressor_of_fitnet_fits_the_map(
+    student: tuple[int, ...], teacher: tuple[int, ...], weights: int
+) -> None:
     source, target = torch.randn(2, *student), torch.randn(2, *teacher)
     regressor = make_regressor(source, target)
     assert regressor(source).shape == target.shape
@@ -404,7 +430,9 @@ def test_fusion_of_reviewkd() -> None:
 
     this = norm(torch.einsum("bchw,dc->bdhw", x, state["inner.0.weight"][:, :, 0, 0]), "inner")
     upsampled = deeper.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    attention = torch.einsum("bchw,dc->bdhw", torch.cat([this, upsampled], 1), state["attention.weight"][:, :, 0, 0])
+    attention = torch.einsum(
+        "bchw,dc->bdhw", torch.cat([this, upsampled], 1), state["attention.weight"][:, :, 0, 0]
+    )
     attention = 1 / (1 + torch.exp(-(attention + state["attention.bias"][:, None, None])))
     mixed = this * attention[:, :1] + upsampled * attention[:, 1:]
     mixed = mixed.repeat_interleave(2, 2).repeat_interleave(2, 3)

@@ -68,7 +68,9 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedP
     finally:
         for process in processes:
             process.kill()
-    return [subprocess.CompletedProcess([], p.returncode, "", e) for p, e in zip(processes, errors, strict=True)]
+    return [
+        subprocess.CompletedProcess([], p.returncode, "", e) for p, e in zip(processes, errors, strict=True)
+    ]
 
 
 def without_batch_norm(module: nn.Module) -> None:
@@ -95,7 +97,9 @@ def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
         return batch._replace(images=batch.images.double())
 
     step.loader.prepare = in_float64
-    optimizer = build_sgd(step.trainable.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    optimizer = build_sgd(
+        step.trainable.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-4, nesterov=True
+    )
     teacher = LiveTeacher(step.teacher.network.double(), step.trainable.need) if step.teacher else None
     whole = TrainStep(
         step.loader, teacher, step.trainable, optimizer, step.meters,
@@ -135,7 +139,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("both")
     torch.manual_seed(1)
     torch.save({"model": build_model("resnet14", 10).state_dict()}, folder / "teacher.pt")
-    assert [(done.returncode, done.stderr) for done in finish(start_pair(__file__, folder)) if done.returncode] == []
+    assert [
+        (done.returncode, done.stderr) for done in finish(start_pair(__file__, folder)) if done.returncode
+    ] == []
     return folder
 
 
@@ -221,7 +227,10 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
 def test_training_with_a_killed_worker_is_bit_identical(tmp_path: Path) -> None:
-    assert [done.returncode for done in finish(start_pair(*run_arguments(tmp_path, "whole", epochs=1)))] == [0, 0]
+    assert [done.returncode for done in finish(start_pair(*run_arguments(tmp_path, "whole", epochs=1)))] == [
+        0,
+        0,
+    ]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     killed = run_arguments(tmp_path, "killed", epochs=1)
     process = start("-m", *torchrun, "--monitor-interval", "0.2", *killed)

@@ -39,7 +39,9 @@ def commands() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("page", "tool", "arguments"), commands())
-def test_documented_command_parses(page: str, tool: str, arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_command_parses(
+    page: str, tool: str, arguments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     words = [word for word in shlex.split(arguments) if word != "..."]
     tool, *words = [tool, *words] if tool else words
@@ -52,12 +54,18 @@ def test_documented_command_parses(page: str, tool: str, arguments: str, monkeyp
     main = importlib.import_module("benchmark").main if tool == "benchmark" else cli.execute
     with pytest.raises(ConfigError, match="unrecognized arguments: --end-of-command"):
         main(words if tool == "benchmark" else [tool, *words])
-    if tool == "train" and words[1].startswith(("configs/", "cifar100/")) and "EXPERIMENT.PLUGINS" not in words:
+    if (
+        tool == "train"
+        and words[1].startswith(("configs/", "cifar100/"))
+        and "EXPERIMENT.PLUGINS" not in words
+    ):
         config.load_config(words[1], [word for word in words[2:] if not word.startswith("--")])
 
 
 def test_quoted_examples_equal_their_files() -> None:
-    quoted = re.findall(r"```\w+\n# (examples/\S+)\n(.*?)\n```", (ROOT / "docs/custom.md").read_text(), flags=re.S)
+    quoted = re.findall(
+        r"```\w+\n# (examples/\S+)\n(.*?)\n```", (ROOT / "docs/custom.md").read_text(), flags=re.S
+    )
     assert {path for path, _ in quoted} == {f"examples/{path.name}" for path in ROOT.glob("examples/*.[py]*")}
     for path, text in quoted:
         assert text == (ROOT / path).read_text().rstrip(), path

@@ -25,7 +25,9 @@ def test_report_describes_the_installation(
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
-def test_failed_self_test_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_self_test_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out

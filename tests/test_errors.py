@@ -40,16 +40,31 @@ COMMANDS = [
     (f"{DIGITS} DATASET.DECODE cuda", ["unknown key DATASET.DECODE: it was removed", "NUM_WORKERS"]),
     (f"{DIGITS} SOLVER.LR fast", ["command line: SOLVER.LR must be a finite number, got fast"]),
     (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", ["SOLVER.MOMENTUM must be > 0 with NESTEROV"]),
-    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", ["SOLVER.DOT.DELTA must be in (0, 1)", "and 0.9 (comm"]),
-    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA=-1", ["SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must", "and -1"]),
+    (
+        f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9",
+        ["SOLVER.DOT.DELTA must be in (0, 1)", "and 0.9 (comm"],
+    ),
+    (
+        f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA=-1",
+        ["SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must", "and -1"],
+    ),
     (f"{DIGITS} SOLVER.TRAINER dot", ["SOLVER.TRAINER dot does not support DISTILLER.TYPE NONE"]),
-    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.ACCUMULATE 2", ["SOLVER.TRAINER dot does not support SOLVER.ACCUMULATE 2"]),
-    (f"{DIGITS} SOLVER.ACCUMULATE 7", ["SOLVER.BATCH_SIZE 64 must be divisible by the product of SOLVER.ACCUMULATE 7"]),
+    (
+        f"{NORMKD} SOLVER.TRAINER dot SOLVER.ACCUMULATE 2",
+        ["SOLVER.TRAINER dot does not support SOLVER.ACCUMULATE 2"],
+    ),
+    (
+        f"{DIGITS} SOLVER.ACCUMULATE 7",
+        ["SOLVER.BATCH_SIZE 64 must be divisible by the product of SOLVER.ACCUMULATE 7"],
+    ),
     (f"{DIGITS} SOLVER.SYNC_BN true", ["SOLVER.SYNC_BN requires a GPU, got cpu"]),
     (f"{DIGITS} SOLVER.LR_DECAY_RATE 10", ["SOLVER.LR_DECAY_RATE must be in (0, 1], got 10"]),
     (f"{NORMKD} NormKD.TEMPERATURE_NORM 0", ["NormKD.TEMPERATURE_NORM must be > 0, got 0"]),
     (f"{NORMKD} NormKD.LOSS.KD_WEIGHT=-1", ["NormKD.LOSS.KD_WEIGHT must be >= 0, got -1"]),
-    (f"{NORMKD} NormKD.STATISTIC mean", ["NormKD.STATISTIC must be one of constant, std, max, range, got mean"]),
+    (
+        f"{NORMKD} NormKD.STATISTIC mean",
+        ["NormKD.STATISTIC must be one of constant, std, max, range, got mean"],
+    ),
     (f"{DIGITS} LOG.PREFIX '\udce9'", ["LOG.PREFIX must be valid"]),
     ("train --cfg fifo", ["config file fifo cannot be read", "not a regular file"]),
     ("train --cfg /dev/zero", ["config file /dev/zero cannot be read", "not a regular file"]),
@@ -58,10 +73,22 @@ COMMANDS = [
     (f"{NORMKD} EXPERIMENT.PLUGINS no_module", ["plugin no_module cannot be imported: ModuleNotFoundError"]),
     (f"{DIGITS} DATASET.TYPE digit", ["DATASET.TYPE: unknown data set 'digit': did you mean digits?"]),
     (f"{DIGITS} DEVICE tpu", ["DEVICE", "tpu"]),
-    (f"{DIGITS} DISTILLER.STUDENT resnet21", ["DISTILLER.STUDENT: unknown CIFAR model 'resnet21'", "resnet20"]),
-    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19", ["'torchvision:resnet19' cannot be built", "resnet19"]),
-    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9", ["'torchvision:resnet18.V9' cannot be built", "V9"]),
-    (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", ["pretrained weights require a model with the prefix timm:"]),
+    (
+        f"{DIGITS} DISTILLER.STUDENT resnet21",
+        ["DISTILLER.STUDENT: unknown CIFAR model 'resnet21'", "resnet20"],
+    ),
+    (
+        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19",
+        ["'torchvision:resnet19' cannot be built", "resnet19"],
+    ),
+    (
+        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9",
+        ["'torchvision:resnet18.V9' cannot be built", "V9"],
+    ),
+    (
+        f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained",
+        ["pretrained weights require a model with the prefix timm:"],
+    ),
     ("eval -c x.pt -bs x", ["argument -bs/--batch-size: must be an integer >= 1, got x"]),
     ("eval -c x.pt -bs 0", ["must be an integer >= 1, got 0"]),
     ("eval -c x.pt --cfg x.yaml -d digits", ["--cfg sets the data set"]),
@@ -73,7 +100,10 @@ COMMANDS = [
     ("visualize tsne", ["required: -c/--ckpt: see mdistiller-norm visualize tsne --help"]),
     ("export -c", ["argument -c/--ckpt: expected one argument"]),
     ("config", ["required: ACTION: see mdistiller-norm config --help"]),
-    ("config show digits/normkt", ["config file digits/normkt does not exist; see mdistiller-norm list configs"]),
+    (
+        "config show digits/normkt",
+        ["config file digits/normkt does not exist; see mdistiller-norm list configs"],
+    ),
     ("config copy run.yaml", ["run.yaml is not a packaged config; see mdistiller-norm list configs"]),
     ("config copy digits/normkd run.yaml", ["run.yaml exists: choose another name"]),
     ("fetch imagenet", ["unknown source 'imagenet'"]),
@@ -85,7 +115,9 @@ COMMANDS = [
 
 def bomb(level: str) -> str:
     """Return a config whose aliases (``*`` in ``level``) refer to the level before, which makes 4**20 nodes."""
-    return "\n".join(["x0: &x0 {a: 1}", *(f"x{i}: &x{i} " + level.replace("*", f"*x{i - 1}") for i in range(1, 20))])
+    return "\n".join(
+        ["x0: &x0 {a: 1}", *(f"x{i}: &x{i} " + level.replace("*", f"*x{i - 1}") for i in range(1, 20))]
+    )
 
 
 # Text of a config -> words of the message.
@@ -104,19 +136,34 @@ CONFIGS = [
     ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", ["must be increasing epochs >= 1, got [2, 2]"]),
     ("SOLVER: {PRECISION: tf32}", ["SOLVER.PRECISION must be one of fp32, bf16, fp16, got tf32"]),
     ("SEED: 99999999999999999999", ["SEED must be in [0, 2**63), got 9999"]),
-    ("DATASET: {MEAN: [77, 77, 77]}", ["DATASET.MEAN must be three numbers in [0, 1], or empty, got [77, 77, 77]"]),
-    ("DATASET: {MEAN: [a, b, c]}", ["DATASET.MEAN must be a list (each item a finite number), got [a, b, c]"]),
-    ("EXPERIMENT: {NAME: ../../evil}", ["EXPERIMENT.NAME must be the name of one folder, without /, got ../../evil"]),
+    (
+        "DATASET: {MEAN: [77, 77, 77]}",
+        ["DATASET.MEAN must be three numbers in [0, 1], or empty, got [77, 77, 77]"],
+    ),
+    (
+        "DATASET: {MEAN: [a, b, c]}",
+        ["DATASET.MEAN must be a list (each item a finite number), got [a, b, c]"],
+    ),
+    (
+        "EXPERIMENT: {NAME: ../../evil}",
+        ["EXPERIMENT.NAME must be the name of one folder, without /, got ../../evil"],
+    ),
     ("EXPERIMENT: {PROJECT: ''}", ["EXPERIMENT.PROJECT must be the name of one folder"]),
     ("EXPERIMENT: {TAG: ''}", ["EXPERIMENT.NAME or TAG (run.yaml) must not be empty"]),
     ("KD: {TEMPERATURE: []}", ["KD.TEMPERATURE must be a finite number"]),
     ("NormKD: {TEMPERATURE_NORM: [1, 2]}", ["NormKD.TEMPERATURE_NORM must be a finite number, got [1, 2]"]),
-    ("DISTILLER: {TYPE: normkd}", ["DISTILLER.TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"]),
+    (
+        "DISTILLER: {TYPE: normkd}",
+        ["DISTILLER.TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"],
+    ),
     ("DISTILLER: {TYPE: none}", ["unknown distiller 'none': did you mean NONE"]),
     ("DISTILLER: {TYPE: [KD, KD]}", ["DISTILLER.TYPE must be NONE or different methods, got [KD, KD]"]),
     ("DISTILLER: {TYPE: [KD, NONE]}", ["DISTILLER.TYPE must be NONE or different methods"]),
     ("SOLVER: {EPOCH: 2}", ["unknown key SOLVER.EPOCH: did you mean SOLVER.EPOCHS"]),
-    ("NORMKD: {TEMPERATURE_NORM: 2}", ["unknown key NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"]),
+    (
+        "NORMKD: {TEMPERATURE_NORM: 2}",
+        ["unknown key NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"],
+    ),
     ("SOLVER: 3", ["SOLVER is a section"]),
     ("SOLVER: {LR: 1}\nSOLVER.LR: 2", ["cannot be read: key SOLVER.LR is given twice"]),
     ("- 1", ["config file run.yaml cannot be read: it must be a mapping"]),
@@ -131,7 +178,10 @@ CONFIGS = [
     ("SOLVER: " + "{a: " * 4000, ["cannot be read"]),
     (bomb("{k: *, l: *, m: *, n: *}"), ["it has more than 10,000 keys"]),
     (bomb("{<<: [*, *, *, *]}"), ["unknown key x0.a"]),
-    ("SEED: [&x0 [a]" + "".join(f", &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)) + "]", ["got [[...], "]),
+    (
+        "SEED: [&x0 [a]" + "".join(f", &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)) + "]",
+        ["got [[...], "],
+    ),
     ("_BASE_: nowhere.yaml", ["config file nowhere.yaml does not exist"]),
 ]
 # Text of a plugin that is broken -> words of the message.
@@ -143,7 +193,10 @@ PLUGINS = [
     (f"{REGISTER}data.register('digits')(len)", ["data set 'digits' is registered already"]),
     (f"{REGISTER}distillers.register('KD')(distillers.Distiller)", ["distiller 'KD' is registered already"]),
     (f"{REGISTER}distillers.register('New')(object)", ["own.py:2: ", "must be a subclass of Distiller"]),
-    (f"{REGISTER}models.register('new')(lambda: 0)", ["own.py:2: ", "model 'new' requires a function", "num_classes"]),
+    (
+        f"{REGISTER}models.register('new')(lambda: 0)",
+        ["own.py:2: ", "model 'new' requires a function", "num_classes"],
+    ),
     (
         f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
         "    def forward(self, student, teacher, batch):\n        return teacher.features[-1].mean()",
@@ -184,7 +237,9 @@ def data_set(mistake: str) -> tuple[str, str]:
 
 
 def network(expression: str, *overrides: str) -> tuple[str, str]:
-    return f"models.register('own')(lambda n: {expression})\n", " ".join(("DISTILLER.STUDENT=own", *overrides))
+    return f"models.register('own')(lambda n: {expression})\n", " ".join(
+        ("DISTILLER.STUDENT=own", *overrides)
+    )
 
 
 # Text of a plugin that can be imported and the overrides that use it -> words of the message.
@@ -200,15 +255,27 @@ USED_PLUGINS = [
     (data_set("facts['mean'] = (77.0,) * 3"), ["own_data", "mean"]),
     (data_set("open('/no/database')"), ["data set 'own_data' cannot be opened", "No such file"]),
     (data_set("return train, test"), ["data set 'own_data'", "tuple", "TensorDataset"]),
-    (("class Own(distillers.Distiller): pass\n", "DISTILLER.TYPE=Own"), ["Own in ", "own.py is not registered"]),
-    (("class Own(distillers.Distiller): pass\n", "Own.LOSS.KD_WEIGHT=1"), ["key Own.LOSS", "own.py is not registered"]),
+    (
+        ("class Own(distillers.Distiller): pass\n", "DISTILLER.TYPE=Own"),
+        ["Own in ", "own.py is not registered"],
+    ),
+    (
+        ("class Own(distillers.Distiller): pass\n", "Own.LOSS.KD_WEIGHT=1"),
+        ["key Own.LOSS", "own.py is not registered"],
+    ),
     (("class Own(models.Network): pass\n", "DISTILLER.STUDENT=Own"), ["unknown", "own.py is not registered"]),
-    (network("models.Wrapped(resnet18(num_classes=n), classifier='fc')"), ["'own' cannot be built", "num_classes"]),
+    (
+        network("models.Wrapped(resnet18(num_classes=n), classifier='fc')"),
+        ["'own' cannot be built", "num_classes"],
+    ),
     (network("open('/no/weights')"), ["model 'own' cannot be built", "No such file"]),
     (network("resnet18(num_classes=n)"), ["model 'own'", "ResNet", "Wrapped"]),
     (network("models.Wrapped(resnet18(), n, classifier='fc')"), ["1000 logits for 10 classes"]),
     (network("models.Wrapped(resnet18(), n, classifier='fcc')"), ["ResNet has no submodule 'fcc'", "fc"]),
-    (network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc', features=['fc'])"), ["shape [2, 10]"]),
+    (
+        network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc', features=['fc'])"),
+        ["shape [2, 10]"],
+    ),
     (
         network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc')", "DISTILLER.TYPE=SP"),
         ["SP requires feature maps, which own lacks", "without maps: CRD", "NormKD"],
@@ -251,7 +318,9 @@ def test_config(text: str, words: list[str], capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(("text", "words"), PLUGINS)
-def test_plugin_that_cannot_be_imported(text: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_plugin_that_cannot_be_imported(
+    text: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("own.py").write_text(f"{text}\n")
     check(f"{DIGITS} EXPERIMENT.PLUGINS=own.py", words, capsys)
 

@@ -61,7 +61,9 @@ def test_pt2_beside_the_checkpoint(student: Path) -> None:
     stored = load_weights(student).about
     assert all(about[key] == stored[key] for key in ("name", "dataset", "classes", "mean", "std", "top1"))
     assert (about["resize"], about["crop"], about["channels"]) == (32, "center", "RGB")
-    normalised = (pixels() - torch.tensor(about["mean"])[:, None, None]) / torch.tensor(about["std"])[:, None, None]
+    normalised = (pixels() - torch.tensor(about["mean"])[:, None, None]) / torch.tensor(about["std"])[
+        :, None, None
+    ]
     for count in (1, 3, 360):
         torch.testing.assert_close(module(normalised[:count]), logits(student)[:count], rtol=1e-4, atol=1e-4)
     with pytest.raises((AssertionError, RuntimeError)):
@@ -127,7 +129,9 @@ def test_a_failed_export_keeps_the_existing_file(student: Path, tmp_path: Path) 
     out.write_text("before")
     with pytest.raises(UserError, match=r"s\.pt2 exists.*--force"):
         export("-c", student, "-o", out)
-    with pytest.raises(CheckpointError, match=r"s\.pt2 is not written: on random images its logits differ by nan"):
+    with pytest.raises(
+        CheckpointError, match=r"s\.pt2 is not written: on random images its logits differ by nan"
+    ):
         export("-c", tmp_path / "s.pt", "--force")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk
@@ -180,6 +184,8 @@ def test_a_folder_for_the_hub(run: Path, tmp_path: Path) -> None:
     assert_same_state(network.state_dict(), load(run / "student_best.pt")["model"])
     card = (tmp_path / "hub" / "README.md").read_text()
     best = json.loads((run / "result.json").read_text())["best"]["top1"]
-    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"][0]["value"] == round(best, 2)
+    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"][0][
+        "value"
+    ] == round(best, 2)
     with pytest.raises(UserError, match="exists"):
         export("-c", run, "--push-folder", tmp_path / "hub")

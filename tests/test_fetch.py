@@ -145,13 +145,22 @@ def test_failures_are_named_and_leave_nothing(
     assert not Path("y").exists()
 
 
-def test_weights_are_listed_found_and_evaluated(server: Server, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_are_listed_found_and_evaluated(
+    server: Server, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = (run / "student_last.pt").read_bytes()
     name = f"digits_resnet8-{hashlib.sha256(content).hexdigest()[:8]}.pt"
     server.files[name] = content
-    entry = {"urls": [server.url(f"cut/{name}")], "to": "checkpoints", "model": "resnet8", "dataset": "digits"}
+    entry = {
+        "urls": [server.url(f"cut/{name}")],
+        "to": "checkpoints",
+        "model": "resnet8",
+        "dataset": "digits",
+    }
     assert fetch("mine", **entry) == 0
-    assert re.search(r"resnet8 +digits  top-1 .*360 images.*checkpoints/digits_resnet8", capsys.readouterr().out)
+    assert re.search(
+        r"resnet8 +digits  top-1 .*360 images.*checkpoints/digits_resnet8", capsys.readouterr().out
+    )
     teacher = known_teacher("resnet8", "digits")
     assert teacher
     assert teacher.path == Path("checkpoints", name)

@@ -23,8 +23,12 @@ fuzz = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 KEYS = [key for key, _ in leaves(default_config(), sections=True)]
-WORDS = st.sampled_from(["", "0", "-1", "1e400", "nan", "007", "true", "KD", "[1, 2]", "(a, b", "[", "~", "x: y", "*a"])
-TEXT = st.one_of(WORDS, st.text(max_size=12), st.text("[](){}&*#'\"\\<>:,|-~\n\t\0\x85\u2028\ud800\udce9", max_size=8))
+WORDS = st.sampled_from(
+    ["", "0", "-1", "1e400", "nan", "007", "true", "KD", "[1, 2]", "(a, b", "[", "~", "x: y", "*a"]
+)
+TEXT = st.one_of(
+    WORDS, st.text(max_size=12), st.text("[](){}&*#'\"\\<>:,|-~\n\t\0\x85\u2028\ud800\udce9", max_size=8)
+)
 NAMES = st.one_of(st.sampled_from(KEYS), TEXT)
 TREES: st.SearchStrategy[Any] = st.recursive(
     st.one_of(TEXT, st.none(), st.booleans(), st.integers(), st.floats()),

@@ -12,7 +12,9 @@ from conftest import ROOT
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 330, 60, 10
 FILES = sorted((ROOT / "mdistiller_norm").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+}
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -41,7 +43,8 @@ def test_file_keeps_the_limits(path: Path) -> None:
 def test_modules_import_each_other_without_cycles() -> None:
     # The package itself imports the library on first use, to export it.
     graph = {
-        name: (imports(TREES[path]) & MODULES.keys()) - {name, "mdistiller_norm"} for name, path in MODULES.items()
+        name: (imports(TREES[path]) & MODULES.keys()) - {name, "mdistiller_norm"}
+        for name, path in MODULES.items()
     }
     del graph["mdistiller_norm"]
     TopologicalSorter(graph).prepare()  # raises CycleError

@@ -87,12 +87,16 @@ def limited_files() -> Iterator[Callable[[int], None]]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def epoch(dataset: ImageDataset, number: int = 1, first: int = 0, **options: Any) -> list[tuple[torch.Tensor, ...]]:
+def epoch(
+    dataset: ImageDataset, number: int = 1, first: int = 0, **options: Any
+) -> list[tuple[torch.Tensor, ...]]:
     return list(dataset.train_loader(8, 0, CPU, **options).batches(number, first))
 
 
 def same(a: list[tuple[torch.Tensor, ...]], b: list[tuple[torch.Tensor, ...]]) -> bool:
-    return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
+    return all(
+        torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True)
+    )
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -123,7 +127,11 @@ def test_large_texts_are_read_and_other_formats_refused(tmp_path: Path) -> None:
     text.add_text("history", "x" * 2**21, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "text.png", pnginfo=text)
     assert decode((tmp_path / "text.png").read_bytes()).shape == (3, 8, 8)
-    for content in (encoded(Image.new("RGB", (8, 8)), "EPS"), encoded(Image.new("RGB", (8, 8)), "PCX"), b"text"):
+    for content in (
+        encoded(Image.new("RGB", (8, 8)), "EPS"),
+        encoded(Image.new("RGB", (8, 8)), "PCX"),
+        b"text",
+    ):
         with pytest.raises(ValueError, match="not an image of the formats JPEG, PNG"):
             decode(content)
 
@@ -139,7 +147,9 @@ def test_thin_images_need_little_memory() -> None:
 def test_upper_8_of_16_bits_are_kept_and_32_bits_refused() -> None:
     deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     for kind in ("PNG", "TIFF"):
-        assert torch.equal(decode(encoded(Image.fromarray(deep), kind))[1].flatten(), torch.arange(256).byte())
+        assert torch.equal(
+            decode(encoded(Image.fromarray(deep), kind))[1].flatten(), torch.arange(256).byte()
+        )
     with pytest.raises(ValueError, match="32 bits have no known range"):
         decode(encoded(Image.fromarray(deep.astype(np.float32)), "TIFF"))
 
@@ -165,7 +175,9 @@ def test_crops_are_distributed_as_in_torchvision() -> None:
     for height, width, scale in ((375, 500, (0.08, 1.0)), (100, 400, (0.5, 1.0))):
         blank = torch.empty(3, height, width)
         ours = np.array([draw_crop(random, height, width, scale) for _ in range(draws)], dtype=float)
-        theirs = np.array([T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)])
+        theirs = np.array(
+            [T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)]
+        )
         assert (ours[:, :2] + ours[:, 2:4] <= (height, width)).all()
         for a, b in zip(ours.T[:4], theirs.T, strict=True):
             assert abs(a.mean() - b.mean()) < 5 * np.hypot(a.std(), b.std()) / draws**0.5 + 1e-9
@@ -186,7 +198,9 @@ def test_folder_is_counted_named_and_measured(tree: Path) -> None:
     backwards = tuple(reversed(data.classes))
     assert image_folder(tree, replace(SMALL, classes=backwards)).classes == backwards
     assert imagenet(tree, SMALL).name == "imagenet"
-    pixels = torch.stack([decode(path.read_bytes()) for path in sorted((tree / "train").rglob("*.JPEG"))]) / 255
+    pixels = (
+        torch.stack([decode(path.read_bytes()) for path in sorted((tree / "train").rglob("*.JPEG"))]) / 255
+    )
     assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-3)
     assert data.std == pytest.approx(pixels.double().permute(1, 0, 2, 3).flatten(1).std(1).tolist(), abs=1e-3)
 
@@ -207,7 +221,10 @@ def test_nested_folders_count_and_hidden_files_do_not(copy: Path) -> None:
     (folder / "b.pgm").write_bytes(encoded(Image.new("L", (8, 8)), "PPM"))
     after = image_folder(copy, SMALL)
     assert torch.bincount(after.targets).tolist() == [12, 12, 12]
-    assert {after.train.source.read(index) for index in range(12, 24)} == {*kept, (folder / "b.pgm").read_bytes()}
+    assert {after.train.source.read(index) for index in range(12, 24)} == {
+        *kept,
+        (folder / "b.pgm").read_bytes(),
+    }
     assert after.unreadable() == []
 
 
@@ -218,7 +235,9 @@ def test_names_that_are_not_utf8_are_escaped(copy: Path) -> None:
     assert sum(data.test.source.name(index).endswith(r"caf\udce9.jpg") for index in range(12)) == 1
     assert len(data.unreadable()) == 0
     (copy / "train" / os.fsdecode(b"caf\xe9")).mkdir()
-    with pytest.raises(DataError, match=r"class folder caf\\udce9 in .*train has a name that is not UTF-8: rename it"):
+    with pytest.raises(
+        DataError, match=r"class folder caf\\udce9 in .*train has a name that is not UTF-8: rename it"
+    ):
         image_folder(copy, SMALL)
 
 
@@ -303,7 +322,9 @@ batches = image_folder(Path({str(tree)!r}), options).train_loader(8, 0, torch.de
 next(batches)
 raise RuntimeError("out of memory")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
@@ -333,7 +354,9 @@ def test_check_data_and_shards_list_unreadable_files(copy: Path, capsys: pytest.
     files[0].write_bytes(b"")
     files[1].write_bytes(b"\xff\xd8\xff\xe0 not an image")
     assert execute(["train", "--cfg", VANILLA, "--check-data", *RUN, f"DATASET.ROOT={copy}"]) == 2
-    with pytest.raises(DataError, match=rf"{copy}: 2 images cannot be read \(listed above\): replace or remove"):
+    with pytest.raises(
+        DataError, match=rf"{copy}: 2 images cannot be read \(listed above\): replace or remove"
+    ):
         execute(["shards", "--root", str(copy), "--out", str(copy.parent / "out"), "--workers", "0"])
     printed = capsys.readouterr().out
     assert printed.count("tiny: 3 classes, 36 + 12 images") == 2
@@ -356,7 +379,9 @@ def test_small_shared_memory_is_reported(tree: Path, limited_files: Callable[[in
 
 def test_batch_norm_on_a_single_value_is_refused(tree: Path, tmp_path: Path) -> None:
     refused = ["DATASET.VARIANT=imagenet", "DISTILLER.STUDENT=ResNet18", "SOLVER.BATCH_SIZE=35"]
-    with pytest.raises(ConfigError, match=r"BATCH_SIZE 35 leaves one of the 36 images .* batch norm of ResNet18"):
+    with pytest.raises(
+        ConfigError, match=r"BATCH_SIZE 35 leaves one of the 36 images .* batch norm of ResNet18"
+    ):
         build_run(run_config(tree, tmp_path, "single", *refused))
     build_run(run_config(tree, tmp_path, "maps", "SOLVER.BATCH_SIZE=35"))  # resnet8 has maps of 8 x 8 pixels
     assert [path.name for path in (tmp_path / "distill").iterdir()] == ["maps"]
@@ -380,14 +405,19 @@ def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pack(root: Path, out: Path) -> None:
-    assert execute(["shards", "--root", str(root), "--out", str(out), "--per-shard", "10", "--workers", "0"]) == 0
+    assert (
+        execute(["shards", "--root", str(root), "--out", str(out), "--per-shard", "10", "--workers", "0"])
+        == 0
+    )
 
 
 def test_shards_contain_the_same_images_and_classes(tree: Path, shards: Path, tmp_path: Path) -> None:
     files, packed = image_folder(tree, SMALL), webdataset(shards, SMALL)
     assert packed.classes == files.classes
     assert packed.summary() == "tiny_shards: 3 classes, 36 + 12 images"
-    contents = [sorted((d.train.source.read(i), int(d.targets[i])) for i in range(36)) for d in (files, packed)]
+    contents = [
+        sorted((d.train.source.read(i), int(d.targets[i])) for i in range(36)) for d in (files, packed)
+    ]
     assert contents[0] == contents[1]
     with tarfile.open(shards / "train" / "000000.tar") as tar:
         assert [Path(name).suffix for name in tar.getnames()] == [".jpg", ".cls"] * 10
@@ -456,7 +486,9 @@ CLASSES = r"classes\.txt must contain one class name per line"
         (replaced("classes.txt", b"\xff"), CLASSES),
     ],
 )
-def test_damaged_shards_are_refused(shards: Path, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damaged_shards_are_refused(
+    shards: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     damage(copy)
     with pytest.raises(DataError, match=message):
@@ -509,7 +541,9 @@ def test_shards_are_written_completely_or_not_at_all(
 # Networks and runs
 
 
-def test_torchvisions_weights_are_found_by_name(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvisions_weights_are_found_by_name(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     given = [
         "DATASET.VARIANT=imagenet",
@@ -557,7 +591,11 @@ def test_eval_reproduces_the_recorded_accuracy(
     for command in (["eval", "-c", str(path), "--root", str(tree.parent)], bare):
         assert execute(command) == 0
         shown = capsys.readouterr().out
-        for word in (f"top-1 {student['about']['top1']:6.2f}", f"loss {student['about']['loss']:7.4f}", "32x32"):
+        for word in (
+            f"top-1 {student['about']['top1']:6.2f}",
+            f"loss {student['about']['loss']:7.4f}",
+            "32x32",
+        ):
             assert word in shown
 
 
@@ -568,14 +606,18 @@ def test_teacher_trained_on_other_images_is_reported(
 
     def build(name: str, *overrides: str) -> str:
         build_run(
-            run_config(tree, tmp_path, name, "DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet8", weights, *overrides)
+            run_config(
+                tree, tmp_path, name, "DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet8", weights, *overrides
+            )
         )
         return "".join(line for line in capsys.readouterr().out.splitlines() if "was trained" in line)
 
     assert build("same") == ""
     (tmp_path / "moved").symlink_to(shutil.copytree(tree, tmp_path / "another"))
     assert "was trained on tiny, not on another" in build("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
-    assert "image_size [32, 32] (here [40, 40])" in build("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
+    assert "image_size [32, 32] (here [40, 40])" in build(
+        "size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44"
+    )
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
     with pytest.raises(CheckpointError, match=f"class 0 is '{first}' in .* and '{second}' here"):
         build("order", f"DATASET.CLASSES=[{second},{first},{third}]")

@@ -24,7 +24,9 @@ from mdistiller_norm.data import digits
 
 def test_digits_equal_those_of_scikit_learn() -> None:
     source, data = load_digits(), digits()
-    indices = train_test_split(np.arange(len(source.target)), test_size=360, stratify=source.target, random_state=0)
+    indices = train_test_split(
+        np.arange(len(source.target)), test_size=360, stratify=source.target, random_state=0
+    )
     for part, chosen in zip((data.train, data.test), indices, strict=True):
         grey = np.round(source.images[chosen] * (255 / 16)).astype(np.uint8)
         assert (part.images.numpy() == grey.repeat(4, 1).repeat(4, 2)[..., None]).all()
@@ -35,7 +37,11 @@ def test_digits_equal_those_of_scikit_learn() -> None:
     ("package", "command"), [("jinja2", "report --results ."), ("sklearn.manifold", "visualize tsne -c x.pt")]
 )
 def test_missing_extra_is_named(
-    package: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
@@ -47,7 +53,9 @@ def test_missing_extra_is_named(
 
 
 @pytest.mark.parametrize("name", ["configs/digits/normkd.yaml", "configs/digits/normkd", "digits/normkd"])
-def test_packaged_config_is_found_from_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_config_is_found_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     packaged = load_config(name)
     assert packaged.node.DISTILLER.TYPE == "NormKD"
@@ -63,10 +71,15 @@ def test_packaged_config_is_found_from_any_folder(name: str, tmp_path: Path, mon
 
 def test_messages_name_the_program_that_was_started(tmp_path: Path) -> None:
     tool = str(ROOT / "tools/train.py")
-    for start, program in (([tool], f"python {tool}"), (["-m", "mdistiller_norm", "train"], "mdistiller-norm train")):
+    for start, program in (
+        ([tool], f"python {tool}"),
+        (["-m", "mdistiller_norm", "train"], "mdistiller-norm train"),
+    ):
         words = [sys.executable, *start, "--cfg", "digits/normkd", "DISTILLER.TEACHER=resnet20"]
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-        assert f"train it with `{program} --cfg configs/digits/vanilla_resnet20.yaml`" in done.stderr, done.stderr
+        assert f"train it with `{program} --cfg configs/digits/vanilla_resnet20.yaml`" in done.stderr, (
+            done.stderr
+        )
 
 
 def test_system_without_fcntl_is_named() -> None:
@@ -88,7 +101,9 @@ def test_every_key_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of("config keys solver.dot.*", capsys)[0][1:3] == ["0.075", "float"]
 
 
-@pytest.mark.parametrize("name", ["digits/at", "cifar100/normkd/res32x4_res8x4", "cifar100/ablation/table1/t_1"])
+@pytest.mark.parametrize(
+    "name", ["digits/at", "cifar100/normkd/res32x4_res8x4", "cifar100/ablation/table1/t_1"]
+)
 def test_copied_config_equals_the_packaged_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,10 +159,15 @@ def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
     assert "done: last top-1" in run(program, "train", "--cfg", "digits/vanilla_resnet8", *short)
     assert "360 images" in run(program, "eval", "-c", "output/digits/plain")
     assert "digit.png" in run(program, "predict", "-c", "output/digits/plain", "digit.png")
-    assert f"# {packages}/mdistiller_norm/configs" in run(program, "config", "show", "configs/digits/normkd.yaml")
+    assert f"# {packages}/mdistiller_norm/configs" in run(
+        program, "config", "show", "configs/digits/normkd.yaml"
+    )
     assert "digits/normkd " in run(program, "list", "configs", "digits")
     assert "1 to run" in run(
-        program, *["reproduce", "--table", "digits", "--methods", "student", "--seeds", "0", "--smoke", "--dry-run"]
+        program,
+        *["reproduce", "--table", "digits", "--methods", "student", "--seeds", "0", "--smoke", "--dry-run"],
     )
     found = "from mdistiller_norm.engine.teacher_file import *; print(known_teacher('resnet20', 'cifar100'))"
-    assert f"{packages}/mdistiller_norm/checkpoints/resnet20_cifar100_seed0.pt" in run(bin_ / "python", "-c", found)
+    assert f"{packages}/mdistiller_norm/checkpoints/resnet20_cifar100_seed0.pt" in run(
+        bin_ / "python", "-c", found
+    )

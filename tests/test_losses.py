@@ -37,7 +37,13 @@ class Case(NamedTuple):
 
 def logit(loss: Callable[..., Tensor], reference: Callable[..., Any], *arguments: Any, **more: Any) -> Case:
     """A loss of logits and its reference with the arguments of both."""
-    takes_targets = loss in (losses.dkd_loss, losses.norm_dkd_loss, losses.lsdkd_loss, losses.nkd_loss, losses.rld_loss)
+    takes_targets = loss in (
+        losses.dkd_loss,
+        losses.norm_dkd_loss,
+        losses.lsdkd_loss,
+        losses.nkd_loss,
+        losses.rld_loss,
+    )
 
     def call(s: Tensors, t: Tensors, y: Tensor) -> Tensor:
         return loss(s[0], t[0], *([y] if takes_targets else []), *arguments)
@@ -146,10 +152,15 @@ def evaluate(name: str, inputs: Inputs, dtype: torch.dtype = torch.float64) -> t
     """Loss and gradients with respect to the student's tensors."""
     students, teachers, targets = inputs
     leaves = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in students]
-    loss = CASES[name].loss(leaves, [torch.tensor(x, dtype=dtype) for x in teachers], torch.as_tensor(targets))
+    loss = CASES[name].loss(
+        leaves, [torch.tensor(x, dtype=dtype) for x in teachers], torch.as_tensor(targets)
+    )
     loss.backward()
     assert loss.shape == ()
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) or name in ("crd", "ofd")
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) or name in (
+        "crd",
+        "ofd",
+    )
     return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
@@ -161,19 +172,29 @@ def logits(seed: int, batch: int = 5, classes: int = 7) -> tuple[Tensor, Tensor,
 @pytest.mark.parametrize(
     ("name", "shape", "scale"),
     [(name, None, 3.0) for name in CASES]
-    + [(name, shape, scale) for name in LOGITS for shape, scale in (((1, 6), 3.0), ((4, 2), 3.0), ((3, 5), 60.0))],
+    + [
+        (name, shape, scale)
+        for name in LOGITS
+        for shape, scale in (((1, 6), 3.0), ((4, 2), 3.0), ((3, 5), 60.0))
+    ],
 )
 def test_value_and_gradient(name: str, shape: tuple[int, int] | None, scale: float) -> None:
     students, teachers, targets = inputs = draw(name, seed=len(name), shape=shape, scale=scale)
     case = CASES[name]
     loss, gradients = evaluate(name, inputs)
-    assert loss.item() == pytest.approx(np.real(case.reference(students, teachers, targets)), rel=1e-9, abs=1e-12)
+    assert loss.item() == pytest.approx(
+        np.real(case.reference(students, teachers, targets)), rel=1e-9, abs=1e-12
+    )
     for seed in (1, 2):
         rng = np.random.RandomState(seed)
         direction = [rng.standard_normal(x.shape) for x in students]
-        slope = ref.derivative(lambda x: case.reference(x, teachers, targets), students, direction, case.analytic)
+        slope = ref.derivative(
+            lambda x: case.reference(x, teachers, targets), students, direction, case.analytic
+        )
         found = sum((grad.numpy() * d).sum() for grad, d in zip(gradients, direction, strict=True))
-        assert found == pytest.approx(slope, rel=1e-8 if case.analytic else 1e-5, abs=1e-10 if case.analytic else 1e-7)
+        assert found == pytest.approx(
+            slope, rel=1e-8 if case.analytic else 1e-5, abs=1e-10 if case.analytic else 1e-7
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -181,7 +202,9 @@ def test_value_and_gradient(name: str, shape: tuple[int, int] | None, scale: flo
 def test_lower_precision(name: str, dtype: torch.dtype) -> None:
     students, teachers, targets = draw(name, seed=3)
     # Inputs that the type can represent, so that only the arithmetic and the rounding of the gradient differ.
-    students, teachers = ([torch.tensor(x).to(dtype).double().numpy() for x in side] for side in (students, teachers))
+    students, teachers = (
+        [torch.tensor(x).to(dtype).double().numpy() for x in side] for side in (students, teachers)
+    )
     exact, slopes = evaluate(name, (students, teachers, targets))
     loss, gradients = evaluate(name, (students, teachers, targets), dtype)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-7)
@@ -223,7 +246,8 @@ UNDEFINED += [("dist", kind) for kind in ("tiny", "equal_samples", "dead_samples
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in CASES for kind in HARD] + [(name, kind) for name in LOGITS for kind in HARD_LOGITS],
+    [(name, kind) for name in CASES for kind in HARD]
+    + [(name, kind) for name in LOGITS for kind in HARD_LOGITS],
 )
 def test_hard_inputs(name: str, kind: str) -> None:
     students, teachers, targets = draw(name, seed=11)
@@ -238,7 +262,9 @@ def test_hard_inputs(name: str, kind: str) -> None:
     if name in LOGITS and (name.split("_")[0], kind) not in UNDEFINED:
         size = max(np.abs(x).max() for side in inputs[:2] for x in side)
         expected = np.real(CASES[name].reference(*inputs))
-        assert evaluate(name, inputs)[0].item() == pytest.approx(expected, rel=1e-9, abs=1e-9 * max(1.0, size) ** 2)
+        assert evaluate(name, inputs)[0].item() == pytest.approx(
+            expected, rel=1e-9, abs=1e-9 * max(1.0, size) ** 2
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.zero])
@@ -248,7 +274,10 @@ def test_equal_inputs_have_no_loss_and_no_gradient(name: str) -> None:
         loss, gradients = evaluate(name, (students, [x.copy() for x in students], targets), dtype)
         near = name.startswith(("dist", "nst", "pkt", "sp", "kdsvd"))  # rounding; 1e-8 in DIST
         assert abs(loss.item()) <= (1e-4 if near else 0.0)
-        assert all(gradient.abs().max() <= (1e-4 if near else 2000 * torch.finfo(dtype).eps) for gradient in gradients)
+        assert all(
+            gradient.abs().max() <= (1e-4 if near else 2000 * torch.finfo(dtype).eps)
+            for gradient in gradients
+        )
 
 
 @pytest.mark.parametrize("name", [*NORMALISED, "normkd_range"])
@@ -281,7 +310,9 @@ def test_losses_that_include_others() -> None:
     # DKD, Eq. 5: KD = TCKD + (1 - p_target of the teacher) * NCKD.
     rest = 1.0 - (teacher / 4.0).softmax(1)[0, targets[0]].item()
     plain = losses.kd_loss(student, teacher, 4.0)
-    torch.testing.assert_close(losses.dkd_loss(student, teacher, targets, 1.0, rest, 4.0), plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        losses.dkd_loss(student, teacher, targets, 1.0, rest, 4.0), plain, rtol=1e-12, atol=0
+    )
     student, teacher, targets = logits(6, 6, 9)
     for loss in (losses.ttm_loss, losses.wttm_loss):
         torch.testing.assert_close(
@@ -290,10 +321,14 @@ def test_losses_that_include_others() -> None:
     right, wrong = teacher.argmax(1), teacher.argmin(1)
     refined = losses.rld_loss(student, teacher, right, 1.0, 8.0, 4.0, 4.0)
     torch.testing.assert_close(refined, losses.dkd_loss(student, teacher, right), rtol=1e-12, atol=0)
-    assert losses.rld_loss(student, teacher, wrong, 0.0, 8.0).item() == 0.0  # no class is ranked below the target
+    assert (
+        losses.rld_loss(student, teacher, wrong, 0.0, 8.0).item() == 0.0
+    )  # no class is ranked below the target
     confidence = teacher.softmax(1).gather(1, targets[:, None]).squeeze(1)
     entropy = nn.functional.cross_entropy(student, targets, reduction="none")
-    torch.testing.assert_close(losses.nkd_loss(student, teacher, targets, gamma=0.0), (confidence * entropy).mean())
+    torch.testing.assert_close(
+        losses.nkd_loss(student, teacher, targets, gamma=0.0), (confidence * entropy).mean()
+    )
 
 
 def test_no_positive_logit() -> None:
@@ -308,7 +343,9 @@ def test_no_positive_logit() -> None:
 @pytest.mark.parametrize(("student", "teacher"), [((3, 1), (3, 1)), ((5, 7), (5, 6)), ((7,), (7,))])
 def test_shapes_of_logits_are_checked(name: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least 2 classes and of the same shape"):
-        CASES[name].loss([torch.ones(student)], [torch.ones(teacher)], torch.zeros(student[0], dtype=torch.long))
+        CASES[name].loss(
+            [torch.ones(student)], [torch.ones(teacher)], torch.zeros(student[0], dtype=torch.long)
+        )
 
 
 def test_rkd_is_exact_for_a_common_offset() -> None:

@@ -124,8 +124,12 @@ def test_forward_and_activations(variant: str, name: str) -> None:
         assert torch.equal(features[0], preacts[0])
         torch.testing.assert_close(F.relu(preacts[-1]).mean((2, 3)), pooled)
     else:
-        assert all(torch.equal(feature, preact.relu()) for feature, preact in zip(features, preacts, strict=True))
-        assert [bool((preact < 0).any()) for preact in preacts] == [not stem_is_activated] + [True] * (len(preacts) - 1)
+        assert all(
+            torch.equal(feature, preact.relu()) for feature, preact in zip(features, preacts, strict=True)
+        )
+        assert [bool((preact < 0).any()) for preact in preacts] == [not stem_is_activated] + [True] * (
+            len(preacts) - 1
+        )
     if name not in {"MobileNetV2", "ShuffleV2"} and not name.startswith("wrn"):
         torch.testing.assert_close(features[-1].mean((2, 3)), pooled)
 
@@ -148,7 +152,9 @@ def test_features_without_activation_are_not_overwritten(name: str, modules: lis
     assert all(torch.equal(feature, before) for feature, before in zip(features, seen, strict=True))
 
 
-@pytest.mark.parametrize(("variant", "name"), [("cifar", "vgg13"), ("cifar", "wrn_40_1"), ("imagenet", "MobileNetV1")])
+@pytest.mark.parametrize(
+    ("variant", "name"), [("cifar", "vgg13"), ("cifar", "wrn_40_1"), ("imagenet", "MobileNetV1")]
+)
 def test_preacts_are_outputs_of_their_norms(variant: str, name: str) -> None:
     network = build(variant, name, "cpu")
     seen: dict[nn.Module, Tensor] = {}
@@ -158,18 +164,24 @@ def test_preacts_are_outputs_of_their_norms(variant: str, name: str) -> None:
             norm.register_forward_hook(lambda module, inputs, out: seen.__setitem__(module, out.clone()))
     preacts = network.outputs(images(variant)).preacts
     assert [norm is None for norm in norms] == [variant == "cifar"] + [False] * (len(preacts) - 1)
-    assert all(norm is None or torch.equal(preact, seen[norm]) for norm, preact in zip(norms, preacts, strict=True))
+    assert all(
+        norm is None or torch.equal(preact, seen[norm]) for norm, preact in zip(norms, preacts, strict=True)
+    )
 
 
 @EACH_FAMILY
 def test_norms_run_once_and_channels_last_gives_the_same(variant: str, name: str) -> None:
     network = build(variant, name, "cpu").train()
     network.outputs(images(variant))
-    counts = [int(value) for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")]
+    counts = [
+        int(value) for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")
+    ]
     assert set(counts) == {1}
     with torch.no_grad():
         expected = network.eval()(images(variant))
-        found = network.to(memory_format=torch.channels_last)(images(variant).to(memory_format=torch.channels_last))
+        found = network.to(memory_format=torch.channels_last)(
+            images(variant).to(memory_format=torch.channels_last)
+        )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
@@ -220,7 +232,9 @@ def test_compiles_without_a_graph_break(variant: str, name: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(network.outputs, backend="eager", fullgraph=True)
     outputs = compiled(torch.empty(2, 3, 64, 64, device="meta"))
-    assert sizes(outputs.features) == sizes(network.outputs(torch.empty(2, 3, 64, 64, device="meta")).features)
+    assert sizes(outputs.features) == sizes(
+        network.outputs(torch.empty(2, 3, 64, 64, device="meta")).features
+    )
 
 
 @EACH_FAMILY

@@ -103,7 +103,10 @@ def test_a_wrapped_student_trains_on_a_registered_data_set(mine: Path, method: s
     assert method == "NONE" or metrics[f"loss_{method}"] > 0
     # The parameter names of torchvision, to load the weights without this package.
     about = load(folder / "student_last.pt")
-    assert [name for name in about["model"] if "conv1" in name][:2] == ["conv1.weight", "layer1.0.conv1.weight"]
+    assert [name for name in about["model"] if "conv1" in name][:2] == [
+        "conv1.weight",
+        "layer1.0.conv1.weight",
+    ]
     assert about["about"]["plugins"] == result["config"]["EXPERIMENT"]["PLUGINS"]
     assert Path(about["about"]["plugins"][0]).resolve() == mine / "mine.py"
 
@@ -119,7 +122,11 @@ def test_a_wrapped_teacher_gives_the_logits_of_its_module(mine: Path) -> None:
         assert torch.equal(outputs.logits, logits)
         assert len(outputs.features) == (5 if need is Need.MAPS else 0)
     torch.save({"model": network.state_dict()}, mine / "wrapped.pth")
-    own = ["DISTILLER.STUDENT=resnet8", "DISTILLER.TEACHER=resnet10", f"DISTILLER.TEACHER_WEIGHTS={mine}/wrapped.pth"]
+    own = [
+        "DISTILLER.STUDENT=resnet8",
+        "DISTILLER.TEACHER=resnet10",
+        f"DISTILLER.TEACHER_WEIGHTS={mine}/wrapped.pth",
+    ]
     run(mine, "back", "DISTILLER.TYPE=[NormKD,AT]", *own)
     for method in ("OFD", "REVIEWKD"):  # they need maps from before the activation
         with pytest.raises(ConfigError, match=f"{method}: requires maps before their ReLU"):
@@ -148,24 +155,36 @@ def test_folders_in_which_a_plugin_is_searched(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "installed")])
     for name in ("configs/beside.py", "work/below/here.py", "installed/a_module.py", "work/twice.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"from mdistiller_norm import models\nmodels.register('{Path(name).stem}')(len)\n")
+        (tmp_path / name).write_text(
+            f"from mdistiller_norm import models\nmodels.register('{Path(name).stem}')(len)\n"
+        )
     base, cfg = tmp_path / "configs" / "base.yaml", tmp_path / "configs" / "own.yaml"
     base.write_text("EXPERIMENT: {PLUGINS: [beside.py, below/here.py, a_module]}\n")
     cfg.write_text("_BASE_: base.yaml\n")
     monkeypatch.chdir(tmp_path / "work")
     found = load_config(cfg)
-    assert [str(tmp_path / "configs" / "beside.py"), "below/here.py", "a_module"] == found.node.EXPERIMENT.PLUGINS
+    assert [
+        str(tmp_path / "configs" / "beside.py"),
+        "below/here.py",
+        "a_module",
+    ] == found.node.EXPERIMENT.PLUGINS
     assert {"beside", "here", "a_module"} <= set(CIFAR_MODELS) & set(IMAGENET_MODELS)
     assert "below/here.py" in show(found)
     replaced = load_config(cfg, ["EXPERIMENT.PLUGINS", "twice.py"]).node.EXPERIMENT.PLUGINS
-    assert replaced == load_config(cfg, ["EXPERIMENT.PLUGINS=[./twice.py]"]).node.EXPERIMENT.PLUGINS == ["twice.py"]
+    assert (
+        replaced
+        == load_config(cfg, ["EXPERIMENT.PLUGINS=[./twice.py]"]).node.EXPERIMENT.PLUGINS
+        == ["twice.py"]
+    )
     assert load_config(cfg, ["EXPERIMENT.PLUGINS="]).node.EXPERIMENT.PLUGINS == ""
 
 
 def test_wrapping_changes_nothing_about_a_module() -> None:
     module = mobilenet_v3_small(num_classes=10)
     before = copy.deepcopy(module.state_dict())
-    network = Wrapped(module, 10, classifier="classifier", features=("features.0", "features.3", "features.12"))
+    network = Wrapped(
+        module, 10, classifier="classifier", features=("features.0", "features.3", "features.12")
+    )
     assert list(network.state_dict()) == list(before)
     shapes = probe(network, (64, 64))
     assert [tuple(each.shape) for each in shapes.features] == [(2, 16, 32, 32), (2, 24, 8, 8), (2, 576, 2, 2)]
@@ -182,13 +201,17 @@ def test_wrapping_changes_nothing_about_a_module() -> None:
 
 
 def test_a_network_without_feature_maps_trains_with_pkt(mine: Path, tmp_path: Path) -> None:
-    transformer = VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=24, mlp_dim=48, num_classes=10)
+    transformer = VisionTransformer(
+        32, 16, num_layers=1, num_heads=2, hidden_dim=24, mlp_dim=48, num_classes=10
+    )
     shapes = probe(Wrapped(transformer, 10, classifier="heads"))
     assert (shapes.features, shapes.pooled.shape) == ((), (2, 24))
     (tmp_path / "own.py").write_text(
         f"{REGISTER}from torchvision.models import resnet18\n"
         "models.register('blind')(lambda n: models.Wrapped(resnet18(num_classes=n), n, classifier='fc'))\n"
     )
-    (mine / "blind.yaml").write_text(f"_BASE_: mine.yaml\nEXPERIMENT: {{PLUGINS: [mine.py, {tmp_path}/own.py]}}\n")
+    (mine / "blind.yaml").write_text(
+        f"_BASE_: mine.yaml\nEXPERIMENT: {{PLUGINS: [mine.py, {tmp_path}/own.py]}}\n"
+    )
     command = ["--cfg", str(mine / "blind.yaml"), "DISTILLER.STUDENT=blind", f"LOG.PREFIX={tmp_path}"]
     assert execute(["train", *command, "DISTILLER.TYPE=PKT"]) == 0

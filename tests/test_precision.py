@@ -52,7 +52,9 @@ def test_losses_are_float32_and_finite_under_bf16(tmp_path: Path, teacher: str, 
 
 
 @pytest.mark.parametrize("need", [Need.LOGITS, Need.POOLED, Need.MAPS])
-def test_only_outputs_that_a_method_reads_are_converted_to_float32(tmp_path: Path, teacher: str, need: Need) -> None:
+def test_only_outputs_that_a_method_reads_are_converted_to_float32(
+    tmp_path: Path, teacher: str, need: Need
+) -> None:
     class Recording(Distiller):
         def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> torch.Tensor:
             given = (student.logits, student.pooled, student.features[1], student.preacts[1])
@@ -74,13 +76,17 @@ def test_a_teacher_is_compiled_in_the_modes_it_runs_in(need: Need) -> None:
 
     def compiler(module: nn.Module) -> Callable[[torch.Tensor], Outputs]:
         def run(images: torch.Tensor) -> Outputs:
-            modes.append((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+            modes.append(
+                (torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+            )
             return module(images)
 
         run(torch.zeros(2, 3, 32, 32))
         return run
 
-    LiveTeacher(build_model("resnet8", 10), need, torch.bfloat16, compiler=compiler).run(torch.zeros(2, 3, 32, 32))
+    LiveTeacher(build_model("resnet8", 10), need, torch.bfloat16, compiler=compiler).run(
+        torch.zeros(2, 3, 32, 32)
+    )
     assert modes == [(True, need is not Need.MAPS, False)] * 2
 
 

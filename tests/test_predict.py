@@ -34,12 +34,16 @@ def predict(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 
     return json.loads(capsys.readouterr().out)
 
 
-def test_probabilities_are_those_of_the_network(run: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probabilities_are_those_of_the_network(
+    run: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     network, dataset = open_checkpoint(run / "student_best.pt")
     batch, _ = next(iter(dataset.eval_loader(3, torch.device("cpu"))))
     with torch.no_grad():
         expected = network.eval()(batch).softmax(1)
-    found = predict(capsys, "-c", run, images / "a.png", images / "b.png", images / "nested", "-bs", 2, "--top", 20)
+    found = predict(
+        capsys, "-c", run, images / "a.png", images / "b.png", images / "nested", "-bs", 2, "--top", 20
+    )
     assert [Path(entry["image"]).name for entry in found] == ["a.png", "b.png", "c.png"]
     for entry, row in zip(found, expected, strict=True):
         classes = entry["classes"]
@@ -49,7 +53,9 @@ def test_probabilities_are_those_of_the_network(run: Path, images: Path, capsys:
         assert classes == sorted(classes, key=lambda each: -each["probability"])
 
 
-@pytest.mark.parametrize("arguments", [["-o", "s.pt2"], ["-o", "s.pt2", "--with-normalisation"], ["-o", "s.onnx"]])
+@pytest.mark.parametrize(
+    "arguments", [["-o", "s.pt2"], ["-o", "s.pt2", "--with-normalisation"], ["-o", "s.onnx"]]
+)
 def test_exported_files_predict_the_same(
     run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:

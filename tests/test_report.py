@@ -33,7 +33,9 @@ from mdistiller_norm.reproduce.tables import TABLES, Cell
 PAIR = "res32x4_res8x4"
 
 
-def made_up(cell: Cell, seed: int, last: float, best: float, teacher_hash: str = "a" * 64, **more: object) -> Record:
+def made_up(
+    cell: Cell, seed: int, last: float, best: float, teacher_hash: str = "a" * 64, **more: object
+) -> Record:
     """Return a valid record with chosen accuracies: input of the report, not a measurement."""
     config = cell_config(cell)
     assert config is not None
@@ -80,8 +82,19 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cell = TABLES["2"].cells["crd", PAIR]
     config = cell_config(cell)
     assert config is not None
-    failed = {"status": "failed", "error": "error: no <memory> | left", "log": ["line 1"], "seed": 0, "format": 1}
-    failed |= {"smoke": False, "config_file": cell.config, "command": "train.py <x>", "at": "2026-01-01T00:00:00Z"}
+    failed = {
+        "status": "failed",
+        "error": "error: no <memory> | left",
+        "log": ["line 1"],
+        "seed": 0,
+        "format": 1,
+    }
+    failed |= {
+        "smoke": False,
+        "config_file": cell.config,
+        "command": "train.py <x>",
+        "at": "2026-01-01T00:00:00Z",
+    }
     write_record(signed_record(failed | {"config": yaml.safe_load(dump(config.node))}), folder)
     (folder / "broken.json").write_text("{")
     return folder
@@ -224,7 +237,9 @@ def test_the_page_is_complete_escaped_and_loads_nothing(report: Record) -> None:
         assert unescaped not in text
     # A chart of accuracy and one of losses for each measured cell, and an overview of columns with two rows or more.
     cells = [cell for entry in report["tables"] for cell in entry.cells.values() if cell.runs]
-    overviews = [entry for entry in report["tables"] if sum(bool(cell.runs) for cell in entry.cells.values()) > 1]
+    overviews = [
+        entry for entry in report["tables"] if sum(bool(cell.runs) for cell in entry.cells.values()) > 1
+    ]
     assert page.tags.count("svg") == 2 * len(cells) + len(overviews)
 
 
@@ -232,7 +247,9 @@ def test_charts() -> None:
     chart = line_chart("A <title>", [("a", [10.0, 20.0]), ("a", [11.0, 12.0]), ("b", [float("nan"), 3.0])])
     assert "A &lt;title&gt;" in chart
     assert "currentColor" in chart
-    assert chart == line_chart("A <title>", [("a", [10.0, 20.0]), ("a", [11.0, 12.0]), ("b", [float("nan"), 3.0])])
+    assert chart == line_chart(
+        "A <title>", [("a", [10.0, 20.0]), ("a", [11.0, 12.0]), ("b", [float("nan"), 3.0])]
+    )
     assert line_chart("empty", [("a", [float("nan")])]) == ""
 
 
@@ -252,7 +269,10 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
     assert kd.minus(normkd, "best") is not None
     assert dkd.minus(kd, "best") is None, "different teachers"
     text, page = (render(report, f"report.{name}.j2") for name in ("md", "html"))
-    assert "- cifar100_baselines/kd,res32x4,res8x4, seed 1: best 74.20, last 74.00, teacher bbbbbbbbbb (`" in text
+    assert (
+        "- cifar100_baselines/kd,res32x4,res8x4, seed 1: best 74.20, last 74.00, teacher bbbbbbbbbb (`"
+        in text
+    )
     for line in (
         "teacher weights (SHA-256): aaaaaaaaaa (3 runs), bbbbbbbbbb (1 run).",
         "precision: fp32 (3 runs), bf16 (1 run).",
@@ -268,10 +288,16 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
 def test_parts_of_resumed_runs_and_settings_of_other_runs_are_shown(tmp_path: Path) -> None:
     records = [made_up(TABLES["2"].cells["kd", PAIR], seed, 73.0, 73.0) for seed in range(3)]
     here = records[0]["environment"] | {"precision": "fp32", "processes": 1}
-    parts = [[{"from_step": 0}], [{"from_step": 0}, {"from_step": 700, "commit": "d" * 40}], [{"from_step": 900}]]
+    parts = [
+        [{"from_step": 0}],
+        [{"from_step": 0}, {"from_step": 700, "commit": "d" * 40}],
+        [{"from_step": 900}],
+    ]
     for record, steps in zip(records, parts, strict=True):
         write_record(signed_record(record | {"parts": [here | part for part in steps]}), tmp_path)
-    other = made_up(TABLES["2"].cells["normkd", PAIR], 1, 73.0, 73.2, command="train.py --cfg a.yaml SOLVER.LR 0.1")
+    other = made_up(
+        TABLES["2"].cells["normkd", PAIR], 1, 73.0, 73.2, command="train.py --cfg a.yaml SOLVER.LR 0.1"
+    )
     other["config"]["SOLVER"]["LR"], other["config"]["DATASET"]["VAL_SPLIT"] = 0.1, 0.1
     write_record(signed_record(other), tmp_path)
     text = render(collect(tmp_path), "report.md.j2")
@@ -285,11 +311,17 @@ def test_parts_of_resumed_runs_and_settings_of_other_runs_are_shown(tmp_path: Pa
 
 
 def test_the_command_writes_all_files(ledger: Path, tmp_path: Path) -> None:
-    assert execute(["report", "--results", str(ledger.parent), "--out", str(tmp_path), "--export", "csv"]) == 0
+    assert (
+        execute(["report", "--results", str(ledger.parent), "--out", str(tmp_path), "--export", "csv"]) == 0
+    )
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert len(rows) == sum(map(len, NUMBERS.values())) + 1
     first = next(row for row in rows if row["method"] == "NormKD" and row["seed"] == "0")
-    assert (float(first["last_top1"]), float(first["best_top1"]), first["teacher_hash"]) == (76.2, 76.5, "a" * 64)
+    assert (float(first["last_top1"]), float(first["best_top1"]), first["teacher_hash"]) == (
+        76.2,
+        76.5,
+        "a" * 64,
+    )
     assert "table 6, T_norm = 2" in first["cells"]
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "TABLES.md").is_file()

@@ -47,7 +47,9 @@ def test_printed_numbers_equal_the_facts(facts: Path) -> None:
         assert len(table.rows) == len(expected["rows"])
         for row in table.rows:
             cells = [table.cells[row.key, column.key].paper for column in table.columns]
-            printed = [cells[0]["top1"], cells[0]["top5"]] if number in "45" else [cell["top1"] for cell in cells]
+            printed = (
+                [cells[0]["top1"], cells[0]["top5"]] if number in "45" else [cell["top1"] for cell in cells]
+            )
             assert printed == expected["rows"][names.get(row.key, row.name)], row.name
         if "delta1_printed" in expected:
             deltas = [expected["delta1_printed"], expected["delta2_printed"]]
@@ -55,9 +57,13 @@ def test_printed_numbers_equal_the_facts(facts: Path) -> None:
     for number in ("1", "6", "7", "8"):
         printed = [cell.paper["top1"] for cell in TABLES[number].cells.values()]
         assert printed == [row["top1"] for row in paper[f"table{number}"]["rows"]]
-    assert [cell.paper["top5"] for cell in TABLES["7"].cells.values()] == [r["top5"] for r in paper["table7"]["rows"]]
+    assert [cell.paper["top5"] for cell in TABLES["7"].cells.values()] == [
+        r["top5"] for r in paper["table7"]["rows"]
+    ]
     for cell in TABLES["9"].cells.values():
-        assert [cell.paper[key] for key in ("top1", "ms", "parameters")] == paper["table9"]["rows"][cell.row.name]
+        assert [cell.paper[key] for key in ("top1", "ms", "parameters")] == paper["table9"]["rows"][
+            cell.row.name
+        ]
 
 
 def test_printed_deltas_are_differences_of_printed_means_except_for_one_misprint() -> None:
@@ -65,7 +71,9 @@ def test_printed_deltas_are_differences_of_printed_means_except_for_one_misprint
     for table in TABLES.values():
         for delta in table.deltas:
             for column, printed in zip(table.columns, delta.printed, strict=False):
-                first, second = (table.cells[key, column.key].paper["top1"] for key in (delta.row, delta.minus))
+                first, second = (
+                    table.cells[key, column.key].paper["top1"] for key in (delta.row, delta.minus)
+                )
                 if round(first - second, 2) != printed:
                     wrong.append((table.id, delta.name, column.key))
     assert wrong == [("3", "Δ2", "res32x4_shuv2")]
@@ -83,7 +91,9 @@ def test_every_cell_has_a_config_of_its_pair_and_method() -> None:
         assert config is not None
         node = config.node
         assert table.dataset == node.DATASET.TYPE, cell.name
-        assert (cell.column.teacher if is_teacher else cell.column.student) == node.DISTILLER.STUDENT, cell.name
+        assert (cell.column.teacher if is_teacher else cell.column.student) == node.DISTILLER.STUDENT, (
+            cell.name
+        )
         assert node.DISTILLER.TYPE == "NONE" or cell.column.teacher == node.DISTILLER.TEACHER, cell.name
         assert TYPES.get(cell.row.key, node.DISTILLER.TYPE) == node.DISTILLER.TYPE, cell.name
         assert not is_teacher or cell.config == table.teacher.format(teacher=cell.column.teacher)
@@ -128,7 +138,12 @@ def test_identity_depends_on_the_result_only(tmp_path: Path) -> None:
     unused = tmp_path / "unused.yaml"
     unused.write_text(f"_BASE_: {ROOT / 'configs/digits/normkd.yaml'}\nCRD.NCE.K: 3\n")
     assert identity(load_config(unused).node) == of()
-    other = ["SOLVER.EPOCHS=3", "NormKD.TEMPERATURE_NORM=1.5", "DISTILLER.STUDENT=resnet14", "DISTILLER.TYPE=KD"]
+    other = [
+        "SOLVER.EPOCHS=3",
+        "NormKD.TEMPERATURE_NORM=1.5",
+        "DISTILLER.STUDENT=resnet14",
+        "DISTILLER.TYPE=KD",
+    ]
     assert len({of(), *(of(override) for override in other)}) == len(other) + 1
     stored = yaml.safe_load(dump(load_config(ROOT / "configs/digits/normkd.yaml").node))
     del stored["SOLVER"]["DOT"]  # a record from before that key existed
@@ -139,7 +154,9 @@ def test_identity_depends_on_the_result_only(tmp_path: Path) -> None:
     assert identity(plain) == identity(load_config(ROOT / "configs/digits/vanilla_resnet8.yaml").node)
 
 
-def plan(cells: Sequence[Cell], seeds: Sequence[int], output: Path, *extra: str, by_value: bool = False) -> list[Job]:
+def plan(
+    cells: Sequence[Cell], seeds: Sequence[int], output: Path, *extra: str, by_value: bool = False
+) -> list[Job]:
     return make_plan(cells, seeds, output, False, extra, by_value)[0]
 
 
@@ -190,10 +207,14 @@ def test_overrides_that_change_the_result_are_refused(tmp_path: Path, override: 
 def test_operations_are_counted() -> None:
     # resnet20 has 40.55 million multiply-adds in its convolutions for 32x32 images (He et al., 2016).
     assert forward_flops("resnet20", "cifar100") == pytest.approx(2 * 40.8e6, rel=0.02)
-    alone, taught = (load_config(ROOT / f"configs/digits/{name}.yaml").node for name in ("vanilla_resnet8", "kd"))
+    alone, taught = (
+        load_config(ROOT / f"configs/digits/{name}.yaml").node for name in ("vanilla_resnet8", "kd")
+    )
     images = 12 * 1437
     assert training_flops(alone) == pytest.approx(images * 3 * forward_flops("resnet8", "digits"))
-    assert training_flops(taught) - training_flops(alone) == pytest.approx(images * forward_flops("resnet20", "digits"))
+    assert training_flops(taught) - training_flops(alone) == pytest.approx(
+        images * forward_flops("resnet20", "digits")
+    )
     own = load_config(ROOT / "configs/digits/vanilla_resnet8.yaml", ["DISTILLER.STUDENT=of_a_plugin"]).node
     assert training_flops(own) == 0
 
@@ -201,7 +222,16 @@ def test_operations_are_counted() -> None:
 def test_config_keys_after_the_values_of_a_list_option_are_overrides(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = ["reproduce", "--results", str(tmp_path), "--output", str(tmp_path), "--dry-run", "--table", "digits"]
+    where = [
+        "reproduce",
+        "--results",
+        str(tmp_path),
+        "--output",
+        str(tmp_path),
+        "--dry-run",
+        "--table",
+        "digits",
+    ]
     for words in (
         ["--methods", "student", "--seeds", "0", "1", "SOLVER.PRECISION", "bf16"],
         ["SOLVER.PRECISION=bf16", "--seeds", "0", "1", "--methods", "student"],
@@ -244,11 +274,23 @@ def test_invalid_arguments(tmp_path: Path, arguments: str, message: str) -> None
 
 def test_durations_are_parsed_and_the_tool_prints_errors_on_one_line() -> None:
     assert [parse_duration(text) for text in ("90s", "9m", "1h30m", "")] == [90, 540, 5400, float("inf")]
-    assert_user_error(tool("reproduce", "--table", "2", "--methods", "normkdd", check=False), "normkdd", "normkd")
+    assert_user_error(
+        tool("reproduce", "--table", "2", "--methods", "normkdd", check=False), "normkdd", "normkd"
+    )
 
 
-def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    where = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--trials", "1", "--dry-run"]
+def test_a_dry_run_lists_the_runs_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [
+        "--output",
+        str(tmp_path / "out"),
+        "--results",
+        str(tmp_path / "results"),
+        "--trials",
+        "1",
+        "--dry-run",
+    ]
     assert execute(["reproduce", "--table", "4", "digits", *where]) == 0
     listed = capsys.readouterr().out
     assert "[seed 0] digits/normkd,resnet20,resnet8: 0 of 12 epochs done" in listed
@@ -272,7 +314,9 @@ def test_parallel_runs_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert slot_environment("auto", 1, 2, 2)["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
-def test_commands_of_students_use_the_weights_of_their_teachers_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_students_use_the_weights_of_their_teachers_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     own = [cell for cell in CELLS if TABLES[cell.table].own_teacher]
     teachers = {}
     for cell in own:

@@ -30,7 +30,14 @@ from mdistiller_norm.engine.teacher_file import find_teacher
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.reproduce.ledger import Ledger, finished_record, read_ledger, signed_record, write_record
-from mdistiller_norm.reproduce.plan import Job, cell_config, cell_identity, estimate, make_plan, training_flops
+from mdistiller_norm.reproduce.plan import (
+    Job,
+    cell_config,
+    cell_identity,
+    estimate,
+    make_plan,
+    training_flops,
+)
 from mdistiller_norm.reproduce.runner import Execution, pending_jobs
 from mdistiller_norm.reproduce.tables import TABLES
 
@@ -113,22 +120,32 @@ def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(
     code, printed = reproduce(*arguments)
     assert code == 0
     assert "1 done, 0 failed, 0 waiting for a teacher" in printed
-    assert re.search(r"\[seed 0\] digits/vanilla,resnet8: .*, last top-1 \d+\.\d\d, best top-1 \d+\.\d\d\n", printed)
-    assert re.search(r"  table digits, Student, .*: last top-1 \d+\.\d\d, best \d+\.\d\d \(n = 1\)\n", printed)
+    assert re.search(
+        r"\[seed 0\] digits/vanilla,resnet8: .*, last top-1 \d+\.\d\d, best top-1 \d+\.\d\d\n", printed
+    )
+    assert re.search(
+        r"  table digits, Student, .*: last top-1 \d+\.\d\d, best \d+\.\d\d \(n = 1\)\n", printed
+    )
     assert f"report: mdistiller-norm report --results {tmp_path / 'results'}\n" in printed
     assert "1 run: 1 done, 0 to run" in reproduce(*arguments)[1]
     (entry,) = read_ledger(tmp_path / "results" / "runs").all_runs()
     assert entry.record["metrics"]["epoch"] == list(range(1, 13))
-    epochs = [line.split(":")[0] for line in (run / "worklog.txt").read_text().splitlines() if line[:6] == "epoch "]
+    epochs = [
+        line.split(":")[0] for line in (run / "worklog.txt").read_text().splitlines() if line[:6] == "epoch "
+    ]
     assert list(dict.fromkeys(epochs)) == [f"epoch {i}/12" for i in range(1, 13)]
     assert len(epochs) <= 13, "only the epoch whose state SIGKILL prevented may be repeated"
 
 
 @pytest.mark.slow
-def test_a_failure_is_recorded_and_stops_only_the_students_of_that_teacher(trained: Path, tmp_path: Path) -> None:
+def test_a_failure_is_recorded_and_stops_only_the_students_of_that_teacher(
+    trained: Path, tmp_path: Path
+) -> None:
     teacher = jobs_of(tmp_path, "teacher")[0].folder
     teacher.mkdir(parents=True)
-    (teacher / "config.yaml").write_text(dump(load_config(jobs_of(trained, "teacher")[0].folder / "config.yaml").node))
+    (teacher / "config.yaml").write_text(
+        dump(load_config(jobs_of(trained, "teacher")[0].folder / "config.yaml").node)
+    )
     (teacher / "latest.pt").write_bytes(b"not a checkpoint")
     code, printed = smoke(tmp_path, "--methods", "kd", "student", "--seeds", 0)
     assert code == 1
@@ -145,7 +162,10 @@ def test_a_failure_is_recorded_and_stops_only_the_students_of_that_teacher(train
 
     shutil.rmtree(teacher)
     shutil.copytree(jobs_of(trained, "teacher")[0].folder, teacher)
-    assert "3 runs: 2 done, 1 to run" in smoke(tmp_path, "--methods", "kd", "student", "--seeds", 0, "--dry-run")[1]
+    assert (
+        "3 runs: 2 done, 1 to run"
+        in smoke(tmp_path, "--methods", "kd", "student", "--seeds", 0, "--dry-run")[1]
+    )
     smoke(tmp_path, "--add", teacher)
     assert not ledger_of(tmp_path).failures
 
@@ -203,7 +223,13 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(
         )
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    slurm = ["--launcher", "slurm", "--slurm", "slurm_additional_parameters={constraint: a100}", "timeout_min=7"]
+    slurm = [
+        "--launcher",
+        "slurm",
+        "--slurm",
+        "slurm_additional_parameters={constraint: a100}",
+        "timeout_min=7",
+    ]
     code, printed = smoke(tmp_path / "output", "--methods", "kd", "--trials", 1, *slurm)
     assert code == 3
     assert "2 runs queued on Slurm" in printed
@@ -261,8 +287,12 @@ def test_teachers_run_only_for_pending_students_and_once_for_all_precisions(outp
     (run,) = ledger.of(student.key[0]).values()
     assert student.teacher_hash() == run.teacher_hash
     assert pending_jobs([teacher, student], ledger) == []
-    other = dataclasses.replace(run, record=run.record | {"teacher": run.record["teacher"] | {"hash": "f" * 64}})
-    assert pending_jobs([teacher, student], Ledger({(run.identity, other.teacher_hash): {0: other}})) == [student]
+    other = dataclasses.replace(
+        run, record=run.record | {"teacher": run.record["teacher"] | {"hash": "f" * 64}}
+    )
+    assert pending_jobs([teacher, student], Ledger({(run.identity, other.teacher_hash): {0: other}})) == [
+        student
+    ]
     teacher, student = jobs_of(output, "dkd", "SOLVER.PRECISION=bf16")
     assert teacher.folder == jobs_of(output, "teacher")[0].folder
     assert f"DISTILLER.TEACHER_WEIGHTS={teacher.weights}" in student.overrides
@@ -297,7 +327,9 @@ def test_a_record_holds_the_run_and_no_path_of_the_machine(trained: Path, tmp_pa
     assert record["teacher"]["file"].startswith("smoke/digits")
     assert not read_ledger(entry.path.parent).all_runs(), "smoke runs must not fill cells"
     assert reproduce("--add", folder, "--smoke", "--results", tmp_path)[0] == 0
-    assert [entry.record["method"] for entry in read_ledger(tmp_path / "runs", smoke=True).all_runs()] == [["KD"]]
+    assert [entry.record["method"] for entry in read_ledger(tmp_path / "runs", smoke=True).all_runs()] == [
+        ["KD"]
+    ]
 
 
 def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
@@ -331,7 +363,10 @@ def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
         "type": (changed(seed="0"), "seed must be int, got '0'"),
         "future": (changed(format=2), "format must be 1, got 2"),
         "better": (changed(best=record["best"] | {"top1": 99.9}), "best top1 99.9 differs"),
-        "short": (changed(metrics=record["metrics"] | {"epoch": [1]}), "metric epoch does not have 2 numbers"),
+        "short": (
+            changed(metrics=record["metrics"] | {"epoch": [1]}),
+            "metric epoch does not have 2 numbers",
+        ),
         "schedule": (changed(epochs=3), "differs from SOLVER.EPOCHS"),
     }
     for name, (content, _) in cases.items():
@@ -392,13 +427,19 @@ def test_published_weights_become_teachers_if_trained_alone(
         last = {"epoch": 240, "top1": 72.5, "top5": 92.0, "loss": 1.0}
         result = json.loads((jobs_of(trained, "kd")[-1].folder / "result.json").read_text())
         result |= {"config": yaml.safe_load(dump(config.node)), "epochs": 240, "last": last, "best": last}
-        result |= {"method": [] if method == "student" else ["KD"], "student": "resnet8x4", "dataset": "cifar100"}
+        result |= {
+            "method": [] if method == "student" else ["KD"],
+            "student": "resnet8x4",
+            "dataset": "cifar100",
+        }
         folder = tmp_path / method
         folder.mkdir()
         (folder / "result.json").write_text(json.dumps(result))
         lines = [json.dumps({"epoch": i, "test_top1": 72.5, "images_per_second": 1.0}) for i in range(1, 241)]
         (folder / "metrics.jsonl").write_text("\n".join(lines))
-        torch.save({"model": network.state_dict(), "about": {"name": "resnet8x4"}}, folder / "student_last.pt")
+        torch.save(
+            {"model": network.state_dict(), "about": {"name": "resnet8x4"}}, folder / "student_last.pt"
+        )
         return folder
 
     monkeypatch.chdir(tmp_path)

@@ -79,7 +79,9 @@ def test_the_parts_of_a_resumed_run_are_recorded(folder: Path) -> None:
         assert json.loads((folder / "result.json").read_text())["parts"] == expected
 
 
-def test_a_run_that_torchrun_restarts_resumes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_torchrun_restarts_resumes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for job in ("none", "a-job"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
@@ -107,7 +109,11 @@ def damaged(key: str, value: object) -> Callable[[Path], object]:
         (lambda folder: (folder / "config.yaml").unlink(), [], r"holds a state but no config\.yaml"),
         (lambda folder: (folder / LATEST).unlink(), [], r"holds a result but no latest\.pt"),
         (lambda folder: torch.save([1, 2], folder / LATEST), [], r"latest\.pt is not the state of a run"),
-        (lambda folder: torch.save({"model": {}}, folder / LATEST), [], r"latest\.pt is not the state of a run"),
+        (
+            lambda folder: torch.save({"model": {}}, folder / LATEST),
+            [],
+            r"latest\.pt is not the state of a run",
+        ),
         (lambda folder: (folder / LATEST).write_bytes(b"PK\3\4"), [], r"latest\.pt is damaged"),
         (damaged("epoch", 4), [], r"SOLVER\.EPOCHS must be >= 3"),
         (damaged("identity", {"precision": "bf16"}), [], r"another precision \(bf16, now fp32\)"),

@@ -60,7 +60,9 @@ def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path: Path, teacher
         assert losses.total.shape == ()
         assert losses.parts.shape == (len(step.trainable.loss_names),)
 
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # real parameters cannot become fake in place
+    torch.__future__.set_overwrite_module_params_on_conversion(
+        True
+    )  # real parameters cannot become fake in place
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             gpu = torch.device("cuda")
@@ -122,7 +124,9 @@ def test_everything_that_a_step_changes_can_be_restored(tmp_path: Path, teacher:
         steps[0](*raw)
         restore(static, list(raw))
         steps[1](*static)
-    assert addresses == [tensor.data_ptr() for tensor in steps[1].state_tensors()]  # momenta existed from the start
+    assert addresses == [
+        tensor.data_ptr() for tensor in steps[1].state_tensors()
+    ]  # momenta existed from the start
     for part in ("trainable", "optimizer", "meters"):
         assert_same_state(*(dict(getattr(step, part).state_dict()) for step in steps))
 

@@ -33,7 +33,11 @@ from mdistiller_norm.run import build_run, train
 from mdistiller_norm.types import Outputs
 
 CPU, ROWS = torch.device("cpu"), 1437 * 81
-NORMKD, LAZY, FP16 = "DISTILLER.TYPE=NormKD", "DISTILLER.TEACHER_CACHE=lazy", "DISTILLER.TEACHER_CACHE_PRECISION=fp16"
+NORMKD, LAZY, FP16 = (
+    "DISTILLER.TYPE=NormKD",
+    "DISTILLER.TEACHER_CACHE=lazy",
+    "DISTILLER.TEACHER_CACHE_PRECISION=fp16",
+)
 
 
 def copy_teacher(teacher: str, folder: Path) -> str:
@@ -97,7 +101,9 @@ def test_folding_changes_outputs_by_rounding_only(name: str) -> None:
     images = torch.randn(4, 3, 32, 32)
     for need in (Need.LOGITS, Need.MAPS):
         module = folded(network, need)
-        norms, all_norms = (sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (module, network))
+        norms, all_norms = (
+            sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (module, network)
+        )
         assert norms < all_norms
         with torch.no_grad():
             expected, got = network.outputs(images), module(images)
@@ -118,13 +124,17 @@ def test_every_model_can_be_folded_and_others_run_unchanged() -> None:
         assert module(torch.empty(2, 3, 32, 32, device="meta")).logits.shape == (2, 10)
     network, images = build_model("resnet8", 10).eval(), torch.randn(2, 3, 32, 32)
     outputs = network.outputs
-    network.outputs = lambda images: outputs(images if images.isfinite().all() else -images)  # cannot be traced
+    network.outputs = lambda images: outputs(
+        images if images.isfinite().all() else -images
+    )  # cannot be traced
     with torch.no_grad():
         assert torch.equal(folded(network, Need.LOGITS)(images).logits, network(images))
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_runs_that_fill_and_read_the_cache_are_bit_identical(filled: tuple[Path, str], on_device: bool) -> None:
+def test_runs_that_fill_and_read_the_cache_are_bit_identical(
+    filled: tuple[Path, str], on_device: bool
+) -> None:
     folder, weights = filled
     found = run(folder, f"reads{on_device}", weights, LAZY, epochs=2, on_device=on_device)
     assert (found.requested, found.computed) == (2 * 1437, 0)
@@ -180,7 +190,10 @@ def test_cached_outputs_are_those_of_the_teacher(
 
 
 def test_each_teacher_and_precision_has_a_cache(tmp_path: Path, own_teacher: str) -> None:
-    stores = [build(tmp_path, "a", own_teacher, LAZY)[1].store, build(tmp_path, "b", own_teacher, LAZY, FP16)[1].store]
+    stores = [
+        build(tmp_path, "a", own_teacher, LAZY)[1].store,
+        build(tmp_path, "b", own_teacher, LAZY, FP16)[1].store,
+    ]
     about = json.loads((stores[0].folder / "about.json").read_text())
     assert (about["rows"], stores[0].dtype, stores[1].dtype) == (ROWS, torch.float32, torch.float16)
     edit_weights(own_teacher, lambda state: state["fc.bias"].add_(1))
@@ -189,7 +202,9 @@ def test_each_teacher_and_precision_has_a_cache(tmp_path: Path, own_teacher: str
     assert {store.folder.parent for store in stores} == {tmp_path / "teacher.pt.cache"}
 
 
-def test_a_cache_of_changed_code_is_refused(filled: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_changed_code_is_refused(
+    filled: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = type(build_model("resnet14", 10))
     outputs = kind.outputs
 
@@ -204,13 +219,19 @@ def test_a_cache_of_changed_code_is_refused(filled: tuple[Path, str], monkeypatc
 
 def test_outputs_too_large_for_fp16_are_refused(tmp_path: Path, own_teacher: str) -> None:
     edit_weights(own_teacher, lambda state: (state["fc.weight"].mul_(1e5), state["fc.bias"].mul_(1e5)))
-    with pytest.raises(CheckpointError, match=r"too large for fp16: set DISTILLER\.TEACHER_CACHE_PRECISION fp32"):
+    with pytest.raises(
+        CheckpointError, match=r"too large for fp16: set DISTILLER\.TEACHER_CACHE_PRECISION fp32"
+    ):
         run(tmp_path, "half", own_teacher, LAZY, FP16)
 
 
 @pytest.mark.parametrize("method", ["KD", "FITNET"])
 def test_outputs_that_cannot_be_cached_are_not(
-    tmp_path: Path, own_teacher: str, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    own_teacher: str,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(DISTILLERS["KD"], "teacher_in_train_mode", True)  # outputs depend on the batch
     found = build_run(config(tmp_path, "run", f"DISTILLER.TYPE={method}", own_teacher, LAZY)).trainer
@@ -313,7 +334,9 @@ def test_a_full_disk_is_an_error(tmp_path: Path, own_teacher: str, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)  # a disk cannot be filled up for a test
-    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\): free space or set"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written \(No space left on device\): free space or set"
+    ):
         run(tmp_path, "run", own_teacher, LAZY)
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -342,7 +365,9 @@ def test_the_choice_depends_on_the_number_of_steps_and_the_compiler(monkeypatch:
 def test_compiled_networks_compute_the_same() -> None:
     images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
     eager = trained_network("resnet8")
-    live = LiveTeacher(copy.deepcopy(eager), Need.LOGITS, compiler=lambda m: compile_teacher(m, images, pytest.fail))
+    live = LiveTeacher(
+        copy.deepcopy(eager), Need.LOGITS, compiler=lambda m: compile_teacher(m, images, pytest.fail)
+    )
     with torch.no_grad():
         torch.testing.assert_close(live.run(images).logits, eager(images), rtol=1e-3, atol=1e-3)
     network = copy.deepcopy(eager.train())

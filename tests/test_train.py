@@ -39,10 +39,14 @@ def few() -> TensorDataset:
 def build_few(
     few: TensorDataset, folder: Path, name: str, *overrides: str, epochs: int = 2, resume: bool = False
 ) -> Run:
-    return build_run(config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs), resume, dataset=few)
+    return build_run(
+        config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs), resume, dataset=few
+    )
 
 
-def fit_few(few: TensorDataset, folder: Path, name: str, *overrides: str, epochs: int = 2, **more: bool) -> None:
+def fit_few(
+    few: TensorDataset, folder: Path, name: str, *overrides: str, epochs: int = 2, **more: bool
+) -> None:
     run = build_few(few, folder, name, *overrides, epochs=epochs, **more)
     try:
         run.trainer.fit()
@@ -80,7 +84,9 @@ def test_a_run_writes_its_files(tmp_path: Path, teacher: str) -> None:
     assert [record["epoch"] for record in records] == [1, 2]
     assert result["last"]["top1"] == records[-1]["test_top1"]
     assert result["best"]["top1"] == max(record["test_top1"] for record in records)
-    assert {"loss_ce", "loss_NormKD", "loss_total", "train_top1", "test_top5", "lr", "data_wait"} <= records[0].keys()
+    assert {"loss_ce", "loss_NormKD", "loss_total", "train_top1", "test_top5", "lr", "data_wait"} <= records[
+        0
+    ].keys()
     assert records[0]["loss_total"] == pytest.approx(records[0]["loss_ce"] + records[0]["loss_NormKD"])
     assert result["teacher"]["top1"] > 30
     assert result["config"]["NormKD"]["TEMPERATURE_NORM"] == 2.0
@@ -88,7 +94,9 @@ def test_a_run_writes_its_files(tmp_path: Path, teacher: str) -> None:
     assert list((folder / "tensorboard").glob("events*"))
 
     state = load(folder / "latest.pt")
-    assert not [key for key in state["trainable"] if not key.startswith("student.")], "a teacher in the checkpoint"
+    assert not [key for key in state["trainable"] if not key.startswith("student.")], (
+        "a teacher in the checkpoint"
+    )
     about = load(folder / "student_last.pt")["about"]
     assert (about["name"], about["top1"]) == ("resnet8", result["last"]["top1"])
     assert about["classes"] == [str(i) for i in range(10)]
@@ -106,7 +114,12 @@ def test_weights_are_a_function_of_the_seed(tmp_path: Path, teacher: str, few: T
 @pytest.mark.parametrize("method", ["NONE", *DISTILLERS, "KD by DOT"])
 def test_resuming_is_bit_identical(tmp_path: Path, teacher: str, few: TensorDataset, method: str) -> None:
     name, _, dot = method.partition(" by ")
-    extra = [f"DISTILLER.TYPE={name}", f"SOLVER.TRAINER={'dot' if dot else 'base'}", *SMALLER.get(name, []), teacher]
+    extra = [
+        f"DISTILLER.TYPE={name}",
+        f"SOLVER.TRAINER={'dot' if dot else 'base'}",
+        *SMALLER.get(name, []),
+        teacher,
+    ]
     fit_few(few, tmp_path, "whole", *extra)
     run = build_few(few, tmp_path, "parts", *extra)
     after_step(run, 4, lambda: signal.raise_signal(signal.SIGINT))
@@ -133,7 +146,9 @@ def test_dot_does_not_change_frozen_parameters(tmp_path: Path, teacher: str, few
     step, student = run.trainer.step, run.trainer.step.trainable.student
     student.conv1.requires_grad_(False)
     batch = step.loader.prepare(*next(step.loader.batches(1)))
-    optimizer = DOT(step.trainable, batch, step.teacher, 0.05, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
+    optimizer = DOT(
+        step.trainable, batch, step.teacher, 0.05, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True
+    )
     before = [weight.detach().clone() for weight in (student.conv1.weight, student.fc.weight)]
     optimizer.step(step.trainable(batch, step.teacher(batch), step.loss_weights).parts)
     assert torch.equal(student.conv1.weight, before[0])
@@ -151,7 +166,9 @@ def test_a_run_is_compiled_and_resumed_alike(
     fit_few(few, tmp_path, "run", *extra, epochs=1)
     log = tmp_path / "distill" / "run" / "worklog.txt"
     assert "compiling the teacher" not in log.read_text()
-    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):  # falls back to eager
+    with inductor.patch(
+        {"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}
+    ):  # falls back to eager
         fit_few(few, tmp_path, "run", *extra, resume=True)
         assert "compiling the teacher" in log.read_text(), "2 of 4 steps are left"
         fit_few(few, tmp_path, "all", *extra, "ENGINE.COMPILE=all")
@@ -162,12 +179,16 @@ def test_a_run_is_compiled_and_resumed_alike(
 def test_losses_of_several_methods_are_summed(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
     fit_few(few, tmp_path, "both", "DISTILLER.TYPE=[NormKD,FITNET]", teacher, epochs=1)
     (record,) = metrics_of(tmp_path, "both")
-    assert record["loss_total"] == pytest.approx(sum(record[f"loss_{name}"] for name in ("ce", "NormKD", "FITNET")))
+    assert record["loss_total"] == pytest.approx(
+        sum(record[f"loss_{name}"] for name in ("ce", "NormKD", "FITNET"))
+    )
     trainable = state_of(tmp_path, "both")["trainable"]
     assert any(key.startswith("distillers.FITNET.") for key in trainable)
 
 
-def test_the_warm_up_and_the_learning_rate_follow_the_epoch(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
+def test_the_warm_up_and_the_learning_rate_follow_the_epoch(
+    tmp_path: Path, teacher: str, few: TensorDataset
+) -> None:
     common = ["DISTILLER.TYPE=DKD", "SOLVER.LR=1e-9", "SOLVER.LR_DECAY_STAGES=[1,2]", teacher]
     for name, warmup in (("none", 0), ("ten", 10)):
         fit_few(few, tmp_path, name, f"DKD.WARMUP={warmup}", *common, epochs=3)
@@ -205,7 +226,9 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path, few: TensorDataset) -> 
     assert (folder / "latest.pt").read_bytes() == before
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, few: TensorDataset) -> None:
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, few: TensorDataset
+) -> None:
     fit_few(few, tmp_path, "run", epochs=1)
     latest = tmp_path / "distill" / "run" / "latest.pt"
     state = load(latest)
@@ -246,7 +269,9 @@ def test_a_teacher_is_found_and_not_replaced(tmp_path: Path) -> None:
     assert "trained for" not in (folder / "student" / "worklog.txt").read_text()
     build_run(config(tmp_path, "longer", "DISTILLER.TYPE=KD", epochs=2)).trainer.log.close()
     log = (folder / "longer" / "worklog.txt").read_text()
-    assert f"warning: the teacher {result['teacher']['file']} was trained for 1 epochs, the student for 2" in log
+    assert (
+        f"warning: the teacher {result['teacher']['file']} was trained for 1 epochs, the student for 2" in log
+    )
 
     torch.save({"model": build_model("resnet14", 10).state_dict()}, tmp_path / "raw.pth")
     other = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'raw.pth'}"
@@ -276,7 +301,9 @@ def test_a_teacher_far_below_its_manifest_is_a_warning_and_nan_an_error(
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "teacher.pt").write_bytes(Path(teacher.partition("=")[2]).read_bytes())
-    (folder / "manifest.yaml").write_text("[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99.9}]")
+    (folder / "manifest.yaml").write_text(
+        "[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99.9}]"
+    )
     monkeypatch.chdir(tmp_path)
     run = build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD")
     assert "far below its stated 99.90" in (run.trainer.folder / "worklog.txt").read_text()
@@ -316,7 +343,10 @@ def test_eval_reads_students_states_and_bare_weights(
         (["-c", "bare.pth", "-d", "digits"], "add -m"),
         (["-c", "pretrain"], "add -m"),
         (["-c", "torchvision:ResNet9_Weights.V1"], "ResNet9_Weights.V1"),
-        (["-c", "bare.pth", "-m", "resnet14", "-d", "digits"], "does not fit resnet14 .*layer1.1.conv1.weight"),
+        (
+            ["-c", "bare.pth", "-m", "resnet14", "-d", "digits"],
+            "does not fit resnet14 .*layer1.1.conv1.weight",
+        ),
         (["-c", "nan.pt"], "nan.pt gives NaN or infinite logits on digits"),
     ],
 )

@@ -34,7 +34,9 @@ def corrupt(content: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["student_best.pt", "latest.pt"])
-def test_no_corruption_of_a_checkpoint_is_accepted_with_other_values(run: Path, tmp_path: Path, name: str) -> None:
+def test_no_corruption_of_a_checkpoint_is_accepted_with_other_values(
+    run: Path, tmp_path: Path, name: str
+) -> None:
     content, chance = (run / name).read_bytes(), random.Random(0)
     expected, file = load(run / name), tmp_path / name
     for _ in range(CORRUPTIONS):

@@ -61,7 +61,9 @@ def test_tsne(networks: tuple[str, str], tmp_path: Path) -> None:
     first, second = data["networks"]
     assert (first["name"], second["name"]) == ("teacher", "run")
     assert second["silhouette"] == pytest.approx(silhouette_score(pooled[chosen], targets[chosen]), abs=1e-4)
-    assert silhouette_score(first["points"], data["targets"]) > 0.1, "the classes of a trained network are apart"
+    assert silhouette_score(first["points"], data["targets"]) > 0.1, (
+        "the classes of a trained network are apart"
+    )
     before = dict(mpl.rcParams)
     assert drawn(tmp_path / "again", *options) == data, "the seed fixes the embedding"
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "new" / "tsne.v1.svg").read_bytes()
@@ -70,7 +72,9 @@ def test_tsne(networks: tuple[str, str], tmp_path: Path) -> None:
 
 def test_correlation(networks: tuple[str, str], tmp_path: Path) -> None:
     teacher, student = networks
-    data = drawn(tmp_path / "figure", "correlation", "-t", teacher, "-c", student, teacher, "--names", "a", "b")
+    data = drawn(
+        tmp_path / "figure", "correlation", "-t", teacher, "-c", student, teacher, "--names", "a", "b"
+    )
     assert [(panel["name"], panel["kind"]) for panel in data["panels"]] == [
         ("a", "raw"), ("b", "raw"), ("a", "normalised"), ("b", "normalised"),
     ]  # fmt: skip
@@ -96,7 +100,19 @@ def test_constant_logits_correlate_with_nothing() -> None:
 
 
 def test_softened_logits(networks: tuple[str, str], tmp_path: Path) -> None:
-    options = ["--sample", "5", "--temperatures", "1", "3", "--fixed", "3", "--t-norm", "1.5", "--tolerance", "1.1"]
+    options = [
+        "--sample",
+        "5",
+        "--temperatures",
+        "1",
+        "3",
+        "--fixed",
+        "3",
+        "--t-norm",
+        "1.5",
+        "--tolerance",
+        "1.1",
+    ]
     data = drawn(tmp_path / "logits", "logits", "-c", networks[0], *options)
     logits, _, targets = outputs(networks[0])
     own = 1.5 * logits.std(1, ddof=1)

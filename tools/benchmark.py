@@ -46,16 +46,22 @@ Record = dict[str, Any]
 def spread(values: Sequence[float], by: Sequence[float] | None = None) -> Record:
     """Return median, quartiles (inclusive method), number and list of the values, or of their quotients by ``by``."""
     values = [a / b for a, b in zip(values, by, strict=True)] if by else list(values)
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    q1, median, q3 = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    )
     return {"median": median, "q1": q1, "q3": q3, "n": len(values), "values": values}
 
 
 def show(found: Record | None, digits: int) -> str:
     """Return the median and, in parentheses, the quartiles of a spread as text."""
-    return f"{found['median']:.{digits}f} ({found['q1']:.{digits}f}-{found['q3']:.{digits}f})" if found else "-"
+    return (
+        f"{found['median']:.{digits}f} ({found['q1']:.{digits}f}-{found['q3']:.{digits}f})" if found else "-"
+    )
 
 
-def interleave(sides: Mapping[str, Callable[[], float]], rounds: int, scale: float = 1.0) -> dict[str, list[float]]:
+def interleave(
+    sides: Mapping[str, Callable[[], float]], rounds: int, scale: float = 1.0
+) -> dict[str, list[float]]:
     """Call each side once a round, reversing the order from round to round; return the results times ``scale``."""
     results: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
@@ -75,13 +81,17 @@ class Bench:
         self.node = first.node
         self.dataset, self.data = load_images(first, options.synthetic)
         if len(self.dataset.train) < self.node.SOLVER.BATCH_SIZE:
-            raise ConfigError(f"SOLVER.BATCH_SIZE must be <= {len(self.dataset.train)}, the number of training images")
+            raise ConfigError(
+                f"SOLVER.BATCH_SIZE must be <= {len(self.dataset.train)}, the number of training images"
+            )
         self.teacher = self.weights = options.teacher or self.node.DISTILLER.TEACHER_WEIGHTS or "random"
         if self.teacher == "random":
             torch.manual_seed(0)
             network = build_model(self.node.DISTILLER.TEACHER, len(self.dataset.classes))
             loader = MemoryTrainLoader(self.dataset, 64, seed=0)
-            update_bn([loader.prepare(*next(loader.batches(1))).images], network)  # else the activations overflow
+            update_bn(
+                [loader.prepare(*next(loader.batches(1))).images], network
+            )  # else the activations overflow
             self.weights = str(folder / "teacher.pth")
             torch.save({"model": network.state_dict()}, self.weights)
 
@@ -90,7 +100,9 @@ class Bench:
         options, overrides = self.options, [*self.options.overrides, *more]
         if options.cfg:
             return load_config(options.cfg, [*overrides, f"DISTILLER.TYPE={method}"], options.methods)
-        folder = PROJECT / "configs" / "cifar100" / ("dkd_normkd" if method == "NormKD_W_DKD" else method.lower())
+        folder = (
+            PROJECT / "configs" / "cifar100" / ("dkd_normkd" if method == "NormKD_W_DKD" else method.lower())
+        )
         return load_config(folder / f"{options.pair}.yaml", overrides, options.methods)
 
     def config(self, method: str, name: str) -> Config:
@@ -112,7 +124,9 @@ class Bench:
         steps = self.options.steps
         for side in sides.values():
             side.block(max(self.options.warmup, steps) if self.options.replay else self.options.warmup)
-        return interleave({name: partial(side.block, steps) for name, side in sides.items()}, self.options.blocks, 1000)
+        return interleave(
+            {name: partial(side.block, steps) for name, side in sides.items()}, self.options.blocks, 1000
+        )
 
 
 def measure_table9(bench: Bench) -> Record:
@@ -120,7 +134,9 @@ def measure_table9(bench: Bench) -> Record:
     methods = bench.options.methods
     # The compiled losses of many methods exceed the default limit.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(methods))
-    ours = {method: Ours(bench.config(method, "timed"), bench.dataset, bench.options.replay) for method in methods}
+    ours = {
+        method: Ours(bench.config(method, "timed"), bench.dataset, bench.options.replay) for method in methods
+    }
     times = bench.step_times(ours)
     print(f"{'':14}{'ms a step':>24}{'x KD':>20}{'memory MB':>11}{'parameters':>12}")
     table: Record = {}
@@ -131,7 +147,13 @@ def measure_table9(bench: Bench) -> Record:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             peak = pool.submit(memory, bench.config(method, "memory"), bench.options.synthetic).result()
         print(f"{method:14}{show(ms, 1):>24}{show(kd, 3):>20}{peak:>11.0f}{extra:>12,}")
-        table[method] = {"ms": ms, "ratio_to_kd": kd, "extra_parameters": extra, "memory_mb": peak, "log": side.log}
+        table[method] = {
+            "ms": ms,
+            "ratio_to_kd": kd,
+            "extra_parameters": extra,
+            "memory_mb": peak,
+            "log": side.log,
+        }
     return table
 
 
@@ -160,7 +182,9 @@ def measure_evaluation(bench: Bench) -> Record:
     record: Record = {"images": len(loader)} | {name: spread(values) for name, values in rates.items()}
     record["ratio"] = spread(rates["ours"], rates["reference"]) if "reference" in rates else None
     line = ", ".join(f"{name} {show(record[name], 0)}" for name in rates)
-    print(f"evaluation of {len(loader)} images, images/s: {line}, ours / reference {show(record['ratio'], 2)}")
+    print(
+        f"evaluation of {len(loader)} images, images/s: {line}, ours / reference {show(record['ratio'], 2)}"
+    )
     return record
 
 
@@ -168,15 +192,24 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
     """Measure images/s of reading class folders with our loader and with torchvision's ImageFolder, best of passes."""
     folder = Path(name) if name != "imagenet" else data_root(Path(node.DATASET.ROOT), "imagenet") / "train"
     if not folder.is_dir():
-        raise DataError(f"--loader: the folder {folder} does not exist; it must have one folder of images per class")
+        raise DataError(
+            f"--loader: the folder {folder} does not exist; it must have one folder of images per class"
+        )
     options, size = image_options(node), node.SOLVER.BATCH_SIZE
     options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
     split = scan(folder, classes := class_folders(folder))
-    ours = ImageDataset("throughput", tuple(classes), split, split, options).train_loader(size, 0, torch.device("cpu"))
-    steps = [transforms.RandomResizedCrop(options.size, options.crop_scale), transforms.RandomHorizontalFlip()]
+    ours = ImageDataset("throughput", tuple(classes), split, split, options).train_loader(
+        size, 0, torch.device("cpu")
+    )
+    steps = [
+        transforms.RandomResizedCrop(options.size, options.crop_scale),
+        transforms.RandomHorizontalFlip(),
+    ]
     steps += [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
-    usual: Any = DataLoader(ImageFolder(str(folder), transforms.Compose(steps)), size, shuffle=True, **workers)
+    usual: Any = DataLoader(
+        ImageFolder(str(folder), transforms.Compose(steps)), size, shuffle=True, **workers
+    )
     epochs, images = iter(range(1, passes + 2)), len(split.source)
 
     def rate(kind: str) -> float:
@@ -212,8 +245,17 @@ def parse(arguments: Sequence[str]) -> Any:
     add("--batch-size", type=int, help="short for SOLVER.BATCH_SIZE")
     add("--teacher", default="", metavar="FILE", help="the teacher's weights (default: random ones)")
     add("--synthetic", type=int, default=0, metavar="N", help="use N images of noise instead of real ones")
-    add("--replay", action="store_true", help="train on the same batches in all blocks (teacher cache: all hits)")
-    add("--json", type=Path, metavar="FILE", help="write all numbers: median, q1, q3, n, values over the rounds")
+    add(
+        "--replay",
+        action="store_true",
+        help="train on the same batches in all blocks (teacher cache: all hits)",
+    )
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all numbers: median, q1, q3, n, values over the rounds",
+    )
     add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     options = parser.parse_intermixed_args(arguments)
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):

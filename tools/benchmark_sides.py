@@ -45,7 +45,9 @@ def load_images(config: Config, synthetic: int) -> tuple[TensorDataset, str]:
     if not synthetic and (node.TYPE != "cifar100" or (Path(node.ROOT) / "cifar-100-python").is_dir()):
         dataset = build_dataset(config.node)
         if not isinstance(dataset, TensorDataset):
-            raise ConfigError(f"DATASET.TYPE must be a data set in memory (cifar100, digits), got {node.TYPE}")
+            raise ConfigError(
+                f"DATASET.TYPE must be a data set in memory (cifar100, digits), got {node.TYPE}"
+            )
         return dataset, f"real {node.TYPE}, {len(dataset.train)} training images"
     count, splits = synthetic or 50_000, []
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +160,9 @@ class Reference:
     def load_package(path: Path) -> None:
         """Make ``import mdistiller`` import the checkout at ``path``."""
         if not (path / "mdistiller" / "__init__.py").is_file():
-            raise ConfigError(f"--against {path} must have mdistiller's layout, but mdistiller/__init__.py is missing")
+            raise ConfigError(
+                f"--against {path} must have mdistiller's layout, but mdistiller/__init__.py is missing"
+            )
         if importlib.util.find_spec("tensorboardX") is None:
             sys.modules["tensorboardX"] = torch.utils.tensorboard  # it has the same SummaryWriter
         sys.path.insert(0, str(path.resolve()))
@@ -167,12 +171,19 @@ class Reference:
     def _patched(self, data: Path | None = None) -> Iterator[None]:
         """Replace CUDA, the data folder and the output of its code while it runs; keep its allocator settings."""
         output = contextlib.redirect_stderr(self._null), contextlib.redirect_stdout(self._null)
-        contexts: list[Any] = [*output, torch.backends.cudnn.flags(enabled=True, benchmark=True)]  # as its train.py
+        contexts: list[Any] = [
+            *output,
+            torch.backends.cudnn.flags(enabled=True, benchmark=True),
+        ]  # as its train.py
         if self.device.type == "cpu":
-            contexts += [patch.object(kind, "cuda", lambda self, *_, **__: self) for kind in (Tensor, nn.Module)]
+            contexts += [
+                patch.object(kind, "cuda", lambda self, *_, **__: self) for kind in (Tensor, nn.Module)
+            ]
         if data:  # the checksums are those of the original files
             contexts += [patch("torchvision.datasets.cifar.check_integrity", return_value=True)]
-            contexts += [patch("mdistiller.dataset.cifar100.get_data_folder", return_value=str(data), create=True)]
+            contexts += [
+                patch("mdistiller.dataset.cifar100.get_data_folder", return_value=str(data), create=True)
+            ]
         with contextlib.ExitStack() as stack:
             keep_freed_memory(False)
             stack.callback(keep_freed_memory)

@@ -15,8 +15,21 @@ import matplotlib.pyplot as plt
 from mdistiller_norm.cli import execute
 
 HERE = Path(__file__).parent
-METHODS = {"vanilla_resnet8": "student alone", "kd": "KD", "normkd": "NormKD", "dkd": "DKD", "dkd_normkd": "DKD+NormKD"}
-T_NORM = {"t_norm_0.75": 0.75, "t_norm_1": 1.0, "t_norm_1.5": 1.5, "normkd": 2.0, "t_norm_3": 3.0, "t_norm_4": 4.0}
+METHODS = {
+    "vanilla_resnet8": "student alone",
+    "kd": "KD",
+    "normkd": "NormKD",
+    "dkd": "DKD",
+    "dkd_normkd": "DKD+NormKD",
+}
+T_NORM = {
+    "t_norm_0.75": 0.75,
+    "t_norm_1": 1.0,
+    "t_norm_1.5": 1.5,
+    "normkd": 2.0,
+    "t_norm_3": 3.0,
+    "t_norm_4": 4.0,
+}
 BLUE, GREY = "#2a6fb0", "#8a8f98"
 
 
@@ -41,7 +54,9 @@ def draw_results() -> None:
         mean, std = statistics.mean(values), statistics.stdev(values)
         left.errorbar(mean, row, xerr=std, fmt="o", color=color, capsize=3, markersize=7)
         left.plot(values, [row + 0.25] * len(values), ".", color=color, alpha=0.5)
-        left.annotate(f"{mean:.2f} (n = {len(values)})", (mean, row), (0, 8), textcoords="offset points", ha="center")
+        left.annotate(
+            f"{mean:.2f} (n = {len(values)})", (mean, row), (0, 8), textcoords="offset points", ha="center"
+        )
     left.set(
         yticks=range(len(METHODS)),
         yticklabels=METHODS.values(),

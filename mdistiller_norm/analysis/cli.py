@@ -14,19 +14,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``visualize``."""
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     tsne = figures.add_parser("tsne", help="t-SNE of pooled features (Fig. 4)")
-    tsne.add_argument("--samples", type=int, default=2000, help="maximum number of test images (default: 2000)")
+    tsne.add_argument(
+        "--samples", type=int, default=2000, help="maximum number of test images (default: 2000)"
+    )
     tsne.add_argument("--classes", type=int, default=0, metavar="N", help="only the first N classes")
     tsne.add_argument("--perplexity", type=float, default=30.0)
     tsne.add_argument("--seed", type=int, default=0)
-    correlation = figures.add_parser("correlation", help="class correlations minus those of the teacher (Fig. 5)")
+    correlation = figures.add_parser(
+        "correlation", help="class correlations minus those of the teacher (Fig. 5)"
+    )
     correlation.add_argument("-t", "--teacher", required=True, help="weights file of the teacher")
     correlation.add_argument("-tm", "--teacher-model", default="", help="model name of the teacher")
     logits = figures.add_parser("logits", help="softened logits of a teacher (Fig. 1 and 3)")
     logits.add_argument("--sample", type=int, default=0, help="index in the test set")
     logits.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
-    logits.add_argument("--fixed", type=float, default=4.0, help="fixed temperature of the whole set (default: 4)")
+    logits.add_argument(
+        "--fixed", type=float, default=4.0, help="fixed temperature of the whole set (default: 4)"
+    )
     logits.add_argument("--t-norm", type=float, default=2.0, help="T_norm of NormKD (default: 2)")
-    logits.add_argument("--tolerance", type=float, default=1.25, help="factor that counts as too much (default: 1.25)")
+    logits.add_argument(
+        "--tolerance", type=float, default=1.25, help="factor that counts as too much (default: 1.25)"
+    )
     for sub in (tsne, correlation, logits):
         count = 1 if sub is logits else "+"
         sub.add_argument("-c", "--ckpt", nargs=count, required=True, metavar="FILE", help="weights files")
@@ -39,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Compute and draw a figure, print its numbers and write its files."""
     if options.names and len(options.names) != len(options.ckpt):
-        raise ConfigError(f"--names must have {len(options.ckpt)} names, one for each file, got {len(options.names)}")
+        raise ConfigError(
+            f"--names must have {len(options.ckpt)} names, one for each file, got {len(options.names)}"
+        )
     stem = Path(options.out or Path("output", "figures", options.figure))
 
     with needs_extra("report", "visualize"):

@@ -47,7 +47,9 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 @torch.inference_mode()
-def collect(network: Network, dataset: Dataset, name: str, batch_size: int, device: torch.device) -> Collected:
+def collect(
+    network: Network, dataset: Dataset, name: str, batch_size: int, device: torch.device
+) -> Collected:
     """Run a network over the test split in eval mode and return its outputs."""
     network = placed(network, device).eval()
     logits, pooled, targets = [], [], []
@@ -66,4 +68,6 @@ def check_same_classes(networks: Sequence[Collected]) -> None:
     """Check that all networks were run over the same data set."""
     for first, other in pairwise(networks):
         if other.classes != first.classes or not torch.equal(other.targets, first.targets):
-            raise ConfigError(f"{first.name} and {other.name} cannot be compared: they are of different data sets")
+            raise ConfigError(
+                f"{first.name} and {other.name} cannot be compared: they are of different data sets"
+            )

@@ -40,7 +40,9 @@ def draw(teacher: Collected, students: Sequence[Collected]) -> tuple[Figure, dic
             )
             lines.append(f"{student.name}, {kind}: mean |difference| {mean:.4f}")
     largest = float(torch.tensor([panel["difference"] for panel in panels]).abs().max()) or 1.0
-    figure, axes = new_figure(2, len(students), 3.3 + 1.2 / len(students), 3.4)  # the colour scale needs an inch
+    figure, axes = new_figure(
+        2, len(students), 3.3 + 1.2 / len(students), 3.4
+    )  # the colour scale needs an inch
     for axis, panel, line in zip(axes, panels, lines, strict=True):
         image = axis.imshow(panel["difference"], cmap="RdBu_r", vmin=-largest, vmax=largest)
         axis.set(title=line.replace(": ", "\n"), xlabel="class", ylabel="class")

@@ -28,7 +28,13 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def compute(
-    network: Collected, *, sample: int, temperatures: Sequence[float], fixed: float, t_norm: float, tolerance: float
+    network: Collected,
+    *,
+    sample: int,
+    temperatures: Sequence[float],
+    fixed: float,
+    t_norm: float,
+    tolerance: float,
 ) -> dict[str, Any]:
     """Return the softened logits of one sample, and the standard deviation and entropy of all samples.
 

@@ -43,7 +43,9 @@ def draw(
     targets = networks[0].targets[chosen].numpy()
     present = len(set(targets.tolist()))
     if len(chosen) < 8 or not 2 <= present < len(chosen):
-        raise ConfigError(f"t-SNE needs more samples or classes than {len(chosen)} samples of {present} classes")
+        raise ConfigError(
+            f"t-SNE needs more samples or classes than {len(chosen)} samples of {present} classes"
+        )
     tsne = TSNE(perplexity=min(perplexity, (len(chosen) - 1) / 3), init="pca", random_state=seed)
     palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
     figure, axes = new_figure(1, len(networks), 3.6, 3.8)
@@ -63,6 +65,13 @@ def draw(
         entries.append({"name": network.name, "silhouette": silhouette, "points": points.tolist()})
         lines.append(line)
     if len(names) <= 20:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2)
-    data = {"classes": list(names), "samples": chosen.tolist(), "targets": targets.tolist(), "networks": entries}
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=2
+        )
+    data = {
+        "classes": list(names),
+        "samples": chosen.tolist(),
+        "targets": targets.tolist(),
+        "networks": entries,
+    }
     return figure, data, lines

@@ -54,7 +54,9 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
             return parse(_Unpickler(file, encoding="latin1").load())
     except Exception as error:  # a damaged pickle may raise any exception
         reason = f"{type(error).__name__}: {' '.join(f'{error}'.split())}"
-        raise DataError(f"{path} cannot be read as a CIFAR-100 file ({reason}): remove it and download it") from error
+        raise DataError(
+            f"{path} cannot be read as a CIFAR-100 file ({reason}): remove it and download it"
+        ) from error
 
 
 def _split(content: dict[str, Any]) -> Split:
@@ -92,7 +94,9 @@ def cifar100(root: str | Path) -> TensorDataset:
             ) from error
     missing = [name for name in ("train", "test", "meta") if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"{folder} lacks {', '.join(missing)}: remove the folder to download it, or complete it")
+        raise DataError(
+            f"{folder} lacks {', '.join(missing)}: remove the folder to download it, or complete it"
+        )
     classes = _read(folder / "meta", _class_names)
     train, test = _read(folder / "train", _split), _read(folder / "test", _split)
     if (len(train), len(test)) != (50_000, 10_000):

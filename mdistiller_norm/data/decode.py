@@ -110,7 +110,9 @@ def draw_crop(random: np.random.Generator, height: int, width: int, scale: tuple
 def train_image(image: Tensor, crop: Crop, size: int) -> Tensor:
     """Crop an image ``[3, H, W]``, resize it to ``[3, size, size]`` and flip it."""
     box = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    box = box.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # resizing is a third faster on contiguous pixels
+    box = (
+        box.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    )  # resizing is a third faster on contiguous pixels
     resized: Tensor = transforms().resize(box, [size, size], antialias=True)
     return resized.flip(2) if crop.flip else resized
 

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from mdistiller_norm.data.base import Dataset, Warn
 from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
-from mdistiller_norm.data.loader import ImageEvalLoader, ImageOptions, ImageSplit, ImageTrainLoader, Source, unreadable
+from mdistiller_norm.data.loader import (
+    ImageEvalLoader,
+    ImageOptions,
+    ImageSplit,
+    ImageTrainLoader,
+    Source,
+    unreadable,
+)
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.files import regular
@@ -58,12 +65,16 @@ def class_folders(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}): images belong in {folder}/<class>/") from error
+        raise DataError(
+            f"{folder} cannot be read ({error.strerror}): images belong in {folder}/<class>/"
+        ) from error
     if not names:
         raise DataError(f"{folder} has no class folders: images belong in {folder}/<class>/")
     for name in names:
         if _printable(name) != name:
-            raise DataError(f"the class folder {_printable(name)} in {folder} has a name that is not UTF-8: rename it")
+            raise DataError(
+                f"the class folder {_printable(name)} in {folder} has a name that is not UTF-8: rename it"
+            )
     return names
 
 
@@ -74,7 +85,9 @@ def scan(folder: Path, classes: Sequence[str]) -> ImageSplit:
     for number, label in enumerate(classes):
         found = sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}"))
         if not found:
-            raise DataError(f"{folder / label} has no images ({', '.join(EXTENSIONS)}): complete it or remove it")
+            raise DataError(
+                f"{folder / label} has no images ({', '.join(EXTENSIONS)}): complete it or remove it"
+            )
         names += found
         targets += [number] * len(found)
     return ImageSplit(Files(folder, names), torch.tensor(targets))
@@ -112,7 +125,9 @@ def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageData
         name: name of the data set; its folder's by default.
     """
     root = data_root(root, name)
-    found = {split: class_folders(root / split) for split in ("train", "val") if options.train or split == "val"}
+    found = {
+        split: class_folders(root / split) for split in ("train", "val") if options.train or split == "val"
+    }
     classes = options.classes or tuple(sorted(set().union(*found.values())))
     if len(set(classes)) < len(classes):
         raise DataError(f"DATASET.CLASSES must name each class once, got {', '.join(classes)}")
@@ -143,7 +158,9 @@ class ImageDataset(Dataset):
         self, name: str, classes: tuple[str, ...], train: ImageSplit, test: ImageSplit, options: ImageOptions
     ) -> None:
         if options.resize < options.size:
-            raise ConfigError(f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {options.size}, got {options.resize}")
+            raise ConfigError(
+                f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {options.size}, got {options.resize}"
+            )
         if bool(options.mean) != bool(options.std):
             raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither to measure them on images")
         self.name, self.classes, self.train, self.test = name, classes, train, test
@@ -193,11 +210,15 @@ def measure(source: Source, options: ImageOptions) -> tuple[tuple[float, ...], t
     pixels = 0
     for index in range(0, len(source), max(len(source) // MEASURED, 1)):
         with contextlib.suppress(*UNREADABLE):
-            image = eval_image(decode(source.read(index)), options.resize, options.size).flatten(1).double() / 255
+            image = (
+                eval_image(decode(source.read(index)), options.resize, options.size).flatten(1).double() / 255
+            )
             sums += torch.stack([image.sum(1), image.square().sum(1)])
             pixels += image.shape[1]
     if not pixels:
-        raise DataError(f"none of the images such as {source.name(0)} can be read: set DATASET.ROOT to another folder")
+        raise DataError(
+            f"none of the images such as {source.name(0)} can be read: set DATASET.ROOT to another folder"
+        )
     mean, square = sums / pixels
     std = (square - mean**2).clamp_min(0).sqrt()
     return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) or 1.0 for x in std.tolist())

@@ -121,7 +121,9 @@ class Reader(TorchDataset[ImageBatch]):
                 images[row] = view.permute(1, 2, 0)
         return ImageBatch(images, self.split.targets[taken], taken, broken)
 
-    def _read(self, key: int | None, index: int, broken: list[str]) -> tuple[int, Tensor | None, np.random.Generator]:
+    def _read(
+        self, key: int | None, index: int, broken: list[str]
+    ) -> tuple[int, Tensor | None, np.random.Generator]:
         random = np.random.Generator(np.random.Philox(key=np.array([key or 0, index], dtype=np.uint64)))
         for _ in range(1 if key is None else self.options.max_broken + 1):
             try:
@@ -152,7 +154,11 @@ def _exit_on_sigterm(trainer: int) -> None:
 
 
 def _loader(
-    split: ImageSplit, options: ImageOptions, tasks: list[Task], pin: bool, generator: torch.Generator | None = None
+    split: ImageSplit,
+    options: ImageOptions,
+    tasks: list[Task],
+    pin: bool,
+    generator: torch.Generator | None = None,
 ) -> DataLoader[ImageBatch]:
     transforms()  # import it before forking, so that workers share it
     return DataLoader(
@@ -169,7 +175,9 @@ def _eval_tasks(rows: range, batch_size: int) -> list[Task]:
 def unreadable(split: ImageSplit, options: ImageOptions, share: Share = ALONE) -> list[str]:
     """Read the files of a split; return the name of each unreadable one and the reason."""
     tasks = _eval_tasks(eval_share(len(split.source), share), 64)
-    loader = _loader(split, options, tasks, pin=False, generator=torch.Generator())  # leaves the global one as it is
+    loader = _loader(
+        split, options, tasks, pin=False, generator=torch.Generator()
+    )  # leaves the global one as it is
     return [name for batch in _received(loader) for name in batch.broken]
 
 
@@ -184,7 +192,9 @@ class ImageTrainLoader(TrainLoader):
         self.device, self._warn, self._max_broken = device, warn, options.max_broken
         self._tasks: list[Task] = []
         self._loader = _loader(split, options, self._tasks, pin=device.type == "cuda")
-        self._mean, self._std = (torch.tensor(values, device=device) for values in (options.mean, options.std))
+        self._mean, self._std = (
+            torch.tensor(values, device=device) for values in (options.mean, options.std)
+        )
         self._broken: set[str] = set()
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Tensors]:
@@ -199,7 +209,9 @@ class ImageTrainLoader(TrainLoader):
         for name in broken:
             if name not in self._broken:
                 self._broken.add(name)
-                self._warn(f"{name} cannot be read: another sample takes its place ({len(self._broken)} so far)")
+                self._warn(
+                    f"{name} cannot be read: another sample takes its place ({len(self._broken)} so far)"
+                )
         if len(self._broken) > self._max_broken:
             raise DataError(
                 f"{len(self._broken)} training images cannot be read, the last is {broken[-1]}: list them with "
@@ -208,19 +220,28 @@ class ImageTrainLoader(TrainLoader):
 
     def prepare(self, *raw: Tensor) -> Batch:
         images, targets, indices, key = raw
-        return Batch(normalise(images, self._mean, self._std), targets, indices, torch.full_like(indices, -1), key)
+        return Batch(
+            normalise(images, self._mean, self._std), targets, indices, torch.full_like(indices, -1), key
+        )
 
 
 class ImageEvalLoader(EvalLoader):
     """Test images: shorter side resized, centre crop, normalised."""
 
     def __init__(
-        self, split: ImageSplit, options: ImageOptions, batch_size: int, device: torch.device, share: Share = ALONE
+        self,
+        split: ImageSplit,
+        options: ImageOptions,
+        batch_size: int,
+        device: torch.device,
+        share: Share = ALONE,
     ) -> None:
         self._samples, self.device = len(split.source), device
         tasks = _eval_tasks(eval_share(self._samples, share), batch_size)
         self._loader = _loader(split, options, tasks, pin=device.type == "cuda")
-        self._mean, self._std = (torch.tensor(values, device=device) for values in (options.mean, options.std))
+        self._mean, self._std = (
+            torch.tensor(values, device=device) for values in (options.mean, options.std)
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, targets, _ in prefetch(self._loader, _refuse, self.device):

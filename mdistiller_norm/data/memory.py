@@ -98,7 +98,9 @@ class TensorDataset(Dataset):
             members = order[targets[order] == label]
             held[members[: round(fraction * len(members))]] = True
         if not held.any():
-            raise ConfigError(f"DATASET.VAL_SPLIT {fraction} holds out no image of any class of {self.name}: raise it")
+            raise ConfigError(
+                f"DATASET.VAL_SPLIT {fraction} holds out no image of any class of {self.name}: raise it"
+            )
         held = held.to(self.train.targets.device)
         return replace(self, train=self.train[~held], test=self.train[held])
 
@@ -116,7 +118,9 @@ def _check_split(name: str, split: Split, classes: int) -> None:
     targets: object = split.targets
     shape = images.shape if isinstance(images, Tensor) and images.dtype == torch.uint8 else ()
     if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise DataError(f"{name} images must be a non-empty uint8 tensor [N, H, W, 3], got {_describe(images)}")
+        raise DataError(
+            f"{name} images must be a non-empty uint8 tensor [N, H, W, 3], got {_describe(images)}"
+        )
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.shape != shape[:1]:
         raise DataError(f"{name} targets must be an int64 tensor [{shape[0]}], got {_describe(targets)}")
     least, largest = (int(bound) for bound in targets.aminmax())
@@ -139,7 +143,9 @@ class MemoryTrainLoader(TrainLoader):
         self.views = self.augment.views
         self._train = dataset.train
         device = dataset.train.targets.device
-        self._mean, self._std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
+        self._mean, self._std = (
+            torch.tensor(values, device=device) for values in (dataset.mean, dataset.std)
+        )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Yield indices ``[B]``, views ``[B]`` and the key of each batch."""
@@ -169,7 +175,9 @@ class MemoryEvalLoader(EvalLoader):
         self._test, self._rows = dataset.test, eval_share(len(dataset.test), share)
         self.batch_size = batch_size
         device = dataset.test.targets.device
-        self._mean, self._std = (torch.tensor(values, device=device) for values in (dataset.mean, dataset.std))
+        self._mean, self._std = (
+            torch.tensor(values, device=device) for values in (dataset.mean, dataset.std)
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(self._rows.start, self._rows.stop, self.batch_size):

@@ -64,7 +64,9 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     for split in splits:
         least, largest = (int(bound) for bound in split.targets.aminmax())
         if least < 0 or largest >= len(classes):
-            raise DataError(f"{path} has {len(classes)} classes, and the shards have class numbers {least}..{largest}")
+            raise DataError(
+                f"{path} has {len(classes)} classes, and the shards have class numbers {least}..{largest}"
+            )
     options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
     return ImageDataset(root.resolve().name, classes, splits[0], splits[-1], options)
 
@@ -92,7 +94,9 @@ def _read_index(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDA
         if not matches or (positions[:, 1:].sum(1) > sizes[positions[:, 0]]).any():
             raise ValueError("it was written for others")
     except Exception as error:  # a damaged archive may raise any exception
-        raise DataError(f"{folder / INDEX} does not match the shards ({error}): remove it to scan them") from error
+        raise DataError(
+            f"{folder / INDEX} does not match the shards ({error}): remove it to scan them"
+        ) from error
     return positions, targets
 
 
@@ -179,7 +183,9 @@ def _write_split(split: ImageSplit, folder: Path, per_shard: int) -> int:
                 positions.append((number, _add(tar, key + extension, content), len(content)))
                 _add(tar, f"{key}.cls", str(int(split.targets[index])).encode())
     with (folder / INDEX).open("wb") as file:
-        np.savez(file, shards=np.array(names), places=np.array(positions), targets=split.targets.numpy()[order])
+        np.savez(
+            file, shards=np.array(names), places=np.array(positions), targets=split.targets.numpy()[order]
+        )
     return len(names)
 
 

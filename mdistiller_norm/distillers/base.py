@@ -131,7 +131,9 @@ def register(name: str) -> Callable[[D], D]:
         read = getattr(getattr(cls.forward, "__code__", None), "co_names", ())
         for attribute, need in _READS.items():
             if attribute in read and cls.need < need:
-                raise TypeError(f"distiller {name!r} reads {attribute}: add `need = distillers.Need.{need.name}`")
+                raise TypeError(
+                    f"distiller {name!r} reads {attribute}: add `need = distillers.Need.{need.name}`"
+                )
         DISTILLERS.register(name)(cls)
         return cls
 

@@ -22,7 +22,9 @@ from mdistiller_norm.distillers.common import check_typed, keyed_below, keyed_pe
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
-DENSE_SAMPLES = 1 << 17  # up to here, products with the whole memory are faster than gathering a third of its rows
+DENSE_SAMPLES = (
+    1 << 17
+)  # up to here, products with the whole memory are faster than gathering a third of its rows
 CHUNK = 1 << 26  # above, rows are gathered for some anchors at a time: at most this many numbers (256 MiB)
 EPS = 1e-7
 
@@ -98,7 +100,9 @@ class ContrastSampler(nn.Module):
         self.negatives, self.relaxed = negatives, relaxed
         smallest = self.samples - self.largest
         if negatives > smallest:
-            raise ConfigError(f"CRD.NCE.K must be <= {smallest} (samples outside the largest class), got {negatives}")
+            raise ConfigError(
+                f"CRD.NCE.K must be <= {smallest} (samples outside the largest class), got {negatives}"
+            )
         self.register_buffer("order", targets.argsort(stable=True), persistent=False)
         self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
         self.register_buffer("counts", counts, persistent=False)
@@ -106,7 +110,9 @@ class ContrastSampler(nn.Module):
     def forward(self, targets: Tensor, indices: Tensor, key: Tensor) -> Tensor:
         """Return ``[B, 1 + K]`` positions in the training set, the positive first, for a batch and its key."""
         shuffled = keyed_permutation(key, self.samples)
-        places = torch.empty_like(shuffled).scatter_(0, shuffled, torch.arange(self.samples, device=key.device))
+        places = torch.empty_like(shuffled).scatter_(
+            0, shuffled, torch.arange(self.samples, device=key.device)
+        )
         starts, counts = self.starts[targets][:, None], self.counts[targets][:, None]
         members = torch.arange(self.largest, device=key.device)
         exists = members < counts
@@ -150,7 +156,13 @@ class CRD(Distiller):
     log_z: Tensor
 
     def __init__(
-        self, widths: list[int], sampler: ContrastSampler, dim: int, momentum: float, temperature: float, **weights: Any
+        self,
+        widths: list[int],
+        sampler: ContrastSampler,
+        dim: int,
+        momentum: float,
+        temperature: float,
+        **weights: Any,
     ) -> None:
         super().__init__(**weights)
         self.momentum, self.temperature, self.sampler = momentum, temperature, sampler
@@ -166,14 +178,18 @@ class CRD(Distiller):
             raise ConfigError(f"CRD.MODE must be exact or relax, got {node.MODE!r}")
         if nce.K < 1 or feat.DIM < 1 or nce.TEMPERATURE <= 0 or not 0 <= nce.MOMENTUM < 1:
             values = f"{nce.K}, {feat.DIM}, {nce.TEMPERATURE} and {nce.MOMENTUM}"
-            raise ConfigError(f"CRD requires K, DIM >= 1, TEMPERATURE > 0 and 0 <= MOMENTUM < 1, got {values}")
+            raise ConfigError(
+                f"CRD requires K, DIM >= 1, TEMPERATURE > 0 and 0 <= MOMENTUM < 1, got {values}"
+            )
         widths = [outputs.pooled.shape[1] for outputs in (pair.student, pair.teacher)]
         for key, width in zip(("STUDENT_DIM", "TEACHER_DIM"), widths, strict=True):
             check_typed(f"CRD.FEAT.{key}", feat[key], cls.defaults["FEAT"][key], width)
         sampler = ContrastSampler(pair.targets, pair.num_classes, nce.K, relaxed=node.MODE == "relax")
         size = 2 * sampler.samples * feat.DIM * 4
         if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            raise ConfigError(f"CRD.FEAT.DIM {feat.DIM} requires {size / 2**30:.2f} GiB, more than the main memory")
+            raise ConfigError(
+                f"CRD.FEAT.DIM {feat.DIM} requires {size / 2**30:.2f} GiB, more than the main memory"
+            )
         return cls(widths, sampler, feat.DIM, nce.MOMENTUM, nce.TEMPERATURE, **loss_weights(node))
 
     def extra_parameters(self) -> int:

@@ -37,7 +37,11 @@ def _relation_distance(softened: Softened, beta: float, gamma: float) -> Tensor:
 
 
 def dist_loss(
-    student_logits: Tensor, teacher_logits: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 4.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 4.0,
 ) -> Tensor:
     """``T^2 * (beta * inter + gamma * intra)``, each part one minus a mean correlation of probabilities.
 
@@ -70,4 +74,6 @@ class DIST(Distiller):
         return cls(Temperature(node.TEMPERATURE), node.BETA, node.GAMMA, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return _relation_distance(self.temperature.soften(student.logits, teacher.logits), self.beta, self.gamma)
+        return _relation_distance(
+            self.temperature.soften(student.logits, teacher.logits), self.beta, self.gamma
+        )

@@ -21,7 +21,11 @@ from mdistiller_norm.types import Batch, Outputs, Softened
 
 
 def dtkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, alpha: float = 3.0, beta: float = 1.0, temperature: float = 4.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    alpha: float = 3.0,
+    beta: float = 1.0,
+    temperature: float = 4.0,
 ) -> Tensor:
     """``alpha * T_s T_t KL(p_t || p_s)`` at ``T_s = 2 T m_s / (m_s + m_t)`` plus ``beta * T^2 KL`` at T, batch mean.
 

@@ -55,7 +55,12 @@ class FitNet(Distiller):
     """Regression from map ``layer`` of the student to that of the teacher, counted from the end (-1 is the last)."""
 
     # INPUT_SIZE is unused; mdistiller's configs may contain it.
-    defaults = {"HINT_LAYER": 2, "INPUT_SIZE": [32, 32], "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0}}
+    defaults = {
+        "HINT_LAYER": 2,
+        "INPUT_SIZE": [32, 32],
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
+    }
     meanings = {"HINT_LAYER": "map of the teacher; 0 is the stem"}
     need = Need.MAPS
 

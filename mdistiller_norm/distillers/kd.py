@@ -23,7 +23,9 @@ def kl_divergence(softened: Softened) -> Tensor:
     return (softened.weight * divergence).mean()
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Sequence[float] = 4.0) -> Tensor:
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float | Sequence[float] = 4.0
+) -> Tensor:
     """``T^2 * KL(p_t || p_s)`` of logits divided by T, averaged over the batch (Eq. 2).
 
     Args:

@@ -78,7 +78,10 @@ def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int = 1) -> Tens
         scale = values / values.norm(dim=1, keepdim=True).clamp_min(1e-12)
         relations.append((_aligned(v_s, v_t) * scale.unsqueeze(1), v_t * scale.unsqueeze(1)))
     for before, after in itertools.pairwise(relations):
-        s, t = ((-(v.unsqueeze(2) - w.unsqueeze(1)).square() / 8).exp() for v, w in zip(after, before, strict=True))
+        s, t = (
+            (-(v.unsqueeze(2) - w.unsqueeze(1)).square() / 8).exp()
+            for v, w in zip(after, before, strict=True)
+        )
         losses.append((s - t).square().flatten(1).sum(1).mean())
     return torch.stack(losses).sum()
 

@@ -21,7 +21,11 @@ from mdistiller_norm.types import Batch, Outputs
 
 
 def nkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, gamma: float = 3.5, temperature: float = 3.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    gamma: float = 3.5,
+    temperature: float = 3.0,
 ) -> Tensor:
     """``-p_t[y] log p_s[y] - gamma * T^2 * sum over i != y of q_t[i] log q_s[i]``, averaged over the batch.
 
@@ -31,7 +35,10 @@ def nkd_loss(
         temperature: T of q, the probabilities of the classes other than y among themselves; p has none.
     """
     softened = Temperature(temperature).soften(student_logits, teacher_logits)
-    (_, others_s), (_, others_t) = split_target(softened.student, targets), split_target(softened.teacher, targets)
+    (_, others_s), (_, others_t) = (
+        split_target(softened.student, targets),
+        split_target(softened.teacher, targets),
+    )
     log_s, log_t = (
         at_least_float32(logits).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
         for logits in (student_logits, teacher_logits)

@@ -82,7 +82,14 @@ class NormKDWithDKD(DKD):
     """DKD with NormKD's temperature."""
 
     # LOSS is unused; configs of mdistiller's fork may contain it.
-    defaults = {"TEMPERATURE_NORM": 2.0, "LOSS": {}, "CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "WARMUP": 20}
+    defaults = {
+        "TEMPERATURE_NORM": 2.0,
+        "LOSS": {},
+        "CE_WEIGHT": 1.0,
+        "ALPHA": 1.0,
+        "BETA": 8.0,
+        "WARMUP": 20,
+    }
     meanings = DKD.meanings | {"TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the logits' std"}
 
     @classmethod

@@ -112,7 +112,11 @@ class OFD(Distiller):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         students, teachers = matched_stages(student.preacts, teacher.preacts)
         losses = []
-        for stage, (connector, source, target) in enumerate(zip(self.connectors, students, teachers, strict=True)):
-            loss = feat_loss(connector(source), pool_to(target, source.shape[-2:]), self.get_buffer(f"margin{stage}"))
+        for stage, (connector, source, target) in enumerate(
+            zip(self.connectors, students, teachers, strict=True)
+        ):
+            loss = feat_loss(
+                connector(source), pool_to(target, source.shape[-2:]), self.get_buffer(f"margin{stage}")
+            )
             losses.append(loss / 2 ** (len(students) - 1 - stage))
         return torch.stack(losses).sum()

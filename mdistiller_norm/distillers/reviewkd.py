@@ -116,7 +116,11 @@ class ReviewKD(Distiller):
     need = Need.MAPS
 
     def __init__(
-        self, in_channels: Sequence[int], out_channels: Sequence[int], student_preact: bool = False, **weights: Any
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        student_preact: bool = False,
+        **weights: Any,
     ) -> None:
         super().__init__(**weights)
         self.student_preact = student_preact
@@ -124,12 +128,15 @@ class ReviewKD(Distiller):
         last = len(in_channels) - 1
         channels = zip(in_channels, out_channels, strict=True)
         self.fusions = nn.ModuleList(
-            AttentionFusion(ins, mid_channels, outs, fuse=level < last) for level, (ins, outs) in enumerate(channels)
+            AttentionFusion(ins, mid_channels, outs, fuse=level < last)
+            for level, (ins, outs) in enumerate(channels)
         )
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> ReviewKD:
-        require_preacts(teacher=pair.teacher.preacts, **({"student": pair.student.preacts} if node.STU_PREACT else {}))
+        require_preacts(
+            teacher=pair.teacher.preacts, **({"student": pair.student.preacts} if node.STU_PREACT else {})
+        )
         students = pair.student.preacts if node.STU_PREACT else pair.student.features
         teachers = pair.teacher.preacts[1:]
         count = min(len(students), len(teachers))
@@ -159,7 +166,9 @@ class ReviewKD(Distiller):
         targets = _levels(teacher.preacts[-count:], teacher.pooled)
         fused: list[Tensor] = []
         deeper = None
-        for fusion, source, target in zip(list(self.fusions)[::-1], sources[::-1], targets[::-1], strict=True):
+        for fusion, source, target in zip(
+            list(self.fusions)[::-1], sources[::-1], targets[::-1], strict=True
+        ):
             out, deeper = fusion(source, deeper, target.shape[-2:])
             fused.insert(0, out)
         return hcl_loss(fused, targets)

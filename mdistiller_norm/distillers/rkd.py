@@ -28,7 +28,9 @@ def _relations(points: Tensor, squared: bool, eps: float) -> tuple[Tensor, Tenso
     # The gradient of sqrt is infinite at 0, even in a branch that is masked out.
     square = square.where(apart, 1.0)
     length = square.sqrt()
-    equal = (1 - torch.eye(len(points), dtype=points.dtype, device=points.device)) * (eps if squared else eps**0.5)
+    equal = (1 - torch.eye(len(points), dtype=points.dtype, device=points.device)) * (
+        eps if squared else eps**0.5
+    )
     distances = (square if squared else length).where(apart, equal)
     mean = distances.sum() / (distances > 0).sum().clamp_min(1)
     distances = distances / mean.where(mean > 0, 1.0)
@@ -78,7 +80,9 @@ class RKD(Distiller):
     }  # fmt: skip
     need = Need.POOLED
 
-    def __init__(self, squared: bool, eps: float, distance_weight: float, angle_weight: float, **weights: Any) -> None:
+    def __init__(
+        self, squared: bool, eps: float, distance_weight: float, angle_weight: float, **weights: Any
+    ) -> None:
         super().__init__(**weights)
         self.arguments = (squared, eps, distance_weight, angle_weight)
 

@@ -64,7 +64,9 @@ class RLD(Distiller):
         "ALPHA_T": "temperature of the sample confidence",
     }  # fmt: skip
 
-    def __init__(self, alpha: float, beta: float, temperature: float, confidence_temperature: float, **weights: Any):
+    def __init__(
+        self, alpha: float, beta: float, temperature: float, confidence_temperature: float, **weights: Any
+    ):
         super().__init__(**weights)
         for scale in (temperature, confidence_temperature):
             Temperature(scale)  # validates it

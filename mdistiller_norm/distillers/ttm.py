@@ -25,7 +25,9 @@ from mdistiller_norm.types import Batch, Outputs, Softened
 def _transformed(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> Softened:
     """Soften the teacher only, at temperature ``1 / gamma``; every weight is 1."""
     softened = Temperature(1 / gamma).soften(student_logits, teacher_logits)
-    return softened._replace(student=at_least_float32(student_logits), weight=torch.ones_like(softened.weight))
+    return softened._replace(
+        student=at_least_float32(student_logits), weight=torch.ones_like(softened.weight)
+    )
 
 
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1) -> Tensor:

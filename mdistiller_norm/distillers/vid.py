@@ -37,7 +37,9 @@ def vid_loss(mean: Tensor, f_t: Tensor, log_scale: Tensor, eps: float = 1e-5) ->
 
 def _regressor(channels: int, targets: int) -> nn.Sequential:
     """Map the student's channels to the teacher's, pixel by pixel."""
-    first, second, third = (nn.Conv2d(width, targets, 1, bias=False) for width in (channels, targets, targets))
+    first, second, third = (
+        nn.Conv2d(width, targets, 1, bias=False) for width in (channels, targets, targets)
+    )
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
 
@@ -54,11 +56,18 @@ class VID(Distiller):
     need = Need.MAPS
 
     def __init__(
-        self, channels: Sequence[int], targets: Sequence[int], initial_variance: float, eps: float, **weights: Any
+        self,
+        channels: Sequence[int],
+        targets: Sequence[int],
+        initial_variance: float,
+        eps: float,
+        **weights: Any,
     ) -> None:
         super().__init__(**weights)
         if not 0 < eps < initial_variance:
-            raise ConfigError(f"VID.EPS must be > 0 and < VID.INIT_PRED_VAR, got {eps} and {initial_variance}")
+            raise ConfigError(
+                f"VID.EPS must be > 0 and < VID.INIT_PRED_VAR, got {eps} and {initial_variance}"
+            )
         self.eps = eps
         # Inverse of softplus, without overflow and accurate for small variances.
         start = initial_variance - eps

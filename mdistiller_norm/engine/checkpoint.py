@@ -90,7 +90,9 @@ class Saver:
             return
         distinct = {id(content): content for content in files.values()}
         copies = {key: _to_host(content) for key, content in distinct.items()}
-        self._pending = self._thread.submit(self._write, {name: copies[id(content)] for name, content in files.items()})
+        self._pending = self._thread.submit(
+            self._write, {name: copies[id(content)] for name, content in files.items()}
+        )
 
     def finish(self) -> None:
         """Wait for pending writes; raise their errors."""
@@ -195,7 +197,9 @@ def _match_names(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> di
     candidates = [state, bare, students]
     for names in (bare, students):
         prefix = next((name.removesuffix(first) for name in names if name.endswith(f".{first}")), "")
-        candidates.append({name.removeprefix(prefix): v for name, v in names.items() if name.startswith(prefix)})
+        candidates.append(
+            {name.removeprefix(prefix): v for name, v in names.items() if name.startswith(prefix)}
+        )
     return max(candidates, key=lambda names: len(names.keys() & expected.keys()))
 
 
@@ -205,7 +209,9 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     state = _match_names(weights.state, expected)
     misfit = f"{weights.path} does not fit {name}"
     for key in [*expected, *state]:
-        if key not in state and not key.endswith("num_batches_tracked"):  # missing before PyTorch 0.4.1, never read
+        if key not in state and not key.endswith(
+            "num_batches_tracked"
+        ):  # missing before PyTorch 0.4.1, never read
             raise CheckpointError(f"{misfit}: it lacks tensor {key}")
         if key not in expected:
             raise CheckpointError(f"{misfit}: it has the unknown tensor {key}")
@@ -214,5 +220,8 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
             raise CheckpointError(f"{misfit}: {key} has shape {shapes[0]}, not {shapes[1]}")
     try:
         network.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:  # modules with their own checks, such as torchvision's MNASNet
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # modules with their own checks, such as torchvision's MNASNet
         raise CheckpointError(f"{weights.path} does not load into {name}: {first_line(error)}") from error

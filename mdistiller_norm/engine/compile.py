@@ -19,7 +19,9 @@ WORTHWHILE_STEPS = 3000  # with fewer, compiling (30 to 120 seconds) costs more 
 
 def compiler_missing(device: torch.device) -> str:
     """Return why nothing can be compiled for this device, or ""."""
-    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+    if device.type == "cpu" and not any(
+        shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")
+    ):
         return "no C++ compiler was found (g++, clang++, or the one named by CXX)"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "the GPU is too old for the compiler"
@@ -39,7 +41,9 @@ def choose(setting: str, device: torch.device, steps: int) -> tuple[str, str]:
     return "teacher", "compiling the teacher (ENGINE.COMPILE auto)"
 
 
-def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], None]) -> Callable[[Tensor], Outputs]:
+def compile_teacher(
+    module: nn.Module, example: Tensor, warn: Callable[[str], None]
+) -> Callable[[Tensor], Outputs]:
     """Compile a frozen network with its weights as constants; return it uncompiled, with a warning, if that fails."""
     compiled = torch.compile(module, dynamic=False, options={"freezing": True})
     try:
@@ -51,7 +55,9 @@ def compile_teacher(module: nn.Module, example: Tensor, warn: Callable[[str], No
     return compiled
 
 
-def compile_student(network: Network, warn: Callable[[str], None], twice: bool = False) -> Callable[[Tensor], Outputs]:
+def compile_student(
+    network: Network, warn: Callable[[str], None], twice: bool = False
+) -> Callable[[Tensor], Outputs]:
     """Compile ``network.outputs`` for training; run it uncompiled, with a warning, if that fails.
 
     ``twice`` allows differentiating each pass more than once, as in DOT.

@@ -37,7 +37,9 @@ def process_share() -> Share:
         return ALONE
     share = Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if not 0 <= share.rank < share.world:
-        raise ConfigError(f"RANK must be less than WORLD_SIZE, got {share.rank} and {share.world}: start with torchrun")
+        raise ConfigError(
+            f"RANK must be less than WORLD_SIZE, got {share.rank} and {share.world}: start with torchrun"
+        )
     return share
 
 
@@ -45,7 +47,9 @@ def local_device() -> torch.device:
     """Return this process's GPU."""
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if not 0 <= local < gpus:
-        raise ConfigError(f"no GPU for LOCAL_RANK {local} among {gpus}: start fewer processes, or set DEVICE to cpu")
+        raise ConfigError(
+            f"no GPU for LOCAL_RANK {local} among {gpus}: start fewer processes, or set DEVICE to cpu"
+        )
     return torch.device("cuda", local)
 
 
@@ -68,7 +72,9 @@ def start(device: torch.device, timeout: int) -> Share:
         distributed.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
-        raise ConfigError(f"process {share.rank} of {share.world} could not connect to the others: {reason}") from error
+        raise ConfigError(
+            f"process {share.rank} of {share.world} could not connect to the others: {reason}"
+        ) from error
     return share
 
 
@@ -141,7 +147,9 @@ def wrap(module: nn.Module) -> nn.Module:
     if not together():
         return module
     # Buffers are not synchronised: batch norms are averaged when they are read, and CRD's memory is updated equally.
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters  # PyTorch 2.14
+    renamed = (
+        "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    )  # PyTorch 2.14
     no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **no_sync)  # type: ignore[arg-type]
 

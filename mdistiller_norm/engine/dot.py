@@ -22,11 +22,15 @@ from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.types import Batch
 
 
-def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], keep_graph: bool = False) -> list[Tensor | None]:
+def _gradients(
+    loss: Tensor, parameters: Sequence[nn.Parameter], keep_graph: bool = False
+) -> list[Tensor | None]:
     """Return the gradients in the memory layout of their parameters, which fused SGD requires."""
     gradients = torch.autograd.grad(loss, parameters, retain_graph=keep_graph, allow_unused=True)
     return [
-        gradient if gradient is None or gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)
+        gradient
+        if gradient is None or gradient.stride() == like.stride()
+        else torch.empty_like(like).copy_(gradient)
         for gradient, like in zip(gradients, parameters, strict=True)
     ]
 
@@ -45,7 +49,9 @@ class DOT:
         sgd: the other arguments of :func:`~mdistiller_norm.engine.optim.build_sgd`.
     """
 
-    def __init__(self, trainable: Trainable, batch: Batch, teacher: Teacher, delta: float, **sgd: Any) -> None:
+    def __init__(
+        self, trainable: Trainable, batch: Batch, teacher: Teacher, delta: float, **sgd: Any
+    ) -> None:
         trial = copy.deepcopy(trainable)
         with torch.no_grad():
             teacher_outputs = teacher.network.outputs(batch.images)
@@ -68,7 +74,9 @@ class DOT:
             (task_only, momentum, decay),
             (distill_only, momentum, decay),
         )
-        self._optimizers = [build_sgd(group, momentum=mu, weight_decay=wd, **sgd) for group, mu, wd in groups if group]
+        self._optimizers = [
+            build_sgd(group, momentum=mu, weight_decay=wd, **sgd) for group, mu, wd in groups if group
+        ]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

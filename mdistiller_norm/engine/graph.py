@@ -28,7 +28,9 @@ class _Captured:
 
     WARMUP = 3
 
-    def __init__(self, function: Callable[..., Any], state_tensors: Callable[[], list[Tensor]], warn: Warn) -> None:
+    def __init__(
+        self, function: Callable[..., Any], state_tensors: Callable[[], list[Tensor]], warn: Warn
+    ) -> None:
         self._function, self._state_tensors, self._warn = function, state_tensors, warn
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
@@ -112,7 +114,9 @@ def capture_step(step: TrainStep, setting: str, log: Warn) -> Callable[..., None
     return CapturedStep(step, log)
 
 
-def capture_network(network: Network, test: EvalLoader, setting: str, log: Warn) -> Callable[[Tensor], Tensor] | None:
+def capture_network(
+    network: Network, test: EvalLoader, setting: str, log: Warn
+) -> Callable[[Tensor], Tensor] | None:
     """Return the network as CUDA graphs for evaluation if the test images are on a GPU, else None."""
     on_gpu = next(network.parameters()).is_cuda and isinstance(test, MemoryEvalLoader)
     return CapturedNetwork(network, log) if on_gpu and setting != "off" else None

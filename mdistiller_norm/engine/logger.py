@@ -31,7 +31,9 @@ def environment(device: torch.device) -> Record:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()
@@ -130,7 +132,9 @@ def start_wandb(folder: Path, project: str, tags: str, config: Record, resources
     except ImportError:
         return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): continuing without it"
     if wandb.run is not None:
-        return f"LOG.WANDB supports one run in a process, and {wandb.run.name} is active: continuing without it"
+        return (
+            f"LOG.WANDB supports one run in a process, and {wandb.run.name} is active: continuing without it"
+        )
     wandb.tensorboard.patch(root_logdir=str(folder / TENSORBOARD))
     resources.callback(wandb.tensorboard.unpatch)
     try:

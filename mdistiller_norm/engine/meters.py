@@ -63,7 +63,9 @@ class TrainMeters(nn.Module):
         """Return the state over all processes, each of which must call this."""
         own = self.state_dict()
         sums = {name: distributed.all_reduce(own[name]) for name in ("sums", "correct", "samples")}
-        return sums | {name: distributed.all_reduce(own[name], maximum=True) for name in ("step", "first_bad")}
+        return sums | {
+            name: distributed.all_reduce(own[name], maximum=True) for name in ("step", "first_bad")
+        }
 
     def load_all_reduced_state(self, state: dict[str, Tensor]) -> None:
         """Load :meth:`all_reduced_state`; the sums go to the first process."""
@@ -79,7 +81,9 @@ class TrainMeters(nn.Module):
             NonFiniteLossError: a loss was NaN or infinite.
         """
         state = self.all_reduced_state() if together else self.state_dict()
-        bad = {name: step for name, step in zip(self.names, state["first_bad"].tolist(), strict=True) if step > 0}
+        bad = {
+            name: step for name, step in zip(self.names, state["first_bad"].tolist(), strict=True) if step > 0
+        }
         if bad:
             step = min(bad.values())
             names = " and ".join(name for name in bad if bad[name] == step)

@@ -24,7 +24,12 @@ class StepSchedule:
 
 
 def build_sgd(
-    parameters: Iterable[torch.nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool
+    parameters: Iterable[torch.nn.Parameter],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
 ) -> torch.optim.SGD:
     """Build fused SGD with weight decay on every parameter."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -49,7 +49,9 @@ class RowStore:
     LAYOUT = "one file, crc32"
     PENDING = 8  # groups of rows that may wait for the disk, which bounds the memory
 
-    def __init__(self, folder: Path, description: dict[str, object], rows: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, description: dict[str, object], rows: int, width: int, dtype: torch.dtype
+    ) -> None:
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
         self.row_bytes = width * dtype.itemsize
         self._array_dtype = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
@@ -92,9 +94,14 @@ class RowStore:
 
     def is_valid(self, rows: Array) -> Array:
         """Return for each of the rows ``[n]`` whether it is stored and intact."""
-        if self._file.exists() and self._file.stat().st_size < self._header_bytes + self.rows * self.row_bytes:
+        if (
+            self._file.exists()
+            and self._file.stat().st_size < self._header_bytes + self.rows * self.row_bytes
+        ):
             # Reading the memory map would kill the process.
-            raise CheckpointError(f"{self._file} was truncated during the run: remove {self.folder} and add --resume")
+            raise CheckpointError(
+                f"{self._file} was truncated during the run: remove {self.folder} and add --resume"
+            )
         checksums: Array = self._checksums[rows]
         valid = np.asarray(checksums != 0)
         valid[valid] = _checksums(self.read(rows[valid])) == checksums[valid]
@@ -122,7 +129,9 @@ class RowStore:
                 for start, stop in pairwise(runs):  # of neighbouring rows
                     # Not through the memory map, where a full disk would kill the process.
                     row = int(rows[start])
-                    os.pwrite(file.fileno(), values[start:stop].data, self._header_bytes + row * self.row_bytes)
+                    os.pwrite(
+                        file.fileno(), values[start:stop].data, self._header_bytes + row * self.row_bytes
+                    )
                     os.pwrite(file.fileno(), checksums[start:stop].data, row * 4)
         except OSError as error:
             raise CheckpointError(

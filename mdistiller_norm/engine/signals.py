@@ -13,7 +13,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager
-def stop_signals(request: Callable[[int], None], signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+def stop_signals(
+    request: Callable[[int], None], signals: Sequence[signal.Signals] = STOP_SIGNALS
+) -> Iterator[None]:
     """Call ``request`` with the number of the first signal of each kind; a second one exits at once, without saving."""
     if threading.current_thread() is not threading.main_thread():
         yield

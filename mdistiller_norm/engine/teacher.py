@@ -94,7 +94,9 @@ class LiveTeacher:
         module = _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
         self._runs: Callable[[Tensor], Outputs] = module
         if compiler and not train_mode:
-            with self._context(next(network.parameters()).device):  # a compiled program is specific to these modes
+            with self._context(
+                next(network.parameters()).device
+            ):  # a compiled program is specific to these modes
                 self._runs = compiler(module)
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:

@@ -39,7 +39,9 @@ class CachedTeacher:
 
     extra = 1
 
-    def __init__(self, live: LiveTeacher, loader: MemoryTrainLoader, checkpoint: Path, pooled: int, dtype: str) -> None:
+    def __init__(
+        self, live: LiveTeacher, loader: MemoryTrainLoader, checkpoint: Path, pooled: int, dtype: str
+    ) -> None:
         self.live, self.loader, self.hash, self.network = live, loader, live.hash, live.network
         self.classes = live.network.num_classes
         assert loader.views is not None
@@ -50,7 +52,9 @@ class CachedTeacher:
             "precision": str(live.autocast or torch.float32),
         }  # fmt: skip
         key = json.dumps([description, dtype, RowStore.LAYOUT], sort_keys=True)
-        folder = checkpoint.parent / f"{checkpoint.name}.cache" / hashlib.sha256(key.encode()).hexdigest()[:12]
+        folder = (
+            checkpoint.parent / f"{checkpoint.name}.cache" / hashlib.sha256(key.encode()).hexdigest()[:12]
+        )
         width = self.classes + (pooled if live.need is Need.POOLED else 0)
         self.store = RowStore(folder, description, loader.samples * loader.views, width, DTYPES[dtype])
         self.requested = self.computed = 0  # rows
@@ -69,7 +73,9 @@ class CachedTeacher:
         free = shutil.disk_usage(store.folder).free / 1e9
         line = f"teacher cache {store.folder}: {stored:,} of {store.rows:,} rows are stored, needs {needed:.2f} GB more"
         if free < needed:
-            raise CheckpointError(f"{line}, {free:.2f} GB are free: make room or set DISTILLER.TEACHER_CACHE off")
+            raise CheckpointError(
+                f"{line}, {free:.2f} GB are free: make room or set DISTILLER.TEACHER_CACHE off"
+            )
         return line
 
     def check_outputs(self) -> None:
@@ -176,7 +182,9 @@ class CachedTeacher:
         for first in range(0, len(rows), size):
             # Repeats fill the last batch: with one shape, a compiled teacher is compiled once.
             filled = to_device(np.resize(rows[first : first + size], size), self._device)
-            outputs = self.live.run(self.loader.prepare(filled // self._views, filled % self._views, key).images)
+            outputs = self.live.run(
+                self.loader.prepare(filled // self._views, filled % self._views, key).images
+            )
             parts = [outputs.logits, outputs.pooled] if self.store.width > self.classes else [outputs.logits]
             results.append(torch.cat([part.float() for part in parts], 1))
         return torch.cat(results)[: len(rows)].to(self.store.dtype)

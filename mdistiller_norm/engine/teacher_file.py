@@ -44,7 +44,9 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = yaml.safe_load(path.read_text()) or []
-        valid = all(isinstance(entry.get(key), str) for entry in entries for key in ("file", "model", "dataset"))
+        valid = all(
+            isinstance(entry.get(key), str) for entry in entries for key in ("file", "model", "dataset")
+        )
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read as a manifest: {first_line(error)}") from error
     if not valid:
@@ -87,7 +89,12 @@ def find_teacher(
         file = Path(weights)
         if not file.is_file():
             raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
-        listed = [entry for root in ROOTS for path, entry in _manifest_files(root) if path.resolve() == file.resolve()]
+        listed = [
+            entry
+            for root in ROOTS
+            for path, entry in _manifest_files(root)
+            if path.resolve() == file.resolve()
+        ]
         return TeacherFile(file, listed[0].get("top1") if listed else None)
     if known := known_teacher(model, dataset):
         return known
@@ -101,7 +108,11 @@ def find_teacher(
 
 
 def pretrained_teacher(
-    network: Network, classes: Sequence[str], expected: Mapping[str, Sequence[float]], runs: Path, train_command: str
+    network: Network,
+    classes: Sequence[str],
+    expected: Mapping[str, Sequence[float]],
+    runs: Path,
+    train_command: str,
 ) -> TeacherFile:
     """Check that the pretrained weights of a network fit the data set. Its cache is stored in ``runs/pretrained``."""
     about = network.pretrained
@@ -122,7 +133,9 @@ def known_teacher(model: str, dataset: str) -> TeacherFile | None:
                 if not path.is_file():
                     raise CheckpointError(f"{path}, listed in {root / MANIFEST}, does not exist")
                 if entry.get("sha256") not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-                    raise CheckpointError(f"{path} is not the file listed in {root / MANIFEST}: its sha256 differs")
+                    raise CheckpointError(
+                        f"{path} is not the file listed in {root / MANIFEST}: its sha256 differs"
+                    )
                 return TeacherFile(path, entry.get("top1"))
         path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
         if dataset == "cifar100" and path.is_file():
@@ -164,7 +177,9 @@ def _finished_run(
     return best[1:] if best else None
 
 
-def check_preprocessing(weights: Weights, classes: Sequence[str], expected: Mapping[str, Sequence[float]]) -> str:
+def check_preprocessing(
+    weights: Weights, classes: Sequence[str], expected: Mapping[str, Sequence[float]]
+) -> str:
     """Compare the metadata of weights with the classes and images of a data set; return a warning or ""."""
     about = weights.about
     for number, (theirs, ours) in enumerate(zip(about.get("classes", ()), classes, strict=False)):
@@ -181,11 +196,15 @@ def check_preprocessing(weights: Weights, classes: Sequence[str], expected: Mapp
     return f"{weights.path} was trained on images with another {', '.join(different)}" if different else ""
 
 
-def check_teacher(network: Network, file: TeacherFile, test: EvalLoader, log: Callable[[str], None]) -> dict[str, Any]:
+def check_teacher(
+    network: Network, file: TeacherFile, test: EvalLoader, log: Callable[[str], None]
+) -> dict[str, Any]:
     """Evaluate the teacher before training; log its accuracy, and warnings if it is lower than expected."""
     measured = evaluate(network, test)
     if not math.isfinite(measured.loss):
-        raise CheckpointError(f"the teacher {file.path} computes NaN or infinite logits: it diverged or is damaged")
+        raise CheckpointError(
+            f"the teacher {file.path} computes NaN or infinite logits: it diverged or is damaged"
+        )
     log(f"teacher {network.name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
     if file.warning:
         log(f"warning: {file.warning}")
@@ -193,5 +212,7 @@ def check_teacher(network: Network, file: TeacherFile, test: EvalLoader, log: Ca
     if file.top1 is not None and measured.top1 < file.top1 - 1:
         log(f"warning: the teacher's top-1 {measured.top1:.2f} is far below its stated {file.top1:.2f}")
     elif measured.top1 < chance + min(chance, (100 - chance) / 10):
-        log(f"warning: the teacher's top-1 {measured.top1:.2f} is about chance: its weights or the data are wrong")
+        log(
+            f"warning: the teacher's top-1 {measured.top1:.2f} is about chance: its weights or the data are wrong"
+        )
     return {"name": network.name, "file": str(file.path), "top1": measured.top1, "top5": measured.top5}

@@ -98,7 +98,11 @@ class Trainable(nn.Module):
 
 def _check_loss(name: str, loss: object, differentiable: bool) -> None:
     if not isinstance(loss, Tensor) or loss.dim():
-        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        got = (
+            f"a tensor of shape {list(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else f"a {type(loss).__name__}"
+        )
         raise ConfigError(f"{name}: forward must return a scalar (a tensor of shape []), got {got}")
     if differentiable and not loss.requires_grad:
         raise ConfigError(f"{name}: the loss must have a gradient: is something detached?")

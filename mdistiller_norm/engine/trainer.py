@@ -195,7 +195,9 @@ class Trainer:
             return False
         bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
         if due:
-            self.log.step({f"loss_{name}": value for name, value in averages.losses.items()}, self.total_steps)
+            self.log.step(
+                {f"loss_{name}": value for name, value in averages.losses.items()}, self.total_steps
+            )
         self._last_read = time.perf_counter()
         return True
 
@@ -213,7 +215,9 @@ class Trainer:
         improved = not self.best or test.top1 >= self.best["top1"]  # the later of equals, as in mdistiller
         self.last, self.best = summary, summary if improved else self.best
         self.log.epoch(record)
-        losses = " ".join(f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_"))
+        losses = " ".join(
+            f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_")
+        )
         left = timedelta(seconds=round(statistics.median(self._epoch_seconds) * (self.epochs - self.epoch)))
         self.log.line(
             f"epoch {self.epoch}/{self.epochs}: {losses} | train top-1 {record['train_top1']:.2f} | test top-1 "
@@ -224,7 +228,10 @@ class Trainer:
         self.epoch, self.steps_done = self.epoch + 1, 0
         self.step.meters.reset()
         state = self.state()
-        student = {"model": self.step.trainable.student.state_dict(), "about": self.provenance.about | summary}
+        student = {
+            "model": self.step.trainable.student.state_dict(),
+            "about": self.provenance.about | summary,
+        }
         files = {"best.pt": state, "student_best.pt": student} if improved else {}
         if summary["epoch"] % self.intervals.keep_epochs == 0:
             files[f"student_{summary['epoch']}.pt"] = student
@@ -235,7 +242,9 @@ class Trainer:
         """Save the state within an epoch, if it is finite."""
         self.step.meters.read(self.epoch, together=True)
         tensors = chain(self.step.trainable.parameters(), self.step.trainable.student.buffers())
-        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():  # not covered by the losses
+        if not torch.stack(
+            [tensor.isfinite().all() for tensor in tensors]
+        ).all():  # not covered by the losses
             place = f"step {self.steps_done} of epoch {self.epoch}"
             raise NonFiniteLossError(f"the weights or batch norms became NaN or infinite at {place}")
         distributed.average_batch_norms(self.step.trainable)

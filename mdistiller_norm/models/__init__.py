@@ -42,7 +42,9 @@ def register(name: str, variants: Sequence[str] = ("cifar", "imagenet")) -> Call
         try:
             inspect.signature(builder).bind(2)
         except TypeError as error:
-            raise TypeError(f"model {name!r} requires a function with one argument, num_classes ({error})") from error
+            raise TypeError(
+                f"model {name!r} requires a function with one argument, num_classes ({error})"
+            ) from error
         for variant in variants:
             VARIANTS[variant].register(name)(builder)
         return builder
@@ -79,7 +81,9 @@ def build_model(
         network.name = name
         return network
     if pretrained:
-        raise ConfigError(f"pretrained weights require a model with the prefix {' or '.join(PREFIXES)}, got {name}")
+        raise ConfigError(
+            f"pretrained weights require a model with the prefix {' or '.join(PREFIXES)}, got {name}"
+        )
     models = VARIANTS[variant]
     others = [other for other in VARIANTS if name in VARIANTS[other]]
     if name not in models and others:
@@ -117,7 +121,9 @@ def probe(network: Network, image_size: tuple[int, int] = (32, 32)) -> Outputs:
             return shadow.outputs(torch.empty(2, 3, *image_size, dtype=dtype, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "x".join(str(side) for side in image_size)
-        raise ConfigError(f"model {network.name!r} cannot take images of {size} pixels: {first_line(error)}") from error
+        raise ConfigError(
+            f"model {network.name!r} cannot take images of {size} pixels: {first_line(error)}"
+        ) from error
 
 
 def count_macs(network: Network, image_size: Sequence[int]) -> int:

@@ -22,7 +22,9 @@ def has_weights(name: str) -> bool:
     return name.startswith(PREFIXES) and ("." in rest or prefix in ("hf-hub", "local-dir"))
 
 
-def build_external(name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool) -> Network:
+def build_external(
+    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
+) -> Network:
     """Build a network of a library; the classifier of weights for another number of classes is initialised anew.
 
     Arguments and errors are those of :func:`~mdistiller_norm.models.build_model`.
@@ -68,7 +70,9 @@ def _build_timm(name: str, num_classes: int, image_size: tuple[int, int] | None,
     return network
 
 
-def _build_torchvision(name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool) -> Network:
+def _build_torchvision(
+    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
+) -> Network:
     from torchvision import models
 
     architecture, _, tag = name.partition(".")
@@ -78,16 +82,26 @@ def _build_torchvision(name: str, num_classes: int, image_size: tuple[int, int] 
     if architecture in ("googlenet", "inception_v3"):
         options["transform_input"] = pretrained or bool(tag)  # their weights expect another normalisation
     module = models.get_model(architecture, weights=None, **options)
-    classifier = [key for key, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)][-1]
+    classifier = [key for key, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)][
+        -1
+    ]
     network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
     if pretrained:
         weights = models.get_model_weights(architecture)[tag or "DEFAULT"]
-        state, own, images = weights.get_state_dict(check_hash=True), module.state_dict(), weights.transforms()
+        state, own, images = (
+            weights.get_state_dict(check_hash=True),
+            module.state_dict(),
+            weights.transforms(),
+        )
         for key in (f"{classifier}.weight", f"{classifier}.bias"):
             if key in own and own[key].shape != state[key].shape:
                 state[key] = own[key]
         module.load_state_dict(state)
-        network.pretrained = {"num_classes": len(weights.meta["categories"]), "mean": images.mean, "std": images.std}
+        network.pretrained = {
+            "num_classes": len(weights.meta["categories"]),
+            "mean": images.mean,
+            "std": images.std,
+        }
         network.pretrained["image_size"] = images.crop_size * 2
     return network
 
@@ -98,7 +112,9 @@ def _stages(module: nn.Module, classifier: str) -> tuple[str, ...]:
     shapes: list[tuple[str, Any]] = []
     for name, child in shadow.named_modules():  # deeper ones are inside of blocks
         if name and name.count(".") < 2 and name.split(".")[0] != classifier.split(".")[0]:
-            child.register_forward_hook(lambda *args, name=name: shapes.append((name, getattr(args[2], "shape", ()))))
+            child.register_forward_hook(
+                lambda *args, name=name: shapes.append((name, getattr(args[2], "shape", ())))
+            )
     try:
         with torch.no_grad():
             shadow(torch.empty(1, 3, 224, 224, device="meta"))

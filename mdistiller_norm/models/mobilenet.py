@@ -26,7 +26,15 @@ from mdistiller_norm.types import Outputs
 V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 V1_FEATURES = (3, 5, 11, 13)
 # V2: expansion, channels, depth and stride of each group, and the groups whose outputs are features.
-V2_GROUPS = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
+V2_GROUPS = (
+    (1, 8, 1, 1),
+    (6, 12, 2, 1),
+    (6, 16, 3, 2),
+    (6, 32, 4, 2),
+    (6, 48, 3, 1),
+    (6, 80, 3, 2),
+    (6, 160, 1, 1),
+)
 V2_FEATURES = (1, 2, 4, 6)
 V2_STEM, V2_HEAD = 16, 1280
 

@@ -35,7 +35,9 @@ class ResidualBlock(Block):
         """Register the projection; call it last, because checkpoints store it after the convolutions."""
         self.projection = name if stride != 1 or in_channels != out_channels else ""
         if self.projection:
-            projection = nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+            projection = nn.Sequential(
+                conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
+            )
             self.add_module(self.projection, projection)
 
     def identity(self, x: Tensor) -> Tensor:
@@ -172,7 +174,9 @@ for _depth in (8, 14, 20, 32, 44, 56, 110):
     )
 for _depth in (8, 32):
     CIFAR_MODELS.register(f"resnet{_depth}x4")(
-        partial(ResNet, block=BasicBlock, depths=[(_depth - 2) // 6] * 3, widths=(64, 128, 256), stem_width=32)
+        partial(
+            ResNet, block=BasicBlock, depths=[(_depth - 2) // 6] * 3, widths=(64, 128, 256), stem_width=32
+        )
     )
 
 # Four stages: ImageNet, and (18 to 50) CIFAR with a small stem and other parameter names.

@@ -123,7 +123,9 @@ def _v1_stage(in_channels: int, out_channels: int, depth: int) -> Stage:
 
 
 def _v2_stage(in_channels: int, out_channels: int, depth: int) -> Stage:
-    return Stage([DownBlock(in_channels, out_channels), *(SplitBlock(out_channels) for _ in range(depth - 1))])
+    return Stage(
+        [DownBlock(in_channels, out_channels), *(SplitBlock(out_channels) for _ in range(depth - 1))]
+    )
 
 
 class ShuffleNet(Network):

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.models.base import CIFAR_MODELS, Network, global_pool, init_classifier, init_convs, last_norm
+from mdistiller_norm.models.base import (
+    CIFAR_MODELS,
+    Network,
+    global_pool,
+    init_classifier,
+    init_convs,
+    last_norm,
+)
 from mdistiller_norm.types import Outputs
 
 WIDTHS = (64, 128, 256, 512, 512)

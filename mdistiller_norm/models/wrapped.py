@@ -32,7 +32,9 @@ class Wrapped(Network):
         ConfigError: the module has no submodule of this name.
     """
 
-    def __init__(self, module: nn.Module, num_classes: int, *, classifier: str, features: Sequence[str] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, num_classes: int, *, classifier: str, features: Sequence[str] = ()
+    ) -> None:
         super().__init__(num_classes)
         names = [name for name, _ in module.named_modules() if name]
         for name in (classifier, *features):
@@ -60,7 +62,9 @@ class Wrapped(Network):
             inputs[:] = args[:1]
 
         # Hooks for this pass only: permanent ones would be shared by copies of the network.
-        handles = [self.module.get_submodule(name).register_forward_hook(keep(name)) for name in self._features]
+        handles = [
+            self.module.get_submodule(name).register_forward_hook(keep(name)) for name in self._features
+        ]
         handles.append(self.module.get_submodule(self._classifier).register_forward_pre_hook(keep_input))
         try:
             result, found = self.run_module(images)
@@ -88,7 +92,9 @@ class Wrapped(Network):
         required = " or ".join({2: "[B, D]", 4: "[B, D, H, W]"}[count] for count in dimensions)
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         got = "no call of this submodule" if value is None else got
-        raise ConfigError(f"{self.name} ({type(self.module).__name__}): {name} must be a tensor {required}, got {got}")
+        raise ConfigError(
+            f"{self.name} ({type(self.module).__name__}): {name} must be a tensor {required}, got {got}"
+        )
 
 
 def _add_module_prefix(network: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:

@@ -26,7 +26,9 @@ class PreactBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3)
-        self.convShortcut = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
+        self.convShortcut = (
+            None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         preact = self.bn1(x)

@@ -15,7 +15,12 @@ from mdistiller_norm.reproduce.ledger import Entry
 
 _TEXT = "#010203"  # replaced by the text colour of the page, which is light or dark
 _COLOURS = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)
-_STYLE: Any = _COLOURS | {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 8, "legend.framealpha": 0}
+_STYLE: Any = _COLOURS | {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.size": 8,
+    "legend.framealpha": 0,
+}
 
 
 def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Markup:
@@ -33,7 +38,9 @@ def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Mark
         for label, values in lines:
             shown = f"_{label}" if label in colours else label  # "_": not in the legend
             colour = colours.setdefault(label, f"C{len(colours) % 10}")
-            axes.plot(range(1, len(values) + 1), values, "-" if len(values) > 1 else ".", color=colour, label=shown)
+            axes.plot(
+                range(1, len(values) + 1), values, "-" if len(values) > 1 else ".", color=colour, label=shown
+            )
         axes.legend()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -47,7 +54,9 @@ def run_charts(runs: Mapping[int, Entry]) -> list[Markup]:
     for seed, entry in sorted(runs.items()):
         metrics = entry.record["metrics"]
         accuracy.append((f"seed {seed}", metrics["test_top1"]))
-        losses += [(name, metrics[name]) for name in metrics if name.startswith("loss_") or name == "test_loss"]
+        losses += [
+            (name, metrics[name]) for name in metrics if name.startswith("loss_") or name == "test_loss"
+        ]
     return [line_chart("Test top-1 (%)", accuracy), line_chart("Losses", losses)]
 
 

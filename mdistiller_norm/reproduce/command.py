@@ -19,7 +19,15 @@ from mdistiller_norm.errors import ConfigError, first_line
 from mdistiller_norm.program import command
 from mdistiller_norm.registry import nearest
 from mdistiller_norm.reproduce import runner
-from mdistiller_norm.reproduce.ledger import Entry, Ledger, Record, finished_record, identity, read_ledger, write_record
+from mdistiller_norm.reproduce.ledger import (
+    Entry,
+    Ledger,
+    Record,
+    finished_record,
+    identity,
+    read_ledger,
+    write_record,
+)
 from mdistiller_norm.reproduce.plan import Job, cell_identity, counted, duration, estimate, make_plan
 from mdistiller_norm.reproduce.publish import publish
 from mdistiller_norm.reproduce.slurm import submit
@@ -30,31 +38,66 @@ from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``reproduce``."""
     codes = "0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130 or 143 stopped by a signal"
-    parser.epilog = (
-        f"example: {parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3. Exit codes: {codes}."
-    )
+    parser.epilog = f"example: {parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3. Exit codes: {codes}."
     add = parser.add_argument
     add("--table", nargs="+", default=[], metavar="ID", help="1 to 9, digits, short, short_t_norm, short16")
     add("--pairs", nargs="+", default=[], metavar="PAIR", help="columns of the table (default: all)")
     add("--methods", nargs="+", default=[], metavar="ROW", help="rows of the table (default: all)")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--trials", type=int, default=3, help="runs per cell, with the seeds 0, 1, ... (default: 3)")
+    seeds.add_argument(
+        "--trials", type=int, default=3, help="runs per cell, with the seeds 0, 1, ... (default: 3)"
+    )
     seeds.add_argument("--seeds", nargs="+", default=[], help="seeds, instead of --trials")
-    add("--queue", action="store_true", help="run the most informative cells first (default tables: all of CIFAR-100)")
-    add("--sweep", default="", metavar="KEY=A,B,C", help="run each value of a key, evaluated on held-out images")
-    add("--val-split", type=float, default=0.1, help="share of the images that a sweep holds out (default: 0.1)")
+    add(
+        "--queue",
+        action="store_true",
+        help="run the most informative cells first (default tables: all of CIFAR-100)",
+    )
+    add(
+        "--sweep",
+        default="",
+        metavar="KEY=A,B,C",
+        help="run each value of a key, evaluated on held-out images",
+    )
+    add(
+        "--val-split",
+        type=float,
+        default=0.1,
+        help="share of the images that a sweep holds out (default: 0.1)",
+    )
     add("--dry-run", action="store_true", help="list finished and pending runs without running them")
     add("--budget", default="", metavar="TIME", help="stop after 9m, 1h30m, ...; the next call continues")
     add("--jobs", type=int, default=1, metavar="N", help="number of runs at a time on this machine")
-    add("--processes", type=int, default=1, metavar="N", help="processes per run, started by torchrun, one GPU each")
-    add("--smoke", action="store_true", help="two epochs per run, to test that everything works; kept separately")
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes per run, started by torchrun, one GPU each",
+    )
+    add(
+        "--smoke",
+        action="store_true",
+        help="two epochs per run, to test that everything works; kept separately",
+    )
     add("--launcher", choices=["here", "slurm", "submitit-local"], default="here")
     add("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="options of submitit")
     add("--add", nargs="+", default=[], metavar="FOLDER", help="add finished run folders to the ledger")
-    add("--publish", nargs="+", default=[], metavar="FOLDER", help="publish weights of runs in checkpoints/, in fp16")
+    add(
+        "--publish",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="publish weights of runs in checkpoints/, in fp16",
+    )
     add("--output", default="output", metavar="DIR", help="folder of the run folders (default: output)")
     add("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys that do not change the result, such as DEVICE")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="config keys that do not change the result, such as DEVICE",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -81,7 +124,9 @@ def main(options: argparse.Namespace) -> int:
     device = environment(build_device(load_config(None, options.overrides).node.DEVICE))["device"]
     records = [entry.record for entry in ledger.all_runs()]
     finished = [
-        r for r in records if (r["environment"]["device"], r.get("processes", 1)) == (device, options.processes)
+        r
+        for r in records
+        if (r["environment"]["device"], r.get("processes", 1)) == (device, options.processes)
     ]
     if options.dry_run:
         _print_jobs(jobs, todo, finished)
@@ -105,7 +150,9 @@ def main(options: argparse.Namespace) -> int:
 
 def _move_overrides(options: argparse.Namespace) -> None:
     """Move config keys that follow the values of a list option, as in ``--seeds 0 1 DEVICE cpu``, to the overrides."""
-    sections = [rf"{name}\.[\w.]*" if isinstance(value, dict) else name for name, value in default_config().items()]
+    sections = [
+        rf"{name}\.[\w.]*" if isinstance(value, dict) else name for name, value in default_config().items()
+    ]
     key = re.compile(rf"(?:{'|'.join(sections)})(?:=.*)?", re.DOTALL)
     for name in ("table", "pairs", "methods", "seeds", "slurm", "add", "publish"):
         values = getattr(options, name)
@@ -127,7 +174,10 @@ def _checked_options(options: argparse.Namespace) -> tuple[list[int], float, dic
     """Return the seeds, the budget in seconds and the options of submitit."""
     for wrong, message in (
         (not 1 <= options.trials <= 1000, f"--trials must be in 1 .. 1000, got {options.trials}"),
-        (not all(map(str.isdecimal, options.seeds)), f"--seeds must be integers >= 0, got {' '.join(options.seeds)}"),
+        (
+            not all(map(str.isdecimal, options.seeds)),
+            f"--seeds must be integers >= 0, got {' '.join(options.seeds)}",
+        ),
         (min(options.jobs, options.processes) < 1, "--jobs and --processes must be >= 1"),
         (options.slurm and options.launcher == "here", "--slurm requires --launcher slurm or submitit-local"),
         (options.budget and options.launcher != "here", "--budget requires --launcher here; see --slurm"),
@@ -136,14 +186,18 @@ def _checked_options(options: argparse.Namespace) -> tuple[list[int], float, dic
         if wrong:
             raise ConfigError(message)
     try:
-        slurm = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in options.slurm)}
+        slurm = {
+            name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in options.slurm)
+        }
     except yaml.YAMLError as error:
         raise ConfigError(f"--slurm: the value is not YAML ({first_line(error)})") from error
     seeds = list(dict.fromkeys(map(int, options.seeds))) or list(range(options.trials))
     return seeds, parse_duration(options.budget), slurm
 
 
-def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[str], queue: bool) -> list[Cell]:
+def select_cells(
+    tables: Sequence[str], rows: Sequence[str], columns: Sequence[str], queue: bool
+) -> list[Cell]:
     """Return the cells of some tables, rows and columns; a row or column has to exist in one of the tables."""
     if not tables and queue:
         tables = [table.id for table in TABLES.values() if table.in_paper and table.dataset == "cifar100"]
@@ -154,7 +208,9 @@ def select_cells(tables: Sequence[str], rows: Sequence[str], columns: Sequence[s
     for option, names, known in (("--methods", rows, known_rows), ("--pairs", columns, known_columns)):
         if unknown := [name for name in names if name not in known]:
             near = nearest(unknown[0], known) or dict.fromkeys(known)
-            raise ConfigError(f"{option}: no {unknown[0]!r} in these tables; did you mean {' or '.join(near)}?")
+            raise ConfigError(
+                f"{option}: no {unknown[0]!r} in these tables; did you mean {' or '.join(near)}?"
+            )
     cells = [c for c in cells if (not rows or c.row.key in rows) and (not columns or c.column.key in columns)]
     if not cells:
         raise ConfigError("--methods and --pairs have no common cell in these tables")
@@ -166,7 +222,9 @@ def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[C
     key, _, text = setting.partition("=")
     values = text.split(",")
     if not key or not all(values):
-        raise ConfigError(f"--sweep must be KEY=A,B,C such as NormKD.TEMPERATURE_NORM=1,1.5,2, got {setting!r}")
+        raise ConfigError(
+            f"--sweep must be KEY=A,B,C such as NormKD.TEMPERATURE_NORM=1,1.5,2, got {setting!r}"
+        )
     if not 0 < val_split <= 0.5:
         raise ConfigError(f"--val-split must be > 0 and <= 0.5, got {val_split:g}")
     swept = []
@@ -234,7 +292,9 @@ def _print_cells(cells: Sequence[Cell], ledger: Ledger, options: argparse.Namesp
         last, best = (mean_std(record[which]["top1"] for record in records) for which in ("last", "best"))
         if last:
             held_out = " on held-out images" if options.sweep else ""
-            rows.append((last.mean, f"  {cell.name}: last top-1 {last}, best {best} (n = {last.n}){held_out}"))
+            rows.append(
+                (last.mean, f"  {cell.name}: last top-1 {last}, best {best} (n = {last.n}){held_out}")
+            )
     for _, text in sorted(rows, reverse=True) if options.sweep else rows:
         print(text)
 

@@ -31,7 +31,9 @@ FORMAT, UTC = 1, "%Y-%m-%dT%H:%M:%SZ"
 # Keys that do not change the result except for its seed and rounding (INIT_SEED: in records of earlier versions).
 NOT_IDENTIFYING = (*(set(NEUTRAL) - {"SOLVER.EPOCHS"}), "SEED", "SOLVER.PRECISION", "SOLVER.INIT_SEED")
 # Types of the keys that are read from records, and columns of runs.csv.
-SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("record.yaml").read_text(encoding="utf-8"))
+SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(
+    Path(__file__).with_name("record.yaml").read_text(encoding="utf-8")
+)
 _LARGEST = 1e15  # absolute value of a number in a record
 # Raised for files that are not records: invalid JSON, deep nesting, unexpected types, huge integers.
 _MALFORMED = (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -87,7 +89,8 @@ class Ledger:
     def has(self, identity: str, seed: int, teacher_hash: str = "") -> bool:
         """Whether a run has finished, with that teacher if a hash is given."""
         return any(
-            key[0] == identity and key[1].startswith(teacher_hash) and seed in self.runs[key] for key in self.runs
+            key[0] == identity and key[1].startswith(teacher_hash) and seed in self.runs[key]
+            for key in self.runs
         )
 
     def all_runs(self) -> list[Entry]:
@@ -165,7 +168,9 @@ def check(record: Any) -> None:
     if epochs != planned:
         raise DataError(f"epochs {epochs} differs from SOLVER.EPOCHS {planned}")
     for name, values in metrics.items():
-        if len(values) != epochs or not all(type(value) in (int, float) and abs(value) < _LARGEST for value in values):
+        if len(values) != epochs or not all(
+            type(value) in (int, float) and abs(value) < _LARGEST for value in values
+        ):
             raise DataError(f"metric {name} does not have {epochs} numbers")
     if metrics.get("epoch") != list(range(1, epochs + 1)):
         raise DataError(f"the metrics do not cover the epochs 1 to {epochs}")
@@ -213,7 +218,9 @@ def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Re
         epochs = read_metrics(run / "metrics.jsonl")
         record["metrics"] = {"epoch": [metrics["epoch"] for metrics in epochs]}
         for name in dict.fromkeys(name for metrics in epochs for name in metrics if name != "epoch"):
-            record["metrics"][name] = [float(f"{metrics[name]:.7g}") for metrics in epochs]  # keeps records small
+            record["metrics"][name] = [
+                float(f"{metrics[name]:.7g}") for metrics in epochs
+            ]  # keeps records small
         record = signed_record(record)
         check(record)
     except DataError as error:

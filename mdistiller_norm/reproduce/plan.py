@@ -154,7 +154,9 @@ class _Planner:
         for seed in [TEACHER_SEED] if cell.row.key == "teacher" else seeds:
             self._add_job(cell.config, cell.overrides, more, seed, cells=(cell.name,), teacher=teacher)
 
-    def _add_job(self, config_file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any) -> Job:
+    def _add_job(
+        self, config_file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any
+    ) -> Job:
         overrides = (*settings, *self.common, *more, *(SMOKE if self.smoke else ()), f"SEED={seed}")
         config = _load(config_file, overrides)
         experiment = config.node.EXPERIMENT
@@ -171,7 +173,12 @@ class _Planner:
 
 
 def make_plan(
-    cells: Sequence[Cell], seeds: Sequence[int], output: Path, smoke: bool, extra: Sequence[str], by_value: bool
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    output: Path,
+    smoke: bool,
+    extra: Sequence[str],
+    by_value: bool,
 ) -> tuple[list[Job], list[Cell]]:
     """Plan the runs that fill some cells, each once, and the teachers that they need.
 
@@ -180,7 +187,9 @@ def make_plan(
     """
     _check_extra(extra)
     planner, order = _Planner(output, smoke, extra), list[JobKey]()
-    groups = [[cell for cell in cells if value_rank(cell) == rank] for rank in range(4)] if by_value else [cells]
+    groups = (
+        [[cell for cell in cells if value_rank(cell) == rank] for rank in range(4)] if by_value else [cells]
+    )
     for group in groups:
         for cell in group:
             planner.add(cell, seeds)
@@ -214,7 +223,10 @@ def training_flops(tree: Mapping[str, Any]) -> float:
 
 def _speed_key(tree: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Return student, teacher, data set and precision: runs that agree in them take equally long per epoch."""
-    student, teacher = tree["DISTILLER"]["STUDENT"], tree["DISTILLER"]["TEACHER"] if method_names(tree) else ""
+    student, teacher = (
+        tree["DISTILLER"]["STUDENT"],
+        tree["DISTILLER"]["TEACHER"] if method_names(tree) else "",
+    )
     return student, teacher, tree["DATASET"]["TYPE"], tree["SOLVER"]["PRECISION"]
 
 
@@ -228,7 +240,9 @@ def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
     left = max(epochs - len(done), 0)
     if done and "seconds" in done[-1]:
         return _START + left * done[-1]["seconds"] / len(done), "the run's speed so far"
-    same = [record["seconds"] / record["epochs"] for record in finished if _speed_key(record["config"]) == key]
+    same = [
+        record["seconds"] / record["epochs"] for record in finished if _speed_key(record["config"]) == key
+    ]
     if same:
         return _START + left * statistics.median(same), "finished runs of the same networks"
     rates = [  # of runs with the same precision

@@ -101,7 +101,9 @@ class TableView(NamedTuple):
             counts = Counter(value(entry) for entry in runs)
             del counts[""]  # none, or not recorded
             if len(counts) > 1:
-                listed = ", ".join(f"{text} ({counted(number, 'run')})" for text, number in counts.most_common())
+                listed = ", ".join(
+                    f"{text} ({counted(number, 'run')})" for text, number in counts.most_common()
+                )
                 lines.append(f"Runs of {column.name} differ in {name}: {listed}.")
         return lines
 
@@ -128,16 +130,21 @@ def collect(folder: Path, smoke: bool = False) -> Record:
             counted_runs |= {entry.path for entry in cells[key].runs.values()}
         views[table.id] = TableView(table, cells, sum(bool(cell.runs) for cell in cells.values()))
     runs = ledger.all_runs()
-    claims = [claim for claim in CLAIMS if not claim.own or any(views[name].measured for name in claim.tables)]
+    claims = [
+        claim for claim in CLAIMS if not claim.own or any(views[name].measured for name in claim.tables)
+    ]
     return {
         "smoke": smoke,
         "ledger": ledger,
         "runs": runs,
         "tables": list(views.values()),
-        "teachers": [row for view in views.values() for column in view.table.columns for row in _teacher(view, column)],
+        "teachers": [
+            row for view in views.values() for column in view.table.columns for row in _teacher(view, column)
+        ],
         "claims": [_judge(claim, views) for claim in claims],
         "environments": Counter(
-            environment_text(run.record | {"precision": run.precision} | run.record["environment"]) for run in runs
+            environment_text(run.record | {"precision": run.precision} | run.record["environment"])
+            for run in runs
         ).most_common(),
         "other_teachers": [run for run in runs if run.identity in placed and run.path not in counted_runs],
         "others": [run for run in runs if run.identity not in placed],
@@ -153,7 +160,13 @@ def _teacher(view: TableView, column: Column) -> list[Record]:
     paper, own = None, cells.get("teacher")
     if own and measured:
         own.teacher_top1, paper = measured[-1], own.cell.paper.get("top1")
-    row = {"table": view.table.name, "name": column.teacher, "paper": paper, "measured": measured, "hashes": hashes}
+    row = {
+        "table": view.table.name,
+        "name": column.teacher,
+        "paper": paper,
+        "measured": measured,
+        "hashes": hashes,
+    }
     return [row] if measured else []
 
 
@@ -170,7 +183,9 @@ def environment_text(environment: Record) -> str:
 def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
     """Return a claim with its verdict and its comparison in each column; the last epochs decide."""
     comparisons: list[Record] = []
-    for view, column in ((tables[name], column) for name in claim.tables for column in tables[name].table.columns):
+    for view, column in (
+        (tables[name], column) for name in claim.tables for column in tables[name].table.columns
+    ):
         cells = view.column(column)
         first, second = (cells[claim.row], cells[claim.than]) if claim.row else _peak(cells, claim.peak)
         last, best = first.minus(second, "last"), first.minus(second, "best")
@@ -179,13 +194,19 @@ def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
         rows = f"{first.cell.row.name} {stats.MINUS} {second.cell.row.name}"
         found = {"where": f"{view.table.name}, {column.name}", "rows": rows, "last": last, "best": best}
         comparisons.append(found | {"verdict": last.verdict if last else stats.UNTESTED})
-    return {"claim": claim, "comparisons": comparisons, "verdict": verdict({c["verdict"] for c in comparisons})}
+    return {
+        "claim": claim,
+        "comparisons": comparisons,
+        "verdict": verdict({c["verdict"] for c in comparisons}),
+    }
 
 
 def _peak(cells: Mapping[str, CellView], peak: Sequence[str]) -> list[CellView]:
     """Return the best row inside a range and the best one outside, by the last epochs."""
     ranked = sorted(cells.values(), key=lambda cell: getattr(cell.mean("last"), "mean", -1.0), reverse=True)
-    return [next(cell for cell in ranked if (cell.cell.row.key in peak) == inside) for inside in (True, False)]
+    return [
+        next(cell for cell in ranked if (cell.cell.row.key in peak) == inside) for inside in (True, False)
+    ]
 
 
 def render(report: Record, template: str) -> str:
@@ -223,15 +244,24 @@ def write_csv(report: Record, path: Path) -> None:
         rows.writerow(["file", "cells", "ms_per_batch", "precision", *columns])
         for entry in sorted(report["runs"], key=lambda entry: entry.path.name):
             values = dict(leaves(entry.record)) | {"method": "+".join(entry.record["method"]) or "none"}
-            head = [entry.path.name, "; ".join(cells.get(entry.path, [])), entry.milliseconds, entry.precision]
+            head = [
+                entry.path.name,
+                "; ".join(cells.get(entry.path, [])),
+                entry.milliseconds,
+                entry.precision,
+            ]
             rows.writerow(head + [values.get(key, "") for key in columns.values()])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``report``."""
     parser.epilog = f"example: {parser.prog} --export csv"
-    parser.add_argument("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
-    parser.add_argument("--out", default="", metavar="DIR", help="output folder (default: the folder of the ledger)")
+    parser.add_argument(
+        "--results", default="", metavar="DIR", help="folder of the ledger (default: results)"
+    )
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="output folder (default: the folder of the ledger)"
+    )
     parser.add_argument("--smoke", action="store_true", help="report the runs of reproduce --smoke instead")
     parser.add_argument("--output", default="output", metavar="DIR", help="as for reproduce, with --smoke")
     parser.add_argument("--export", choices=["csv"], help="write runs.csv too, one line per run")

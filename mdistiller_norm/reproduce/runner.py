@@ -54,7 +54,9 @@ def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
     done = {job.key for job in jobs if ledger.has(*job.key) and ledger.has(*job.key, job.teacher_hash())}
     needed = {job.teacher.key for job in jobs if job.teacher and job.key not in done}
     pending = {job.key for job in jobs if job.cells} - done
-    pending |= {job.key for job in jobs if job.key in needed and not (job.weights.is_file() and trained_record(job))}
+    pending |= {
+        job.key for job in jobs if job.key in needed and not (job.weights.is_file() and trained_record(job))
+    }
     return [job for job in jobs if job.key in pending]
 
 
@@ -80,10 +82,21 @@ class Execution:
             return False
         if self._add_to_ledger():
             return True
-        command = [sys.executable, *python_arguments("train"), "--cfg", str(find_config(self.job.config_file))]
+        command = [
+            sys.executable,
+            *python_arguments("train"),
+            "--cfg",
+            str(find_config(self.job.config_file)),
+        ]
         command += ["--resume", *self.job.overrides]
         if self.processes > 1:
-            command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
+            command[1:1] = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(self.processes),
+            ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -133,7 +146,9 @@ class Execution:
     def text(self, outcome: str) -> str:
         """Return a description of the outcome, or of the progress if it is empty."""
         if outcome == DONE and self.record:
-            accuracies = ", ".join(f"{which} top-1 {self.record[which]['top1']:.2f}" for which in ("last", "best"))
+            accuracies = ", ".join(
+                f"{which} top-1 {self.record[which]['top1']:.2f}" for which in ("last", "best")
+            )
             took = f"done in {duration(time.monotonic() - self.started)}"
             return f"{took if self.process else 'finished by another process'}, {accuracies}"
         if outcome == FAILED:
@@ -151,7 +166,9 @@ class Execution:
 
     def _record_failure(self, code: int) -> None:
         job = self.job
-        starter = "python" if self.processes == 1 else f"torchrun --standalone --nproc-per-node {self.processes}"
+        starter = (
+            "python" if self.processes == 1 else f"torchrun --standalone --nproc-per-node {self.processes}"
+        )
         record = {
             "format": FORMAT,
             "status": "failed",
@@ -159,7 +176,9 @@ class Execution:
             "config_file": job.config_file,
             "at": time.strftime(UTC, time.gmtime()),
             "seed": job.key[1],
-            "command": " ".join([starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]),
+            "command": " ".join(
+                [starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]
+            ),
             "config": yaml.safe_load(dump(job.config)),
             "error": f"{self.error} ({f'signal {-code}' if code < 0 else f'exit code {code}'})",
             "log": self._output()[-20:],
@@ -213,7 +232,9 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         """Start a job if a slot is free and its teacher has finished; drop it if its teacher has not."""
-        unfinished = {other.key for other in (*self._waiting, *(execution.job for execution in self._running.values()))}
+        unfinished = {
+            other.key for other in (*self._waiting, *(execution.job for execution in self._running.values()))
+        }
         outcome = self._outcomes.get(job.teacher.key, DONE) if job.teacher else DONE
         free = [slot for slot in range(self.slots) if slot not in self._running]
         if outcome != DONE:

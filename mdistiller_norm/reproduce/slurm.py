@@ -40,7 +40,9 @@ class ClusterTask:
         return submitit.helpers.DelayedSubmission(ClusterTask(self.job, self.folder, self.processes))
 
 
-def submit(jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping[str, Any], processes: int) -> Outcomes:
+def submit(
+    jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping[str, Any], processes: int
+) -> Outcomes:
     """Submit jobs to ``slurm`` with dependencies on their teachers, or run them in local processes (``local``).
 
     ``options`` are arguments of submitit's ``AutoExecutor.update_parameters``.
@@ -56,7 +58,11 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping[str
         for job in jobs:
             teacher = submitted.get(job.teacher.key) if job.teacher else None
             if cluster == "slurm":
-                after = {"dependency": f"afterok:{teacher.job_id}", "kill_on_invalid_dep": "yes"} if teacher else {}
+                after = (
+                    {"dependency": f"afterok:{teacher.job_id}", "kill_on_invalid_dep": "yes"}
+                    if teacher
+                    else {}
+                )
                 executor.update_parameters(slurm_additional_parameters=extra | after)
             elif teacher and teacher.exception():  # waits for the teacher
                 outcomes[job.key] = BLOCKED
@@ -64,7 +70,9 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping[str
             submitted[job.key] = executor.submit(ClusterTask(job, folder, processes))
             print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
     except (OSError, RuntimeError, NameError, TypeError, ValueError) as error:  # also errors of sbatch
-        raise ConfigError(f"submitit with {cluster}: {first_line(error)} ({len(submitted)} jobs submitted)") from error
+        raise ConfigError(
+            f"submitit with {cluster}: {first_line(error)} ({len(submitted)} jobs submitted)"
+        ) from error
     for key, task in submitted.items():
         outcomes[key] = QUEUED if cluster == "slurm" else FAILED if task.exception() else DONE
     return outcomes

@@ -94,7 +94,9 @@ def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(entry: dict[str, Any]) -> Table:
-    columns = tuple(Column(**column, name="{teacher} → {student}".format(**column)) for column in entry["columns"])
+    columns = tuple(
+        Column(**column, name="{teacher} → {student}".format(**column)) for column in entry["columns"]
+    )
     in_paper, cells = entry["id"].isdigit(), {}
     for source in entry["rows"]:
         row = Row(source["key"], source["name"])
