@@ -37,7 +37,8 @@ def configuration() -> str:
         )
     page = INTRODUCTION
     for section, rows in tables.items():
-        page += f"\n## {section}\n\n| key | default | type | meaning |\n| --- | --- | --- | --- |\n{''.join(sorted(rows))}"
+        header = "| key | default | type | meaning |\n| --- | --- | --- | --- |\n"
+        page += f"\n## {section}\n\n{header}{''.join(sorted(rows))}"
     return page
 
 

@@ -38,7 +38,8 @@ from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``reproduce``."""
     codes = "0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130 or 143 stopped by a signal"
-    parser.epilog = f"example: {parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3. Exit codes: {codes}."
+    example = f"{parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3"
+    parser.epilog = f"example: {example}. Exit codes: {codes}."
     add = parser.add_argument
     add("--table", nargs="+", default=[], metavar="ID", help="1 to 9, digits, short, short_t_norm, short16")
     add("--pairs", nargs="+", default=[], metavar="PAIR", help="columns of the table (default: all)")
