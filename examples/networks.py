@@ -11,16 +11,9 @@ def pretrained34(num_classes):
     """ResNet34 with ImageNet weights and a new classifier."""
     network = resnet34(weights=ResNet34_Weights.IMAGENET1K_V1)
     network.fc = nn.Linear(network.fc.in_features, num_classes)
-    stages = (
-        "relu",
-        "layer1",
-        "layer2",
-        "layer3",
-        "layer4",
-    )  # submodules that output maps: stem, then stages
-    return models.Wrapped(
-        network, num_classes, classifier="fc", features=stages
-    )  # input of fc: pooled feature
+    # features: submodules that output maps, the stem first; the input of classifier is the pooled feature
+    stages = ("relu", "layer1", "layer2", "layer3", "layer4")
+    return models.Wrapped(network, num_classes, classifier="fc", features=stages)
 
 
 @models.register("mobile")

@@ -14,9 +14,8 @@ def three_digits(root, options):
     labels, pixels = torch.from_numpy(source.target), torch.from_numpy(source.images)
     selected = torch.isin(labels, wanted)
     grey = (pixels[selected] * (255 / 16)).round().to(torch.uint8)
-    images = (
-        grey.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].repeat(1, 1, 1, 3)
-    )  # [N, 32, 32, 3]
+    # [N, 8, 8] -> [N, 32, 32, 3]
+    images = grey.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].repeat(1, 1, 1, 3)
     targets = torch.searchsorted(wanted, labels[selected])  # 0, 1, 2, int64
     return data.TensorDataset(
         name="three_digits",  # the name in weights and results
