@@ -26,8 +26,8 @@ file, `KEY VALUE` pairs on the command line. Keys are nested (`SOLVER: {LR: 0.1}
 
 def configuration() -> str:
     """Return the configuration page: one table for each section and one for the nodes of the methods."""
-    from mdistiller_norm.config import KEYS
     from mdistiller_norm.config_files import describe_keys
+    from mdistiller_norm.config_keys import KEYS
 
     tables: dict[str, list[str]] = {}
     for key, default, kind, meaning in describe_keys():

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from mdistiller_norm.data import (
     TrainLoader,
     open_dataset,
 )  # fmt: skip
-from mdistiller_norm.data.folder import ImageDataset, data_root
+from mdistiller_norm.data.folder import ImageDataset
 from mdistiller_norm.data.plan import smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed, teacher_file
@@ -33,13 +32,14 @@ from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.dot import DOT, build_optimizer
 from mdistiller_norm.engine.meters import TrainMeters
+from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import find_config
-from mdistiller_norm.models import PREFIXES, VARIANTS, build_model, has_weights, probe
+from mdistiller_norm.models import build_model, has_weights, probe
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.program import command
 from mdistiller_norm.registry import suggest
@@ -76,7 +76,7 @@ def build_precision(name: str, device: torch.device) -> tuple[torch.dtype | None
 
 
 def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
-    """Return the device and :func:`build_precision`; check the settings that depend on these and on the processes."""
+    """Set up the device; return it and :func:`build_precision`; check the settings that depend on both."""
     solver, world = cfg.SOLVER, distributed.process_share().world
     device = build_device(cfg.DEVICE)
     autocast, warning = build_precision(solver.PRECISION, device)
@@ -94,6 +94,8 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
     if solver.TRAINER.endswith("dot") and any(conflicts.values()):
         found = ", ".join(name for name, present in conflicts.items() if present)
         raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} does not support {found}")
+    if device.type == "cuda":
+        choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
     return device, autocast, warning
 
 
@@ -307,36 +309,3 @@ def build_step(
     meters = TrainMeters(trainable.loss_names).to(device)
     wrapped = distributed.wrap(trainable)
     return TrainStep(loader, teacher, trainable, optimizer, meters, scaler, wrapped, solver.ACCUMULATE)
-
-
-def open_checkpoint(
-    path: str | Path,
-    model: str = "",
-    kind: str = "",
-    root: Path = Path("data"),
-    dataset: Dataset | None = None,
-) -> tuple[Network, Dataset]:
-    """Return the network of a weights file and the data set that it was trained on.
-
-    Names and data set default to those stored in the file (a ``student_*.pt``), then to cifar100.
-    """
-    weights = load_weights(path)
-    about = weights.about
-    name = model or about.get("name", "")
-    if not name:
-        raise ConfigError(f"{path} does not name its network: add -m, for example -m resnet20")
-    kind = kind or about.get("type", about.get("dataset", "cifar100"))
-    known_data = dataset is not None or kind in DATASETS
-    if about.get("plugins") and not (
-        known_data and (name.startswith(PREFIXES) or name in chain(*VARIANTS.values()))
-    ):
-        plugins = " ".join(about["plugins"])
-        raise CheckpointError(f"{path} is {name} on {kind}, registered by a plugin: add --plugin {plugins}")
-    if dataset is None:
-        known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
-        known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
-        images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
-        dataset = open_dataset(kind, data_root(root, about.get("dataset", "")), images)
-    network = _network("model", name, dataset)
-    load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
-    return network, dataset

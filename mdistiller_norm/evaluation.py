@@ -12,7 +12,6 @@ from mdistiller_norm.build import (
     build_dataset,
     build_device,
     build_precision,
-    open_checkpoint,
     placed,
     train_command,
 )
@@ -21,7 +20,7 @@ from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
 from mdistiller_norm.errors import CheckpointError, ConfigError
-from mdistiller_norm.student import add_student_arguments, find_root, find_weights
+from mdistiller_norm.student import add_student_arguments, find_root, find_weights, open_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,6 @@ from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.graph import capture_network, capture_step
 from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.optim import StepSchedule
-from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
@@ -70,14 +69,11 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     student = build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build_distillers(cfg, student, trained[0], dataset) if trained else {}
     config_yaml = dump(cfg)
-    if device.type == "cuda":
-        choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
-    check_data(
-        cfg, student, dataset, share, check_test=trained is None
-    )  # a teacher is evaluated on the test images
+    # A teacher is evaluated on the test images, which finds unreadable ones.
+    check_data(cfg, student, dataset, share, check_test=trained is None)
     folder = RunFolder.open(config, config_yaml, resume, share.rank)
     log = folder.log.line
     if warning:
@@ -96,22 +92,13 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if trained:
         placed(trained[0], device)
         teacher, teacher_record = build_teacher_runner(
-            cfg,
-            trained,
-            distillers,
-            loader,
-            test,
-            dataset.image_size,
-            autocast,
-            to_compile != "none",
-            steps_left,
-            log,
-        )
+            cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", steps_left, log
+        )  # fmt: skip
     step = build_step(cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log)
-    surroundings = environment(device)
-    facts = _facts(cfg, dataset, distillers, teacher_record, PRECISIONS[autocast])
-    facts |= {"config": yaml.safe_load(config_yaml), "command": command, "environment": surroundings}
-    provenance = _provenance(cfg, dataset, facts)
+    facts, provenance = _records(
+        cfg, dataset, distillers, teacher_record, PRECISIONS[autocast], environment(device)
+    )
+    facts |= {"config": yaml.safe_load(config_yaml), "command": command}
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
     schedule = StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE)
     intervals = Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ)
@@ -126,19 +113,21 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     return Run(trainer, folder, facts)
 
 
-def _facts(
-    cfg: Any, dataset: Dataset, distillers: Mapping[str, Distiller], teacher: Record, precision: str
-) -> Record:
-    return {
+def _records(
+    cfg: Any,
+    dataset: Dataset,
+    distillers: Mapping[str, Distiller],
+    teacher: Record,
+    precision: str,
+    versions: Record,
+) -> tuple[Record, Provenance]:
+    """Return the facts for ``result.json``, and the records that are saved with the state."""
+    facts = {
         "method": list(distillers), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
         "dataset": dataset.name, "data": dataset.fingerprint(), "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
         "extra_parameters": sum(method.extra_parameters() for method in distillers.values()),
-        "precision": precision, "processes": distributed.process_share().world,
+        "precision": precision, "processes": distributed.process_share().world, "environment": versions,
     }  # fmt: skip
-
-
-def _provenance(cfg: Any, dataset: Dataset, facts: Record) -> Provenance:
-    teacher = facts["teacher"] or {}
     about = {
         "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
         "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
@@ -146,12 +135,11 @@ def _provenance(cfg: Any, dataset: Dataset, facts: Record) -> Provenance:
         "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS),
     }  # fmt: skip
     identity = {
-        "teacher": teacher.get("hash", ""), "data": facts["data"], "precision": facts["precision"],
+        "teacher": teacher.get("hash", ""), "data": facts["data"], "precision": precision,
         "precision of the teacher's answers": "fp16" if teacher.get("cache") == "fp16" else "as computed",
     }  # fmt: skip
-    return Provenance(
-        about, identity, facts["environment"] | {key: facts[key] for key in ("precision", "processes")}
-    )
+    trained_by = versions | {key: facts[key] for key in ("precision", "processes")}
+    return facts, Provenance(about, identity, trained_by)
 
 
 def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts: Record, log: Log) -> None:
@@ -160,10 +148,8 @@ def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts
         f"{'+'.join(facts['method']) or 'plain training'}: {student.name} on {dataset.name}, {len(dataset.targets)} "
         f"images, {steps} steps per epoch, {parameters:,} parameters and {facts['extra_parameters']:,} extra parameters"
     )
-    if cfg.DATASET.VAL_SPLIT:
-        log(
-            f"the test split is {cfg.DATASET.VAL_SPLIT:g} of each class of the training images (DATASET.VAL_SPLIT)"
-        )
+    if split := cfg.DATASET.VAL_SPLIT:
+        log(f"the test split is {split:g} of each class of the training images (DATASET.VAL_SPLIT)")
 
 
 def train(config: Config, resume: bool = False, command: Sequence[str] = ()) -> Record:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from mdistiller_norm.build import open_checkpoint
-from mdistiller_norm.data import Dataset
+from mdistiller_norm.data import DATASETS, Dataset, ImageOptions, open_dataset
+from mdistiller_norm.data.folder import data_root
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
-from mdistiller_norm.errors import CheckpointError, DataError
-from mdistiller_norm.models import build_model
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
+from mdistiller_norm.models import PREFIXES, VARIANTS, build_model
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.plugins import import_plugin
 from mdistiller_norm.run_folder import CONFIG
@@ -68,10 +69,44 @@ def find_root(path: Path, root: Path | None) -> Path:
     return Path(root or "data")
 
 
+def open_checkpoint(
+    path: str | Path,
+    model: str = "",
+    kind: str = "",
+    root: Path = Path("data"),
+    dataset: Dataset | None = None,
+) -> tuple[Network, Dataset]:
+    """Return the network of a weights file and the data set that it was trained on.
+
+    Names and data set default to those stored in the file (a ``student_*.pt``), then to cifar100.
+    """
+    weights = load_weights(path)
+    about = weights.about
+    name = model or about.get("name", "")
+    if not name:
+        raise ConfigError(f"{path} does not name its network: add -m, for example -m resnet20")
+    kind = kind or about.get("type", about.get("dataset", "cifar100"))
+    known_data = dataset is not None or kind in DATASETS
+    if about.get("plugins") and not (
+        known_data and (name.startswith(PREFIXES) or name in chain(*VARIANTS.values()))
+    ):
+        plugins = " ".join(about["plugins"])
+        raise CheckpointError(f"{path} is {name} on {kind}, registered by a plugin: add --plugin {plugins}")
+    if dataset is None:
+        known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
+        known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
+        images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
+        dataset = open_dataset(kind, data_root(root, about.get("dataset", "")), images)
+    count, size = len(dataset.classes), dataset.image_size
+    network = build_model(name, count, variant=dataset.variant, image_size=size)
+    load_into(network, weights, f"{name} with {count} classes")
+    return network, dataset
+
+
 def load_student(
     path: Path, model: str = "", kind: str = "", root: Path | None = None, with_data: bool = True
 ) -> Student:
-    """Load a weights file or the best weights of a run folder, as ``build.open_checkpoint`` does.
+    """Load a weights file or the best weights of a run folder, as :func:`open_checkpoint` does.
 
     The data set may be missing if the file has the metadata of a ``student_*.pt``; it is not opened without
     ``with_data``.

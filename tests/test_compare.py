@@ -13,11 +13,11 @@ from conftest import Once
 from scipy import stats
 from short_runs import config
 
-from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.cli import execute
 from mdistiller_norm.compare import mcnemar
 from mdistiller_norm.errors import UserError
 from mdistiller_norm.run import train
+from mdistiller_norm.student import open_checkpoint
 
 
 @pytest.fixture(scope="module")

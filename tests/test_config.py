@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mdistiller_norm.config import KEYS, default_config, dump, leaves, load_config, show
+from mdistiller_norm.config import default_config, dump, leaves, load_config, show
+from mdistiller_norm.config_keys import KEYS
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
 

@@ -15,14 +15,13 @@ from short_runs import assert_same_state
 from test_models import EACH_FAMILY, build
 from torch import Tensor, nn
 
-from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.cli import execute
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.engine.checkpoint import load, load_weights
 from mdistiller_norm.errors import CheckpointError, UserError
 from mdistiller_norm.export import check
 from mdistiller_norm.models import build_model
-from mdistiller_norm.student import load_student
+from mdistiller_norm.student import load_student, open_checkpoint
 
 
 @pytest.fixture

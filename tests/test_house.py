@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+LINES = 13_100  # of the package
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 330, 60, 10
 FILES = sorted((ROOT / "mdistiller_norm").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
@@ -38,6 +39,10 @@ def test_file_keeps_the_limits(path: Path) -> None:
             assert len([name for name in names if name not in ("self", "cls")]) <= PARAMETERS, node.name
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             assert not (ast.get_docstring(node) or "").startswith("See :"), path
+
+
+def test_package_keeps_the_limit() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= LINES
 
 
 def test_modules_import_each_other_without_cycles() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.cli import execute
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.errors import UserError
+from mdistiller_norm.student import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from sklearn.metrics import silhouette_score
 from mdistiller_norm.analysis.collect import Collected, collect, short_names
 from mdistiller_norm.analysis.correlation import correlation_matrix
 from mdistiller_norm.analysis.softening import compute, entropy
-from mdistiller_norm.build import open_checkpoint
 from mdistiller_norm.cli import execute
 from mdistiller_norm.errors import UserError
+from mdistiller_norm.student import open_checkpoint
 
 
 @pytest.fixture

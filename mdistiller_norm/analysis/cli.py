@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller_norm.errors import ConfigError, needs_extra
-from mdistiller_norm.student import add_student_arguments, find_root, find_weights
+from mdistiller_norm.student import add_student_arguments, find_root, find_weights, open_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
         from mdistiller_norm.analysis import correlation, softening, tsne
         from mdistiller_norm.analysis.figures import STYLE, save
     from mdistiller_norm.analysis.collect import Collected, collect, short_names
-    from mdistiller_norm.build import build_device, open_checkpoint
+    from mdistiller_norm.build import build_device
 
     device = build_device(options.device)
 

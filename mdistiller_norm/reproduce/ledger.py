@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from mdistiller_norm.config import REMOVED, default_config, leaves, method_names
+from mdistiller_norm.config import default_config, leaves, method_names
+from mdistiller_norm.config_keys import REMOVED
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import DataError
