@@ -24,16 +24,16 @@ from mdistiller_norm.errors import first_line
 from mdistiller_norm.run import train
 
 OPTIONAL = (
-    "scikit-learn", "scipy", "matplotlib", "jinja2", "timm", "submitit", "wandb", "onnx", "onnxruntime", "simplejpeg",
+    "scikit-learn", "scipy", "matplotlib", "jinja2", "timm", "submitit", "wandb", "onnx", "onnxruntime",
+    "safetensors", "simplejpeg",
 )  # fmt: skip
-DATA = ("cifar-100-python", "imagenet", "tiny_imagenet_20")  # folders in --root
+DATA = ("cifar-100-python", "imagenet")  # folders in --root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``doctor``."""
-    parser.add_argument(
-        "--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)"
-    )
+    root = "folder of the data sets (default: data)"
+    parser.add_argument("--root", type=Path, default=Path("data"), help=root)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -48,12 +48,12 @@ def diagnose(root: Path) -> dict[str, Any]:
     """Return the environment, the data and checkpoints that were found, the free space and the result of the test."""
     device = build_device("auto")
     installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
-    data = {name: str(root / name) for name in DATA if (root / name).exists()}
     return {
         "environment": environment(device),
         "optional": {name: installed.get(name) for name in OPTIONAL},
         "compiler": compiler_missing(device) or "found",
-        "data": {"digits": "in the package"} | data,
+        "data": {"digits": "in the package"}
+        | {name: str(root / name) for name in DATA if (root / name).exists()},
         "checkpoints": _checkpoints(),
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free in {Path.cwd()}",
         "self_test": self_test(),
@@ -73,7 +73,7 @@ def _checkpoints() -> list[str]:
 def self_test() -> dict[str, Any]:
     """Train a teacher and, with NormKD, a student for 20 steps each in a temporary folder."""
     start, output = time.perf_counter(), io.StringIO()
-    common = [
+    short = [
         "SOLVER.EPOCHS=1",
         "SOLVER.BATCH_SIZE=72",
         "SOLVER.LR_DECAY_STAGES=[]",
@@ -81,12 +81,10 @@ def self_test() -> dict[str, Any]:
     ]
     try:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(output):
-            common += [
-                f"LOG.PREFIX={folder}",
-                f"DISTILLER.TEACHER_WEIGHTS={folder}/digits/teacher/student_last.pt",
-            ]
-            train(load_config("digits/vanilla_resnet8", [*common, "EXPERIMENT.NAME=teacher"]))
-            train(load_config("digits/normkd", [*common, "EXPERIMENT.NAME=student"]))
+            teacher = f"DISTILLER.TEACHER_WEIGHTS={folder}/digits/teacher/student_last.pt"
+            for name, file in (("teacher", "digits/vanilla_resnet8"), ("student", "digits/normkd")):
+                place = [f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", teacher]
+                train(load_config(file, [*short, *place]))
     except Exception as error:  # a broken installation may raise anything
         return {"passed": False, "error": first_line(error), "output": output.getvalue().splitlines()[-5:]}
     return {"passed": True, "seconds": round(time.perf_counter() - start, 1)}

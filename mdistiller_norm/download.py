@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import re
+import shutil
 import ssl
 import tarfile
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -58,7 +60,7 @@ class Source:
         in_name = re.search(r"-([0-9a-f]{8,64})\.\w+$", self.name)
         for kind, expected in (("md5", self.md5), ("sha256", self.sha256 or (in_name[1] if in_name else ""))):
             with path.open("rb") as file:
-                found = hashlib.file_digest(file, kind).hexdigest() if expected else ""
+                found = hashlib.file_digest(file, kind).hexdigest()
             if not found.startswith(expected.lower()):
                 return f"its {kind} is {found}, not {expected}"
         return ""
@@ -100,62 +102,59 @@ def obtain(source: Source, folder: Path) -> Path:
 def _download(source: Source, part: Path) -> None:
     reasons = []
     for url in source.urls:
-        reason = _transfer_all(url, part)
-        if not reason:
+        try:
+            _transfer_all(url, part)
             reason = source.mismatch(part)
             if not reason:
                 return
             part.write_bytes(b"")
+        except _NETWORK_ERRORS as error:
+            reason = first_line(error)
         reasons.append(f"{url}: {reason}")
     hint = "; run the command again to continue" if part.stat().st_size else ""
     raise DataError(f"{source.name} cannot be downloaded: {'; '.join(reasons)}{hint}")
 
 
-def _transfer_all(url: str, part: Path) -> str:
-    """Transfer a file, reconnecting as long as data arrives; return the error, or an empty string."""
-    failures, reason = 0, ""
-    while failures < ATTEMPTS:
+def _transfer_all(url: str, part: Path) -> None:
+    """Transfer the rest of a file, reconnecting as long as data arrives."""
+    failures = 0
+    while True:
         start = part.stat().st_size
         try:
-            _transfer(url, part, start)
-            return ""
+            return _transfer(url, part, start)
         except HTTPError as error:
-            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
-                return ""  # the part is the whole file
-            if error.code == 416:
-                part.write_bytes(b"")  # a part of another file
-            return str(error)
-        except _NETWORK_ERRORS as error:
-            reason = first_line(error)
-        failures = 0 if part.stat().st_size > start else failures + 1
-        time.sleep(failures)
-    return reason
+            if error.code == 416:  # the part is not smaller than the file: its checksum decides
+                return
+            raise
+        except _NETWORK_ERRORS:
+            failures = 0 if part.stat().st_size > start else failures + 1
+            if failures == ATTEMPTS:
+                raise
+            time.sleep(failures)
 
 
 def _transfer(url: str, part: Path, start: int) -> None:
     """Append the bytes from ``start`` on; start from 0 if the server does not support ranges."""
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    with urlopen(request, timeout=TIMEOUT) as response:
-        start = start if response.status == 206 else 0
-        size = start + int(response.headers["Content-Length"] or 0)
-        name, known = url.rpartition("/")[2], size or None
-        bar = tqdm(total=known, initial=start, desc=name, unit="B", unit_scale=True, disable=None)
-        with bar, part.open("ab" if start else "wb") as file:
+    response = urlopen(request, timeout=TIMEOUT)
+    with response, part.open("ab" if response.status == 206 else "wb") as file:
+        size = file.tell() + int(response.headers["Content-Length"] or 0)
+        options: Any = {"initial": file.tell(), "unit": "B", "unit_scale": True, "disable": None}
+        with tqdm(desc=url.rpartition("/")[2], total=size or None, **options) as bar:
             while chunk := response.read(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if part.stat().st_size < size:
-        raise ConnectionError(f"the connection was closed after {part.stat().st_size} of {size} bytes")
+        if file.tell() < size:
+            raise ConnectionError(f"the connection was closed after {file.tell()} of {size} bytes")
 
 
 def _unpack(archive: Path, target: Path) -> None:
     """Unpack a folder of a tar archive atomically, and delete the archive."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack_") as folder:
         try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+            shutil.unpack_archive(archive, folder, "tar", filter="data")
             Path(folder, target.name).rename(target)
-        except (tarfile.TarError, EOFError, zlib.error, FileNotFoundError) as error:
+        except (shutil.ReadError, OSError, tarfile.TarError, EOFError, zlib.error) as error:
             raise DataError(f"the archive of {target} cannot be unpacked: {first_line(error)}") from error
         finally:
             archive.unlink()

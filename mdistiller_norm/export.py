@@ -26,7 +26,7 @@ from mdistiller_norm.student import Metadata, Student, add_student_arguments, fi
 
 Forward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-4  # of a logit, relative to the largest of its batch: other kernels sum in another order
-ABOUT = "about.json"  # name of the metadata in a .pt2
+ABOUT = "about.json"  # name of the metadata in a .pt2 and in ONNX
 SUFFIXES = {
     ".pt2": "pt2",
     ".onnx": "onnx",
@@ -34,8 +34,11 @@ SUFFIXES = {
     ".safetensors": "safetensors",
     ".pt": "state_dict",
 }
-_WEIGHTS_ONLY = ("state_dict", "safetensors")
-_CARD = """
+EXECUTABLE = ("pt2", "onnx")  # formats that contain the network, not only its weights
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+_CARD = """---
+{header}---
+
 # {name}, trained on {dataset}
 
 {description}
@@ -44,7 +47,7 @@ _CARD = """
 from safetensors.torch import load_file
 from mdistiller_norm.models import build_model
 
-network = build_model("{name}", {classes}, variant="{variant}", image_size={image_size})
+network = build_model("{name}", {count}, variant="{variant}", image_size={image_size})
 network.load_state_dict(load_file("model.safetensors"))
 ```
 
@@ -68,41 +71,39 @@ def export(
         CheckpointError: the file cannot be written, or its logits differ by more than rounding.
     """
     module: nn.Module = student.network
-    mean, std = (torch.tensor(student.about[key]).expand(3) for key in ("mean", "std"))
+    mean, std = (torch.tensor(student.about[key]).expand(3)[:, None, None] for key in ("mean", "std"))
     pixels = "RGB in 0..1, minus mean, divided by std"
     if with_normalisation:
         norm = nn.BatchNorm2d(3, eps=0.0, affine=False)
-        norm.load_state_dict({"running_mean": mean, "running_var": std**2}, strict=False)
+        norm.load_state_dict(
+            {"running_mean": mean.flatten(), "running_var": std.flatten() ** 2}, strict=False
+        )
         module, pixels = nn.Sequential(norm, module).eval(), "RGB in 0..1"
     height, width = student.about["image_size"]
-    about = student.about | {"normalised": not with_normalisation}
-    about["input"] = f"float32 [B, 3, {height}, {width}], {pixels}"
+    shape = f"float32 [B, 3, {height}, {width}], {pixels}"
+    about = student.about | {"normalised": not with_normalisation, "input": shape}
+
+    def exported(images: Tensor) -> Tensor:
+        return forward(images * std + mean if with_normalisation else images)
+
     try:
         with whole_file(path) as file:
             file.write(_encode(form, module, about))
             file.flush()
             forward, about = read(Path(file.name), form, about)
-            if with_normalisation:
-                lines = check(
-                    lambda images: forward(images * std[:, None, None] + mean[:, None, None]), student, count
-                )
-            else:
-                lines = check(forward, student, count)
+            lines = check(exported, student, count)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written ({error})") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is not written: {error}") from error
     return [f"{path}: {about['name']}, {len(about['classes'])} classes, input {about['input']}", *lines]
 
 
 def check(forward: Forward, student: Student, count: int) -> list[str]:
     """Compare an export, a function of normalised images, with its network; return the largest differences in lines."""
-    random = torch.randn(16, 3, *student.about["image_size"], generator=torch.Generator().manual_seed(0))
-    kinds, lines = {"random": random}, []
+    size, generator = student.about["image_size"], torch.Generator().manual_seed(0)
+    kinds, lines = {"random": torch.randn(16, 3, *size, generator=generator)}, []
     if student.dataset:
-        kinds[student.about["dataset"]], _ = next(
-            iter(student.dataset.eval_loader(count, torch.device("cpu")))
-        )
+        loader = student.dataset.eval_loader(count, torch.device("cpu"))
+        kinds[student.about["dataset"]] = next(iter(loader))[0]
     for kind, images in kinds.items():
         largest = 0.0
         for batch in (images[:1], images):
@@ -111,12 +112,11 @@ def check(forward: Forward, student: Student, count: int) -> list[str]:
                 difference = float((forward(batch) - expected).abs().max())
             if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
                 raise CheckpointError(
-                    f"on {kind} images its logits differ by {difference:.2g} from the network's"
+                    f"nothing is written: logits of the exported network differ by {difference:.2g} on {kind} images"
                 )
             largest = max(largest, difference)
-        lines.append(
-            f"largest difference of a logit: {largest:.2g} on {kind} images, batches of 1 and {len(images)}"
-        )
+        sizes = f"batches of 1 and {len(images)}"
+        lines.append(f"largest difference of a logit: {largest:.2g} on {kind} images, {sizes}")
     return lines if student.dataset else [*lines, f"checked on random images only: {student.missing}"]
 
 
@@ -133,54 +133,48 @@ def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
         return bytes(save(tensors, {"about": json.dumps(about)}))
     example = torch.zeros(2, 3, *about["image_size"])  # a batch of 1 would become a constant
     shapes = ({0: torch.export.Dim("batch", min=1)},)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
         if form == "pt2":
             torch.export.save(program, content, extra_files={ABOUT: json.dumps(about)})
             return content.getvalue()
-        onnx = torch.onnx.export(
-            program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
-        )
+        onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     except Exception as error:  # any error of a user's network; its cause names the operation
-        reason = first_line(error.__cause__ or error)
-        raise ConfigError(
-            f"{about['name']} cannot be exported ({reason}); use --format state_dict"
-        ) from error
-    assert onnx is not None
+        reason = f"{about['name']} cannot be exported ({first_line(error.__cause__ or error)})"
+        raise ConfigError(f"{reason}; use --format state_dict") from error
     for key, value in about.items():
         onnx.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    encoded: bytes = onnx.model_proto.SerializeToString()
-    return encoded
+    onnx.model.metadata_props[ABOUT] = json.dumps(about)
+    return bytes(onnx.model_proto.SerializeToString())
 
 
 def read(path: Path, form: str, about: Metadata | None = None) -> tuple[Forward, Metadata]:
     """Load an exported file as a function of images, with its metadata; weights alone require ``about``."""
-    if form in _WEIGHTS_ONLY:
-        assert about is not None
-        size = tuple(about["image_size"])
-        network = build_model(about["name"], len(about["classes"]), variant=about["variant"], image_size=size)
-        if form == "state_dict":
-            load_into(network, load_weights(path), about["name"])
-        else:
-            from safetensors.torch import load_file
-
-            network.load_state_dict(load_file(path))
-        return network.eval(), about
     if form == "pt2":
         extra = {ABOUT: ""}
         with path.open("rb") as file:
             module = torch.export.load(file, extra_files=extra).module()
         return module, json.loads(extra[ABOUT])
-    import onnxruntime
+    if form == "onnx":
+        import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    stored = {}
-    for key, value in session.get_modelmeta().custom_metadata_map.items():
-        is_text = key in ("name", "variant", "dataset", "crop", "interpolation", "channels", "input")
-        stored[key] = value if is_text else json.loads(value)
-    return lambda images: torch.from_numpy(
-        session.run(None, {"images": images.contiguous().numpy()})[0]
-    ), stored
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def run(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+
+        return run, json.loads(session.get_modelmeta().custom_metadata_map[ABOUT])
+    assert about is not None
+    size, classes = tuple(about["image_size"]), len(about["classes"])
+    network = build_model(about["name"], classes, variant=about["variant"], image_size=size)
+    if form == "state_dict":
+        load_into(network, load_weights(path), about["name"])
+    else:
+        from safetensors.torch import load_file
+
+        network.load_state_dict(load_file(path))
+    return network.eval(), about
 
 
 def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], count: int = 64) -> list[str]:
@@ -191,33 +185,30 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
     about = student.about
     folder.mkdir(parents=True, exist_ok=True)
     lines = export(student, folder / "model.safetensors", "safetensors", count=count)
-    write_json(
-        {"architecture": about["name"], "num_classes": len(about["classes"])} | about, folder / "config.json"
-    )
+    facts: Metadata = {"architecture": about["name"], "num_classes": len(about["classes"])}
+    write_json(facts | about, folder / "config.json")
     header: dict[str, Any] = {
         "library_name": "mdistiller_norm", "pipeline_tag": "image-classification", "datasets": [about["dataset"]],
         "tags": ["knowledge-distillation", *result.get("method", [])],
     }  # fmt: skip
     description = "An image classifier."
     if result:
-        teacher, best, last = (result.get("teacher") or {}).get("name"), result["best"], result["last"]
-        methods = "+".join(result["method"]) + f" from {teacher}" if teacher else "without a teacher"
+        teacher, best, last = result.get("teacher"), result["best"], result["last"]
+        methods = f"{'+'.join(result['method'])} from {teacher['name']}" if teacher else "without a teacher"
         description = (
             f"Trained {methods} for {result['epochs']} epochs with seed {result['seed']}. Test top-1 of epoch "
             f"{best['epoch']}, the best: {best['top1']:.2f}; of the last epoch: {last['top1']:.2f}."
         )
-        dataset = {"name": about["dataset"], "type": about["dataset"]}
-        accuracy = {"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}
-        entry = {"task": {"type": "image-classification"}, "dataset": dataset, "metrics": [accuracy]}
+        entry = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": about["dataset"], "type": about["dataset"]},
+            "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}],
+        }
         header["model-index"] = [{"name": about["name"], "results": [entry]}]
-    facts = about | {
-        "classes": len(about["classes"]),
-        "image_size": tuple(about["image_size"]),
-        "description": description,
-    }
-    write_text(
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n{_CARD.format(**facts)}", folder / "README.md"
-    )
+    texts = {"header": yaml.safe_dump(header, sort_keys=False), "description": description}
+    size, classes = tuple(about["image_size"]), len(about["classes"])
+    card = _CARD.format(**about | texts | {"count": classes, "image_size": size})
+    write_text(card, folder / "README.md")
     return [*lines, f"wrote config.json and README.md in {folder}"]
 
 
@@ -226,38 +217,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         f"example: {parser.prog} -c output/digits/student_normkd --format onnx --with-normalisation"
     )
-    add = parser.add_argument
-    add(
-        "-c",
-        "--ckpt",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="checkpoint, or run folder (its best epoch)",
-    )
-    add(
-        "-o",
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="default: beside the checkpoint, with the format's suffix",
-    )
-    add(
-        "--format",
-        choices=list(dict.fromkeys(SUFFIXES.values())),
-        help="default: by the suffix of -o, else pt2",
-    )
-    add(
-        "--push-folder",
-        type=Path,
-        metavar="FOLDER",
-        help="write a folder to upload to the Hugging Face Hub instead",
-    )
-    add(
-        "--with-normalisation",
-        action="store_true",
-        help="include the normalisation: the input are pixels in 0..1",
-    )
+    add, forms = parser.add_argument, list(dict.fromkeys(SUFFIXES.values()))
+    weights = "checkpoint, or run folder (its best epoch)"
+    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help=weights)
+    add("-o", "--out", type=Path, metavar="FILE", help="default: beside the checkpoint")
+    add("--format", choices=forms, help="default: by the suffix of -o, else pt2")
+    add("--push-folder", type=Path, metavar="FOLDER", help="write a folder for the Hugging Face Hub instead")
+    add("--with-normalisation", action="store_true", help="include it: the input are pixels in 0..1")
     add("--force", action="store_true", help="replace existing files")
     add_student_arguments(parser, batch_size=64)
 
@@ -269,27 +235,19 @@ def main(options: argparse.Namespace) -> int:
     path: Path = options.out or source.with_suffix(next(s for s, name in SUFFIXES.items() if name == form))
     if options.push_folder:
         form, path = "safetensors", options.push_folder / "model.safetensors"
-        if options.out or options.format or options.with_normalisation:
-            raise ConfigError("--push-folder cannot be combined with -o, --format or --with-normalisation")
+        if options.out or options.format:
+            raise ConfigError("--push-folder cannot be combined with -o or --format")
+    elif path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"-o {path} must be a file in an existing folder")
     if SUFFIXES.get(path.suffix) != form:
         raise ConfigError(f"-o {path} must end in the suffix of its format: {', '.join(SUFFIXES)}")
-    if form in _WEIGHTS_ONLY and options.with_normalisation:
-        raise ConfigError(
-            "--with-normalisation requires --format pt2 or onnx: the other formats have weights only"
-        )
-    with needs_extra(form, f"--format {form}"):
-        for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}.get(
-            form, ()
-        ):
-            importlib.import_module(package)
-    if (
-        path.resolve() == source.resolve()
-        or path.is_dir()
-        or not (options.push_folder or path.parent.is_dir())
-    ):
-        raise ConfigError(f"-o {path} must be a file in an existing folder, and not the checkpoint")
-    if path.exists() and not options.force:
+    if form not in EXECUTABLE and options.with_normalisation:
+        raise ConfigError("--with-normalisation requires --format pt2 or onnx: the others have weights only")
+    if path.resolve() == source.resolve() or (path.exists() and not options.force):
         raise ConfigError(f"{path} exists: choose another path, or replace it with --force")
+    with needs_extra(form, f"--format {form}"):
+        for package in _PACKAGES.get(form, ()):
+            importlib.import_module(package)
     student = load_student(source, options.model, options.dataset, options.root)
     if options.push_folder:
         file = source.parent / RESULT

@@ -17,16 +17,11 @@ Teacher = tuple[Path, str, str]  # file, model and data set
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``fetch``."""
     parser.epilog = f"example: {parser.prog} cifar100 teachers"
-    parser.add_argument(
-        "names", nargs="+", metavar="NAME", help=f"{', '.join(read_sources())}, or a name in --sources"
-    )
-    parser.add_argument(
-        "--sources", type=Path, metavar="FILE", help="more sources, in the form of sources.yaml"
-    )
-    parser.add_argument(
-        "--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)"
-    )
-    parser.add_argument("--no-eval", action="store_true", help="do not evaluate the teachers")
+    add, names = parser.add_argument, f"{', '.join(read_sources())}, or a name in --sources"
+    add("names", nargs="+", metavar="NAME", help=names)
+    add("--sources", type=Path, metavar="FILE", help="more sources, in the form of sources.yaml")
+    add("--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
+    add("--no-eval", action="store_true", help="do not evaluate the teachers")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -49,13 +44,8 @@ def fetch(source: Source, root: Path) -> list[Teacher]:
     path = obtain(source, folder)
     print(path, flush=True)
     if source.model:
-        fields = {
-            "model": source.model,
-            "dataset": source.dataset,
-            "top1": source.top1,
-            "source": source.urls[0],
-        }
-        add_to_manifest(MANIFEST, path, **fields)
+        facts = {"model": source.model, "dataset": source.dataset, "top1": source.top1}
+        add_to_manifest(MANIFEST, path, **facts, source=source.urls[0])
         return [(path, source.model, source.dataset)]
     files = sorted(path.glob("*_vanilla/ckpt_epoch_240.pth")) if path.name == PEER_TEACHERS.name else []
     return [(file, file.parent.name.removesuffix("_vanilla"), "cifar100") for file in files]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
+from mdistiller_norm.config import load_config
 from mdistiller_norm.distillers import DISTILLERS, Need, Pair
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import ConfigError
@@ -47,11 +47,8 @@ def train(
         Content of ``result.json``: ``last`` and ``best`` (epoch, top1, top5, loss) and the facts of the run.
     """
     from mdistiller_norm import run  # imports TensorBoard
-    from mdistiller_norm.config import load_config
 
-    items = (overrides or {}).items()
-    texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in items]
-    return run.train(load_config(config, texts), resume)
+    return run.train(load_config(config, _settings(overrides or {})), resume)
 
 
 class Distillation(nn.Module):
@@ -91,9 +88,12 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         names = [method] if isinstance(method, str) else list(method)
-        settings = {method: keys} if isinstance(method, str) else keys
+        settings = _settings({method: keys} if isinstance(method, str) else keys)
+        node = load_config(
+            None, [f"DISTILLER.TYPE={json.dumps(names)}", "EXPERIMENT.NAME=library", *settings]
+        ).node
         networks = [_as_network(module, image_size) for module in (student, teacher)]
-        shapes = [_describe(network, image_size) for network in networks]
+        shapes = [_shapes(network, image_size) for network in networks]
         known = torch.zeros(0, dtype=torch.int64) if targets is None else targets
         pair = Pair(shapes[0], shapes[1], networks[1], known, networks[0].num_classes)
         distillers = {}
@@ -103,7 +103,7 @@ class Distillation(nn.Module):
                 raise ConfigError(f"{name} requires features: use networks of create_model or models.Wrapped")
             if cls.needs_indices and targets is None:
                 raise ConfigError(f"{name} requires the classes of the training set: pass targets")
-            distillers[name] = cls.from_config(_node(name, settings.get(name, {})), pair)
+            distillers[name] = cls.from_config(node[name], pair)
         self.trainable = Trainable(networks[0], distillers, max(d.ce_weight for d in distillers.values()))
         frozen = networks[1].eval().requires_grad_(False)
         if any(distiller.teacher_in_train_mode for distiller in distillers.values()):
@@ -178,24 +178,19 @@ def _as_network(module: nn.Module, image_size: tuple[int, int]) -> Network:
     return module if isinstance(module, Network) else _LogitNetwork(module, image_size)
 
 
-def _describe(network: Network, image_size: tuple[int, int]) -> Outputs:
-    if isinstance(network, _LogitNetwork):  # may not run on meta tensors
-        return Outputs(
-            torch.empty(2, network.num_classes, device="meta"), (), (), torch.empty(2, 0, device="meta")
-        )
-    return probe(network, image_size)
+def _shapes(network: Network, image_size: tuple[int, int]) -> Outputs:
+    if not isinstance(network, _LogitNetwork):
+        return probe(network, image_size)
+    with torch.device("meta"):  # the module may not run there
+        return Outputs(torch.empty(2, network.num_classes), (), (), torch.empty(2, 0))
 
 
-def _node(name: str, values: Mapping[str, Any]) -> CfgNode:
-    node = CfgNode(copy.deepcopy(DISTILLERS[name].defaults))
+def _settings(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return config keys and values as ``KEY=VALUE``; values may be dictionaries of nested keys."""
+    texts = []
     for key, value in values.items():
-        try:
-            if isinstance(value, Mapping):
-                node[key].merge_from_other_cfg(CfgNode(dict(value)))
-            elif key in node:
-                node.merge_from_other_cfg(CfgNode({key: value}))
-            else:
-                raise KeyError(key)
-        except (KeyError, ValueError, AssertionError) as error:
-            raise ConfigError(f"{name} has no such key or value: {key}={value!r} ({error})") from error
-    return node
+        if isinstance(value, Mapping):
+            texts += _settings(value, f"{prefix}{key}.")
+        else:
+            texts.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return texts

@@ -8,30 +8,27 @@ from pathlib import Path
 from mdistiller_norm.data import Dataset, ImageOptions, image_folder
 from mdistiller_norm.data.folder import MEAN, STD
 from mdistiller_norm.data.shards import pack
-from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.errors import DataError
+from mdistiller_norm.student import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``shards``."""
     parser.epilog = f"example: {parser.prog} --root data/imagenet --out data/imagenet_shards"
-    parser.add_argument("--root", required=True, type=Path, help="folder with train and val")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the shards; created if missing")
-    parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="images per tar file")
-    parser.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="processes that check the images first"
-    )
+    add = parser.add_argument
+    add("--root", required=True, type=Path, help="folder with train and val")
+    add("--out", required=True, type=Path, help="folder of the shards; created if missing")
+    add("--per-shard", type=positive, default=1000, metavar="N", help="images per tar file")
+    add("--workers", type=int, default=2, metavar="N", help="processes that check the images first")
 
 
 def main(options: argparse.Namespace) -> int:
     """Check all images and pack them."""
-    if options.per_shard < 1 or options.workers < 0:
-        raise ConfigError(
-            f"--per-shard must be >= 1 and --workers >= 0, got {options.per_shard} and {options.workers}"
-        )
-    dataset = image_folder(options.root, ImageOptions(mean=MEAN, std=STD, workers=options.workers))
+    dataset = image_folder(options.root, ImageOptions(mean=MEAN, std=STD, workers=max(options.workers, 0)))
     if broken := list_unreadable(dataset):
+        count = len(broken)
         raise DataError(
-            f"{options.root}: {len(broken)} images cannot be read (listed above): replace or remove them"
+            f"{options.root}: {count} images cannot be read (listed above): replace or remove them"
         )
     for name, count in pack(dataset, options.out, options.per_shard).items():
         print(f"{count} shards in {options.out / name}")

@@ -21,6 +21,7 @@ from mdistiller_norm.run_folder import CONFIG
 Metadata = dict[str, Any]
 
 _REQUIRED = ("name", "variant", "dataset", "classes", "mean", "std", "image_size")
+_PREPROCESSING = {"crop": "center", "interpolation": "bilinear, antialiased", "channels": "RGB"}
 
 
 class Student(NamedTuple):
@@ -113,16 +114,14 @@ def load_student(
     """
     path = find_weights(path)
     weights, root = load_weights(path), find_root(path, root)
-    about, complete = weights.about, weights.about.keys() >= {*_REQUIRED}
+    about, kind = weights.about, kind or weights.about.get("type", "")
+    complete = about.keys() >= {*_REQUIRED}
+    cifar = root / "cifar-100-python"
     try:
         if complete and not with_data:
             raise DataError("not requested")
-        if (
-            complete
-            and (kind or about.get("type")) == "cifar100"
-            and not (root / "cifar-100-python").exists()
-        ):
-            raise DataError(f"{root / 'cifar-100-python'} does not exist")  # do not download it
+        if complete and kind == "cifar100" and not cifar.exists():  # would be downloaded
+            raise DataError(f"{cifar} does not exist")
         network, dataset = open_checkpoint(path, model, kind, root)
     except DataError as error:
         if not complete:
@@ -143,9 +142,4 @@ def _metadata(about: Metadata, network: Network) -> Metadata:
     kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
     from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
     resize = about.get("resize", 256) if from_files else about["image_size"][0]
-    return kept | {
-        "resize": resize,
-        "crop": "center",
-        "interpolation": "bilinear, antialiased",
-        "channels": "RGB",
-    }
+    return kept | _PREPROCESSING | {"resize": resize}

@@ -14,15 +14,8 @@ from PIL import Image
 from mdistiller_norm.errors import UserError
 
 QUICK = ["--blocks", "2", "--steps", "1", "--warmup", "1", "ENGINE.COMPILE=none"]
-SMALL = [
-    "--synthetic",
-    "200",
-    "--batch-size",
-    "16",
-    *QUICK,
-    "DISTILLER.TEACHER=resnet14",
-    "DISTILLER.STUDENT=resnet8",
-]
+PAIR = ["DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
+SMALL = ["--synthetic", "200", "--batch-size", "16", *QUICK, *PAIR]
 
 # The interface of mdistiller in one module; its method is the mean squared error of the logits.
 REFERENCE = """

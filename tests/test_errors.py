@@ -94,7 +94,7 @@ COMMANDS = [
     ("eval -c x.pt --cfg x.yaml -d digits", ["--cfg sets the data set"]),
     ("eval -c 'two\nlines.pt'", ["two lines.pt"]),
     ("shards --root x", ["required: --out"]),
-    ("shards --root x --out y --per-shard 0", ["--per-shard must be >= 1"]),
+    ("shards --root x --out y --per-shard 0", ["argument --per-shard: must be an integer >= 1"]),
     ("shards --root x --out y", ["x"]),
     ("visualize", ["required: FIGURE: see mdistiller-norm visualize --help"]),
     ("visualize tsne", ["required: -c/--ckpt: see mdistiller-norm visualize tsne --help"]),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import assert_user_error, tool
+from conftest import tool
 from short_runs import assert_same_state
 from test_models import EACH_FAMILY, build
 from torch import Tensor, nn
@@ -60,11 +60,10 @@ def test_pt2_beside_the_checkpoint(student: Path) -> None:
     stored = load_weights(student).about
     assert all(about[key] == stored[key] for key in ("name", "dataset", "classes", "mean", "std", "top1"))
     assert (about["resize"], about["crop"], about["channels"]) == (32, "center", "RGB")
-    normalised = (pixels() - torch.tensor(about["mean"])[:, None, None]) / torch.tensor(about["std"])[
-        :, None, None
-    ]
+    mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
     for count in (1, 3, 360):
-        torch.testing.assert_close(module(normalised[:count]), logits(student)[:count], rtol=1e-4, atol=1e-4)
+        found = module((pixels()[:count] - mean) / std)
+        torch.testing.assert_close(found, logits(student)[:count], rtol=1e-4, atol=1e-4)
     with pytest.raises((AssertionError, RuntimeError)):
         module(torch.zeros(2, 3, 40, 40))
 
@@ -80,13 +79,10 @@ def test_the_normalisation_can_be_included(student: Path, tmp_path: Path) -> Non
 
 
 def test_state_dict_of_a_student_and_of_a_run_state(run: Path, student: Path, tmp_path: Path) -> None:
-    expected = load(student)["model"]
     for source in (student, run / "latest.pt"):
         export("-c", source, "-o", tmp_path / f"{source.stem}.pth")
         content = torch.load(tmp_path / f"{source.stem}.pth", weights_only=True)
-        assert content.keys() == {"model"}
-        assert content["model"].keys() == expected.keys()
-        assert all(torch.equal(content["model"][key], expected[key]) for key in expected)
+        assert_same_state(content, {"model": dict(load(student)["model"])})
 
 
 @EACH_FAMILY
@@ -115,7 +111,7 @@ def test_each_family_without_its_data_set(variant: str, name: str, tmp_path: Pat
 def test_a_different_network_is_detected(student: Path) -> None:
     loaded = load_student(student)
     assert len(check(loaded.network, loaded, 8)) == 2
-    with pytest.raises(CheckpointError, match=r"on random images its logits differ by 0\.01"):
+    with pytest.raises(CheckpointError, match=r"differ by 0\.01 on random images"):
         check(lambda images: loaded.network(images) + 0.01, loaded, 8)
     with pytest.raises(CheckpointError, match="on digits images"):
         check(lambda images: loaded.network(images) + (images.min() > -2), loaded, 8)
@@ -126,11 +122,7 @@ def test_a_failed_export_keeps_the_existing_file(student: Path, tmp_path: Path) 
     content["model"]["fc.bias"][3] = float("nan")
     torch.save(content, tmp_path / "s.pt")
     out.write_text("before")
-    with pytest.raises(UserError, match=r"s\.pt2 exists.*--force"):
-        export("-c", student, "-o", out)
-    with pytest.raises(
-        CheckpointError, match=r"s\.pt2 is not written: on random images its logits differ by nan"
-    ):
+    with pytest.raises(CheckpointError, match=r"nothing is written: .* differ by nan on random images"):
         export("-c", tmp_path / "s.pt", "--force")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk
@@ -143,23 +135,21 @@ def test_a_failed_export_keeps_the_existing_file(student: Path, tmp_path: Path) 
     assert sorted(tmp_path.iterdir()) == [tmp_path / "s.pt", out]
 
 
-def test_bad_options(student: Path, tmp_path: Path) -> None:
+def test_bad_options(student: Path) -> None:
     before = sorted(student.parent.iterdir())
     for *arguments, message in (
         ("--format", "tflite", "invalid choice: 'tflite'"),
         ("-o", "s.bin", "must end in the suffix of its format"),
         ("-o", "s.onnx", "--format", "pt2", "must end in the suffix of its format"),
         ("-o", "nowhere/s.pt2", "must be a file in an existing folder"),
-        ("-o", student, "--force", "and not the checkpoint"),
+        ("-o", student, "--force", "exists: choose another path"),
+        ("-o", student, "exists: choose another path, or replace it with --force"),
         ("--format", "state_dict", "--with-normalisation", "weights only"),
         ("-m", "resnet14", "does not fit resnet14"),
-        ("-bs", "0", "must be an integer >= 1"),
     ):
         with pytest.raises(UserError, match=message):
             export("-c", student, *arguments)
     assert sorted(student.parent.iterdir()) == before
-    (tmp_path / "text.pt").write_text("no weights")
-    assert_user_error(tool("export", "-c", tmp_path / "text.pt", check=False), "text.pt", "not a checkpoint")
 
 
 def test_onnx(student: Path, tmp_path: Path) -> None:
@@ -181,10 +171,8 @@ def test_a_folder_for_the_hub(run: Path, tmp_path: Path) -> None:
     network = build_model("resnet8", 10)
     network.load_state_dict(safetensors.load_file(tmp_path / "hub" / "model.safetensors"))
     assert_same_state(network.state_dict(), load(run / "student_best.pt")["model"])
-    card = (tmp_path / "hub" / "README.md").read_text()
+    card = yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---")[1])
     best = json.loads((run / "result.json").read_text())["best"]["top1"]
-    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"][0][
-        "value"
-    ] == round(best, 2)
+    assert card["model-index"][0]["results"][0]["metrics"][0]["value"] == round(best, 2)
     with pytest.raises(UserError, match="exists"):
         export("-c", run, "--push-folder", tmp_path / "hub")

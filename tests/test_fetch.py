@@ -158,9 +158,8 @@ def test_weights_are_listed_found_and_evaluated(
         "dataset": "digits",
     }
     assert fetch("mine", **entry) == 0
-    assert re.search(
-        r"resnet8 +digits  top-1 .*360 images.*checkpoints/digits_resnet8", capsys.readouterr().out
-    )
+    line = r"resnet8 +digits  top-1 .*360 images.*checkpoints/digits_resnet8"
+    assert re.search(line, capsys.readouterr().out)
     teacher = known_teacher("resnet8", "digits")
     assert teacher
     assert teacher.path == Path("checkpoints", name)

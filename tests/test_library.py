@@ -91,8 +91,8 @@ def test_the_parameters_of_a_method_train_with_the_student() -> None:
     ("method", "keys", "words"),
     [
         ("NormKDD", {}, "NormKD"),
-        ("NormKD", {"T": 2.0}, "NormKD has no such key or value: T=2.0"),
-        ("NormKD", {"TEMPERATURE_NORM": "hot"}, "NormKD has no such key or value"),
+        ("NormKD", {"T": 2.0}, "unknown key NormKD.T"),
+        ("NormKD", {"TEMPERATURE_NORM": "hot"}, "NormKD.TEMPERATURE_NORM must be a finite number, got hot"),
         ("AT", {}, "AT requires features"),
     ],
 )

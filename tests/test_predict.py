@@ -41,9 +41,8 @@ def test_probabilities_are_those_of_the_network(
     batch, _ = next(iter(dataset.eval_loader(3, torch.device("cpu"))))
     with torch.no_grad():
         expected = network.eval()(batch).softmax(1)
-    found = predict(
-        capsys, "-c", run, images / "a.png", images / "b.png", images / "nested", "-bs", 2, "--top", 20
-    )
+    files = [images / "a.png", images / "b.png", images / "nested"]
+    found = predict(capsys, "-c", run, *files, "-bs", 2, "--top", 20)
     assert [Path(entry["image"]).name for entry in found] == ["a.png", "b.png", "c.png"]
     for entry, row in zip(found, expected, strict=True):
         classes = entry["classes"]

@@ -15,8 +15,7 @@ from scipy import stats
 from sklearn.metrics import silhouette_score
 
 from mdistiller_norm.analysis.collect import Collected, collect, short_names
-from mdistiller_norm.analysis.correlation import correlation_matrix
-from mdistiller_norm.analysis.softening import compute, entropy
+from mdistiller_norm.analysis.figures import correlation_matrix, draw_softening, entropy
 from mdistiller_norm.cli import execute
 from mdistiller_norm.errors import UserError
 from mdistiller_norm.student import open_checkpoint
@@ -61,9 +60,7 @@ def test_tsne(networks: tuple[str, str], tmp_path: Path) -> None:
     first, second = data["networks"]
     assert (first["name"], second["name"]) == ("teacher", "run")
     assert second["silhouette"] == pytest.approx(silhouette_score(pooled[chosen], targets[chosen]), abs=1e-4)
-    assert silhouette_score(first["points"], data["targets"]) > 0.1, (
-        "the classes of a trained network are apart"
-    )
+    assert silhouette_score(first["points"], data["targets"]) > 0.1, "classes of a trained network are apart"
     before = dict(mpl.rcParams)
     assert drawn(tmp_path / "again", *options) == data, "the seed fixes the embedding"
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "new" / "tsne.v1.svg").read_bytes()
@@ -100,25 +97,13 @@ def test_constant_logits_correlate_with_nothing() -> None:
 
 
 def test_softened_logits(networks: tuple[str, str], tmp_path: Path) -> None:
-    options = [
-        "--sample",
-        "5",
-        "--temperatures",
-        "1",
-        "3",
-        "--fixed",
-        "3",
-        "--t-norm",
-        "1.5",
-        "--tolerance",
-        "1.1",
-    ]
+    options = ["--sample", "5", "--temperatures", "1", "3", "--fixed", "3", "--t-norm", "1.5"]
     data = drawn(tmp_path / "logits", "logits", "-c", networks[0], *options)
     logits, _, targets = outputs(networks[0])
     own = 1.5 * logits.std(1, ddof=1)
     np.testing.assert_allclose(data["std"], own / 1.5, rtol=1e-4)
-    assert data["over_softened"] == pytest.approx((own < 3 / 1.1).sum(), abs=1)
-    assert data["under_softened"] == pytest.approx((own > 3 * 1.1).sum(), abs=1)
+    assert data["over_softened"] == pytest.approx((own < 3 / 1.25).sum(), abs=1)
+    assert data["under_softened"] == pytest.approx((own > 3 * 1.25).sum(), abs=1)
     fixed, norm = data["entropy"].values()
     for found, temperature in ((fixed, 3.0), (norm, own[:, None])):
         exponentials = np.exp(logits / temperature)
@@ -132,11 +117,10 @@ def test_softened_logits(networks: tuple[str, str], tmp_path: Path) -> None:
 def test_entropy_and_counts_of_known_logits() -> None:
     assert entropy(torch.zeros(2, 8)).tolist() == pytest.approx([np.log(8)] * 2)
     assert entropy(torch.tensor([[1000.0, 0, 0]])).item() == 0
-    rows = torch.tensor(
-        [[-1.0, 0, 1], [-4.0, 0, 4], [-2.0, 0, 2]]
-    )  # std 1, 4, 2: T = 4 is above, below and at T_norm 2
+    # The standard deviations are 1, 4, 2: T = 4 is above, below and at NormKD's temperature.
+    rows = torch.tensor([[-1.0, 0, 1], [-4.0, 0, 4], [-2.0, 0, 2]])
     network = Collected("n", rows, rows, torch.tensor([2, 2, 2]), ("a", "b", "c"))
-    data = compute(network, sample=0, temperatures=[1.0], fixed=4.0, t_norm=2.0, tolerance=1.25)
+    _, data, _ = draw_softening(network, sample=0, temperatures=[1.0], fixed=4.0, t_norm=2.0)
     assert (data["over_softened"], data["under_softened"]) == (1, 1)
 
 
@@ -148,19 +132,18 @@ def test_labels_of_files() -> None:
 
 
 def test_bad_options(networks: tuple[str, str], tmp_path: Path) -> None:
-    assert_user_error(tool("visualize", "logits", "-c", tmp_path / "none.pt", check=False), "none.pt")
     student = torch.load(networks[1])
     student["model"]["fc.bias"].fill_(torch.nan)
     torch.save(student, tmp_path / "diverged.pt")
-    (tmp_path / "file").write_text("")
+    done = tool("visualize", "logits", "-c", networks[0], "--out", "/dev/null/a/x", check=False)
+    assert_user_error(done, "/dev/null", "Not a directory")
     for figure, *arguments, words in (
         ("logits", "--sample", "360", "must be in 0..359"),
-        ("logits", "--tolerance", "nan", "--tolerance > 1"),
-        ("logits", "--out", str(tmp_path / "file" / "x"), "cannot be written"),
+        ("logits", "--fixed", "nan", "must be > 0"),
         ("logits", "-c", str(tmp_path / "diverged.pt"), "diverged gives NaN"),
         ("tsne", "--classes", "1", "of 1 classes"),
-        ("tsne", "--perplexity", "nan", "must be positive"),
-        ("tsne", "--names", "a", "b", "must have 1 names"),
+        ("tsne", "--seed", "-1", "must be positive"),
+        ("tsne", "--names", "a", "b", "must have a name for each of the 1 files"),
     ):
         with pytest.raises(UserError, match=words):
             execute(["visualize", figure, "-c", networks[0], "--out", str(tmp_path / "x"), *arguments])

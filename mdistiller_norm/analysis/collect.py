@@ -18,21 +18,13 @@ from mdistiller_norm.models.base import Network
 
 
 class Collected(NamedTuple):
-    """Outputs of one network, on the CPU.
+    """Outputs of one network, on the CPU."""
 
-    Attributes:
-        name: label of the network.
-        logits: ``[N, C]``.
-        pooled: ``[N, D]``, the input of the classifier.
-        targets: ``[N]``.
-        classes: the C class names.
-    """
-
-    name: str
-    logits: Tensor
-    pooled: Tensor
-    targets: Tensor
-    classes: tuple[str, ...]
+    name: str  # label of the network
+    logits: Tensor  # [N, C]
+    pooled: Tensor  # [N, D], the input of the classifier
+    targets: Tensor  # [N]
+    classes: tuple[str, ...]  # names of the C classes
 
     @property
     def top1(self) -> float:
@@ -52,22 +44,18 @@ def collect(
 ) -> Collected:
     """Run a network over the test split in eval mode and return its outputs."""
     network = placed(network, device).eval()
-    logits, pooled, targets = [], [], []
-    for images, labels in dataset.eval_loader(batch_size, device):
+    batches = []
+    for images, targets in dataset.eval_loader(batch_size, device):
         outputs = network.outputs(images)
-        logits.append(outputs.logits.float().cpu())
-        pooled.append(outputs.pooled.float().cpu())
-        targets.append(labels.cpu())
-    collected = Collected(name, torch.cat(logits), torch.cat(pooled), torch.cat(targets), dataset.classes)
-    if not (collected.logits.isfinite().all() and collected.pooled.isfinite().all()):
+        batches.append((outputs.logits.float().cpu(), outputs.pooled.float().cpu(), targets.cpu()))
+    logits, pooled, labels = map(torch.cat, zip(*batches, strict=True))
+    if not (logits.isfinite().all() and pooled.isfinite().all()):
         raise CheckpointError(f"{name} gives NaN or infinite outputs: its training diverged")
-    return collected
+    return Collected(name, logits, pooled, labels, dataset.classes)
 
 
 def check_same_classes(networks: Sequence[Collected]) -> None:
     """Check that all networks were run over the same data set."""
     for first, other in pairwise(networks):
         if other.classes != first.classes or not torch.equal(other.targets, first.targets):
-            raise ConfigError(
-                f"{first.name} and {other.name} cannot be compared: they are of different data sets"
-            )
+            raise ConfigError(f"{first.name} and {other.name} are of different data sets: remove one of them")

@@ -1,20 +1,32 @@
-"""The style of the figures, and their files."""
+"""The figures of the NormKD paper. Each function returns a figure, the plotted numbers and lines that summarise it."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from torch import Tensor
 
-from mdistiller_norm.errors import DataError
+from mdistiller_norm.analysis.collect import Collected, check_same_classes
+from mdistiller_norm.errors import ConfigError
 
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "svg.hashsalt": "mdistiller_norm",
 }  # fmt: skip
+TOLERANCE = 1.25  # factor above which a temperature is too high or too low
+_BINS = 40
+Drawing = tuple[Figure, dict[str, Any], list[str]]
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -25,13 +37,176 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
 
 def save(figure: Figure, data: dict[str, Any] | None, stem: Path) -> list[Path]:
     """Write ``stem.png``, ``stem.svg`` and, with data, ``stem.json``; return the paths."""
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg", "json")]
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(paths[0], dpi=160)
-        figure.savefig(paths[1], metadata={"Date": None})
-        if data is not None:
-            paths[2].write_text(json.dumps(data) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the figure {stem} cannot be written ({error})") from error
-    return paths if data is not None else paths[:2]
+    png, svg, numbers = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg", "json"))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=160)
+    figure.savefig(svg, metadata={"Date": None})
+    if data is None:
+        return [png, svg]
+    numbers.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    return [png, svg, numbers]
+
+
+def correlation_matrix(logits: Tensor, normalise: bool = False) -> Tensor:
+    """Return Pearson's coefficients of the classes' logits over the samples, ``[C, C]`` in float64.
+
+    Args:
+        logits: ``[N, C]``. A class with constant logits has the coefficients 0.
+        normalise: divide each sample by its unbiased standard deviation first, as NormKD does.
+    """
+    logits = logits.double()
+    if normalise:
+        logits = logits / logits.std(1, keepdim=True).clamp_min(1e-6)
+    return torch.corrcoef(logits.T).nan_to_num(0.0)
+
+
+def draw_correlation(teacher: Collected, students: Sequence[Collected]) -> Drawing:
+    """Draw correlation matrices of the classes' logits, students minus teacher (Fig. 5).
+
+    Each student has a column, with the raw logits above the normalised ones.
+    """
+    check_same_classes([teacher, *students])
+    lines: list[str] = []
+    panels: list[dict[str, Any]] = []
+    for kind in ("raw", "normalised"):
+        expected = correlation_matrix(teacher.logits, kind == "normalised")
+        for student in students:
+            difference = correlation_matrix(student.logits, kind == "normalised") - expected
+            mean = float(difference.abs().mean())
+            panel = {"name": student.name, "kind": kind, "mean_absolute": mean}
+            panels.append(panel | {"difference": difference.tolist()})
+            lines.append(f"{student.name}, {kind}: mean |difference| {mean:.4f}")
+    largest = float(torch.tensor([panel["difference"] for panel in panels]).abs().max()) or 1.0
+    width = 3.3 + 1.2 / len(students)  # the colour scale needs an inch
+    figure, axes = new_figure(2, len(students), width, 3.4)
+    for axis, panel, line in zip(axes, panels, lines, strict=True):
+        image = axis.imshow(panel["difference"], cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axis.set(title=line.replace(": ", "\n"), xlabel="class", ylabel="class")
+        axis.grid(False)
+    figure.colorbar(image, ax=axes, shrink=0.6, label=f"correlation minus that of {teacher.name}")
+    return figure, {"teacher": teacher.name, "classes": list(teacher.classes), "panels": panels}, lines
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy in nats of each row's softmax, ``[N]``."""
+    log_probabilities = logits.log_softmax(1)
+    return -(log_probabilities.exp() * log_probabilities).sum(1)
+
+
+def _draw_histograms(axis: Axes, rows: dict[str, list[float]]) -> None:
+    edges = np.histogram_bin_edges(list(rows.values()), _BINS)
+    heights = [np.histogram(values, edges)[0] for values in rows.values()]
+    tallest = 1.2 * max(height.max() for height in heights)
+    for row, height in enumerate(heights):
+        axis.stairs(row + height / tallest, edges, baseline=row, fill=True, alpha=0.7)
+    axis.set_yticks(range(len(heights)), list(rows), fontsize=7)
+
+
+def draw_softening(
+    network: Collected,
+    *,
+    sample: int,
+    temperatures: Sequence[float],
+    fixed: float,
+    t_norm: float,
+) -> Drawing:
+    """Draw the effect of the temperature on a teacher's logits (Fig. 1 and 3).
+
+    NormKD's temperature of a sample is ``t_norm * std`` of its logits. A fixed temperature over-softens a sample if it
+    is more than 1.25 times that, and under-softens it if it is less than that divided by 1.25.
+    ``temperatures`` are for the single sample, ``fixed`` is for all samples.
+    """
+    if not 0 <= sample < len(network.logits):
+        raise ConfigError(f"--sample must be in 0..{len(network.logits) - 1}, got {sample}")
+    if not all(0 < value < math.inf for value in (*temperatures, fixed, t_norm)):
+        raise ConfigError("--temperatures, --fixed and --t-norm must be > 0")
+    logits, std = network.logits.double(), network.logits.double().std(1)
+    by_sample = t_norm * std.clamp_min(1e-6)
+    over, under = int((fixed > TOLERANCE * by_sample).sum()), int((fixed < by_sample / TOLERANCE).sum())
+    counted = f"T = {fixed:g} over-softens {over} and under-softens {under}"
+    spread = f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}"
+    lines = [spread, f"{counted} of {len(std)} samples"]
+    figure, (first, second, third) = new_figure(1, 3, 4.2, 3.4)
+    figure.suptitle(f"{network.name}, top-1 {network.top1:.2f}", fontsize=10)
+
+    used = {f"T = {value:g}": value for value in temperatures}
+    used[f"NormKD, T = {t_norm:g} * {std[sample]:.2f}"] = float(by_sample[sample])
+    softened = {name: (logits[sample] / value).tolist() for name, value in used.items()}
+    target = network.classes[int(network.targets[sample])]
+    _draw_histograms(first, softened)
+    first.set_title(f"Softened logits of test sample {sample} (class {target})")
+    first.set_xlabel("logit / temperature (bars: number of classes)")
+
+    second.hist(std.numpy(), _BINS, alpha=0.7)
+    equal = fixed / t_norm  # the std with which NormKD's temperature is the fixed one
+    for position, style in ((equal / TOLERANCE, ":"), (equal, "-"), (equal * TOLERANCE, ":")):
+        second.axvline(position, color="black", ls=style, lw=1)
+    second.set_title(f"{counted}\nof {len(std)} samples (by more than {TOLERANCE:g} times)")
+    second.set(xlabel=f"std of a sample's logits (line: T / T_norm = {equal:g})", ylabel="samples")
+
+    entropies = {
+        f"T = {fixed:g}": entropy(logits / fixed).tolist(),
+        f"NormKD, T_norm = {t_norm:g}": entropy(logits / by_sample[:, None]).tolist(),
+    }
+    for name, values in entropies.items():
+        mean, deviation = np.mean(values), np.std(values, ddof=1)
+        lines.append(f"entropy at {name}: {mean:.3f} ± {deviation:.3f} nats")
+        third.hist(values, _BINS, alpha=0.5, label=f"{name}: {mean:.2f} ± {deviation:.2f}")
+    third.axvline(math.log(len(network.classes)), color="black", lw=1, ls="--")
+    third.set(title="Entropy of the softened prediction", xlabel="nats (dashed: uniform)", ylabel="samples")
+    third.legend(fontsize=7)
+    data = {
+        "network": network.name, "top1": network.top1, "sample": sample, "target": target, "softened": softened,
+        "std": std.tolist(), "entropy": entropies, "over_softened": over, "under_softened": under,
+    }  # fmt: skip
+    return figure, data, lines
+
+
+def draw_tsne(networks: Sequence[Collected], *, classes: int, samples: int, seed: int) -> Drawing:
+    """Draw a t-SNE of the pooled features of the same test samples for each network (Fig. 4).
+
+    The summary has the mean silhouette of the classes in the *features*: distances in a t-SNE embedding mean little.
+    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE" (2008).
+
+    Args:
+        networks: outputs for the same data set.
+        classes: number of classes; 0 for all.
+        samples: maximum number of samples N; the perplexity is 30, or ``(N - 1) / 3`` if that is smaller.
+        seed: of the choice of the samples and of the embedding.
+    """
+    check_same_classes(networks)
+    if min(samples, classes, seed) < 0 or seed >= 2**32:
+        raise ConfigError("--samples, --classes and --seed (< 2**32) must be positive")
+    names = networks[0].classes[: classes or None]
+    candidates = torch.nonzero(networks[0].targets < len(names)).squeeze(1)
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    chosen = candidates[order[:samples]].sort().values
+    targets = networks[0].targets[chosen].numpy()
+    present = len(set(targets.tolist()))
+    if len(chosen) < 8 or not 2 <= present < len(chosen):
+        raise ConfigError(
+            f"t-SNE needs more samples or classes than {len(chosen)} samples of {present} classes"
+        )
+    tsne = TSNE(perplexity=min(30.0, (len(chosen) - 1) / 3), init="pca", random_state=seed)
+    palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
+    figure, axes = new_figure(1, len(networks), 3.6, 3.8)
+    entries, lines = [], []
+    for axis, network in zip(axes, networks, strict=True):
+        features = network.pooled[chosen].numpy()
+        points = np.round(tsne.fit_transform(features), 3)
+        silhouette = float(silhouette_score(features, targets))
+        for number, label in enumerate(names):
+            color = palette(number if len(names) <= 20 else number / len(names))
+            x, y = points[targets == number].T
+            axis.scatter(x, y, s=6, color=color, linewidths=0, label=label)
+        line = f"{network.name}: top-1 {network.top1:.2f}, silhouette {silhouette:.3f}"
+        axis.set(xticks=[], yticks=[], title=line.replace(": ", "\n"))
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        entries.append({"name": network.name, "silhouette": silhouette, "points": points.tolist()})
+        lines.append(line)
+    if len(names) <= 20:
+        shown = axes[0].get_legend_handles_labels()
+        figure.legend(*shown, loc="outside lower center", ncols=5, markerscale=2)
+    numbers = {"samples": chosen.tolist(), "targets": targets.tolist()}
+    return figure, {"classes": list(names), **numbers, "networks": entries}, lines
