@@ -30,12 +30,12 @@ from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed, teacher_file
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
-from mdistiller_norm.engine.dot import DOT, build_optimizer
 from mdistiller_norm.engine.meters import TrainMeters
+from mdistiller_norm.engine.optim import DOT, build_optimizer
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
-from mdistiller_norm.engine.teacher_cache import CachedTeacher
+from mdistiller_norm.engine.teacher_cache import CachedTeacher, teacher_batch_size
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import find_config
@@ -254,7 +254,7 @@ def build_teacher_runner(
     record = teacher_file.check_teacher(network, file, test, log)
     compiler = None
     if compiled:
-        size = CachedTeacher.batch_size(loader, device) if cache else loader.batch_size
+        size = teacher_batch_size(loader, device) if cache else loader.batch_size
         # Created outside inference mode: an inference tensor would cause a second compilation in the first step.
         example = torch.zeros(size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
         compiler = partial(compile_teacher, example=example, warn=log)
@@ -297,9 +297,9 @@ def build_step(
     solver = cfg.SOLVER
     ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
     trainable = Trainable(placed(student, device), distillers, ce_weight, autocast).to(device)
-    if solver.SYNC_BN:
-        distributed.synchronise_batch_norms(trainable)
-    scaler = torch.amp.GradScaler(device.type) if autocast is torch.float16 else None
+    if solver.SYNC_BN and distributed.together():
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)  # type: ignore[no-untyped-call]
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
     optimizer = build_optimizer(  # DOT copies the student: before compiling
         trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA, lr=solver.LR,
         momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """A training batch."""
 
     images: Tensor  # [B, 3, H, W], normalised
-    targets: Tensor  # [B], int64 class numbers
+    targets: Tensor  # [B], int64 class numbers, or [B, C], class probabilities
     indices: Tensor  # [B], int64 positions of the samples in the training set
     views: Tensor  # [B], int64 numbers of the images' augmentations (-1 if the data set cannot number them)
     key: Tensor  # int64 scalar, a function of (seed, epoch, step): the only source of randomness in a step

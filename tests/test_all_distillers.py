@@ -27,8 +27,8 @@ from mdistiller_norm.data.cifar import cifar100
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS, Need, Pair
-from mdistiller_norm.engine.dot import build_optimizer
 from mdistiller_norm.engine.meters import TrainMeters
+from mdistiller_norm.engine.optim import build_optimizer
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher
 from mdistiller_norm.engine.trainable import Trainable

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models import mnasnet0_5
 
 from mdistiller_norm.engine import teacher_file
-from mdistiller_norm.engine.checkpoint import Saver, load, load_into, load_weights, save_atomically
+from mdistiller_norm.engine.checkpoint import load_into, load_weights, save_atomically
 from mdistiller_norm.engine.teacher_file import TeacherFile, find_teacher
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.models import Wrapped, build_model
@@ -116,19 +116,15 @@ def test_other_files_are_refused(
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "resnet8.pth")
     weights = load_weights(tmp_path / "resnet8.pth")
-    with pytest.raises(
-        CheckpointError, match=r"does not fit resnet14: it lacks tensor layer1\.1\.conv1\.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not fit resnet14: Missing.*layer1\.1\.conv1\.weight"):
         load_into(build_model("resnet14", 10), weights, "resnet14")
-    with pytest.raises(CheckpointError, match=r"fc\.weight has shape \(10, 64\), not \(100, 64\)"):
+    with pytest.raises(CheckpointError, match=r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]"):
         load_into(build_model("resnet8", 100), weights, "resnet8")
     versioned = Wrapped(
         mnasnet0_5(num_classes=4), 4, classifier="classifier.1"
     )  # requires a version in the metadata
     torch.save(versioned.state_dict(), tmp_path / "mnasnet.pth")
-    with pytest.raises(
-        CheckpointError, match=r"mnasnet\.pth does not load into mnasnet: version should be set"
-    ):
+    with pytest.raises(CheckpointError, match=r"mnasnet\.pth does not fit mnasnet: version should be set"):
         load_into(versioned, load_weights(tmp_path / "mnasnet.pth"), "mnasnet")
 
 
@@ -154,25 +150,10 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["state.pt"]
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_a_saver_writes_the_state_at_the_time_of_the_call(tmp_path: Path, background: bool) -> None:
-    saver, weights, module_state = Saver(tmp_path, background), torch.ones(3), nn.BatchNorm1d(2).state_dict()
-    state = {"trainable": {"w": weights}, "pair": (weights, [0.1, "text"]), "network": module_state}
-    saver.save({"best.pt": state, "latest.pt": state})
-    weights.zero_()
-    saver.finish()
-    for name in ("best.pt", "latest.pt"):
-        read = load(tmp_path / name)
-        assert torch.equal(read["trainable"]["w"], torch.ones(3))
-        assert torch.equal(read["pair"][0], torch.ones(3))
-        assert read["pair"][1] == [0.1, "text"]
-        assert read["network"]._metadata == module_state._metadata  # some networks do not load without it
-    (tmp_path / "best.pt").unlink()
+def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "best.pt").mkdir()  # cannot be replaced by a file
-    with pytest.raises(CheckpointError, match="could not be written"):  # noqa: PT012
-        saver.save({"best.pt": {}})
-        saver.finish()
-    saver.finish()  # the error is raised once
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save_atomically({}, tmp_path / "best.pt")
 
 
 # The search for a teacher
@@ -220,7 +201,7 @@ def test_the_manifest_and_mdistillers_downloads_are_searched(project: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"sha256": "0" * 64}], "its sha256 differs"),
+        ([{"sha256": "0" * 64}], "another SHA-256"),
         ([{"file": "gone.pt"}], "does not exist"),
         ([{"file": ["teacher.pt"]}], "must have file, model and dataset"),
         (["teacher.pt"], "cannot be read as a manifest"),

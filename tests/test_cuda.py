@@ -12,7 +12,7 @@ import torch
 from short_runs import assert_same_state, config, state_of
 
 from mdistiller_norm.engine.evaluate import evaluate
-from mdistiller_norm.engine.graph import CapturedNetwork, CapturedStep
+from mdistiller_norm.engine.graph import Captured
 from mdistiller_norm.engine.trainer import Interrupted, Trainer
 from mdistiller_norm.run import build_run, train
 
@@ -70,7 +70,7 @@ def test_a_captured_step_equals_an_eager_step(method: list[str], teacher: str, t
 def test_the_captured_step_is_used_by_default(teacher: str, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "auto", "DISTILLER.TYPE=NormKD", teacher)
     trainer.log.close()
-    assert isinstance(trainer.run_step, CapturedStep)
+    assert isinstance(trainer.run_step, Captured)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -78,7 +78,7 @@ def test_captured_evaluation_equals_eager_evaluation(precision: str, tmp_path: P
     overrides = ["DISTILLER.TYPE=NONE", "ENGINE.CUDA_GRAPH=on", f"SOLVER.PRECISION={precision}"]
     trainer = trainer_of(tmp_path, "evaluation", *overrides)
     trainable = trainer.step.trainable
-    assert isinstance(trainer.run_test, CapturedNetwork)
+    assert isinstance(trainer.run_test, Captured)
 
     def assert_equal() -> None:
         # The student itself instead of its folded form, which is equal up to rounding only.

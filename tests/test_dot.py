@@ -14,8 +14,7 @@ from torch._functorch import config as functorch
 
 from mdistiller_norm.distillers import Distiller, Need
 from mdistiller_norm.engine.compile import compile_student
-from mdistiller_norm.engine.dot import DOT
-from mdistiller_norm.engine.optim import set_learning_rate
+from mdistiller_norm.engine.optim import DOT, set_learning_rate
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.models import build_model
 from mdistiller_norm.types import Batch, Outputs
@@ -99,7 +98,8 @@ def test_dot_computes_its_formula(nesterov: bool) -> None:
                 velocity[:] = momentum * velocity + pull
                 expected[name] -= rate * (pull + momentum * velocity if nesterov else velocity)
         set_learning_rate(optimizer.param_groups, rate)
-        optimizer.step(trainable(batch, outputs, weights).parts)
+        optimizer.backward(trainable(batch, outputs, weights).parts)
+        optimizer.step()
         for name, value in expected.items():
             np.testing.assert_allclose(parameters[name], value, rtol=1e-12, atol=1e-13)
 

@@ -34,7 +34,7 @@ def half_step(folder: Path, teacher: str, method: str, dtype: torch.dtype) -> Tr
     step.trainable.autocast = dtype
     if step.teacher is not None:
         step.teacher.autocast = dtype
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if dtype is torch.float16 else None
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype is torch.float16)
     step.trainable.train()
     return step
 

@@ -15,7 +15,7 @@ from conftest import assert_user_error, tool
 from short_runs import assert_same_state, config, state_of
 
 from mdistiller_norm.engine.checkpoint import load, load_weights
-from mdistiller_norm.engine.signals import STOP_SIGNALS, stop_signals
+from mdistiller_norm.engine.runtime import STOP_SIGNALS, stop_signals
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.run import train
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import collections
-import copy
 import hashlib
 import io
 import pathlib
 import re
 import struct
+import textwrap
 import zipfile
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,51 +71,6 @@ def save_atomically(content: Any, path: Path, keep: Path | None = None) -> None:
     except OSError as error:
         intact = "; its previous version is intact" if path.exists() else ""
         raise CheckpointError(f"{path} could not be written ({error.strerror or error}){intact}") from error
-
-
-class Saver:
-    """Writes the checkpoints of a folder in order; in the background from copies, while a GPU continues training."""
-
-    def __init__(self, folder: Path, background: bool) -> None:
-        self.folder = folder
-        self._thread = ThreadPoolExecutor(1, "checkpoints") if background else None
-        self._pending: Future[None] | None = None
-
-    def save(self, files: Mapping[str, Any]) -> None:
-        """Write contents by file name; raise the errors of pending writes first."""
-        self.finish()
-        if not self._thread:
-            self._write(files)
-            return
-        distinct = {id(content): content for content in files.values()}
-        copies = {key: _to_host(content) for key, content in distinct.items()}
-        self._pending = self._thread.submit(
-            self._write, {name: copies[id(content)] for name, content in files.items()}
-        )
-
-    def finish(self) -> None:
-        """Wait for pending writes; raise their errors."""
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
-
-    def _write(self, files: Mapping[str, Any]) -> None:
-        for name, content in files.items():
-            keep = self.folder / PREVIOUS if name == LATEST else None
-            save_atomically(content, self.folder / name, keep)
-
-
-def _to_host(value: Any) -> Any:
-    """Copy nested dictionaries, lists and tuples, with their tensors in host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        copied = copy.copy(value)  # keeps the attributes: state dicts hold the versions of their modules
-        copied.update((key, _to_host(item)) for key, item in value.items())
-        return copied
-    if isinstance(value, list | tuple):
-        return type(value)(_to_host(item) for item in value)
-    return value
 
 
 def load(path: str | Path) -> Any:
@@ -190,38 +144,22 @@ def load_weights(path: str | Path) -> Weights:
 
 
 def _match_names(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes of wrappers, of a whole distiller or of Lightning, if more names match without them."""
+    """Remove the prefix of a wrapper, of a whole distiller or of Lightning, if more names match without it."""
     bare = {_PREFIXES.sub("", name): value for name, value in state.items()}
-    students = {name.removeprefix("student."): v for name, v in bare.items() if name.startswith("student.")}
-    first = next(iter(expected), "")
-    candidates = [state, bare, students]
-    for names in (bare, students):
-        prefix = next((name.removesuffix(first) for name in names if name.endswith(f".{first}")), "")
-        candidates.append(
-            {name.removeprefix(prefix): v for name, v in names.items() if name.startswith(prefix)}
-        )
+    first = f".{next(iter(expected), '')}"
+    found = [name.removesuffix(first[1:]) for name in bare if name.endswith(first)]
+    candidates = [state]
+    for prefix in ("", "student.", *found):
+        named = {name.removeprefix(prefix): v for name, v in bare.items() if name.startswith(prefix)}
+        candidates.append(named)
     return max(candidates, key=lambda names: len(names.keys() & expected.keys()))
 
 
 def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     """Load weights strictly: every name and shape must match."""
-    expected = network.state_dict()
-    state = _match_names(weights.state, expected)
-    misfit = f"{weights.path} does not fit {name}"
-    for key in [*expected, *state]:
-        if key not in state and not key.endswith(
-            "num_batches_tracked"
-        ):  # missing before PyTorch 0.4.1, never read
-            raise CheckpointError(f"{misfit}: it lacks tensor {key}")
-        if key not in expected:
-            raise CheckpointError(f"{misfit}: it has the unknown tensor {key}")
-        if key in state and state[key].shape != expected[key].shape:
-            shapes = tuple(state[key].shape), tuple(expected[key].shape)
-            raise CheckpointError(f"{misfit}: {key} has shape {shapes[0]}, not {shapes[1]}")
     try:
-        network.load_state_dict(state)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # modules with their own checks, such as torchvision's MNASNet
-        raise CheckpointError(f"{weights.path} does not load into {name}: {first_line(error)}") from error
+        network.load_state_dict(_match_names(weights.state, network.state_dict()))
+    except (RuntimeError, ValueError) as error:  # the latter of modules such as torchvision's MNASNet
+        reason = str(error).partition("\n")[2] or str(error)
+        shortened = textwrap.shorten(reason, 300, placeholder=" ...")
+        raise CheckpointError(f"{weights.path} does not fit {name}: {shortened}") from error

@@ -37,9 +37,7 @@ def process_share() -> Share:
         return ALONE
     share = Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if not 0 <= share.rank < share.world:
-        raise ConfigError(
-            f"RANK must be less than WORLD_SIZE, got {share.rank} and {share.world}: start with torchrun"
-        )
+        raise ConfigError(f"RANK must be less than WORLD_SIZE, got {share.rank} and {share.world}")
     return share
 
 
@@ -47,9 +45,7 @@ def local_device() -> torch.device:
     """Return this process's GPU."""
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if not 0 <= local < gpus:
-        raise ConfigError(
-            f"no GPU for LOCAL_RANK {local} among {gpus}: start fewer processes, or set DEVICE to cpu"
-        )
+        raise ConfigError(f"LOCAL_RANK must be less than the number of GPUs, got {local} and {gpus}")
     return torch.device("cuda", local)
 
 
@@ -71,10 +67,8 @@ def start(device: torch.device, timeout: int) -> Share:
             _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store)
         distributed.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as error:
-        reason = first_line(error)
-        raise ConfigError(
-            f"process {share.rank} of {share.world} could not connect to the others: {reason}"
-        ) from error
+        process = f"process {share.rank} of {share.world}"
+        raise ConfigError(f"{process} could not connect to the others: {first_line(error)}") from error
     return share
 
 
@@ -127,19 +121,17 @@ def all_reduce(tensor: Tensor, maximum: bool = False) -> Tensor:
 
 def all_reduce_max(number: int) -> int:
     """Return the largest number of all processes, synchronising their hosts but not their GPUs."""
-    return int(all_reduce(torch.tensor(number), maximum=True)) if together() else number
+    return int(all_reduce(torch.tensor(number), maximum=True))
 
 
 @torch.no_grad()
 def average_batch_norms(module: nn.Module) -> None:
     """Average the running statistics of batch norms over all processes, in place."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
-    if buffers and together():
-        flat = all_reduce(torch.cat([buffer.flatten() for buffer in buffers])) / distributed.get_world_size()
-        means = torch.split(flat, [buffer.numel() for buffer in buffers])
-        for buffer, mean in zip(buffers, means, strict=True):
-            buffer.copy_(mean.view_as(buffer))
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and together()]
+    for norm in norms:
+        for buffer in (norm.running_mean, norm.running_var):
+            if buffer is not None:
+                buffer.copy_(all_reduce(buffer) / distributed.get_world_size())
 
 
 def wrap(module: nn.Module) -> nn.Module:
@@ -147,17 +139,11 @@ def wrap(module: nn.Module) -> nn.Module:
     if not together():
         return module
     # Buffers are not synchronised: batch norms are averaged when they are read, and CRD's memory is updated equally.
-    renamed = (
-        "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    )  # PyTorch 2.14
-    no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **no_sync)  # type: ignore[arg-type]
-
-
-def synchronise_batch_norms(module: nn.Module) -> None:
-    """Make the batch norms inside a module use the batch of all processes."""
-    if together():
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    key = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # renamed in 2.14
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{key: False})  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -179,19 +165,20 @@ def collective_errors() -> Iterator[None]:
 def _missing_ranks(reason: str) -> str:
     """Describe the failure of a collective."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    missing = [other for other in range(world) if other != rank]
+    process, missing = f"process {rank} of {world}", set(range(world)) - {rank}
     try:
         assert _store is not None
         _store.set(f"here/{rank}", "")
         deadline = time.monotonic() + REPORT_SECONDS
         while missing and time.monotonic() < deadline:
-            missing = [other for other in missing if not _store.check([f"here/{other}"])]
+            missing = {other for other in missing if not _store.check([f"here/{other}"])}
             time.sleep(0.1)
     except RuntimeError:
-        missing = []
+        missing = set()
     if not missing:
-        return f"process {rank} of {world} lost its connection to the others ({reason})"
+        return f"{process} lost its connection to the others ({reason})"
+    others = ", ".join(map(str, sorted(missing)))
     return (
-        f"process {rank} of {world} timed out waiting for process {', '.join(map(str, missing))}, which hangs or has "
-        f"died ({reason}): --resume continues from the last checkpoint"
+        f"{process} timed out waiting for process {others}, which hangs or has died ({reason}): --resume continues "
+        "from the last checkpoint"
     )

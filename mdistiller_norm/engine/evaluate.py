@@ -50,9 +50,8 @@ def evaluate(
     was_training = network.training
     network.eval()
     device = next(network.parameters()).device
-    classes = network.num_classes
     # Accumulated on the device and read once, at the end.
-    correct, seen = (torch.zeros(classes, dtype=torch.int64, device=device) for _ in range(2))
+    correct, seen = torch.zeros(2, network.num_classes, dtype=torch.int64, device=device)
     in_top5 = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     start = time.perf_counter()
@@ -65,15 +64,14 @@ def evaluate(
         with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
             logits = forward(images)
         logits = at_least_float32(logits)
-        ranked = logits.topk(min(5, classes), dim=1).indices == targets[:, None]
+        ranked = logits.topk(min(5, network.num_classes), dim=1).indices == targets[:, None]
         correct.index_add_(0, targets, ranked[:, 0].long())
         seen.index_add_(0, targets, torch.ones_like(targets))
         in_top5 += ranked.sum()
         loss += F.cross_entropy(logits, targets, reduction="sum").double()
+    network.train(was_training)
     correct, seen, in_top5, loss = map(distributed.all_reduce, (correct, seen, in_top5, loss))
     samples = int(seen.sum())
     top1, top5 = 100 * int(correct.sum()) / samples, 100 * int(in_top5) / samples
     rate = samples / (time.perf_counter() - start)
-    network.train(was_training)
-    per_class = (100 * correct.double() / seen.double()).cpu()
-    return Evaluation(top1, top5, float(loss) / samples, samples, rate, per_class)
+    return Evaluation(top1, top5, float(loss) / samples, samples, rate, (100 * correct.double() / seen).cpu())

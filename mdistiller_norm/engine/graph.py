@@ -7,29 +7,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller_norm.data import EvalLoader, MemoryEvalLoader, MemoryTrainLoader
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.engine.teacher import Raw
 from mdistiller_norm.errors import first_line
 from mdistiller_norm.models.base import Network
 
 Warn = Callable[[str], None]
+WARMUP = 3  # calls before recording
 
 
-class _Captured:
+class Captured:
     """A function of tensors that replays CUDA graphs, which share their working memory.
 
     Inputs are copied into static buffers. Other tensors that the function reads (weights, the learning rate) must stay
-    at one address; ``state_tensors`` returns those that it writes to. If recording fails, the function runs as it is.
+    at one address. If recording fails, the function runs as it is.
+
+    Args:
+        function: to record.
+        warn: prints a warning if recording fails.
+        state_tensors: returns the tensors that the function writes to.
     """
 
-    WARMUP = 3
-
     def __init__(
-        self, function: Callable[..., Any], state_tensors: Callable[[], list[Tensor]], warn: Warn
+        self, function: Callable[..., Any], warn: Warn, state_tensors: Callable[[], list[Tensor]] = list
     ) -> None:
         self._function, self._state_tensors, self._warn = function, state_tensors, warn
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
@@ -56,22 +59,21 @@ class _Captured:
         graph.replay()
         return outputs
 
-    def _record(self, inputs: Raw) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         """Warm up on a side stream, as capturing requires, undo the changes of the warm-up, and record."""
         buffers = [tensor.clone() for tensor in inputs]
         state = self._state_tensors()
-        before = [tensor.detach().clone() for tensor in state]
+        before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
-                for _ in range(self.WARMUP):
+                for _ in range(WARMUP):
                     self._function(*buffers)
         finally:
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.no_grad():
-                for tensor, saved in zip(state, before, strict=True):
-                    tensor.copy_(saved)
+            for tensor, saved in zip(state, before, strict=True):
+                tensor.copy_(saved)
         gc.collect()  # destroying an old graph during the recording would break it
         graph = torch.cuda.CUDAGraph()
         # Other threads may synchronise meanwhile: the teacher cache's writer does.
@@ -79,20 +81,6 @@ class _Captured:
             outputs = self._function(*buffers)
         self._pool = graph.pool()
         return graph, buffers, outputs
-
-
-class CapturedStep(_Captured):
-    """A training step that replays CUDA graphs."""
-
-    def __init__(self, step: TrainStep, warn: Warn = print) -> None:
-        super().__init__(step, step.state_tensors, warn)
-
-
-class CapturedNetwork(_Captured):
-    """The forward pass of a network in eval mode that replays CUDA graphs."""
-
-    def __init__(self, network: nn.Module, warn: Warn = print) -> None:
-        super().__init__(network, list, warn)
 
 
 def capture_step(step: TrainStep, setting: str, log: Warn) -> Callable[..., None]:
@@ -111,7 +99,7 @@ def capture_step(step: TrainStep, setting: str, log: Warn) -> Callable[..., None
     if reason:
         log(f"no CUDA graph: {reason}")
         return step
-    return CapturedStep(step, log)
+    return Captured(step, log, step.state_tensors)
 
 
 def capture_network(
@@ -119,4 +107,4 @@ def capture_network(
 ) -> Callable[[Tensor], Tensor] | None:
     """Return the network as CUDA graphs for evaluation if the test images are on a GPU, else None."""
     on_gpu = next(network.parameters()).is_cuda and isinstance(test, MemoryEvalLoader)
-    return CapturedNetwork(network, log) if on_gpu and setting != "off" else None
+    return Captured(network, log) if on_gpu and setting != "off" else None

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mdistiller_norm.files import write_text
 
 Record = dict[str, Any]
 TENSORBOARD = "tensorboard"  # in the run folder
+_GROUPS = dict.fromkeys(("images_per_second", "data_wait", "seconds"), "speed")  # of TensorBoard's tags
 
 
 def environment(device: torch.device) -> Record:
@@ -30,13 +31,11 @@ def environment(device: torch.device) -> Record:
     root = Path(mdistiller_norm.__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(root), *arguments]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-            )
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
-        return done.stdout.strip()
 
     checkout = git("rev-parse", "--show-toplevel") == str(root)  # not installed inside another repository
     return {
@@ -55,10 +54,9 @@ def environment(device: torch.device) -> Record:
 
 
 def _cpu_name() -> str:
-    try:
+    match = None
+    with suppress(OSError):
         match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        match = None
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
@@ -73,12 +71,10 @@ class RunLog:
     def __init__(self, folder: Path, first_epoch: int = 1, first_step: int = 0) -> None:
         self.folder = folder
         self.held = ExitStack()  # holds the lock of the run folder, until the log is closed
-        self.metrics = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.metrics) if record["epoch"] < first_epoch]
-        write_text("".join(json.dumps(record) + "\n" for record in kept), self.metrics)
-        self._by_epoch = SummaryWriter(folder / TENSORBOARD, purge_step=first_epoch)
-        # In another folder, since purge_step counts steps here.
-        self._by_step = SummaryWriter(folder / TENSORBOARD / "steps", purge_step=first_step)
+        self._metrics = folder / "metrics.jsonl"
+        kept = [record for record in read_metrics(self._metrics) if record["epoch"] < first_epoch]
+        write_text("".join(json.dumps(record) + "\n" for record in kept), self._metrics)
+        self._writer = SummaryWriter(folder / TENSORBOARD, purge_step=first_step)
 
     def line(self, text: str) -> None:
         """Print a line and append it to ``worklog.txt``."""
@@ -87,22 +83,22 @@ class RunLog:
         _append_line(self.folder / "worklog.txt", text)
 
     def epoch(self, record: Record) -> None:
-        """Append the metrics of an epoch to ``metrics.jsonl`` and TensorBoard."""
-        _append_line(self.metrics, json.dumps(record))
+        """Append the metrics of an epoch to ``metrics.jsonl`` and, by epoch, to TensorBoard."""
+        _append_line(self._metrics, json.dumps(record))
         for name, value in record.items():
             if name != "epoch":
-                self._by_epoch.add_scalar(name, value, record["epoch"])
-        self._by_epoch.flush()
+                self._writer.add_scalar(f"{_GROUPS.get(name, 'epoch')}/{name}", value, record["epoch"])
+        self._writer.flush()
 
-    def step(self, values: dict[str, float], step: int) -> None:
-        """Add running averages after that many steps to TensorBoard."""
-        for name, value in values.items():
-            self._by_step.add_scalar(name, value, step)
+    def step(self, losses: dict[str, float], step: int) -> None:
+        """Add the running averages of the losses after that many steps to TensorBoard."""
+        for name, value in losses.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
 
     def close(self) -> None:
-        """Flush the writers and release the run folder."""
-        with self.held, closing(self._by_step), closing(self._by_epoch):
-            pass
+        """Flush the writer and release the run folder."""
+        with self.held:
+            self._writer.close()
 
 
 class SilentLog(RunLog):
@@ -118,7 +114,7 @@ class SilentLog(RunLog):
     def epoch(self, record: Record) -> None:
         pass
 
-    def step(self, values: dict[str, float], step: int) -> None:
+    def step(self, losses: dict[str, float], step: int) -> None:
         pass
 
     def close(self) -> None:
@@ -130,7 +126,7 @@ def start_wandb(folder: Path, project: str, tags: str, config: Record, resources
     try:
         import wandb
     except ImportError:
-        return "LOG.WANDB is true and wandb is not installed (python -m pip install wandb): continuing without it"
+        return "LOG.WANDB: wandb is not installed (python -m pip install wandb): continuing without it"
     if wandb.run is not None:
         return (
             f"LOG.WANDB supports one run in a process, and {wandb.run.name} is active: continuing without it"
@@ -140,20 +136,17 @@ def start_wandb(folder: Path, project: str, tags: str, config: Record, resources
     try:
         wandb.init(project=project, name=folder.name, dir=str(folder), config=config, tags=tags.split(","))
     except wandb.Error as error:
-        return f"LOG.WANDB is true and wandb does not start ({first_line(error)}): continuing without it"
+        return f"LOG.WANDB: wandb does not start ({first_line(error)}): continuing without it"
     resources.callback(wandb.finish)
     return ""
 
 
 def read_metrics(path: Path) -> list[Record]:
     """Read the records of a ``metrics.jsonl``, skipping damaged lines."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
     records = []
-    for line in lines:
-        try:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
-            records.append(record)
+            if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+                records.append(record)
     return records

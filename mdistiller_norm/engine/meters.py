@@ -40,31 +40,35 @@ class TrainMeters(nn.Module):
 
     @torch.no_grad()
     def update(self, losses: Losses, targets: Tensor, new_step: bool = True, counted: bool = True) -> None:
-        """Add a micro-batch with targets ``[B]``, without host synchronisation.
+        """Add a micro-batch, without host synchronisation.
 
-        Only the first micro-batch of a step is a ``new_step``. Samples of other processes are not ``counted``.
+        Args:
+            losses: of the micro-batch.
+            targets: classes ``[B]`` or class probabilities ``[B, C]``, of which the largest counts.
+            new_step: whether it is the first micro-batch of a step.
+            counted: False for samples of another process.
         """
         parts = losses.parts.detach()
         self.step += new_step
         if counted:
+            classes = targets if targets.dim() == 1 else targets.argmax(1)
             self.sums.add_(parts, alpha=len(targets))
-            self.correct += (losses.logits.argmax(1) == targets).sum()
+            self.correct += (losses.logits.argmax(1) == classes).sum()
             self.samples += len(targets)
         turned_bad = ~parts.isfinite() & (self.first_bad < 0)
         torch.where(turned_bad, self.step, self.first_bad, out=self.first_bad)
 
     def reset(self) -> None:
         """Reset all sums, for a new epoch."""
-        for buffer in (self.sums, self.correct, self.samples, self.step):
+        for buffer in self.buffers():
             buffer.zero_()
         self.first_bad.fill_(-1)
 
     def all_reduced_state(self) -> dict[str, Tensor]:
         """Return the state over all processes, each of which must call this."""
-        own = self.state_dict()
-        sums = {name: distributed.all_reduce(own[name]) for name in ("sums", "correct", "samples")}
-        return sums | {
-            name: distributed.all_reduce(own[name], maximum=True) for name in ("step", "first_bad")
+        return {
+            name: distributed.all_reduce(value, maximum=name in ("step", "first_bad"))
+            for name, value in self.state_dict().items()
         }
 
     def load_all_reduced_state(self, state: dict[str, Tensor]) -> None:
@@ -81,13 +85,13 @@ class TrainMeters(nn.Module):
             NonFiniteLossError: a loss was NaN or infinite.
         """
         state = self.all_reduced_state() if together else self.state_dict()
-        bad = {
-            name: step for name, step in zip(self.names, state["first_bad"].tolist(), strict=True) if step > 0
-        }
-        if bad:
-            step = min(bad.values())
-            names = " and ".join(name for name in bad if bad[name] == step)
-            raise NonFiniteLossError(f"the loss {names} became NaN or infinite in epoch {epoch}, step {step}")
+        steps = zip(self.names, state["first_bad"].tolist(), strict=True)
+        if bad := {name: step for name, step in steps if step > 0}:
+            first = min(bad.values())
+            names = " and ".join(name for name, step in bad.items() if step == first)
+            raise NonFiniteLossError(
+                f"the loss {names} became NaN or infinite in epoch {epoch}, step {first}"
+            )
         samples = int(state["samples"])
         means = [value / max(samples, 1) for value in state["sums"].tolist()]
         losses = dict(zip(self.names, means, strict=True)) | {"total": sum(means)}

@@ -1,13 +1,19 @@
-"""SGD and its learning-rate schedule."""
+"""Optimizers and the schedule of the learning rate."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mdistiller_norm.data import TrainLoader
+from mdistiller_norm.engine.teacher import Teacher
+from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.types import Batch
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,7 @@ class StepSchedule:
 
 
 def build_sgd(
-    parameters: Iterable[torch.nn.Parameter],
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool,
+    parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool
 ) -> torch.optim.SGD:
     """Build fused SGD with weight decay on every parameter."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -52,3 +53,115 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+
+
+class DOT:
+    """DOT: two SGD optimizers over the same parameters, for the gradients of the task and of the distillation.
+
+    Source: Zhao et al., "DOT: A Distillation-Oriented Trainer" (ICCV 2023). The momentum of the task's gradient is
+    lowered by Delta and that of the distillation's is raised by it, so that distillation dominates early training. As
+    in the authors' code, weight decay belongs to the task's gradient, and parameters that only one loss reaches keep
+    the usual momentum. With ``v_task = (mu - delta) v_task + g_task`` and ``v_kd = (mu + delta) v_kd + g_kd``, two
+    SGD steps in a row compute ``theta - lr * (v_task + v_kd)``.
+
+    Args:
+        trainable: to train. A copy runs once, to find the parameters that each loss reaches.
+        batch: any training batch, for that run.
+        teacher: likewise.
+        delta: added to one momentum and subtracted from the other.
+        momentum: mu.
+        weight_decay: of the task's gradient.
+        sgd: the other arguments of :func:`build_sgd`.
+    """
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        batch: Batch,
+        teacher: Teacher,
+        delta: float,
+        *,
+        momentum: float,
+        weight_decay: float,
+        **sgd: Any,
+    ) -> None:
+        trial = copy.deepcopy(trainable)
+        with torch.no_grad():
+            teacher_outputs = teacher.network.outputs(batch.images)
+        # Not Losses.parts: the gradient of an item of a stacked tensor is zero, not None, for the other items.
+        cross_entropy, *methods = trial.losses(trial.student_outputs(batch.images), batch, teacher_outputs)
+        copies, parameters = ([p for p in one.parameters() if p.requires_grad] for one in (trial, trainable))
+        task = torch.autograd.grad(cross_entropy, copies, retain_graph=True, allow_unused=True)
+        distill = torch.autograd.grad(torch.stack(methods).sum(), copies, allow_unused=True)
+        reached = [(a is not None, b is not None) for a, b in zip(task, distill, strict=True)]
+        both, task_only, distill_only = (
+            [parameter for parameter, by in zip(parameters, reached, strict=True) if by == wanted]
+            for wanted in ((True, True), (True, False), (False, True))
+        )
+        self._task, self._distill = both + task_only, both + distill_only
+        groups = (
+            (both, momentum - delta, weight_decay),
+            (both, momentum + delta, 0.0),
+            (task_only, momentum, weight_decay),
+            (distill_only, momentum, weight_decay),
+        )
+        self._optimizers = [
+            build_sgd(group, momentum=mu, weight_decay=decay, **sgd) for group, mu, decay in groups if group
+        ]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of all optimizers."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        """Do nothing: :meth:`step` replaces the gradients."""
+
+    def backward(self, parts: Tensor) -> None:
+        """Keep the weighted losses ``[1 + distillers]`` of a batch for :meth:`step`."""
+        self._parts = parts
+
+    def step(self) -> None:
+        """Differentiate the task's and the methods' losses separately and update the parameters."""
+        task = torch.autograd.grad(self._parts[0], self._task, retain_graph=True)
+        distill = torch.autograd.grad(self._parts[1:].sum(), self._distill)
+        del self._parts  # frees the graph
+        by_task, by_distill, *others = self._optimizers
+        _set_gradients(self._task, task)
+        by_task.step()
+        _set_gradients(self._distill, distill)
+        by_distill.step()
+        for optimizer in others:  # of parameters that one loss reaches
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the optimizers."""
+        return {"sgd": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load :meth:`state_dict`."""
+        for optimizer, saved in zip(self._optimizers, state["sgd"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Set gradients in the memory layout of their parameters, which fused SGD requires."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        same = gradient.stride() == parameter.stride()
+        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
+
+
+def build_optimizer(
+    trainable: Trainable,
+    loader: TrainLoader,
+    teacher: Teacher | None,
+    *,
+    trainer: str,
+    delta: float,
+    **sgd: Any,
+) -> torch.optim.Optimizer | DOT:
+    """Build SGD, or DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot. ``sgd`` holds arguments of ``build_sgd``."""
+    if not trainer.endswith("dot"):
+        return build_sgd(trainable.parameters(), **sgd)
+    assert teacher is not None  # checked by build_execution
+    return DOT(trainable, loader.prepare(*next(loader.batches(1))), teacher, delta, **sgd)

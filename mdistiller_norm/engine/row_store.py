@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ def to_device(array: Array, device: torch.device) -> Tensor:
 
 def _checksums(values: Array) -> Array:
     """Compute the CRC-32 of each row, with the highest bit set: zero marks a row that was never written."""
-    sums = np.fromiter((zlib.crc32(row) for row in np.ascontiguousarray(values)), np.uint32, len(values))
-    checksums: Array = sums | np.uint32(1 << 31)
-    return checksums
+    rows = np.ascontiguousarray(values)
+    return np.array([zlib.crc32(row) | 1 << 31 for row in rows], np.uint32)
 
 
 class RowStore:
@@ -56,31 +54,33 @@ class RowStore:
         self.row_bytes = width * dtype.itemsize
         self._array_dtype = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
         self._file = folder / "rows.bin"
-        self._header_bytes = rows * 4
+        self._header = rows * 4  # bytes of the checksums
+        self._file_bytes = self._header + rows * self.row_bytes
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._pending: deque[Future[None]] = deque()
         description = description | {"rows": rows, "width": width, "dtype": str(dtype), "layout": self.LAYOUT}
         try:
             self._create(description)
-            if json.loads((folder / "about.json").read_text()) != description:
-                raise ValueError("it was made for something else")
             self._checksums: Array = np.memmap(self._file, np.uint32, "r", shape=rows)
-            self._values: Array = np.memmap(
-                self._file, self._array_dtype, "r", offset=self._header_bytes, shape=(rows, width)
-            )
+            shape = (rows, width)
+            self._values: Array = np.memmap(self._file, self._array_dtype, "r", self._header, shape)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"the teacher cache {folder} cannot be used ({error}): remove it, or set DISTILLER.TEACHER_CACHE off"
             ) from error
 
     def _create(self, description: dict[str, object]) -> None:
+        """Create the files that do not exist; raise a ValueError if they have another description."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        about = self.folder / "about.json"
         with self._locked():
-            if not (self.folder / "about.json").exists():
-                write_json(description, self.folder / "about.json")
+            if not about.exists():
+                write_json(description, about)
             if not self._file.exists():
                 with whole_file(self._file) as file:
-                    file.truncate(self._header_bytes + self.rows * self.row_bytes)
+                    file.truncate(self._file_bytes)
+        if json.loads(about.read_text()) != description:
+            raise ValueError("it was made for something else")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -94,15 +94,12 @@ class RowStore:
 
     def is_valid(self, rows: Array) -> Array:
         """Return for each of the rows ``[n]`` whether it is stored and intact."""
-        if (
-            self._file.exists()
-            and self._file.stat().st_size < self._header_bytes + self.rows * self.row_bytes
-        ):
+        if self._file.exists() and self._file.stat().st_size < self._file_bytes:
             # Reading the memory map would kill the process.
             raise CheckpointError(
                 f"{self._file} was truncated during the run: remove {self.folder} and add --resume"
             )
-        checksums: Array = self._checksums[rows]
+        checksums = self._checksums[rows]
         valid = np.asarray(checksums != 0)
         valid[valid] = _checksums(self.read(rows[valid])) == checksums[valid]
         return valid
@@ -110,8 +107,7 @@ class RowStore:
     def missing(self, rows: Array) -> Array:
         """Return the distinct rows that are not valid, in ascending order."""
         distinct = np.unique(rows)
-        missing: Array = distinct[~self.is_valid(distinct)]
-        return missing
+        return np.asarray(distinct[~self.is_valid(distinct)])
 
     def read(self, rows: Array) -> Array:
         """Return the values ``[n, width]`` of valid rows."""
@@ -122,17 +118,11 @@ class RowStore:
         try:
             with self._locked(), self._file.open("r+b", buffering=0) as file:
                 new = ~self.is_valid(rows)
-                order = np.argsort(rows[new])
-                rows, values = rows[new][order], values[new][order].astype(self._array_dtype)
-                checksums = _checksums(values)
-                runs = [*np.flatnonzero(np.diff(rows, prepend=-2) != 1), len(rows)]
-                for start, stop in pairwise(runs):  # of neighbouring rows
-                    # Not through the memory map, where a full disk would kill the process.
-                    row = int(rows[start])
-                    os.pwrite(
-                        file.fileno(), values[start:stop].data, self._header_bytes + row * self.row_bytes
-                    )
-                    os.pwrite(file.fileno(), checksums[start:stop].data, row * 4)
+                values = np.ascontiguousarray(values[new], self._array_dtype)
+                # Not through the memory map, where a full disk would kill the process.
+                for row, value, checksum in zip(rows[new], values, _checksums(values), strict=True):
+                    os.pwrite(file.fileno(), value, self._header + int(row) * self.row_bytes)
+                    os.pwrite(file.fileno(), checksum, int(row) * 4)
         except OSError as error:
             raise CheckpointError(
                 f"the teacher cache {self.folder} cannot be written ({error.strerror}): free space or set "
@@ -171,8 +161,7 @@ class DeviceRows:
 
     def absent(self, rows: Array) -> Array:
         """Return those of the rows that are not on the device."""
-        absent: Array = rows[~self._copied[rows]]
-        return absent
+        return np.asarray(rows[~self._copied[rows]])
 
     def copy_rows(self, rows: Array) -> None:
         """Copy valid rows of the store."""

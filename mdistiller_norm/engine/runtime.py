@@ -1,13 +1,18 @@
-"""Process settings: freed memory, CUDA kernels, and the cores and GPUs of parallel runs."""
+"""Process settings: stop signals, freed memory, CUDA kernels, and the cores and GPUs of parallel runs."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import sys
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 _LARGEST_MMAP, _LARGEST_TRIM = 32 * 2**20, 64 * 2**20  # of glibc's dynamic thresholds on 64-bit systems
 
@@ -18,8 +23,6 @@ def keep_freed_memory(keep: bool = True) -> None:
     By default, it maps and unmaps every large activation, which causes hundreds of thousands of page faults in one
     pass of a large network. Has no effect with other C libraries.
     """
-    if sys.platform != "linux":
-        return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -56,3 +59,32 @@ def slot_environment(device: str, slot: int, at_once: int, processes: int = 1) -
         used = [gpus[(slot * processes + number) % count] for number in range(min(processes, count))]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(used)
     return environment
+
+
+@contextmanager
+def stop_signals(
+    request: Callable[[int], None], signals: Sequence[signal.Signals] = STOP_SIGNALS
+) -> Iterator[None]:
+    """Call ``request`` with the number of the first signal of each kind; a second one exits at once, without saving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in signals}
+    if before.get(signal.SIGHUP) is signal.SIG_IGN:  # started by nohup
+        del before[signal.SIGHUP]
+    received: set[int] = set()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number in received:
+            os.write(2, b"stopped at once: the last saved state is intact\n")
+            os._exit(128 + number)  # raising could block in the exit handlers of threads
+        received.add(number)
+        request(number)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

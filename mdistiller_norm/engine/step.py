@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from mdistiller_norm.data import TrainLoader
 from mdistiller_norm.data.plan import Part
-from mdistiller_norm.engine.dot import DOT
 from mdistiller_norm.engine.meters import TrainMeters
+from mdistiller_norm.engine.optim import DOT
 from mdistiller_norm.engine.teacher import Raw, Teacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.types import Batch, Losses
@@ -32,7 +32,7 @@ class TrainStep:
         trainable: student and distillers.
         optimizer: of the parameters of ``trainable``.
         meters: accumulate the losses.
-        scaler: for fp16 gradients.
+        scaler: of fp16 gradients; None to not scale.
         forward: ``trainable`` (default) or a DistributedDataParallel around it.
         accumulate: micro-batches of a batch, whose gradients are summed.
 
@@ -51,15 +51,14 @@ class TrainStep:
         forward: nn.Module | None = None,
         accumulate: int = 1,
     ) -> None:
+        device = next(trainable.parameters()).device
         self.loader, self.teacher, self.trainable = loader, teacher, trainable
-        self.optimizer, self.meters, self.scaler = optimizer, meters, scaler
-        self.forward = forward or trainable
+        self.optimizer, self.meters, self.forward = optimizer, meters, forward or trainable
+        self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
         self.accumulate = accumulate
         self.part: Part | None = None
-        device = next(trainable.parameters()).device
         self.loss_weights = torch.tensor(trainable.loss_weights(1), device=device)
-        if scaler:
-            scaler.scale(torch.zeros((), device=device))  # creates its tensors before a step is captured
+        self.scaler.scale(torch.zeros((), device=device))  # creates its tensors before a step is captured
 
     def begin_epoch(self, epoch: int, seed: int) -> None:
         """Write the values that change with the epoch (counted from 1)."""
@@ -78,15 +77,15 @@ class TrainStep:
         rows = len(batch.targets)
         part_weight, most = (self.part.weight, self.part.smallest) if self.part else (1.0, rows)
         micro_batches = _split(batch, extra, min(self.accumulate, most))
-        if not isinstance(self.optimizer, DOT):
-            self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for number, (micro_batch, its_extra) in enumerate(micro_batches, 1):
             teacher_outputs = self.teacher(micro_batch, *its_extra) if self.teacher else None
             with self._gradient_exchange(number == len(micro_batches)):
                 losses = self.forward(micro_batch, teacher_outputs, self.loss_weights)
                 self._backward(losses, part_weight * len(micro_batch.targets) / rows)
             self.meters.update(losses, micro_batch.targets, new_step=number == 1, counted=part_weight > 0)
-        self._update()
+        self.scaler.step(self.optimizer)  # type: ignore[arg-type]
+        self.scaler.update()
 
     def _gradient_exchange(self, enabled: bool) -> AbstractContextManager[None]:
         if not enabled and isinstance(self.forward, DistributedDataParallel):
@@ -95,24 +94,16 @@ class TrainStep:
 
     def _backward(self, losses: Losses, weight: float) -> None:
         if isinstance(self.optimizer, DOT):
-            self.optimizer.step(losses.parts)  # differentiates the losses separately
+            self.optimizer.backward(losses.parts)
             return
         loss = losses.total if weight == 1 else losses.total * weight
-        loss = self.scaler.scale(loss) if self.scaler else loss
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def _update(self) -> None:
-        if self.scaler and not isinstance(self.optimizer, DOT):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif not isinstance(self.optimizer, DOT):
-            self.optimizer.step()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def state_tensors(self) -> list[Tensor]:
         """Return all tensors that a step writes: weights, statistics, momenta, metrics, the scale of fp16 gradients."""
         modules: list[nn.Module] = [self.trainable, self.meters]
         states: list[Any] = [module.state_dict(keep_vars=True) for module in modules]
-        states += [self.optimizer.state_dict(), vars(self.scaler) if self.scaler else {}]
+        states += [self.optimizer.state_dict(), vars(self.scaler)]
         return [leaf.detach() for leaf in tree_leaves(states) if isinstance(leaf, Tensor)]
 
 

@@ -103,7 +103,6 @@ class LiveTeacher:
         return batches
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
-        """Run the teacher on a batch."""
         return self.run(batch.images)
 
     @contextmanager

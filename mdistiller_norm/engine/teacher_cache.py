@@ -31,6 +31,11 @@ TOLERANCE = 0.05  # relative; half precision changes outputs by one hundredth, o
 MIN_GPU_BATCH = 256  # with fewer images, launching the teacher's kernels takes longer than running them
 
 
+def teacher_batch_size(loader: TrainLoader, device: torch.device) -> int:
+    """Return the batch size of a cached teacher's passes."""
+    return max(loader.batch_size, MIN_GPU_BATCH) if device.type == "cuda" else loader.batch_size
+
+
 class CachedTeacher:
     """A teacher that runs only for the rows that its store, beside the teacher's checkpoint, lacks.
 
@@ -47,14 +52,14 @@ class CachedTeacher:
         assert loader.views is not None
         self._views = loader.views
         self._device = next(live.network.parameters()).device
+        self._batch_size = teacher_batch_size(loader, self._device)
         description: dict[str, object] = {
             "teacher": live.hash, "data": loader.fingerprint(), "views": loader.views, "need": live.need.name,
             "precision": str(live.autocast or torch.float32),
         }  # fmt: skip
         key = json.dumps([description, dtype, RowStore.LAYOUT], sort_keys=True)
-        folder = (
-            checkpoint.parent / f"{checkpoint.name}.cache" / hashlib.sha256(key.encode()).hexdigest()[:12]
-        )
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        folder = checkpoint.parent / f"{checkpoint.name}.cache" / digest[:12]
         width = self.classes + (pooled if live.need is Need.POOLED else 0)
         self.store = RowStore(folder, description, loader.samples * loader.views, width, DTYPES[dtype])
         self.requested = self.computed = 0  # rows
@@ -73,20 +78,16 @@ class CachedTeacher:
         free = shutil.disk_usage(store.folder).free / 1e9
         line = f"teacher cache {store.folder}: {stored:,} of {store.rows:,} rows are stored, needs {needed:.2f} GB more"
         if free < needed:
-            raise CheckpointError(
-                f"{line}, {free:.2f} GB are free: make room or set DISTILLER.TEACHER_CACHE off"
-            )
+            raise CheckpointError(f"{line}, {free:.2f} GB are free: set DISTILLER.TEACHER_CACHE off")
         return line
 
     def check_outputs(self) -> None:
         """Compare a batch of stored rows with the teacher's outputs, since the network's code may have changed."""
         written = self.store.written()
-        rows = written[:: len(written) // self.batch_size(self.loader, self._device) + 1]
+        rows = written[:: len(written) // self._batch_size + 1]
         rows = rows[self.store.is_valid(rows)]
-        if not len(rows):
-            return
         stored = self.store.read(rows).astype(np.float64)
-        computed = self._run(rows).cpu().numpy().astype(np.float64)
+        computed = self._run(rows).cpu().numpy().astype(np.float64) if len(rows) else stored
         if not np.linalg.norm(stored - computed) <= TOLERANCE * np.linalg.norm(computed):
             raise CheckpointError(
                 f"the teacher cache {self.store.folder} holds other outputs than the teacher computes: remove it if "
@@ -98,36 +99,28 @@ class CachedTeacher:
         if self._device.type != "cuda":
             return ""
         size, free = self.store.rows * self.store.row_bytes, torch.cuda.mem_get_info(self._device)[0]
-        if free < 2 * size:  # half of the free memory is left for training
-            return f"the teacher cache stays on the host: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        self.device_rows = DeviceRows(self.store, self._device)
-        return f"the teacher cache is held on the device: {size / 1e9:.2f} GB"
-
-    @staticmethod
-    def batch_size(loader: TrainLoader, device: torch.device) -> int:
-        """Return the batch size of the teacher's passes."""
-        return max(loader.batch_size, MIN_GPU_BATCH) if device.type == "cuda" else loader.batch_size
+        if fits := free >= 2 * size:  # half of the free memory is left for training
+            self.device_rows = DeviceRows(self.store, self._device)
+        place = "is held on the device" if fits else "stays on the host"
+        return f"the teacher cache {place}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB were free"
 
     def row_indices(self, raws: Iterable[Raw]) -> Tensor:
         """Return the rows of the samples of all batches, on the device."""
-        rows = [raw[0] * self._views + raw[1] for raw in raws]
-        return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+        return torch.cat([raw[0] * self._views + raw[1] for raw in raws])
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
         raws = list(batches)  # only indices and views
+        groups = [raws[first : first + PREFETCH_STEPS] for first in range(0, len(raws), PREFETCH_STEPS)]
+        counts = [sum(len(raw[0]) for raw in group) for group in groups]
         rows = self.row_indices(raws)
-        host_rows = rows.cpu().numpy()  # the one host-device synchronisation of an epoch
-        start = 0
-        for first in range(0, len(raws), PREFETCH_STEPS):
-            group = raws[first : first + PREFETCH_STEPS]
+        host_rows = rows.cpu()  # the one host-device synchronisation of an epoch
+        parts = rows.split_with_sizes(counts), host_rows.split_with_sizes(counts)
+        for group, on_device, on_host in zip(groups, *parts, strict=True):
+            values = self._values(on_host.numpy(), on_device)
             sizes = [len(raw[0]) for raw in group]
-            part = slice(start, start + sum(sizes))
-            start = part.stop
-            values = self._values(host_rows[part], rows[part]).split_with_sizes(sizes)
-            for raw, value in zip(group, values, strict=True):
-                if raw is raws[-1]:
-                    self.store.flush()  # a finished epoch is on the disk
+            for raw, value in zip(group, values.split_with_sizes(sizes), strict=True):
                 yield (*raw, value)
+        self.store.flush()  # a finished epoch is on the disk
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
         """Return the outputs in the batch's rows, ``[B, C]`` or ``[B, C + D]``."""
@@ -141,7 +134,7 @@ class CachedTeacher:
             visited[self.row_indices(raws).cpu().numpy()] = True
             yield
         rows = np.flatnonzero(visited)
-        size = PREFETCH_STEPS * self.batch_size(self.loader, self._device)
+        size = PREFETCH_STEPS * self._batch_size
         for first in tqdm(range(0, len(rows), size), "teacher cache", leave=False, disable=None):
             self._compute_missing(rows[first : first + size])
             yield
@@ -177,7 +170,7 @@ class CachedTeacher:
 
     def _run(self, rows: Array) -> Tensor:
         """Run the teacher for at least one row; return ``[n, width]`` in the store's dtype."""
-        size, results = self.batch_size(self.loader, self._device), []
+        size, results = self._batch_size, []
         key = torch.zeros((), dtype=torch.int64, device=self._device)
         for first in range(0, len(rows), size):
             # Repeats fill the last batch: with one shape, a compiled teacher is compiled once.

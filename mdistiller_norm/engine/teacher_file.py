@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,14 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
 
     Entries with a ``method`` are distilled students. A missing manifest has no entries.
     """
-    if not path.is_file():
-        return []
     try:
-        entries = yaml.safe_load(path.read_text()) or []
-        valid = all(
-            isinstance(entry.get(key), str) for entry in entries for key in ("file", "model", "dataset")
-        )
+        entries = list(yaml.safe_load(path.read_text()) or []) if path.is_file() else []
+        if all(isinstance(entry.get(key), str) for entry in entries for key in ("file", "model", "dataset")):
+            return entries
+        problem = "each entry must have file, model and dataset"
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read as a manifest: {first_line(error)}") from error
-    if not valid:
-        raise CheckpointError(f"each entry of {path} must have file, model and dataset")
-    return list(entries)
+        problem = first_line(error)
+    raise CheckpointError(f"{path} cannot be read as a manifest: {problem}")
 
 
 def add_to_manifest(manifest: Path, file: Path, **fields: Any) -> None:
@@ -89,13 +86,10 @@ def find_teacher(
         file = Path(weights)
         if not file.is_file():
             raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
-        listed = [
-            entry
-            for root in ROOTS
-            for path, entry in _manifest_files(root)
-            if path.resolve() == file.resolve()
-        ]
-        return TeacherFile(file, listed[0].get("top1") if listed else None)
+        for path, entry in chain(*map(_manifest_files, ROOTS)):
+            if path.resolve() == file.resolve():
+                return TeacherFile(file, entry.get("top1"))
+        return TeacherFile(file)
     if known := known_teacher(model, dataset):
         return known
     hint = f"set DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
@@ -133,9 +127,7 @@ def known_teacher(model: str, dataset: str) -> TeacherFile | None:
                 if not path.is_file():
                     raise CheckpointError(f"{path}, listed in {root / MANIFEST}, does not exist")
                 if entry.get("sha256") not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-                    raise CheckpointError(
-                        f"{path} is not the file listed in {root / MANIFEST}: its sha256 differs"
-                    )
+                    raise CheckpointError(f"{path} has another SHA-256 than {root / MANIFEST} states")
                 return TeacherFile(path, entry.get("top1"))
         path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
         if dataset == "cifar100" and path.is_file():
@@ -201,18 +193,16 @@ def check_teacher(
 ) -> dict[str, Any]:
     """Evaluate the teacher before training; log its accuracy, and warnings if it is lower than expected."""
     measured = evaluate(network, test)
+    top1, top5 = measured.top1, measured.top5
     if not math.isfinite(measured.loss):
-        raise CheckpointError(
-            f"the teacher {file.path} computes NaN or infinite logits: it diverged or is damaged"
-        )
-    log(f"teacher {network.name} from {file.path}: test top-1 {measured.top1:.2f}, top-5 {measured.top5:.2f}")
-    if file.warning:
-        log(f"warning: {file.warning}")
+        raise CheckpointError(f"the teacher {file.path} computes NaN or infinite logits")
+    log(f"teacher {network.name} from {file.path}: test top-1 {top1:.2f}, top-5 {top5:.2f}")
     chance = 100 / network.num_classes
-    if file.top1 is not None and measured.top1 < file.top1 - 1:
-        log(f"warning: the teacher's top-1 {measured.top1:.2f} is far below its stated {file.top1:.2f}")
-    elif measured.top1 < chance + min(chance, (100 - chance) / 10):
-        log(
-            f"warning: the teacher's top-1 {measured.top1:.2f} is about chance: its weights or the data are wrong"
-        )
-    return {"name": network.name, "file": str(file.path), "top1": measured.top1, "top5": measured.top5}
+    warning = ""
+    if file.top1 is not None and top1 < file.top1 - 1:
+        warning = f"the teacher's top-1 {top1:.2f} is far below its stated {file.top1:.2f}"
+    elif top1 < chance + min(chance, (100 - chance) / 10):
+        warning = f"the teacher's top-1 {top1:.2f} is about chance: its weights or the data are wrong"
+    for text in filter(None, (file.warning, warning)):
+        log(f"warning: {text}")
+    return {"name": network.name, "file": str(file.path), "top1": top1, "top5": top5}

@@ -63,15 +63,13 @@ class Trainable(nn.Module):
         """Run the student and compute all losses.
 
         Args:
-            batch: augmented images and targets.
+            batch: augmented images and targets: classes ``[B]`` or class probabilities ``[B, C]``.
             teacher: the teacher's outputs for the batch; None for plain training.
             loss_weights: ``[1 + distillers]``, see :meth:`loss_weights`.
         """
         student = self.student_outputs(batch.images)
-        logits = at_least_float32(student.logits)
-        losses = self.losses(student._replace(logits=logits), batch, teacher)
-        weighted = torch.stack(losses) * loss_weights
-        return Losses(weighted.sum(), weighted, logits.detach())
+        weighted = torch.stack(self.losses(student, batch, teacher)) * loss_weights
+        return Losses(weighted.sum(), weighted, at_least_float32(student.logits.detach()))
 
     def student_outputs(self, images: Tensor) -> Outputs:
         """Run the student on images ``[B, 3, H, W]`` in the precision of training."""
@@ -98,12 +96,8 @@ class Trainable(nn.Module):
 
 def _check_loss(name: str, loss: object, differentiable: bool) -> None:
     if not isinstance(loss, Tensor) or loss.dim():
-        got = (
-            f"a tensor of shape {list(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else f"a {type(loss).__name__}"
-        )
-        raise ConfigError(f"{name}: forward must return a scalar (a tensor of shape []), got {got}")
+        got = f"of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError(f"{name}: forward must return a scalar tensor (of shape []), got {got}")
     if differentiable and not loss.requires_grad:
         raise ConfigError(f"{name}: the loss must have a gradient: is something detached?")
 
@@ -114,6 +108,5 @@ def _at_least_float32(outputs: Outputs, need: Need) -> Outputs:
     if need >= Need.POOLED:
         pooled = at_least_float32(pooled)
     if need >= Need.MAPS:
-        features = tuple(at_least_float32(each) for each in features)
-        preacts = tuple(at_least_float32(each) for each in preacts)
+        features, preacts = (tuple(map(at_least_float32, maps)) for maps in (features, preacts))
     return Outputs(at_least_float32(logits), features, preacts, pooled)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,18 +11,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.checkpoint import Saver
+from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, save_atomically
 from mdistiller_norm.engine.evaluate import Evaluation, evaluate
 from mdistiller_norm.engine.logger import Record, RunLog
 from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
-from mdistiller_norm.engine.runtime import keep_freed_memory
-from mdistiller_norm.engine.signals import stop_signals
+from mdistiller_norm.engine.runtime import keep_freed_memory, stop_signals
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.errors import Interrupted, NonFiniteLossError
 
@@ -92,11 +88,9 @@ class Trainer:
         self.best: Record = {}
         self.last: Record = {}
         self.parts: list[Record] = [{"from_step": 0, **provenance.environment}]
-        self._saver = Saver(folder, background=step.loss_weights.is_cuda)
         self._requested = 0  # number of the signal that requested a stop
         self._counted_until = 0.0  # time up to which `seconds` counts
         self._last_read = 0.0
-        self._epoch_seconds: deque[float] = deque(maxlen=9)
 
     @property
     def finished(self) -> bool:
@@ -121,13 +115,10 @@ class Trainer:
                     break
             self._stop_if_requested()  # once for all processes, which prefetch different numbers of rows
             keep_freed_memory()
-            try:
-                while not self.finished:
-                    self._train_epoch()
-                    if not self.finished:
-                        self._stop_if_requested()
-            finally:
-                self._saver.finish()
+            while not self.finished:
+                self._train_epoch()
+                if not self.finished:
+                    self._stop_if_requested()
         return {"last": self.last, "best": self.best, "seconds": self.seconds, "parts": self.parts}
 
     def stop(self, signal_number: int) -> None:
@@ -144,10 +135,30 @@ class Trainer:
         set_learning_rate(step.optimizer.param_groups, lr)
         step.begin_epoch(self.epoch, loader.seed)
         step.trainable.train()
-        start = self._counted_until = self._last_read = waiting_since = time.perf_counter()
-        save_steps = self.intervals.save_steps
-        waited, remaining = 0.0, 1 - self.steps_done / loader.steps
-        with self._progress_bar() as bar:
+        start = self._counted_until = self._last_read = time.perf_counter()
+        remaining = 1 - self.steps_done / loader.steps
+        waited = self._train_steps()
+        averages = step.meters.read(self.epoch, together=True)
+        trained = time.perf_counter() - start
+        test = self._evaluate()
+        now = time.perf_counter()
+        self.seconds += now - self._counted_until
+        losses = {f"loss_{name}": value for name, value in averages.losses.items()}
+        record = losses | {
+            "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1, "test_top5": test.top5,
+            "test_loss": test.loss, "data_wait": waited / trained,
+            "images_per_second": averages.samples * remaining / trained, "seconds": self.seconds,
+        }  # fmt: skip
+        self._end_epoch(record, test)
+
+    def _train_steps(self) -> float:
+        """Train the remaining steps of the epoch; return the seconds that they waited for data."""
+        step, loader, save_steps = self.step, self.step.loader, self.intervals.save_steps
+        waited, waiting_since = 0.0, time.perf_counter()
+        with tqdm(
+            total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}", leave=False,
+            mininterval=0.5, dynamic_ncols=True, disable=None if distributed.is_first() else True,
+        ) as bar:  # fmt: skip
             for batch in step.with_teacher_outputs(loader.batches(self.epoch, self.steps_done)):
                 waited += time.perf_counter() - waiting_since
                 step.part = loader.part(self.steps_done)
@@ -164,25 +175,7 @@ class Trainer:
                 if within and stop:
                     raise Interrupted(stop)
                 waiting_since = time.perf_counter()
-        averages = step.meters.read(self.epoch, together=True)
-        trained = time.perf_counter() - start
-        test = self._evaluate()
-        now = time.perf_counter()
-        self.seconds += now - self._counted_until
-        self._epoch_seconds.append(trained / remaining + now - start - trained)
-        losses = {f"loss_{name}": value for name, value in averages.losses.items()}
-        record = losses | {
-            "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1, "test_top5": test.top5,
-            "test_loss": test.loss, "data_wait": waited / trained,
-            "images_per_second": averages.samples * remaining / trained, "seconds": self.seconds,
-        }  # fmt: skip
-        self._end_epoch(record, test)
-
-    def _progress_bar(self) -> Any:
-        return tqdm(
-            total=self.step.loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}",
-            leave=False, mininterval=0.5, dynamic_ncols=True, disable=None if distributed.is_first() else True,
-        )  # fmt: skip
+        return waited
 
     def _log_losses(self, bar: Any) -> bool:
         """Show the running averages at intervals and log them; return whether all losses are finite."""
@@ -195,9 +188,8 @@ class Trainer:
             return False
         bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
         if due:
-            self.log.step(
-                {f"loss_{name}": value for name, value in averages.losses.items()}, self.total_steps
-            )
+            losses = {f"loss_{name}": value for name, value in averages.losses.items()}
+            self.log.step(losses, self.total_steps)
         self._last_read = time.perf_counter()
         return True
 
@@ -211,78 +203,69 @@ class Trainer:
 
     def _end_epoch(self, record: Record, test: Evaluation) -> None:
         """Log the epoch and save the state of the next one."""
-        summary = {"epoch": self.epoch, "top1": test.top1, "top5": test.top5, "loss": test.loss}
+        epoch = self.epoch
+        summary = {"epoch": epoch, "top1": test.top1, "top5": test.top5, "loss": test.loss}
         improved = not self.best or test.top1 >= self.best["top1"]  # the later of equals, as in mdistiller
         self.last, self.best = summary, summary if improved else self.best
         self.log.epoch(record)
-        losses = " ".join(
-            f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_")
-        )
-        left = timedelta(seconds=round(statistics.median(self._epoch_seconds) * (self.epochs - self.epoch)))
+        losses = [f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
+        left = timedelta(seconds=round(self.seconds / epoch * (self.epochs - epoch)))
         self.log.line(
-            f"epoch {self.epoch}/{self.epochs}: {losses} | train top-1 {record['train_top1']:.2f} | test top-1 "
+            f"epoch {epoch}/{self.epochs}: {' '.join(losses)} | train top-1 {record['train_top1']:.2f} | test top-1 "
             f"{test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | lr {record['lr']:.10g} | "
             f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.1%}, ETA {left}"
-            + (" | best" if improved else "")
+            + " | best"
+            * improved
         )
-        self.epoch, self.steps_done = self.epoch + 1, 0
+        self.epoch, self.steps_done = epoch + 1, 0
         self.step.meters.reset()
-        state = self.state()
-        student = {
-            "model": self.step.trainable.student.state_dict(),
-            "about": self.provenance.about | summary,
-        }
+        state, about = self.state(), self.provenance.about | summary
+        student = {"model": self.step.trainable.student.state_dict(), "about": about}
         files = {"best.pt": state, "student_best.pt": student} if improved else {}
-        if summary["epoch"] % self.intervals.keep_epochs == 0:
-            files[f"student_{summary['epoch']}.pt"] = student
+        if epoch % self.intervals.keep_epochs == 0:
+            files[f"student_{epoch}.pt"] = student
         # latest.pt last: after a crash, the epoch is repeated and the other files are written again.
-        self._save(files | {"student_last.pt": student, "latest.pt": state})
+        self._save(files | {"student_last.pt": student, LATEST: state})
 
     def _save_latest(self) -> None:
         """Save the state within an epoch, if it is finite."""
         self.step.meters.read(self.epoch, together=True)
+        # The losses do not cover the last update.
         tensors = chain(self.step.trainable.parameters(), self.step.trainable.student.buffers())
-        if not torch.stack(
-            [tensor.isfinite().all() for tensor in tensors]
-        ).all():  # not covered by the losses
+        if not all(tensor.isfinite().all() for tensor in tensors):
             place = f"step {self.steps_done} of epoch {self.epoch}"
             raise NonFiniteLossError(f"the weights or batch norms became NaN or infinite at {place}")
         distributed.average_batch_norms(self.step.trainable)
         now = time.perf_counter()
         self.seconds, self._counted_until = self.seconds + now - self._counted_until, now
-        self._save({"latest.pt": self.state()})
+        self._save({LATEST: self.state()})
 
     def _save(self, files: dict[str, Record]) -> None:
         if distributed.is_first():
-            self._saver.save(files)
+            for name, content in files.items():
+                keep = self.folder / PREVIOUS if name == LATEST else None
+                save_atomically(content, self.folder / name, keep)
 
     def state(self) -> dict[str, Any]:
         """Return the state to resume from. A collective operation; the state does not depend on the process."""
+        step = self.step
         return {
-            "trainable": self.step.trainable.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
-            "scaler": self.step.scaler.state_dict() if self.step.scaler else {},
-            "meters": self.step.meters.all_reduced_state(),
-            "epoch": self.epoch,
-            "steps_done": self.steps_done,
-            "total_steps": self.total_steps,
-            "seconds": self.seconds,
-            "best": self.best,
-            "last": self.last,
-            "parts": self.parts,
-            "identity": self.provenance.identity,
+            "trainable": step.trainable.state_dict(), "optimizer": step.optimizer.state_dict(),
+            "scaler": step.scaler.state_dict(), "meters": step.meters.all_reduced_state(), "epoch": self.epoch,
+            "steps_done": self.steps_done, "total_steps": self.total_steps, "seconds": self.seconds, "best": self.best,
+            "last": self.last, "parts": self.parts, "identity": self.provenance.identity,
             "about": self.provenance.about,
-        }
+        }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume from :meth:`state`."""
+        optimizer = self.step.optimizer
         self.step.trainable.load_state_dict(state["trainable"])
-        rates = [group["lr"] for group in self.step.optimizer.param_groups]
-        self.step.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(self.step.optimizer.param_groups, rates, strict=True):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # the tensor that a captured step reads
-        if self.step.scaler:
-            self.step.scaler.load_state_dict(state["scaler"])
+        self.step.scaler.load_state_dict(state["scaler"])
         self.step.meters.load_all_reduced_state(state["meters"])
         self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
         self.best, self.last = state["best"], state["last"]

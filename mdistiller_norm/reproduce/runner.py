@@ -15,8 +15,7 @@ from pathlib import Path
 import yaml
 
 from mdistiller_norm.config import dump
-from mdistiller_norm.engine.runtime import slot_environment
-from mdistiller_norm.engine.signals import STOP_SIGNALS, stop_signals
+from mdistiller_norm.engine.runtime import STOP_SIGNALS, slot_environment, stop_signals
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import find_config, open_lock
 from mdistiller_norm.program import python_arguments
