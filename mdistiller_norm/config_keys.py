@@ -40,6 +40,7 @@ _MEAN: Check = ("[] or three numbers in [0, 1]", lambda x: len(x) in (0, 3) and 
 _STD: Check = ("[] or three numbers in (0, 1]", lambda x: len(x) in (0, 3) and all(0 < v <= 1 for v in x))
 _CROP: Check = ("two areas with 0 < first <= second <= 1", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
 _EPOCHS: Check = ("increasing epochs >= 1", lambda x: x == sorted(set(x)) and min(x, default=1) >= 1)
+_DISTINCT: Check = ("different names", lambda x: len(set(x)) == len(x))
 _METHODS: Check = (
     "NONE or different methods",
     lambda x: isinstance(x, str) or len({"NONE", *x}) == len(x) + 1,
@@ -63,7 +64,7 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: smallest and largest area of a random crop", _CROP),
     "DATASET.MEAN": ([], "image files: channel means; empty: ImageNet's (image_folder: measured)", _MEAN),
     "DATASET.STD": ([], "image files: channel standard deviations; empty: as for MEAN", _STD),
-    "DATASET.CLASSES": ([], "image files: class folders, in order; empty: all, sorted", _ANY),
+    "DATASET.CLASSES": ([], "image files: class folders, in order; empty: all, sorted", _DISTINCT),
     "DATASET.VARIANT": ("auto", "auto: imagenet above 64 pixels", _one_of("auto", "cifar", "imagenet")),
     "DATASET.MAX_BROKEN": (10, "image files: unreadable images to replace before the run fails", _AT_LEAST_0),
     "DATASET.VAL_SPLIT": (0.0, "data in memory: part of the training set to evaluate on", _HALF),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mdistiller_norm.data import DATASETS, Dataset, ImageOptions, open_dataset
+from mdistiller_norm.data.cifar import FOLDERS as CIFAR_FOLDERS
 from mdistiller_norm.data.folder import data_root
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
@@ -116,11 +117,11 @@ def load_student(
     weights, root = load_weights(path), find_root(path, root)
     about, kind = weights.about, kind or weights.about.get("type", "")
     complete = about.keys() >= {*_REQUIRED}
-    cifar = root / "cifar-100-python"
+    cifar = root / CIFAR_FOLDERS.get(kind, "")
     try:
         if complete and not with_data:
             raise DataError("not requested")
-        if complete and kind == "cifar100" and not cifar.exists():  # would be downloaded
+        if complete and kind in CIFAR_FOLDERS and not cifar.exists():  # would be downloaded
             raise DataError(f"{cifar} does not exist")
         network, dataset = open_checkpoint(path, model, kind, root)
     except DataError as error:

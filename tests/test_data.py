@@ -1,8 +1,9 @@
-"""Data sets in memory: CIFAR-100, the digits, augmentation, and the plan of an epoch."""
+"""Data sets in memory: CIFAR, the digits, augmentation, and the plan of an epoch."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +15,16 @@ from torchvision.transforms import functional as TF
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import (
     DATASETS,
+    ImageOptions,
     MemoryEvalLoader,
     MemoryTrainLoader,
     Share,
     TensorDataset,
     cifar100,
     digits,
+    open_dataset,
 )
-from mdistiller_norm.data.augment import PadCropFlip, normalise
+from mdistiller_norm.data.augment import Normalise, PadCropFlip
 from mdistiller_norm.data.plan import epoch_plan, share_out, smallest_micro_batch
 from mdistiller_norm.download import read_sources
 from mdistiller_norm.errors import ConfigError, DataError
@@ -35,8 +38,7 @@ def cifar(cifar_root: Path) -> TensorDataset:
 
 def test_digits_are_split_by_class() -> None:
     data = digits()
-    assert data.train.images.shape == (1437, 32, 32, 3)
-    assert data.test.images.shape == (360, 32, 32, 3)
+    assert (data.train.images.shape, data.test.images.shape) == ((1437, 32, 32, 3), (360, 32, 32, 3))
     assert data.test.targets.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
     pixels = data.train.images / 255
     assert pixels.mean((0, 1, 2)).tolist() == pytest.approx(data.mean, abs=1e-3)
@@ -54,39 +56,27 @@ def test_every_view_equals_torchvision(cifar: TensorDataset) -> None:
     augment = PadCropFlip(cifar.padding, cifar.flip)
     assert augment.views == 162
     indices = torch.arange(162) * 31
-    got = normalise(
-        augment(cifar.train.images, indices, torch.arange(162)),
-        torch.tensor(cifar.mean),
-        torch.tensor(cifar.std),
-    )
+    normalise = Normalise(cifar.mean, cifar.std, torch.device("cpu"))
+    got = normalise(augment(cifar.train.images, indices, torch.arange(162)))
     assert got.is_contiguous(memory_format=torch.channels_last)
     for view, (index, image) in enumerate(zip(indices.tolist(), got, strict=True)):
         picture = TF.to_pil_image(cifar.train.images[index].permute(2, 0, 1))
         picture = TF.crop(TF.pad(picture, 4), view // 18, view // 2 % 9, 32, 32)
         picture = TF.hflip(picture) if view % 2 else picture
         assert torch.equal(image, TF.normalize(TF.to_tensor(picture), cifar.mean, cifar.std)), view
-
-
-def test_evaluation_images_equal_torchvision(cifar: TensorDataset) -> None:
     images, targets = next(iter(MemoryEvalLoader(cifar, 16)))
-    usual = [
-        TF.normalize(TF.to_tensor(image.numpy()), cifar.mean, cifar.std) for image in cifar.test.images[:16]
-    ]
-    assert torch.equal(images, torch.stack(usual))
+    test = [TF.to_tensor(image.numpy()) for image in cifar.test.images[:16]]
+    assert torch.equal(images, torch.stack([TF.normalize(image, cifar.mean, cifar.std) for image in test]))
     assert torch.equal(targets, cifar.test.targets[:16])
 
 
 def test_plan_is_a_function_of_seed_and_epoch() -> None:
-    first, again = epoch_plan(3, 7, 1437, 162), epoch_plan(3, 7, 1437, 162)
-    assert torch.equal(first.order, again.order)
-    assert torch.equal(first.views, again.views)
-    assert first.key == again.key
-    assert sorted(first.order.tolist()) == list(range(1437))
-    assert 0 <= first.views.min() <= first.views.max() < 162
-    for other in (epoch_plan(4, 7, 1437, 162), epoch_plan(3, 8, 1437, 162)):
-        assert not torch.equal(first.order, other.order)
-        assert not torch.equal(first.views, other.views)
-        assert first.key != other.key
+    order, views, key = epoch_plan(3, 7, 1437, 162)
+    assert sorted(order.tolist()) == list(range(1437))
+    assert 0 <= views.min() <= views.max() < 162
+    for seed, epoch, same in ((3, 7, True), (4, 7, False), (3, 8, False)):
+        others = epoch_plan(seed, epoch, 1437, 162)
+        assert [torch.equal(others[0], order), torch.equal(others[1], views), others[2] == key] == [same] * 3
 
 
 def test_epoch_contains_every_sample_once_and_can_start_at_any_step() -> None:
@@ -105,15 +95,11 @@ def test_epoch_contains_every_sample_once_and_can_start_at_any_step() -> None:
 
 def test_processes_share_one_plan() -> None:
     data = digits()
-    whole = [raw[0] for raw in MemoryTrainLoader(data, 479, seed=5).batches(3)]
+    whole = torch.cat([raw[0] for raw in MemoryTrainLoader(data, 479, seed=5).batches(3)])
     for world, batch in ((3, 480), (2, 64), (4, 360)):  # 1437 samples: last batches of 477, 29 and 357
-        parts = [
-            [raw[0] for raw in MemoryTrainLoader(data, batch, 5, Share(r, world)).batches(3)]
-            for r in range(world)
-        ]
-        assert torch.equal(
-            torch.cat([part for step in zip(*parts, strict=True) for part in step]), torch.cat(whole)
-        )
+        loaders = [MemoryTrainLoader(data, batch, 5, Share(rank, world)) for rank in range(world)]
+        steps = zip(*([raw[0] for raw in loader.batches(3)] for loader in loaders), strict=True)
+        assert torch.equal(torch.cat([part for step in steps for part in step]), whole)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
@@ -126,26 +112,27 @@ def test_weighted_parts_give_the_mean_of_the_batch(count: int) -> None:
     assert {part.smallest for part in parts} == {max(count // 3, 1)}
 
 
-@pytest.mark.parametrize(
-    ("samples", "batch", "world", "accumulate", "expected"),
-    [
-        (64, 32, 1, 1, 32),
-        (33, 32, 1, 1, 1),
-        (35, 32, 2, 1, 1),
-        (66, 64, 2, 1, 1),
-        (33, 11, 1, 11, 1),
+def test_smallest_micro_batch() -> None:
+    for samples, batch, world, accumulate, expected in (
+        (64, 32, 1, 1, 32), (33, 32, 1, 1, 1), (35, 32, 2, 1, 1), (66, 64, 2, 1, 1), (33, 11, 1, 11, 1),
         (20, 64, 2, 2, 5),
-    ],
-)
-def test_smallest_micro_batch(samples: int, batch: int, world: int, accumulate: int, expected: int) -> None:
-    assert smallest_micro_batch(samples, batch, Share(0, world), accumulate) == expected
+    ):  # fmt: skip
+        assert smallest_micro_batch(samples, batch, Share(0, world), accumulate) == expected
 
 
-def write_cifar(folder: Path, train: dict[str, object], names: object) -> None:
-    folder.mkdir()
-    good = {"data": np.zeros((50_000, 3072), np.uint8), "fine_labels": list(range(100)) * 500}
-    test = {"data": np.zeros((10_000, 3072), np.uint8), "fine_labels": list(range(100)) * 100}
-    for name, content in (("train", good | train), ("test", test), ("meta", {"fine_label_names": names})):
+# CIFAR's files
+
+
+def write_cifar(root: Path, train: Mapping[str, object], names: object) -> None:
+    """Write CIFAR-100 with 100 training images."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(exist_ok=True)
+    good = {"data": np.zeros((100, 3072), np.uint8), "fine_labels": list(range(100))}
+    for name, content in (
+        ("train", good | dict(train)),
+        ("test", good),
+        ("meta", {"fine_label_names": names}),
+    ):
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
 
 
@@ -163,51 +150,64 @@ NAMES = [f"class {i}" for i in range(100)]
 @pytest.mark.parametrize(
     ("train", "names", "message"),
     [
-        ({}, NAMES, ""),
-        ({"data": np.zeros((49_999, 3072), np.uint8)}, NAMES, "targets must be an int64 tensor"),
-        ({"data": np.zeros((50_000, 768), np.float32)}, NAMES, "data must be a uint8 array"),
-        ({"data": [[0], [0, 0]]}, NAMES, "train cannot be read as a CIFAR-100 file"),
+        ({"data": np.zeros((99, 3072), np.uint8)}, NAMES, "targets must be an int64 tensor"),
+        ({"data": np.zeros((100, 768), np.float32)}, NAMES, "data must be a uint8 array"),
+        ({"data": [[0], [0, 0]]}, NAMES, "train cannot be read as a CIFAR file"),
         ({"data": Call(print)}, NAMES, r"print is not part of such a file"),
         ({}, Call(np.array), r"numpy\S*array is not part of such a file"),
-        ({"fine_labels": [100] * 50_000}, NAMES, r"targets must be in 0\.\.99, got 100\.\.100"),
-        ({"fine_labels": [0.5] * 50_000}, NAMES, "targets must be an int64 tensor"),
-        ({}, 5, "meta cannot be read .* list of 100 names"),
-        ({}, ["apple"] * 99, "meta cannot be read .* list of 100 names"),
+        ({"fine_labels": [100] * 100}, NAMES, r"targets must be in 0\.\.99, got 100\.\.100"),
+        ({"fine_labels": [0.5] * 100}, NAMES, "targets must be an int64 tensor"),
+        ({}, 5, "meta cannot be read as a CIFAR file"),
         ({}, [0] * 100, "classes must be strings"),
     ],
 )
 def test_cifar_files_are_checked_by_content(
     tmp_path: Path, train: dict[str, object], names: object, message: str
 ) -> None:
-    write_cifar(tmp_path / "cifar-100-python", train, names)
-    if not message:
-        assert len(cifar100(tmp_path).train) == 50_000
-        return
+    write_cifar(tmp_path, train, names)
     with pytest.raises(DataError, match=message):
-        cifar100(tmp_path)
+        open_dataset("cifar100", tmp_path, ImageOptions())
 
 
 def test_damaged_and_missing_cifar_files_are_named(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-100-python"
-    write_cifar(folder, {}, NAMES)
-    whole = (folder / "train").read_bytes()
-    for content in (whole[:1000], b"\x80\x04K\x05K\x06s.", b"\x80\x04].", b""):
-        (folder / "train").write_bytes(content)
-        with pytest.raises(DataError, match="train cannot be read as a CIFAR-100 file"):
+    write_cifar(tmp_path, {}, NAMES)
+    file = tmp_path / "cifar-100-python" / "train"
+    assert len(cifar100(tmp_path).train) == 100
+    for content in (file.read_bytes()[:1000], b"\x80\x04K\x05K\x06s.", b"\x80\x04].", b""):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="train cannot be read as a CIFAR file"):
             cifar100(tmp_path)
-    (folder / "test").unlink()
-    with pytest.raises(DataError, match="lacks test"):
+    file.unlink()
+    with pytest.raises(DataError, match=r"train cannot be read as a CIFAR file .*No such file"):
         cifar100(tmp_path)
+
+
+def test_cifar10_is_read_from_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    pixels = random.integers(256, size=(6, 20, 3072), dtype=np.uint8)
+    labels = random.integers(10, size=(6, 20)).tolist()
+    for name, data, batch in zip(
+        [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], pixels, labels, strict=True
+    ):
+        content = {"batch_label": name, "labels": batch, "data": data, "filenames": ["a.png"] * 20}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"num_cases_per_batch": 20, "label_names": classes}))
+    data = open_dataset("cifar10", tmp_path, ImageOptions())
+    assert data.summary() == "cifar10: 10 classes, 100 + 20 images"
+    assert data.classes == tuple(classes)
+    assert data.targets.tolist() == [label for batch in labels[:5] for label in batch]
+    assert data.train.images[25, 3, 4].tolist() == pixels[1, 5].reshape(3, 32, 32)[:, 3, 4].tolist()
 
 
 def test_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    sources = tmp_path / "sources.yaml"
-    sources.write_text(
-        "cifar100: [{urls: ['http://127.0.0.1:9/archive.tar.gz'], to: data}]"
-    )  # no server listens
+    sources = tmp_path / "sources.yaml"  # no server listens
+    sources.write_text("cifar100: [{urls: ['http://127.0.0.1:9/archive.tar.gz'], to: data}]")
     monkeypatch.setattr("mdistiller_norm.data.cifar.read_sources", lambda: read_sources(sources))
-    with pytest.raises(DataError, match=r"archive.tar.gz cannot be downloaded: http://.*: put the files"):
+    with pytest.raises(DataError, match=r"archive.tar.gz cannot be downloaded: http://.*: set DATASET.ROOT"):
         cifar100(tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
 
@@ -229,13 +229,13 @@ def test_held_out_part_is_stratified_fixed_and_disjoint() -> None:
 
 
 def test_wrong_names_and_data_sets_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown data set 'cifar10': did you mean cifar100"):
-        DATASETS["cifar10"]
+    with pytest.raises(ConfigError, match="unknown data set 'cifar1': did you mean cifar1"):
+        DATASETS["cifar1"]
     whole = digits()
     wrong = replace(whole, train=replace(whole.train, images=whole.train.images / 255))
     given = load_config(None, ["DATASET.TYPE=digits", "DISTILLER.TYPE=NONE", f"LOG.PREFIX={tmp_path}"])
     with pytest.raises(
-        DataError, match=r"training images must be a non-empty uint8 tensor .*, got Tensor torch.float32"
+        DataError, match=r"training images must be a uint8 tensor .*, got Tensor torch.float32"
     ):
         build_run(given, dataset=wrong)
     assert list(tmp_path.iterdir()) == []

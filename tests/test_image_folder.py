@@ -41,6 +41,7 @@ from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.run import build_run, train
 
 CPU = torch.device("cpu")
+Epoch = list[tuple[torch.Tensor, ...]]
 VANILLA = str(ROOT / "configs" / "digits" / "vanilla_resnet8.yaml")
 SMALL = ImageOptions(size=48, resize=56, mean=MEAN, std=STD, workers=0)
 RUN = [
@@ -87,16 +88,12 @@ def limited_files() -> Iterator[Callable[[int], None]]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def epoch(
-    dataset: ImageDataset, number: int = 1, first: int = 0, **options: Any
-) -> list[tuple[torch.Tensor, ...]]:
+def epoch(dataset: ImageDataset, number: int = 1, first: int = 0, **options: Any) -> Epoch:
     return list(dataset.train_loader(8, 0, CPU, **options).batches(number, first))
 
 
-def same(a: list[tuple[torch.Tensor, ...]], b: list[tuple[torch.Tensor, ...]]) -> bool:
-    return all(
-        torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True)
-    )
+def same(a: Epoch, b: Epoch) -> bool:
+    return all(torch.equal(x, y) for pair in zip(a, b, strict=True) for x, y in zip(*pair, strict=True))
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -127,11 +124,8 @@ def test_large_texts_are_read_and_other_formats_refused(tmp_path: Path) -> None:
     text.add_text("history", "x" * 2**21, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "text.png", pnginfo=text)
     assert decode((tmp_path / "text.png").read_bytes()).shape == (3, 8, 8)
-    for content in (
-        encoded(Image.new("RGB", (8, 8)), "EPS"),
-        encoded(Image.new("RGB", (8, 8)), "PCX"),
-        b"text",
-    ):
+    image = Image.new("RGB", (8, 8))
+    for content in (encoded(image, "EPS"), encoded(image, "PCX"), b"text"):
         with pytest.raises(ValueError, match="not an image of the formats JPEG, PNG"):
             decode(content)
 
@@ -147,9 +141,8 @@ def test_thin_images_need_little_memory() -> None:
 def test_upper_8_of_16_bits_are_kept_and_32_bits_refused() -> None:
     deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     for kind in ("PNG", "TIFF"):
-        assert torch.equal(
-            decode(encoded(Image.fromarray(deep), kind))[1].flatten(), torch.arange(256).byte()
-        )
+        pixels = decode(encoded(Image.fromarray(deep), kind))
+        assert torch.equal(pixels[1].flatten(), torch.arange(256).byte())
     with pytest.raises(ValueError, match="32 bits have no known range"):
         decode(encoded(Image.fromarray(deep.astype(np.float32)), "TIFF"))
 
@@ -161,8 +154,8 @@ def test_crops_are_within_two_levels_of_torchvision(jpegs: list[Path]) -> None:
             picture = file.convert("RGB")
         image = decode(path.read_bytes())
         crop = draw_crop(random, *image.shape[1:], (0.08, 1.0))
-        usual = T.functional.resized_crop(picture, crop.top, crop.left, crop.height, crop.width, [224, 224])
-        usual = T.functional.hflip(usual) if crop.flip else usual
+        usual = T.functional.resized_crop(picture, *crop[:4], [224, 224])
+        usual = T.functional.hflip(usual) if crop[4] else usual
         centre = T.Compose([T.Resize(256), T.CenterCrop(224)])(picture)
         for ours, theirs in ((train_image(image, crop, 224), usual), (eval_image(image, 256, 224), centre)):
             difference = ours.int() - T.functional.pil_to_tensor(theirs).int()
@@ -175,9 +168,8 @@ def test_crops_are_distributed_as_in_torchvision() -> None:
     for height, width, scale in ((375, 500, (0.08, 1.0)), (100, 400, (0.5, 1.0))):
         blank = torch.empty(3, height, width)
         ours = np.array([draw_crop(random, height, width, scale) for _ in range(draws)], dtype=float)
-        theirs = np.array(
-            [T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)]
-        )
+        usual = [T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)]
+        theirs = np.array(usual)
         assert (ours[:, :2] + ours[:, 2:4] <= (height, width)).all()
         for a, b in zip(ours.T[:4], theirs.T, strict=True):
             assert abs(a.mean() - b.mean()) < 5 * np.hypot(a.std(), b.std()) / draws**0.5 + 1e-9
@@ -198,9 +190,8 @@ def test_folder_is_counted_named_and_measured(tree: Path) -> None:
     backwards = tuple(reversed(data.classes))
     assert image_folder(tree, replace(SMALL, classes=backwards)).classes == backwards
     assert imagenet(tree, SMALL).name == "imagenet"
-    pixels = (
-        torch.stack([decode(path.read_bytes()) for path in sorted((tree / "train").rglob("*.JPEG"))]) / 255
-    )
+    images = [decode(path.read_bytes()) for path in sorted((tree / "train").rglob("*.JPEG"))]
+    pixels = torch.stack(images) / 255
     assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-3)
     assert data.std == pytest.approx(pixels.double().permute(1, 0, 2, 3).flatten(1).std(1).tolist(), abs=1e-3)
 
@@ -221,10 +212,8 @@ def test_nested_folders_count_and_hidden_files_do_not(copy: Path) -> None:
     (folder / "b.pgm").write_bytes(encoded(Image.new("L", (8, 8)), "PPM"))
     after = image_folder(copy, SMALL)
     assert torch.bincount(after.targets).tolist() == [12, 12, 12]
-    assert {after.train.source.read(index) for index in range(12, 24)} == {
-        *kept,
-        (folder / "b.pgm").read_bytes(),
-    }
+    added = (folder / "b.pgm").read_bytes()
+    assert {after.train.read(index) for index in range(12, 24)} == {*kept, added}
     assert after.unreadable() == []
 
 
@@ -232,12 +221,10 @@ def test_names_that_are_not_utf8_are_escaped(copy: Path) -> None:
     file = next((copy / "val").rglob("*.JPEG"))
     file.rename(os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.jpg"))
     data = image_folder(copy, SMALL)
-    assert sum(data.test.source.name(index).endswith(r"caf\udce9.jpg") for index in range(12)) == 1
+    assert sum(data.test.name(index).endswith(r"caf\udce9.jpg") for index in range(12)) == 1
     assert len(data.unreadable()) == 0
     (copy / "train" / os.fsdecode(b"caf\xe9")).mkdir()
-    with pytest.raises(
-        DataError, match=r"class folder caf\\udce9 in .*train has a name that is not UTF-8: rename it"
-    ):
+    with pytest.raises(DataError, match=r"class folder caf\\udce9 in .*train has a name that is not UTF-8"):
         image_folder(copy, SMALL)
 
 
@@ -247,7 +234,7 @@ def test_measuring_skips_unreadable_images_and_constant_channels(copy: Path) -> 
         Image.fromarray(np.asarray(image.convert("RGB")) * np.array([1, 1, 0], np.uint8)).save(first, "PNG")
     for path in others:
         path.write_bytes(b"")
-    mean, std = measure(image_folder(copy, SMALL).train.source, SMALL)
+    mean, std = measure(image_folder(copy, SMALL).train, SMALL)
     assert mean[0] > 0
     assert (mean[2], std[2]) == (0.0, 1.0)
     first.write_bytes(b"")
@@ -322,9 +309,8 @@ batches = image_folder(Path({str(tree)!r}), options).train_loader(8, 0, torch.de
 next(batches)
 raise RuntimeError("out of memory")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
@@ -354,9 +340,7 @@ def test_check_data_and_shards_list_unreadable_files(copy: Path, capsys: pytest.
     files[0].write_bytes(b"")
     files[1].write_bytes(b"\xff\xd8\xff\xe0 not an image")
     assert execute(["train", "--cfg", VANILLA, "--check-data", *RUN, f"DATASET.ROOT={copy}"]) == 2
-    with pytest.raises(
-        DataError, match=rf"{copy}: 2 images cannot be read \(listed above\): replace or remove"
-    ):
+    with pytest.raises(DataError, match=rf"{copy}: 2 images cannot be read \(listed above\): replace"):
         execute(["shards", "--root", str(copy), "--out", str(copy.parent / "out"), "--workers", "0"])
     printed = capsys.readouterr().out
     assert printed.count("tiny: 3 classes, 36 + 12 images") == 2
@@ -379,9 +363,7 @@ def test_small_shared_memory_is_reported(tree: Path, limited_files: Callable[[in
 
 def test_batch_norm_on_a_single_value_is_refused(tree: Path, tmp_path: Path) -> None:
     refused = ["DATASET.VARIANT=imagenet", "DISTILLER.STUDENT=ResNet18", "SOLVER.BATCH_SIZE=35"]
-    with pytest.raises(
-        ConfigError, match=r"BATCH_SIZE 35 leaves one of the 36 images .* batch norm of ResNet18"
-    ):
+    with pytest.raises(ConfigError, match=r"BATCH_SIZE 35 leaves one of the 36 images .* norm of ResNet18"):
         build_run(run_config(tree, tmp_path, "single", *refused))
     build_run(run_config(tree, tmp_path, "maps", "SOLVER.BATCH_SIZE=35"))  # resnet8 has maps of 8 x 8 pixels
     assert [path.name for path in (tmp_path / "distill").iterdir()] == ["maps"]
@@ -405,19 +387,15 @@ def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pack(root: Path, out: Path) -> None:
-    assert (
-        execute(["shards", "--root", str(root), "--out", str(out), "--per-shard", "10", "--workers", "0"])
-        == 0
-    )
+    command = ["shards", "--root", str(root), "--out", str(out), "--per-shard", "10", "--workers", "0"]
+    assert execute(command) == 0
 
 
 def test_shards_contain_the_same_images_and_classes(tree: Path, shards: Path, tmp_path: Path) -> None:
     files, packed = image_folder(tree, SMALL), webdataset(shards, SMALL)
     assert packed.classes == files.classes
     assert packed.summary() == "tiny_shards: 3 classes, 36 + 12 images"
-    contents = [
-        sorted((d.train.source.read(i), int(d.targets[i])) for i in range(36)) for d in (files, packed)
-    ]
+    contents = [sorted((d.train.read(i), int(d.targets[i])) for i in range(36)) for d in (files, packed)]
     assert contents[0] == contents[1]
     with tarfile.open(shards / "train" / "000000.tar") as tar:
         assert [Path(name).suffix for name in tar.getnames()] == [".jpg", ".cls"] * 10
@@ -425,10 +403,6 @@ def test_shards_contain_the_same_images_and_classes(tree: Path, shards: Path, tm
     for split in ("train", "val"):
         (copy / split / INDEX).unlink()
     assert same(epoch(webdataset(copy, SMALL)), epoch(packed))
-
-
-def replaced(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda root: (root / name).write_bytes(content) and None
 
 
 def index(**change: Any) -> Callable[[Path], None]:
@@ -477,13 +451,10 @@ CLASSES = r"classes\.txt must contain one class name per line"
         (shard(lambda whole, middle: lone_image()), "a must have both an image and a .cls"),
         (shard(lambda whole, middle: whole[:5000], keep_index=True), STALE),
         (index(shards=["000000.tar"]), STALE),
-        (index(places=np.full((36, 3), 9)), STALE),
-        (index(targets=np.zeros(36)), STALE),
-        (index(targets=np.full(36, -1)), r"has 3 classes, and the shards have class numbers -1\.\.-1"),
-        (index(places=np.empty((0, 3), np.int64), targets=np.empty(0, np.int64)), "train have no images"),
-        (replaced(f"train/{INDEX}", b"PK\x03\x04 cut off"), STALE),
-        (replaced("classes.txt", b"a\nb\nc\n\n\nd\n"), CLASSES),
-        (replaced("classes.txt", b"\xff"), CLASSES),
+        (index(targets=np.full(36, -1)), r"class numbers of .*classes\.txt must be in 0\.\.2, got -1\.\.-1"),
+        (index(places=np.empty((0, 3), np.int64), targets=np.empty(0, np.int64)), "train has no shards"),
+        (lambda root: (root / "train" / INDEX).write_bytes(b"PK\x03\x04 cut off"), STALE),
+        (lambda root: (root / "classes.txt").write_bytes(b"a\nb\nc\n\n\nd\n"), CLASSES),
     ],
 )
 def test_damaged_shards_are_refused(
@@ -498,11 +469,10 @@ def test_damaged_shards_are_refused(
 def test_wrong_options_and_missing_folders_are_refused(copy: Path, shards: Path, tmp_path: Path) -> None:
     first = image_folder(copy, SMALL).classes[0]
     for size, message in (
-        (replace(SMALL, classes=(first, first)), "CLASSES must name each class once"),
         (replace(SMALL, resize=47), r"DATASET\.RESIZE must be >= DATASET\.IMAGE_SIZE 48, got 47"),
         (replace(SMALL, std=()), r"set both DATASET\.MEAN and DATASET\.STD, or neither"),
     ):
-        with pytest.raises((ConfigError, DataError), match=message):
+        with pytest.raises(ConfigError, match=message):
             image_folder(copy, size)
     with pytest.raises(DataError, match=r"must contain the classes of DATASET\.CLASSES in the same order"):
         webdataset(shards, replace(SMALL, classes=("b", "a", "c")))
@@ -514,7 +484,7 @@ def test_wrong_options_and_missing_folders_are_refused(copy: Path, shards: Path,
         image_folder(copy, SMALL)
     shutil.rmtree(copy / "val")
     with pytest.raises(
-        DataError, match=r"val cannot be read \(No such file or directory\): images belong in .*<class>"
+        DataError, match=r"val cannot be read \(No such file or directory\): images belong in"
     ):
         train(load_config(None, [*RUN, f"DATASET.ROOT={copy}", f"LOG.PREFIX={tmp_path / 'out'}"]))
     assert not (tmp_path / "out").exists()
@@ -523,7 +493,7 @@ def test_wrong_options_and_missing_folders_are_refused(copy: Path, shards: Path,
 def test_shards_are_written_completely_or_not_at_all(
     copy: Path, shards: Path, tmp_path: Path, limited_files: Callable[[int], None]
 ) -> None:
-    with pytest.raises(DataError, match=r"tiny_shards/train exists: choose another folder"):
+    with pytest.raises(DataError, match=r"tiny_shards has shards: choose another folder"):
         pack(copy, shards)
     with pytest.raises(DataError, match=r"/dev/null cannot be written \(.*Not a directory"):
         pack(copy, Path("/dev/null"))
@@ -545,18 +515,14 @@ def test_torchvisions_weights_are_found_by_name(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    given = [
-        "DATASET.VARIANT=imagenet",
-        "DISTILLER.TYPE=KD",
-        "DISTILLER.STUDENT=ResNet18",
-        "DISTILLER.TEACHER=ResNet34",
-    ]
+    given = ["DATASET.VARIANT=imagenet", "DISTILLER.TYPE=KD", "DISTILLER.STUDENT=ResNet18", "SOLVER.EPOCHS=1"]
+    given += ["DISTILLER.TEACHER=ResNet34"]
     name = "DISTILLER.TEACHER_WEIGHTS=torchvision:ResNet34_Weights.IMAGENET1K_V1"
     # A file of this name in torchvision's cache is not downloaded; it has three classes in place of a thousand.
     file = tmp_path / "hub" / "checkpoints" / "resnet34-b627a593.pth"
     file.parent.mkdir(parents=True)
     torch.save(torchvision.models.resnet34(num_classes=3).state_dict(), file)
-    result = train(run_config(tree, tmp_path / "out", "named", *given, name, "SOLVER.EPOCHS=1"))
+    result = train(run_config(tree, tmp_path / "out", "named", *given, name))
     assert result["teacher"]["file"] == str(file)
 
 
@@ -591,33 +557,26 @@ def test_eval_reproduces_the_recorded_accuracy(
     for command in (["eval", "-c", str(path), "--root", str(tree.parent)], bare):
         assert execute(command) == 0
         shown = capsys.readouterr().out
-        for word in (
-            f"top-1 {student['about']['top1']:6.2f}",
-            f"loss {student['about']['loss']:7.4f}",
-            "32x32",
-        ):
+        about = student["about"]
+        for word in (f"top-1 {about['top1']:6.2f}", f"loss {about['loss']:7.4f}", "32x32"):
             assert word in shown
 
 
 def test_teacher_trained_on_other_images_is_reported(
     tree: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = f"DISTILLER.TEACHER_WEIGHTS={run}/distill/whole/student_last.pt"
+    given = ["DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet8"]
+    given += [f"DISTILLER.TEACHER_WEIGHTS={run}/distill/whole/student_last.pt"]
 
     def build(name: str, *overrides: str) -> str:
-        build_run(
-            run_config(
-                tree, tmp_path, name, "DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet8", weights, *overrides
-            )
-        )
+        build_run(run_config(tree, tmp_path, name, *given, *overrides))
         return "".join(line for line in capsys.readouterr().out.splitlines() if "was trained" in line)
 
     assert build("same") == ""
     (tmp_path / "moved").symlink_to(shutil.copytree(tree, tmp_path / "another"))
     assert "was trained on tiny, not on another" in build("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
-    assert "image_size [32, 32] (here [40, 40])" in build(
-        "size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44"
-    )
+    larger = build("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
+    assert "image_size [32, 32] (here [40, 40])" in larger
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
     with pytest.raises(CheckpointError, match=f"class 0 is '{first}' in .* and '{second}' here"):
         build("order", f"DATASET.CLASSES=[{second},{first},{third}]")

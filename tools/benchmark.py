@@ -210,7 +210,7 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
     usual: Any = DataLoader(
         ImageFolder(str(folder), transforms.Compose(steps)), size, shuffle=True, **workers
     )
-    epochs, images = iter(range(1, passes + 2)), len(split.source)
+    epochs, images = iter(range(1, passes + 2)), len(split)
 
     def rate(kind: str) -> float:
         start = time.perf_counter()

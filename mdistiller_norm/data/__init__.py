@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader
-from mdistiller_norm.data.cifar import cifar100
+from mdistiller_norm.data.cifar import cifar10, cifar100
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.folder import image_folder, imagenet
 from mdistiller_norm.data.loader import ImageOptions
@@ -18,6 +18,7 @@ from mdistiller_norm.registry import Registry
 
 DATASETS: Registry[Callable[[Path, ImageOptions], Dataset]] = Registry("data set")
 register = DATASETS.register  # decorator that registers a function under a DATASET.TYPE
+register("cifar10")(lambda root, options: cifar10(root))
 register("cifar100")(lambda root, options: cifar100(root))
 register("digits")(lambda root, options: digits())
 register("imagenet")(imagenet)
@@ -46,6 +47,6 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
 
 __all__ = [
     "DATASETS", "Dataset", "EvalLoader", "ImageOptions", "MemoryEvalLoader", "MemoryTrainLoader", "Share", "Split",
-    "TensorDataset", "TrainLoader", "cifar100", "digits", "image_folder", "imagenet", "open_dataset", "register",
-    "webdataset",
+    "TensorDataset", "TrainLoader", "cifar10", "cifar100", "digits", "image_folder", "imagenet", "open_dataset",
+    "register", "webdataset",
 ]  # fmt: skip

@@ -1,11 +1,8 @@
-"""CIFAR's augmentation as batched tensor operations: zero padding, random crop, horizontal flip, normalisation.
-
-Each outcome has a number, its *view*. Padding p allows (2p + 1) ** 2 crop offsets, each in one or two orientations:
-``view = (y * (2p + 1) + x) * flips + flip``.
-"""
+"""Operations on batches of images on the device: CIFAR's random crop and flip, and normalisation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +12,11 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class PadCropFlip:
-    """Pad each side with ``padding`` zeros, crop to the original size, and optionally flip."""
+    """Pad each side with ``padding`` zeros, crop to the original size, and optionally flip.
+
+    Each outcome has a number, its *view*: ``(y * (2 * padding + 1) + x) * flips + flip`` for the crop offset (y, x),
+    where ``flips`` is 2 with flipping and otherwise 1.
+    """
 
     padding: int
     flip: bool
@@ -33,7 +34,7 @@ class PadCropFlip:
             indices: ``[B]`` int64.
             views: ``[B]`` int64.
         """
-        height, width = images.shape[1], images.shape[2]
+        height, width = images.shape[1:3]
         padded = functional.pad(images[indices], (0, 0, *[self.padding] * 4))
         offsets, flips = 2 * self.padding + 1, 2 if self.flip else 1
         offset, mirrored = views // flips, (views % flips)[:, None]
@@ -45,9 +46,14 @@ class PadCropFlip:
         return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return ``(images / 255 - mean) / std``, bit-identical to torchvision's ToTensor and Normalize.
+class Normalise:
+    """Compute ``(images / 255 - mean) / std``, bit-identical to torchvision's ToTensor and Normalize.
 
     Images are uint8 ``[B, H, W, 3]``; the result is float32 ``[B, 3, H, W]`` in channels_last memory format.
     """
-    return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().div_(255).sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)

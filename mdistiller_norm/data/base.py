@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from mdistiller_norm.data.augment import Normalise
 from mdistiller_norm.data.plan import ALONE, Part, Share, share_out
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch
 
 Warn = Callable[[str], None]
@@ -20,6 +24,8 @@ class Dataset(ABC):
 
     Attributes:
         name: name in checkpoints and results.
+        train: training split; ``train[rows]`` is the part that a bool tensor ``[N]`` selects.
+        test: split that accuracy is measured on.
         classes: class names, in the order of the class numbers.
         mean: mean of each channel, of pixels in [0, 1].
         std: standard deviation of each channel.
@@ -27,6 +33,8 @@ class Dataset(ABC):
     """
 
     name: str
+    train: Any
+    test: Any
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -38,9 +46,9 @@ class Dataset(ABC):
         """Height and width of a network's input."""
 
     @property
-    @abstractmethod
     def targets(self) -> Tensor:
         """Class of every training sample, ``[N]`` int64, on the CPU."""
+        return torch.as_tensor(self.train.targets).cpu()
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that identifies the training split, from at least the classes and targets."""
@@ -50,7 +58,7 @@ class Dataset(ABC):
 
     def summary(self) -> str:
         """Describe the data set in one line."""
-        return f"{self.name}: {len(self.classes)} classes, {len(self.targets)} training images"
+        return f"{self.name}: {len(self.classes)} classes, {len(self.train)} + {len(self.test)} images"
 
     def unreadable(self, train: bool = True, share: Share = ALONE) -> list[str]:
         """Read this process's share of the files; return the name of each unreadable one and the reason.
@@ -60,6 +68,24 @@ class Dataset(ABC):
             share: rank and number of processes.
         """
         return []
+
+    def hold_out(self, fraction: float) -> Self:
+        """Replace the test split by a part of the training split, to choose hyper-parameters.
+
+        Args:
+            fraction: share of the samples of each class, rounded. The chosen samples depend on nothing else.
+        """
+        targets = self.targets
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+        held = torch.zeros(len(targets), dtype=torch.bool)
+        for label in range(len(self.classes)):
+            members = order[targets[order] == label]
+            held[members[: round(fraction * len(members))]] = True
+        if not held.any():
+            raise ConfigError(f"DATASET.VAL_SPLIT {fraction} holds out no image of any class of {self.name}")
+        other = copy.copy(self)
+        other.train, other.test = self.train[~held], self.train[held]
+        return other
 
     @abstractmethod
     def train_loader(
@@ -113,12 +139,19 @@ class TrainLoader(ABC):
 
 
 class EvalLoader(ABC):
-    """This process's share of the test split, each sample once and in order."""
+    """Normalised images ``[B, 3, H, W]`` and targets ``[B]`` of this process's share of the test split, in order."""
 
-    @abstractmethod
+    def __init__(self, samples: int, normalise: Normalise) -> None:
+        self._samples, self._normalise = samples, normalise
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images ``[B, 3, H, W]`` and targets ``[B]``."""
+        for images, targets, *_ in self.batches():
+            yield self._normalise(images), targets
 
-    @abstractmethod
     def __len__(self) -> int:
         """Number of samples over all processes."""
+        return self._samples
+
+    @abstractmethod
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield images ``[B, H, W, 3]`` uint8 and targets ``[B]``."""

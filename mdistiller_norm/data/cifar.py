@@ -1,4 +1,4 @@
-"""CIFAR-100 from the ``cifar-100-python`` folder that torchvision uses.
+"""CIFAR-10 and CIFAR-100 from the folders that torchvision uses.
 
 Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009).
 """
@@ -15,11 +15,12 @@ import torch
 
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.download import obtain, read_sources
-from mdistiller_norm.errors import DataError
+from mdistiller_norm.errors import DataError, first_line
 
 # mdistiller's constants, with which its published checkpoints were trained.
 MEAN = (0.5071, 0.4867, 0.4408)
 STD = (0.2675, 0.2565, 0.2761)
+FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 T = TypeVar("T")
 
 
@@ -53,9 +54,8 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
         with path.open("rb") as file:
             return parse(_Unpickler(file, encoding="latin1").load())
     except Exception as error:  # a damaged pickle may raise any exception
-        reason = f"{type(error).__name__}: {' '.join(f'{error}'.split())}"
         raise DataError(
-            f"{path} cannot be read as a CIFAR-100 file ({reason}): remove it and download it"
+            f"{path} cannot be read as a CIFAR file ({first_line(error)}): download it"
         ) from error
 
 
@@ -65,14 +65,12 @@ def _split(content: dict[str, Any]) -> Split:
         raise ValueError("data must be a uint8 array in C order")
     pixels = np.frombuffer(_encode(data, "latin1") if isinstance(data, str) else data, np.uint8)
     images = pixels.reshape(shape[0], 3, 32, 32).transpose(0, 2, 3, 1).copy()
-    return Split(torch.from_numpy(images), torch.tensor(content["fine_labels"]))
+    labels = content["fine_labels"] if "fine_labels" in content else content["labels"]
+    return Split(torch.from_numpy(images), torch.tensor(labels))
 
 
 def _class_names(content: dict[str, Any]) -> tuple[str, ...]:
-    names = content["fine_label_names"]
-    if not isinstance(names, list) or len(names) != 100:
-        raise ValueError("fine_label_names must be a list of 100 names")
-    return tuple(names)
+    return tuple(content["fine_label_names"] if "fine_label_names" in content else content["label_names"])
 
 
 def cifar100(root: str | Path) -> TensorDataset:
@@ -82,25 +80,30 @@ def cifar100(root: str | Path) -> TensorDataset:
         root: folder with ``cifar-100-python/{train,test,meta}``, which is downloaded if it is missing. An existing
             folder is checked by its content, not by checksums, so the images may be in any order.
     """
-    root = Path(root)
-    folder = root / "cifar-100-python"
-    if not folder.exists():
-        try:
-            obtain(read_sources()["cifar100"][0], root)
-        except (DataError, OSError) as error:
-            raise DataError(
-                f"{folder} does not exist and {error}: put the files train, test and meta into it, or set DATASET.ROOT "
-                "to the folder that contains cifar-100-python"
-            ) from error
-    missing = [name for name in ("train", "test", "meta") if not (folder / name).is_file()]
-    if missing:
-        raise DataError(
-            f"{folder} lacks {', '.join(missing)}: remove the folder to download it, or complete it"
-        )
-    classes = _read(folder / "meta", _class_names)
+    folder = _folder(Path(root), "cifar100")
     train, test = _read(folder / "train", _split), _read(folder / "test", _split)
-    if (len(train), len(test)) != (50_000, 10_000):
-        raise DataError(f"{folder} must contain 50,000 + 10,000 images, got {len(train):,} + {len(test):,}")
-    dataset = TensorDataset("cifar100", train, test, classes, MEAN, STD)
-    dataset.check()
-    return dataset
+    return TensorDataset("cifar100", train, test, _read(folder / "meta", _class_names), MEAN, STD)
+
+
+def cifar10(root: str | Path) -> TensorDataset:
+    """Load CIFAR-10: 50,000 + 10,000 images of 32x32 pixels in 10 classes.
+
+    Args:
+        root: folder with ``cifar-10-batches-py/{data_batch_1,...,test_batch,batches.meta}``, likewise.
+    """
+    folder = _folder(Path(root), "cifar10")
+    parts = [_read(folder / f"data_batch_{number}", _split) for number in range(1, 6)]
+    train = Split(torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts]))
+    classes, test = _read(folder / "batches.meta", _class_names), _read(folder / "test_batch", _split)
+    return TensorDataset("cifar10", train, test, classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def _folder(root: Path, name: str) -> Path:
+    """Return the folder of a data set; download it if it is missing."""
+    folder = root / FOLDERS[name]
+    try:
+        if not folder.exists():
+            obtain(read_sources()[name][0], root)
+    except (DataError, OSError) as error:
+        raise DataError(f"{folder} does not exist and {error}: set DATASET.ROOT to its parent") from error
+    return folder

@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from functools import cache
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,31 +22,12 @@ except ImportError:  # installed by the extra "imagenet"
 
 # Formats that Pillow decodes by itself: it would call Ghostscript for EPS, whatever the name of the file is.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+Crop = tuple[int, int, int, int, bool]  # top, left, height, width, and whether it is mirrored
 THIN = 16  # aspect ratio above which the ends of a test image are cut off before it is resized
 ATTEMPTS = 10  # of drawing a crop inside the image, as in torchvision's RandomResizedCrop
 # Errors that decoding a damaged file raises.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # read PNGs with a large text, up to 64 MiB
-
-
-@cache
-def transforms() -> Any:
-    """Import torchvision's functions on tensors, which takes a second, only when image files are read."""
-    from torchvision.transforms.v2 import functional
-
-    return functional
-
-
-class Crop(NamedTuple):
-    """A box of an image, and whether it is mirrored."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool
 
 
 def decode(content: bytes) -> Tensor:
@@ -66,14 +45,12 @@ def decode(content: bytes) -> Tensor:
             pass  # let Pillow decide whether the file is damaged
     try:
         with warnings.catch_warnings():
-            # Pillow warns about readable images, in every worker and without their names.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # about readable images, in every worker and without their names
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 pixels = np.array(_to_8_bits(image).convert("RGB"))
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"not an image of the formats {', '.join(FORMATS)}"
-        ) from error  # Pillow's message contains an address
+        # Pillow's message contains an address.
+        raise ValueError(f"not an image of the formats {', '.join(FORMATS)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -101,27 +78,30 @@ def draw_crop(random: np.random.Generator, height: int, width: int, scale: tuple
     for area, ratio, (down, right) in zip(areas.tolist(), ratios.tolist(), offsets.tolist(), strict=True):
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return Crop(int(down * (height - h + 1)), int(right * (width - w + 1)), h, w, flip)
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w, flip
     # No attempt fits: take the centre, in the nearest allowed aspect ratio.
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return Crop((height - h) // 2, (width - w) // 2, h, w, flip)
+    return (height - h) // 2, (width - w) // 2, h, w, flip
 
 
 def train_image(image: Tensor, crop: Crop, size: int) -> Tensor:
     """Crop an image ``[3, H, W]``, resize it to ``[3, size, size]`` and flip it."""
-    box = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    box = (
-        box.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    )  # resizing is a third faster on contiguous pixels
-    resized: Tensor = transforms().resize(box, [size, size], antialias=True)
-    return resized.flip(2) if crop.flip else resized
+    from torchvision.transforms.v2 import functional  # takes a second to import
+
+    top, left, height, width, flip = crop
+    box = image[:, top : top + height, left : left + width]
+    box = box.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # a third faster to resize
+    resized: Tensor = functional.resize(box, [size, size], antialias=True)
+    return resized.flip(2) if flip else resized
 
 
 def eval_image(image: Tensor, resize: int, size: int) -> Tensor:
     """Resize the shorter side of an image to ``resize`` and return the centre ``[3, size, size]``."""
+    from torchvision.transforms.v2 import functional
+
     longest = THIN * min(image.shape[1:])
     if max(image.shape[1:]) > longest:  # resizing all of it could take gigabytes
-        image = transforms().center_crop(image, [min(side, longest) for side in image.shape[1:]])
-    resized = transforms().resize(image, [resize], antialias=True)
-    centre: Tensor = transforms().center_crop(resized, [size, size])
+        image = functional.center_crop(image, [min(side, longest) for side in image.shape[1:]])
+    resized = functional.resize(image, [resize], antialias=True)
+    centre: Tensor = functional.center_crop(resized, [size, size])
     return centre

@@ -20,18 +20,10 @@ def digits() -> TensorDataset:
     Images are not flipped: digits are not mirror-symmetric.
     """
     with np.load(Path(__file__).with_name("digits.npz")) as file:
-        source = dict(file)
-    pixels = np.round(source["images"] * (255 / 16)).astype(np.uint8)  # values are 0..16
-    pixels = pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3)
-    images, targets = torch.from_numpy(pixels), torch.from_numpy(source["targets"].astype(np.int64))
-    train, test = (torch.from_numpy(source[part].astype(np.int64)) for part in ("train", "test"))
-    return TensorDataset(
-        name="digits",
-        train=Split(images[train], targets[train]),
-        test=Split(images[test], targets[test]),
-        classes=tuple(str(digit) for digit in range(10)),
-        mean=(0.3054,) * 3,
-        std=(0.3760,) * 3,
-        padding=4,
-        flip=False,
-    )
+        source = {key: torch.from_numpy(file[key]) for key in ("images", "targets", "train", "test")}
+    pixels = (source["images"].double() * (255 / 16)).round().byte()  # values are 0..16
+    pixels = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].repeat(1, 1, 1, 3)
+    whole = Split(pixels, source["targets"].long())
+    train, test = whole[source["train"].long()], whole[source["test"].long()]
+    classes, mean, std = tuple("0123456789"), (0.3054,) * 3, (0.3760,) * 3
+    return TensorDataset("digits", train, test, classes, mean, std, padding=4, flip=False)

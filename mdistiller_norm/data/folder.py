@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mdistiller_norm.data.base import Dataset, Warn
 from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
@@ -20,7 +19,6 @@ from mdistiller_norm.data.loader import (
     ImageOptions,
     ImageSplit,
     ImageTrainLoader,
-    Source,
     unreadable,
 )
 from mdistiller_norm.data.plan import ALONE, Share
@@ -34,16 +32,8 @@ STD = (0.229, 0.224, 0.225)
 MEASURED = 1000  # images that mean and standard deviation are measured on
 
 
-class Files:
-    """Image files, by their names in a folder."""
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.folder = folder
-        # One array, which forked workers share without copying.
-        self._names = np.array([os.fsencode(name) for name in names], dtype=bytes)
-
-    def __len__(self) -> int:
-        return len(self._names)
+class Files(ImageSplit):
+    """Image files; ``entries`` are their names in the folder, as bytes."""
 
     def read(self, index: int) -> bytes:
         return regular(Path(self._path(index))).read_bytes()
@@ -52,53 +42,44 @@ class Files:
         return _printable(self._path(index))
 
     def _path(self, index: int) -> str:
-        return f"{self.folder}{os.sep}{os.fsdecode(bytes(self._names[index]))}"
-
-
-def _printable(name: str) -> str:
-    """Escape the bytes of a file name that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
+        return f"{self.folder}{os.sep}{os.fsdecode(bytes(self.entries[index]))}"
 
 
 def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of the class folders of a split."""
+    hint = f"images belong in {folder}/<class>/"
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
-        raise DataError(
-            f"{folder} cannot be read ({error.strerror}): images belong in {folder}/<class>/"
-        ) from error
+        raise DataError(f"{folder} cannot be read ({error.strerror}): {hint}") from error
     if not names:
-        raise DataError(f"{folder} has no class folders: images belong in {folder}/<class>/")
-    for name in names:
-        if _printable(name) != name:
-            raise DataError(
-                f"the class folder {_printable(name)} in {folder} has a name that is not UTF-8: rename it"
-            )
+        raise DataError(f"{folder} has no class folders: {hint}")
+    if wrong := [_printable(name) for name in names if _printable(name) != name]:
+        raise DataError(f"the class folder {wrong[0]} in {folder} has a name that is not UTF-8: rename it")
     return names
 
 
-def scan(folder: Path, classes: Sequence[str]) -> ImageSplit:
+def _printable(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
+
+
+def scan(folder: Path, classes: Sequence[str]) -> Files:
     """List the images of the class folders of a split, nested folders included, sorted by name."""
-    names: list[str] = []
+    names: list[bytes] = []
     targets: list[int] = []
     for number, label in enumerate(classes):
         found = sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}"))
         if not found:
-            raise DataError(
-                f"{folder / label} has no images ({', '.join(EXTENSIONS)}): complete it or remove it"
-            )
-        names += found
+            raise DataError(f"{folder / label} has no images ({', '.join(EXTENSIONS)})")
+        names += map(os.fsencode, found)
         targets += [number] * len(found)
-    return ImageSplit(Files(folder, names), torch.tensor(targets))
+    return Files(folder, np.array(names, dtype=bytes), torch.tensor(targets))
 
 
 def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the images of a folder and of nested and linked folders, but not of links to a parent."""
     real = os.path.realpath(folder)
-    if real in parents:
-        return
-    for entry in os.scandir(folder):
+    for entry in os.scandir(folder) if real not in parents else ():
         if entry.name[0] == ".":
             continue
         if entry.is_dir():
@@ -109,11 +90,10 @@ def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator
 
 def data_root(root: Path, name: str) -> Path:
     """Return ``root``, or its folder ``name`` if only that one contains splits."""
-
-    def has_split(folder: Path) -> bool:
-        return (folder / "train").is_dir() or (folder / "val").is_dir()
-
-    return root / name if has_split(root / name) and not has_split(root) else root
+    for folder in (root, root / name):
+        if (folder / "train").is_dir() or (folder / "val").is_dir():
+            return folder
+    return root
 
 
 def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageDataset:
@@ -125,18 +105,12 @@ def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageData
         name: name of the data set; its folder's by default.
     """
     root = data_root(root, name)
-    found = {
-        split: class_folders(root / split) for split in ("train", "val") if options.train or split == "val"
-    }
+    names = ("train", "val") if options.train else ("val",)
+    found = {split: class_folders(root / split) for split in names}
     classes = options.classes or tuple(sorted(set().union(*found.values())))
-    if len(set(classes)) < len(classes):
-        raise DataError(f"DATASET.CLASSES must name each class once, got {', '.join(classes)}")
-    for split, names in found.items():
-        if missing := sorted(set(classes) - set(names)):
-            raise DataError(
-                f"{root / split} lacks {len(missing)} classes, the first is {missing[0]}: train and val need the same "
-                "class folders"
-            )
+    for split, folders in found.items():
+        if missing := sorted(set(classes) - set(folders)):
+            raise DataError(f"{root / split} lacks {len(missing)} classes, the first is {missing[0]}")
     splits = [scan(root / split, classes) for split in found]
     return ImageDataset(name or root.resolve().name, classes, splits[0], splits[-1], options)
 
@@ -154,39 +128,33 @@ def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
 class ImageDataset(Dataset):
     """Encoded images, read by worker processes. Mean and standard deviation are measured if they are not given."""
 
+    train: ImageSplit
+    test: ImageSplit
+
     def __init__(
         self, name: str, classes: tuple[str, ...], train: ImageSplit, test: ImageSplit, options: ImageOptions
     ) -> None:
         if options.resize < options.size:
-            raise ConfigError(
-                f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {options.size}, got {options.resize}"
-            )
+            key = "DATASET.RESIZE must be >= DATASET.IMAGE_SIZE"
+            raise ConfigError(f"{key} {options.size}, got {options.resize}")
         if bool(options.mean) != bool(options.std):
             raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither to measure them on images")
         self.name, self.classes, self.train, self.test = name, classes, train, test
-        self.mean, self.std = (options.mean, options.std) if options.mean else measure(train.source, options)
+        self.mean, self.std = (options.mean, options.std) if options.mean else measure(train, options)
         self.options = replace(options, mean=self.mean, std=self.std)
-        self.variant = options.variant
-        if self.variant == "auto":
-            self.variant = "imagenet" if options.size > 64 else "cifar"
+        automatic = "imagenet" if options.size > 64 else "cifar"
+        self.variant = automatic if options.variant == "auto" else options.variant
 
     @property
     def image_size(self) -> tuple[int, int]:
         return self.options.size, self.options.size
 
-    @property
-    def targets(self) -> Tensor:
-        return self.train.targets
-
     def fingerprint(self) -> str:
-        source, sizes = self.train.source, []
-        for index in range(0, len(source), max(len(source) // 200, 1)):
+        sizes = []
+        for index in range(0, len(self.train), max(len(self.train) // 200, 1)):
             with contextlib.suppress(OSError):
-                sizes.append(len(source.read(index)))
+                sizes.append(len(self.train.read(index)))
         return hashlib.sha256(f"{super().fingerprint()} {sizes}".encode()).hexdigest()
-
-    def summary(self) -> str:
-        return f"{self.name}: {len(self.classes)} classes, {len(self.train.source)} + {len(self.test.source)} images"
 
     def train_loader(
         self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
@@ -197,28 +165,25 @@ class ImageDataset(Dataset):
         return ImageEvalLoader(self.test, self.options, batch_size, device, share)
 
     def unreadable(self, train: bool = True, share: Share = ALONE) -> list[str]:
-        splits = [self.train, self.test] if train and self.train is not self.test else [self.test]
+        splits = dict.fromkeys((self.train, self.test) if train else (self.test,))
         return [name for split in splits for name in unreadable(split, self.options, share)]
 
 
-def measure(source: Source, options: ImageOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measure(split: ImageSplit, options: ImageOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Measure mean and standard deviation of each channel on evenly spaced images, rounded to four digits.
 
     The deviation of a constant channel is set to 1, so that its normalised value is 0.
     """
     sums = torch.zeros(2, 3, dtype=torch.float64)
     pixels = 0
-    for index in range(0, len(source), max(len(source) // MEASURED, 1)):
+    for index in range(0, len(split), max(len(split) // MEASURED, 1)):
         with contextlib.suppress(*UNREADABLE):
-            image = (
-                eval_image(decode(source.read(index)), options.resize, options.size).flatten(1).double() / 255
-            )
-            sums += torch.stack([image.sum(1), image.square().sum(1)])
-            pixels += image.shape[1]
+            image = eval_image(decode(split.read(index)), options.resize, options.size)
+            values = image.flatten(1).double() / 255
+            sums += torch.stack([values.sum(1), values.square().sum(1)])
+            pixels += values.shape[1]
     if not pixels:
-        raise DataError(
-            f"none of the images such as {source.name(0)} can be read: set DATASET.ROOT to another folder"
-        )
+        raise DataError(f"none of the images such as {split.name(0)} can be read: set DATASET.ROOT to others")
     mean, square = sums / pixels
     std = (square - mean**2).clamp_min(0).sqrt()
     return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) or 1.0 for x in std.tolist())

@@ -13,27 +13,18 @@ import torch
 from torch import Tensor
 
 
-class EpochPlan(NamedTuple):
-    """Random choices of one epoch over N samples.
+def epoch_plan(seed: int, epoch: int, samples: int, views: int) -> tuple[Tensor, Tensor, int]:
+    """Draw the random choices of an epoch (counted from 1). They are the same on every machine and device.
 
-    Attributes:
-        order: ``[N]`` int64, a permutation of the samples.
-        views: ``[N]`` int64, the augmentation of the sample at the same position of ``order``.
-        key: 62-bit integer; step s of the epoch may draw randomness from ``key + s``.
+    Returns:
+        The order of the samples, a permutation ``[N]`` int64; the view of the sample at the same position of the order,
+        ``[N]`` int64; and a 62-bit key: step s of the epoch may draw randomness from ``key + s``.
     """
-
-    order: Tensor
-    views: Tensor
-    key: int
-
-
-def epoch_plan(seed: int, epoch: int, samples: int, views: int) -> EpochPlan:
-    """Return the plan of an epoch (counted from 1). It is the same on every machine and device."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     order = torch.randperm(samples, generator=generator)
     drawn = torch.randint(views, (samples,), generator=generator)
-    return EpochPlan(order, drawn, int(state[1] >> np.uint64(2)))
+    return order, drawn, int(state[1] >> np.uint64(2))
 
 
 class Share(NamedTuple):

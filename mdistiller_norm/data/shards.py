@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mdistiller_norm.data.folder import EXTENSIONS, MEAN, STD, ImageDataset, data_root
 from mdistiller_norm.data.loader import ImageOptions, ImageSplit
+from mdistiller_norm.data.memory import check_range
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import regular
 from mdistiller_norm.program import command
@@ -27,24 +28,24 @@ from mdistiller_norm.program import command
 INDEX, CLASSES = "index.npz", "classes.txt"
 
 
-class Shards:
-    """Images in tar files; ``positions`` ``[N, 3]`` are shard number, first byte and number of bytes."""
+class Shards(ImageSplit):
+    """Images in tar files; ``entries`` ``[N, 3]`` are shard number, first byte and number of bytes."""
 
-    def __init__(self, folder: Path, shards: list[str], positions: NDArray[np.int64]) -> None:
-        self.folder, self.shards, self.positions = folder, shards, positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
+    def __init__(
+        self, folder: Path, shards: list[str], entries: NDArray[np.int64], targets: NDArray[np.int64]
+    ) -> None:
+        super().__init__(folder, entries, torch.from_numpy(targets))
+        self.shards = shards
 
     def read(self, index: int) -> bytes:
-        shard, first, size = self.positions[index].tolist()
+        shard, first, size = self.entries[index].tolist()
         with (self.folder / self.shards[shard]).open("rb") as file:
             file.seek(first)
             content: bytes = file.read(size)
         return content
 
     def name(self, index: int) -> str:
-        shard, first, _ = self.positions[index].tolist()
+        shard, first, _ = self.entries[index].tolist()
         return f"{self.folder / self.shards[shard]}, byte {first}"
 
 
@@ -62,26 +63,19 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     if options.classes not in ((), classes):
         raise DataError(f"{path} must contain the classes of DATASET.CLASSES in the same order")
     for split in splits:
-        least, largest = (int(bound) for bound in split.targets.aminmax())
-        if least < 0 or largest >= len(classes):
-            raise DataError(
-                f"{path} has {len(classes)} classes, and the shards have class numbers {least}..{largest}"
-            )
+        check_range(split.targets, len(classes), f"{split.folder}: class numbers of {path}")
     options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
     return ImageDataset(root.resolve().name, classes, splits[0], splits[-1], options)
 
 
-def open_shards(folder: Path) -> ImageSplit:
+def open_shards(folder: Path) -> Shards:
     """List the images of all shards of a folder, from its index or, without one, from the headers of the tar files."""
     shards = sorted(path.name for path in folder.glob("*.tar"))
-    if irregular := [name for name in shards if not (folder / name).is_file()]:
-        raise DataError(f"the shard {folder / irregular[0]} is not a regular file")
-    if not shards:
-        raise DataError(f"{folder} has no shards (*.tar): create them with {command('shards')}")
-    positions, targets = _read_index(folder, shards) if (folder / INDEX).is_file() else _scan(folder, shards)
+    read = _read_index if (folder / INDEX).is_file() else _scan
+    positions, targets = read(folder, shards)
     if not len(targets):
-        raise DataError(f"the shards in {folder} have no images ({', '.join(EXTENSIONS)})")
-    return ImageSplit(Shards(folder, shards, positions), torch.from_numpy(targets))
+        raise DataError(f"{folder} has no shards (*.tar) with images: create them with {command('shards')}")
+    return Shards(folder, shards, positions, targets)
 
 
 def _read_index(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -89,15 +83,13 @@ def _read_index(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDA
     try:
         with np.load(folder / INDEX) as index:
             names, positions, targets = index["shards"].tolist(), index["places"], index["targets"]
-        matches = names == shards and positions.shape == (len(targets), 3) and targets.dtype == np.int64
-        matches = matches and positions.min(initial=0) >= 0
-        if not matches or (positions[:, 1:].sum(1) > sizes[positions[:, 0]]).any():
+        shard, first, size = positions.T
+        if names != shards or len(shard) != len(targets) or (first + size > sizes[shard]).any():
             raise ValueError("it was written for others")
+        return positions, targets.astype(np.int64)
     except Exception as error:  # a damaged archive may raise any exception
-        raise DataError(
-            f"{folder / INDEX} does not match the shards ({error}): remove it to scan them"
-        ) from error
-    return positions, targets
+        hint = f"({error}): remove it to scan them"
+        raise DataError(f"{folder / INDEX} does not match the shards {hint}") from error
 
 
 def _scan(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -117,7 +109,7 @@ def _scan_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int]]
     """Return position and size of the images, and the class numbers, by key."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
-    with tarfile.open(path, "r:") as tar:  # not compressed: images are read by position
+    with tarfile.open(regular(path), "r:") as tar:  # not compressed: images are read by position
         for member in tar:
             key, extension = os.path.splitext(member.name)
             if not member.isfile() or os.path.basename(key).startswith("._"):  # macOS adds these to archives
@@ -147,19 +139,18 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
     Returns:
         The number of shards of each split.
     """
-    parts = ("train", "val", CLASSES)
-    for part in parts:
-        if (folder / part).exists():
-            raise DataError(f"{folder / part} exists: choose another folder, or remove it")
+    if (folder / "train").exists() or (folder / "val").exists():
+        raise DataError(f"{folder} has shards: choose another folder, or remove them")
     unfinished = folder / ".unfinished_shards"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-        unfinished.mkdir(parents=True)
-        splits = {"train": dataset.train, "val": dataset.test}
-        counts = {name: _write_split(split, unfinished / name, per_shard) for name, split in splits.items()}
+        counts = {
+            name: _write_split(split, unfinished / name, per_shard)
+            for name, split in (("train", dataset.train), ("val", dataset.test))
+        }
         (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
-        for part in parts:
-            (unfinished / part).rename(folder / part)
+        for path in unfinished.iterdir():
+            path.rename(folder / path.name)
     except OSError as error:
         raise DataError(f"the shards in {folder} cannot be written ({error})") from error
     finally:
@@ -169,30 +160,19 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
 
 def _write_split(split: ImageSplit, folder: Path, per_shard: int) -> int:
     """Write shards and index in a random order, so that reading them in sequence is a shuffle."""
-    folder.mkdir()
-    order = torch.randperm(len(split.source), generator=torch.Generator().manual_seed(0)).numpy()
-    names: list[str] = []
-    positions: list[tuple[int, int, int]] = []
+    folder.mkdir(parents=True)
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).tolist()
     for first in range(0, len(order), per_shard):
-        number = len(names)
-        names.append(f"{number:06d}.tar")
-        with tarfile.open(folder / names[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
-            for row, index in enumerate(order[first : first + per_shard].tolist()):
-                key, content = f"{number:06d}{row:08d}", split.source.read(index)
-                extension = os.path.splitext(split.source.name(index))[1].lower().replace("jpeg", "jpg")
-                positions.append((number, _add(tar, key + extension, content), len(content)))
-                _add(tar, f"{key}.cls", str(int(split.targets[index])).encode())
+        number = first // per_shard
+        with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, index in enumerate(order[first : first + per_shard]):
+                suffix = os.path.splitext(split.name(index))[1].lower().replace("jpeg", "jpg")
+                contents = {suffix: split.read(index), ".cls": str(int(split.targets[index])).encode()}
+                for extension, content in contents.items():
+                    member = tarfile.TarInfo(f"{number:06d}{row:08d}{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    written = open_shards(folder)
     with (folder / INDEX).open("wb") as file:
-        np.savez(
-            file, shards=np.array(names), places=np.array(positions), targets=split.targets.numpy()[order]
-        )
-    return len(names)
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Append a file and return the position of its first byte."""
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    first = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(member, io.BytesIO(content))
-    return first
+        np.savez(file, shards=written.shards, places=written.entries, targets=written.targets.numpy())
+    return len(written.shards)
