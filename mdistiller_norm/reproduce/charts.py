@@ -15,18 +15,14 @@ from mdistiller_norm.reproduce.ledger import Entry
 
 _TEXT = "#010203"  # replaced by the text colour of the page, which is light or dark
 _COLOURS = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)
-_STYLE: Any = _COLOURS | {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "font.size": 8,
-    "legend.framealpha": 0,
-}
+_SVG = {"svg.fonttype": "none", "svg.hashsalt": "report"}
+_STYLE: Any = _COLOURS | _SVG | {"font.size": 8, "legend.framealpha": 0}
 
 
 def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Markup:
     """Return an SVG element with a line for each label and its values by epoch; empty without finite values.
 
-    Lines with equal labels have the same colour and one entry in the legend.
+    Lines of one label share a colour and an entry in the legend.
     """
     if not any(math.isfinite(value) for _, values in lines for value in values):
         return Markup()
@@ -38,9 +34,8 @@ def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Mark
         for label, values in lines:
             shown = f"_{label}" if label in colours else label  # "_": not in the legend
             colour = colours.setdefault(label, f"C{len(colours) % 10}")
-            axes.plot(
-                range(1, len(values) + 1), values, "-" if len(values) > 1 else ".", color=colour, label=shown
-            )
+            style = "-" if len(values) > 1 else "."
+            axes.plot(range(1, len(values) + 1), values, style, color=colour, label=shown)
         axes.legend()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -54,9 +49,7 @@ def run_charts(runs: Mapping[int, Entry]) -> list[Markup]:
     for seed, entry in sorted(runs.items()):
         metrics = entry.record["metrics"]
         accuracy.append((f"seed {seed}", metrics["test_top1"]))
-        losses += [
-            (name, metrics[name]) for name in metrics if name.startswith("loss_") or name == "test_loss"
-        ]
+        losses += [item for item in metrics.items() if item[0].startswith(("loss_", "test_loss"))]
     return [line_chart("Test top-1 (%)", accuracy), line_chart("Losses", losses)]
 
 

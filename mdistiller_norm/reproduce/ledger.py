@@ -12,14 +12,14 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mdistiller_norm.config import default_config, leaves, method_names
+from mdistiller_norm.config import default_config, dump, leaves, method_names
 from mdistiller_norm.config_keys import REMOVED
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.logger import read_metrics
@@ -32,9 +32,7 @@ FORMAT, UTC = 1, "%Y-%m-%dT%H:%M:%SZ"
 # Keys that do not change the result except for its seed and rounding (INIT_SEED: in records of earlier versions).
 NOT_IDENTIFYING = (*(set(NEUTRAL) - {"SOLVER.EPOCHS"}), "SEED", "SOLVER.PRECISION", "SOLVER.INIT_SEED")
 # Types of the keys that are read from records, and columns of runs.csv.
-SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(
-    Path(__file__).with_name("record.yaml").read_text(encoding="utf-8")
-)
+SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("record.yaml").read_text())
 _LARGEST = 1e15  # absolute value of a number in a record
 # Raised for files that are not records: invalid JSON, deep nesting, unexpected types, huge integers.
 _MALFORMED = (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -59,7 +57,7 @@ class Entry:
 
     @property
     def precision(self) -> str:
-        """Precision used in training; differs from the config's on a device that does not support that one."""
+        """Precision used in training, which may differ from the config's: not every device supports all."""
         used = str(self.record.get("precision", self.record["config"]["SOLVER"]["PRECISION"]))
         cache = (self.record["teacher"] or {}).get("cache")
         return f"{used}, teacher cache in fp16" if cache == "fp16" != used else used
@@ -73,9 +71,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The records of a folder: finished runs by (identity, teacher's hash) and seed, and further runs of a seed.
+    """The records of a folder.
 
-    ``failures`` holds the latest failure of each run that has not finished since, ``left_out`` the broken files.
+    Attributes:
+        runs: finished runs by (identity, teacher's hash) and seed.
+        duplicates: further runs of a seed.
+        failures: the latest failure of each run that has not finished since.
+        left_out: broken files with the reason.
     """
 
     runs: dict[tuple[str, str], dict[int, Entry]] = field(default_factory=dict)
@@ -90,8 +92,8 @@ class Ledger:
     def has(self, identity: str, seed: int, teacher_hash: str = "") -> bool:
         """Whether a run has finished, with that teacher if a hash is given."""
         return any(
-            key[0] == identity and key[1].startswith(teacher_hash) and seed in self.runs[key]
-            for key in self.runs
+            name == identity and teacher.startswith(teacher_hash) and seed in runs
+            for (name, teacher), runs in self.runs.items()
         )
 
     def all_runs(self) -> list[Entry]:
@@ -125,14 +127,11 @@ def identity(tree: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _digest(record: Record) -> str:
-    content = {key: value for key, value in record.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def signed_record(record: Record) -> Record:
     """Return a record with the SHA-256 of its content as ``sha256``."""
-    return record | {"sha256": _digest(record)}
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return content | {"sha256": digest}
 
 
 def _check_types(record: Record, section: str) -> None:
@@ -148,6 +147,15 @@ def _check_types(record: Record, section: str) -> None:
             raise DataError(f"{key} is not finite or too large")
 
 
+def _check_metrics(metrics: Mapping[str, Any], epochs: int) -> None:
+    for name, values in metrics.items():
+        numbers = all(type(value) in (int, float) and abs(value) < _LARGEST for value in values)
+        if len(values) != epochs or not numbers:
+            raise DataError(f"metric {name} does not have {epochs} numbers")
+    if metrics.get("epoch") != list(range(1, epochs + 1)):
+        raise DataError(f"the metrics do not cover the epochs 1 to {epochs}")
+
+
 def check(record: Any) -> None:
     """Check a record's types and hash, and that its numbers agree with each other; raises DataError."""
     if not isinstance(record, dict):
@@ -157,7 +165,7 @@ def check(record: Any) -> None:
         raise DataError(f"format must be {FORMAT}, got {record['format']}")
     finished = record["status"] == "finished"
     _check_types(record, "finished" if finished else "failed")
-    if record.get("sha256") != _digest(record):
+    if record.get("sha256") != signed_record(record)["sha256"]:
         raise DataError("the content was edited or cut off (sha256 differs)")
     if not finished:
         return
@@ -165,17 +173,10 @@ def check(record: Any) -> None:
         _check_types(record["teacher"], "teacher")
     for part in record.get("parts", []):  # older records have none
         _check_types(part, "part")
-    metrics, epochs, planned = record["metrics"], record["epochs"], record["config"]["SOLVER"]["EPOCHS"]
-    if epochs != planned:
-        raise DataError(f"epochs {epochs} differs from SOLVER.EPOCHS {planned}")
-    for name, values in metrics.items():
-        if len(values) != epochs or not all(
-            type(value) in (int, float) and abs(value) < _LARGEST for value in values
-        ):
-            raise DataError(f"metric {name} does not have {epochs} numbers")
-    if metrics.get("epoch") != list(range(1, epochs + 1)):
-        raise DataError(f"the metrics do not cover the epochs 1 to {epochs}")
-    curve = metrics["test_top1"]
+    epochs, curve = record["epochs"], record["metrics"]["test_top1"]
+    if epochs != record["config"]["SOLVER"]["EPOCHS"]:
+        raise DataError(f"epochs {epochs} differs from SOLVER.EPOCHS")
+    _check_metrics(record["metrics"], epochs)
     for which, expected in (("last", curve[-1]), ("best", max(curve))):
         if not math.isclose(record[which]["top1"], expected, abs_tol=1e-3):
             raise DataError(f"{which} top1 {record[which]['top1']} differs from the metrics' {expected}")
@@ -193,16 +194,13 @@ def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
             ledger.left_out.append((path, str(error)))
         except _MALFORMED as error:
             ledger.left_out.append((path, f"malformed ({type(error).__name__}: {error})"))
-    failed: dict[tuple[str, int], Entry] = {}
+    failed = {}
     for entry in sorted(entries, key=lambda entry: (entry.record["at"], entry.path.name)):
-        if entry.record["smoke"] != smoke:
-            continue
-        if entry.record["status"] == "finished":
+        if entry.record["smoke"] == smoke and entry.record["status"] == "finished":
             ledger.add(entry)
-        else:
+        elif entry.record["smoke"] == smoke:
             failed[entry.identity, entry.seed] = entry
-    finished = {(entry.identity, entry.seed) for entry in ledger.all_runs()}
-    ledger.failures.extend(entry for key, entry in failed.items() if key not in finished)
+    ledger.failures.extend(entry for key, entry in failed.items() if not ledger.has(*key))
     return ledger
 
 
@@ -219,9 +217,7 @@ def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Re
         epochs = read_metrics(run / "metrics.jsonl")
         record["metrics"] = {"epoch": [metrics["epoch"] for metrics in epochs]}
         for name in dict.fromkeys(name for metrics in epochs for name in metrics if name != "epoch"):
-            record["metrics"][name] = [
-                float(f"{metrics[name]:.7g}") for metrics in epochs
-            ]  # keeps records small
+            record["metrics"][name] = [float(f"{metrics[name]:.7g}") for metrics in epochs]  # short
         record = signed_record(record)
         check(record)
     except DataError as error:
@@ -231,13 +227,18 @@ def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Re
     return record
 
 
+def failed_record(error: str, log: Sequence[str], config: Mapping[str, Any], **fields: Any) -> Record:
+    """Return the record of a run that failed, with its resolved config and the last lines of its output."""
+    head = {"format": FORMAT, "status": "failed", "at": time.strftime(UTC, time.gmtime())}
+    return signed_record(head | fields | {"config": yaml.safe_load(dump(config)), "error": error, "log": log})
+
+
 def write_record(record: Record, folder: Path) -> Path:
     """Write a record to a file of the ledger and return its path; writing a record twice gives one file."""
     check(record)
-    experiment = record["config"]["EXPERIMENT"]
-    name = f"{experiment['PROJECT']}-{experiment['TAG']}-seed{record['seed']}"
-    failed = "" if record["status"] == "finished" else "-failed"
-    path = folder / (re.sub(r"[^A-Za-z0-9_.+-]+", "-", name) + f"{failed}-{record['sha256'][:10]}.json")
+    experiment, failed = record["config"]["EXPERIMENT"], "" if record["status"] == "finished" else "-failed"
+    name = f"{experiment['PROJECT']}-{experiment['TAG']}-seed{record['seed']}{failed}-{record['sha256'][:10]}"
+    path = folder / (re.sub(r"[^A-Za-z0-9_.+-]+", "-", name) + ".json")
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         temporary = path.with_suffix(f".{os.getpid()}")  # two processes may add the same record at once

@@ -18,7 +18,6 @@ from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher import weights_hash
 from mdistiller_norm.engine.teacher_file import known_teacher
 from mdistiller_norm.errors import ConfigError, DataError
-from mdistiller_norm.files import find_config
 from mdistiller_norm.models import build_model, count_macs
 from mdistiller_norm.program import command
 from mdistiller_norm.reproduce.ledger import NOT_IDENTIFYING, Record, finished_record, identity
@@ -46,6 +45,7 @@ class Job:
     smoke: bool
     cells: tuple[str, ...] = ()
     teacher: Job | None = None
+    rank: int = 0  # jobs of lower ranks run first
 
     @property
     def weights(self) -> Path:
@@ -69,9 +69,7 @@ def _weights_hash(path: Path, model: str, dataset: str) -> str:
     return weights_hash(network)[:10]
 
 
-@cache
-def _load(config_file: str, overrides: tuple[str, ...]) -> Config:
-    return load_config(find_config(config_file), overrides)
+_load = cache(load_config)
 
 
 def cell_config(cell: Cell, smoke: bool = False) -> Config | None:
@@ -90,7 +88,7 @@ def cell_command(cell: Cell, seed: int = 0) -> str:
     words = [f"{command('train')} --cfg", cell.config, *cell.overrides]
     table, config = TABLES[cell.table], cell_config(cell)
     if table.own_teacher and config and method_names(config.node):
-        teacher = run_folder(_load(table.teacher.format(**cell.column._asdict()), (f"SEED={TEACHER_SEED}",)))
+        teacher = run_folder(_load(table.teacher_config(cell.column), (f"SEED={TEACHER_SEED}",)))
         words.append(f"DISTILLER.TEACHER_WEIGHTS={teacher / 'student_last.pt'}")
     return " ".join([*words, f"SEED={seed}"])
 
@@ -114,7 +112,6 @@ def _check_extra(extra: Sequence[str]) -> None:
 
 
 def _finished_teachers(output: Path) -> dict[JobKey, Path]:
-    """Return the folders of finished runs of plain training by identity and seed."""
     found: dict[JobKey, Path] = {}
     for path in sorted(output.glob("*/*/result.json")):
         try:
@@ -127,45 +124,40 @@ def _finished_teachers(output: Path) -> dict[JobKey, Path]:
 
 
 class _Planner:
-    """Collects the jobs of cells, each once, and the teachers' cells with published weights."""
-
     def __init__(self, output: Path, smoke: bool, extra: Sequence[str]) -> None:
         self.smoke, self.common = smoke, (f"LOG.PREFIX={output}", *extra)
-        self.jobs, self.published = dict[JobKey, Job](), list[Cell]()
+        self.jobs: dict[JobKey, Job] = {}
         self._finished = _finished_teachers(output)
 
-    def add(self, cell: Cell, seeds: Sequence[int]) -> None:
+    def add(self, cell: Cell, seeds: Sequence[int], rank: int) -> None:
         config, table = cell_config(cell, self.smoke), TABLES[cell.table]
-        teacher, weights = None, None
-        if (
-            config
-            and not (self.smoke or table.own_teacher)
-            and (cell.row.key == "teacher" or method_names(config.node))
-        ):
-            known = known_teacher(cell.column.teacher, config.node.DATASET.TYPE)
+        is_teacher, teacher, weights = cell.row.key == "teacher", None, None
+        distilled = config is not None and bool(method_names(config.node))
+        if (is_teacher or distilled) and not (self.smoke or table.own_teacher):
+            known = known_teacher(cell.column.teacher, table.dataset)
             weights = known.path if known else None
-        if not config or (cell.row.key == "teacher" and weights):
-            self.published.append(cell)
-            return
-        if table.teacher and method_names(config.node) and not weights:
-            teacher = self._add_job(table.teacher.format(**cell.column._asdict()), (), (), TEACHER_SEED)
+        if not config or (is_teacher and weights):
+            return  # published weights
+        if table.teacher and distilled and not weights:
+            teacher = self._add_job(table.teacher_config(cell.column), (), (), TEACHER_SEED, rank=rank)
             weights = teacher.weights
         more = (f"DISTILLER.TEACHER_WEIGHTS={weights}",) if weights else ()
-        for seed in [TEACHER_SEED] if cell.row.key == "teacher" else seeds:
-            self._add_job(cell.config, cell.overrides, more, seed, cells=(cell.name,), teacher=teacher)
+        fields = {"cells": (cell.name,), "teacher": teacher, "rank": rank}
+        for seed in [TEACHER_SEED] if is_teacher else seeds:
+            self._add_job(cell.config, cell.overrides, more, seed, **fields)
 
     def _add_job(
-        self, config_file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any
+        self, file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any
     ) -> Job:
         overrides = (*settings, *self.common, *more, *(SMOKE if self.smoke else ()), f"SEED={seed}")
-        config = _load(config_file, overrides)
+        config = _load(file, overrides)
         experiment = config.node.EXPERIMENT
         name = " ".join([f"[seed {seed}] {experiment.PROJECT}/{experiment.TAG}", *settings])
         key, folder = (identity(config.node), seed), run_folder(config)
         if key in self._finished and not (folder / "result.json").is_file():
             # Trained in another precision, for example: a second teacher would split its students.
             folder = self._finished[key]
-        job = Job(name, config.node, config_file, overrides, key, folder, self.smoke, **fields)
+        job = Job(name, config.node, file, overrides, key, folder, self.smoke, **fields)
         if known := self.jobs.get(key):
             job = dataclasses.replace(known, cells=tuple(dict.fromkeys((*known.cells, *job.cells))))
         self.jobs[key] = job
@@ -179,24 +171,19 @@ def make_plan(
     smoke: bool,
     extra: Sequence[str],
     by_value: bool,
-) -> tuple[list[Job], list[Cell]]:
+) -> list[Job]:
     """Plan the runs that fill some cells, each once, and the teachers that they need.
 
     Teachers come first, then all cells of a seed before the next seed; ``by_value`` sorts by :func:`value_rank` before.
-    ``extra`` are overrides that do not change the result. Returns the jobs and the cells with published weights.
+    ``extra`` are overrides that do not change the result. Teachers with published weights need no job.
     """
     _check_extra(extra)
-    planner, order = _Planner(output, smoke, extra), list[JobKey]()
-    groups = (
-        [[cell for cell in cells if value_rank(cell) == rank] for rank in range(4)] if by_value else [cells]
-    )
-    for group in groups:
-        for cell in group:
-            planner.add(cell, seeds)
-        teachers = {job.teacher.key for job in planner.jobs.values() if job.teacher}
-        added = [key for key in planner.jobs if key not in order]
-        order += sorted(added, key=lambda key: (key not in teachers, key[1]))
-    return [planner.jobs[key] for key in order], planner.published
+    planner = _Planner(output, smoke, extra)
+    for cell in sorted(cells, key=value_rank) if by_value else cells:
+        planner.add(cell, seeds, value_rank(cell) if by_value else 0)
+    jobs = planner.jobs.values()
+    teachers = {job.teacher.key for job in jobs if job.teacher}
+    return sorted(jobs, key=lambda job: (job.rank, job.key not in teachers, job.key[1]))
 
 
 @cache
@@ -222,12 +209,10 @@ def training_flops(tree: Mapping[str, Any]) -> float:
 
 
 def _speed_key(tree: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """Return student, teacher, data set and precision: runs that agree in them take equally long per epoch."""
-    student, teacher = (
-        tree["DISTILLER"]["STUDENT"],
-        tree["DISTILLER"]["TEACHER"] if method_names(tree) else "",
-    )
-    return student, teacher, tree["DATASET"]["TYPE"], tree["SOLVER"]["PRECISION"]
+    # Runs that agree in these take equally long per epoch.
+    node = tree["DISTILLER"]
+    teacher = node["TEACHER"] if method_names(tree) else ""
+    return node["STUDENT"], teacher, tree["DATASET"]["TYPE"], tree["SOLVER"]["PRECISION"]
 
 
 def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
@@ -240,17 +225,12 @@ def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
     left = max(epochs - len(done), 0)
     if done and "seconds" in done[-1]:
         return _START + left * done[-1]["seconds"] / len(done), "the run's speed so far"
-    same = [
-        record["seconds"] / record["epochs"] for record in finished if _speed_key(record["config"]) == key
-    ]
+    same = [run["seconds"] / run["epochs"] for run in finished if _speed_key(run["config"]) == key]
     if same:
         return _START + left * statistics.median(same), "finished runs of the same networks"
-    rates = [  # of runs with the same precision
-        training_flops(record["config"]) / max(record["seconds"], 1e-3)
-        for record in finished
-        if _speed_key(record["config"])[-1] == key[-1]
-    ]
     flops = training_flops(job.config)
+    comparable = [run for run in finished if run["config"]["SOLVER"]["PRECISION"] == key[-1]]
+    rates = [training_flops(run["config"]) / max(run["seconds"], 1e-3) for run in comparable]
     return (_START + left / epochs * flops / max(rates), "operation counts") if flops and any(rates) else None
 
 

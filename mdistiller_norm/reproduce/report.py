@@ -17,7 +17,7 @@ from mdistiller_norm.program import command
 from mdistiller_norm.reproduce import stats
 from mdistiller_norm.reproduce.ledger import SCHEMA, Entry, Record, read_ledger
 from mdistiller_norm.reproduce.plan import cell_command, cell_identity, counted, duration
-from mdistiller_norm.reproduce.stats import MeanStd, PairedDifference
+from mdistiller_norm.reproduce.stats import MeanStd, PairedDifference, mean_std, signed
 from mdistiller_norm.reproduce.tables import CLAIMS, TABLES, Cell, Claim, Column, Delta, Table
 
 # Properties that do not change the identity of a run but may change its result.
@@ -34,6 +34,7 @@ class CellView:
     """A cell with its finished runs by seed, or its latest failure."""
 
     cell: Cell
+    identity: str
     runs: dict[int, Entry]
     failure: Entry | None
     teacher_top1: float | None = None  # of a teacher without runs, as measured by its students' runs
@@ -44,7 +45,7 @@ class CellView:
 
     def mean(self, which: str) -> MeanStd | None:
         """Return mean and standard deviation of the top-1 of the ``best`` or ``last`` epoch."""
-        return stats.mean_std(self.top1(which).values())
+        return mean_std(self.top1(which).values())
 
     def minus(self, other: CellView, which: str) -> PairedDifference | None:
         """Return the paired difference of two rows; None without common seeds with the same teacher."""
@@ -73,11 +74,15 @@ class CellView:
 
 
 class TableView(NamedTuple):
-    """A table with its cells by (row key, column key) and the number of cells with runs."""
+    """A table with its cells by (row key, column key)."""
 
     table: Table
     cells: Mapping[tuple[str, str], CellView]
-    measured: int
+
+    @property
+    def measured(self) -> int:
+        """The number of cells with runs."""
+        return sum(bool(cell.runs) for cell in self.cells.values())
 
     def column(self, column: Column) -> dict[str, CellView]:
         """Return the cells of a column by row key."""
@@ -85,12 +90,12 @@ class TableView(NamedTuple):
 
     def delta(self, delta: Delta, column: Column) -> tuple[float | None, PairedDifference | None]:
         """Return the paper's and the measured difference of two rows in their best epochs."""
-        cells = self.column(column)
-        first, second = cells[delta.row], cells[delta.minus]
-        papers = first.cell.paper.get("top1"), second.cell.paper.get("top1")
-        printed = papers[0] - papers[1] if papers[0] and papers[1] else None
+        first, second = (self.cells[row, column.key] for row in (delta.row, delta.minus))
+        papers, printed = [cell.cell.paper.get("top1") for cell in (first, second)], None
         if delta.printed:
             printed = delta.printed[self.table.columns.index(column)]
+        elif papers[0] and papers[1]:
+            printed = papers[0] - papers[1]
         return printed, first.minus(second, "best")
 
     def warnings(self, column: Column) -> list[str]:
@@ -98,12 +103,9 @@ class TableView(NamedTuple):
         cells, lines = self.column(column).values(), []
         runs = [entry for cell in cells if cell.cell.row.key != "teacher" for entry in cell.runs.values()]
         for name, value in _CONDITIONS.items():
-            counts = Counter(value(entry) for entry in runs)
-            del counts[""]  # none, or not recorded
+            counts = Counter(filter(None, map(value, runs)))  # some are not recorded
+            listed = ", ".join(f"{text} ({counted(number, 'run')})" for text, number in counts.most_common())
             if len(counts) > 1:
-                listed = ", ".join(
-                    f"{text} ({counted(number, 'run')})" for text, number in counts.most_common()
-                )
                 lines.append(f"Runs of {column.name} differ in {name}: {listed}.")
         return lines
 
@@ -120,39 +122,37 @@ def collect(folder: Path, smoke: bool = False) -> Record:
     """Read a ledger and return the contents of the report, by name."""
     ledger = read_ledger(folder, smoke)
     failures = {entry.identity: entry for entry in ledger.failures}
-    views, placed, counted_runs = {}, set(), set()
-    for table in TABLES.values():
-        cells = {}
-        for key, cell in table.cells.items():
-            name = cell_identity(cell, smoke)
-            cells[key] = CellView(cell, ledger.of(name), failures.get(name))
-            placed.add(name)
-            counted_runs |= {entry.path for entry in cells[key].runs.values()}
-        views[table.id] = TableView(table, cells, sum(bool(cell.runs) for cell in cells.values()))
-    runs = ledger.all_runs()
-    claims = [
+
+    def view(cell: Cell) -> CellView:
+        name = cell_identity(cell, smoke)
+        return CellView(cell, name, ledger.of(name), failures.get(name))
+
+    views = {
+        table.id: TableView(table, {key: view(cell) for key, cell in table.cells.items()})
+        for table in TABLES.values()
+    }
+    runs, every = ledger.all_runs(), [cell for view in views.values() for cell in view.cells.values()]
+    placed = {cell.identity for cell in every}
+    shown = {entry.path for cell in every for entry in cell.runs.values()}
+    columns = [(view, column) for view in views.values() for column in view.table.columns]
+    tested = [
         claim for claim in CLAIMS if not claim.own or any(views[name].measured for name in claim.tables)
     ]
+    facts = [run.record | {"precision": run.precision} | run.record["environment"] for run in runs]
     return {
         "smoke": smoke,
         "ledger": ledger,
         "runs": runs,
         "tables": list(views.values()),
-        "teachers": [
-            row for view in views.values() for column in view.table.columns for row in _teacher(view, column)
-        ],
-        "claims": [_judge(claim, views) for claim in claims],
-        "environments": Counter(
-            environment_text(run.record | {"precision": run.precision} | run.record["environment"])
-            for run in runs
-        ).most_common(),
-        "other_teachers": [run for run in runs if run.identity in placed and run.path not in counted_runs],
+        "teachers": [row for view, column in columns for row in _teacher(view, column)],
+        "claims": [_judge(claim, views) for claim in tested],
+        "environments": Counter(map(environment_text, facts)).most_common(),
+        "other_teachers": [run for run in runs if run.identity in placed and run.path not in shown],
         "others": [run for run in runs if run.identity not in placed],
     }
 
 
 def _teacher(view: TableView, column: Column) -> list[Record]:
-    """Return the paper's top-1 of a column's teacher, the values measured by its students' runs, and its hashes."""
     cells = view.column(column)
     runs = [entry for cell in cells.values() for entry in cell.runs.values() if entry.teacher_hash]
     measured = sorted({entry.record["teacher"]["top1"] for entry in runs})
@@ -160,14 +160,8 @@ def _teacher(view: TableView, column: Column) -> list[Record]:
     paper, own = None, cells.get("teacher")
     if own and measured:
         own.teacher_top1, paper = measured[-1], own.cell.paper.get("top1")
-    row = {
-        "table": view.table.name,
-        "name": column.teacher,
-        "paper": paper,
-        "measured": measured,
-        "hashes": hashes,
-    }
-    return [row] if measured else []
+    row = {"table": view.table.name, "name": column.teacher, "paper": paper}
+    return [row | {"measured": measured, "hashes": hashes}] if measured else []
 
 
 def environment_text(environment: Record) -> str:
@@ -181,11 +175,9 @@ def environment_text(environment: Record) -> str:
 
 
 def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
-    """Return a claim with its verdict and its comparison in each column; the last epochs decide."""
     comparisons: list[Record] = []
-    for view, column in (
-        (tables[name], column) for name in claim.tables for column in tables[name].table.columns
-    ):
+    places = [(tables[name], column) for name in claim.tables for column in TABLES[name].columns]
+    for view, column in places:
         cells = view.column(column)
         first, second = (cells[claim.row], cells[claim.than]) if claim.row else _peak(cells, claim.peak)
         last, best = first.minus(second, "last"), first.minus(second, "best")
@@ -194,19 +186,15 @@ def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
         rows = f"{first.cell.row.name} {stats.MINUS} {second.cell.row.name}"
         found = {"where": f"{view.table.name}, {column.name}", "rows": rows, "last": last, "best": best}
         comparisons.append(found | {"verdict": last.verdict if last else stats.UNTESTED})
-    return {
-        "claim": claim,
-        "comparisons": comparisons,
-        "verdict": verdict({c["verdict"] for c in comparisons}),
-    }
+    verdicts = {comparison["verdict"] for comparison in comparisons}
+    return {"claim": claim, "comparisons": comparisons, "verdict": verdict(verdicts)}
 
 
 def _peak(cells: Mapping[str, CellView], peak: Sequence[str]) -> list[CellView]:
-    """Return the best row inside a range and the best one outside, by the last epochs."""
     ranked = sorted(cells.values(), key=lambda cell: getattr(cell.mean("last"), "mean", -1.0), reverse=True)
-    return [
-        next(cell for cell in ranked if (cell.cell.row.key in peak) == inside) for inside in (True, False)
-    ]
+    inside = [cell for cell in ranked if cell.cell.row.key in peak]
+    outside = [cell for cell in ranked if cell.cell.row.key not in peak]
+    return [inside[0], outside[0]]
 
 
 def render(report: Record, template: str) -> str:
@@ -218,16 +206,7 @@ def render(report: Record, template: str) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
-    functions = (
-        cell_command,
-        counted,
-        duration,
-        environment_text,
-        mean_chart,
-        run_charts,
-        stats.mean_std,
-        stats.signed,
-    )
+    functions = cell_command, counted, duration, environment_text, mean_chart, run_charts, mean_std, signed
     environment.globals |= {function.__name__: function for function in functions} | {"program": command}
     text = environment.get_template(template).render(report=report).rstrip() + "\n"
     return text if "html" in template else text.replace("&#39;", "'").replace("&#34;", '"')
@@ -244,27 +223,19 @@ def write_csv(report: Record, path: Path) -> None:
         rows.writerow(["file", "cells", "ms_per_batch", "precision", *columns])
         for entry in sorted(report["runs"], key=lambda entry: entry.path.name):
             values = dict(leaves(entry.record)) | {"method": "+".join(entry.record["method"]) or "none"}
-            head = [
-                entry.path.name,
-                "; ".join(cells.get(entry.path, [])),
-                entry.milliseconds,
-                entry.precision,
-            ]
+            filled = "; ".join(cells.get(entry.path, []))
+            head = [entry.path.name, filled, entry.milliseconds, entry.precision]
             rows.writerow(head + [values.get(key, "") for key in columns.values()])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``report``."""
-    parser.epilog = f"example: {parser.prog} --export csv"
-    parser.add_argument(
-        "--results", default="", metavar="DIR", help="folder of the ledger (default: results)"
-    )
-    parser.add_argument(
-        "--out", default="", metavar="DIR", help="output folder (default: the folder of the ledger)"
-    )
-    parser.add_argument("--smoke", action="store_true", help="report the runs of reproduce --smoke instead")
-    parser.add_argument("--output", default="output", metavar="DIR", help="as for reproduce, with --smoke")
-    parser.add_argument("--export", choices=["csv"], help="write runs.csv too, one line per run")
+    parser.epilog, add = f"example: {parser.prog} --export csv", parser.add_argument
+    add("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
+    add("--out", default="", metavar="DIR", help="output folder (default: the folder of the ledger)")
+    add("--smoke", action="store_true", help="report the runs of reproduce --smoke instead")
+    add("--output", default="output", metavar="DIR", help="as for reproduce, with --smoke")
+    add("--export", choices=["csv"], help="write runs.csv too, one line per run")
 
 
 def main(options: argparse.Namespace) -> int:

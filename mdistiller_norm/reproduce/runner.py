@@ -12,21 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
-from mdistiller_norm.config import dump
 from mdistiller_norm.engine.runtime import STOP_SIGNALS, slot_environment, stop_signals
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import find_config, open_lock
 from mdistiller_norm.program import python_arguments
 from mdistiller_norm.reproduce.ledger import (
-    FORMAT,
-    UTC,
     Ledger,
     Record,
+    failed_record,
     finished_record,
     identity,
-    signed_record,
     write_record,
 )
 from mdistiller_norm.reproduce.plan import Job, JobKey, duration
@@ -35,6 +30,7 @@ GRACE = 35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun gi
 PROGRESS = 60.0  # seconds between two lines about a running job
 DONE, FAILED, BLOCKED, STOPPED, QUEUED = "done", "failed", "blocked", "stopped", "queued"
 Outcomes = dict[JobKey, str]
+_TORCHRUN = "--standalone --nproc-per-node"
 _STOP_CODES = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
 _EXCEPTION = re.compile(r"error: |[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 
@@ -81,24 +77,12 @@ class Execution:
             return False
         if self._add_to_ledger():
             return True
-        command = [
-            sys.executable,
-            *python_arguments("train"),
-            "--cfg",
-            str(find_config(self.job.config_file)),
-        ]
-        command += ["--resume", *self.job.overrides]
-        if self.processes > 1:
-            command[1:1] = [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(self.processes),
-            ]
+        launcher = f"-m torch.distributed.run {_TORCHRUN} {self.processes}" if self.processes > 1 else ""
+        config = str(find_config(self.job.config_file))
+        command = [*launcher.split(), *python_arguments("train"), "--cfg", config, "--resume"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, *command, *self.job.overrides],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -133,26 +117,24 @@ class Execution:
                 self._kill_at = time.monotonic() + GRACE
             self.process.terminate()
 
-    @property
-    def error(self) -> str:
-        """The error message: of several processes the first one's, because the others fail as a consequence."""
+    def text(self, outcome: str) -> str:
+        """Return a description of the outcome, or of the progress if it is empty."""
+        if outcome == DONE and self.record:
+            last, best = (self.record[which]["top1"] for which in ("last", "best"))
+            took = f"done in {duration(time.monotonic() - self.started)}"
+            state = took if self.process else "finished by another process"
+            return f"{state}, last top-1 {last:.2f}, best top-1 {best:.2f}"
+        if outcome == FAILED:
+            return f"FAILED, {self._error()} (log: {self.log})"
+        return f"stopped, {self.job.progress}" if outcome else self.job.progress
+
+    def _error(self) -> str:
+        # Of several processes, the first one's message: the others fail as a consequence.
         if self.process and self.process.returncode == 0:
             return f"{self.job.folder}: result.json or metrics.jsonl is damaged"
         lines = self._output()
         errors = sorted(filter(_EXCEPTION.match, lines), key=lambda line: not line.startswith("error: "))
         return (errors or lines[-1:] or [""])[0]
-
-    def text(self, outcome: str) -> str:
-        """Return a description of the outcome, or of the progress if it is empty."""
-        if outcome == DONE and self.record:
-            accuracies = ", ".join(
-                f"{which} top-1 {self.record[which]['top1']:.2f}" for which in ("last", "best")
-            )
-            took = f"done in {duration(time.monotonic() - self.started)}"
-            return f"{took if self.process else 'finished by another process'}, {accuracies}"
-        if outcome == FAILED:
-            return f"FAILED, {self.error} (log: {self.log})"
-        return f"stopped, {self.job.progress}" if outcome else self.job.progress
 
     def _output(self) -> list[str]:
         return [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
@@ -164,25 +146,12 @@ class Execution:
         return self.record is not None
 
     def _record_failure(self, code: int) -> None:
-        job = self.job
-        starter = (
-            "python" if self.processes == 1 else f"torchrun --standalone --nproc-per-node {self.processes}"
-        )
-        record = {
-            "format": FORMAT,
-            "status": "failed",
-            "smoke": job.smoke,
-            "config_file": job.config_file,
-            "at": time.strftime(UTC, time.gmtime()),
-            "seed": job.key[1],
-            "command": " ".join(
-                [starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]
-            ),
-            "config": yaml.safe_load(dump(job.config)),
-            "error": f"{self.error} ({f'signal {-code}' if code < 0 else f'exit code {code}'})",
-            "log": self._output()[-20:],
-        }
-        write_record(signed_record(record), self.folder)
+        job, starter = self.job, "python" if self.processes == 1 else f"torchrun {_TORCHRUN} {self.processes}"
+        words = [starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]
+        error = f"{self._error()} ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+        facts = {"smoke": job.smoke, "config_file": job.config_file, "seed": job.key[1]}
+        record = failed_record(error, self._output()[-20:], job.config, command=" ".join(words), **facts)
+        write_record(record, self.folder)
 
 
 class Runner:
@@ -198,7 +167,7 @@ class Runner:
     def run(self, deadline: float) -> Outcomes:
         """Run until all jobs have ended, ``time.monotonic()`` reaches the deadline, or SIGINT or SIGTERM arrives.
 
-        Returns the outcomes of jobs that were started or that their teacher's outcome prevents.
+        Returns the outcomes of jobs that were started or whose teacher has not finished.
         """
         stopping = False
         with stop_signals(self.signals.append, (signal.SIGINT, signal.SIGTERM)):
@@ -230,10 +199,8 @@ class Runner:
             self._print(execution.job, execution.text(outcome))
 
     def _start(self, job: Job) -> None:
-        """Start a job if a slot is free and its teacher has finished; drop it if its teacher has not."""
-        unfinished = {
-            other.key for other in (*self._waiting, *(execution.job for execution in self._running.values()))
-        }
+        running = [execution.job for execution in self._running.values()]
+        unfinished = [other.key for other in (*self._waiting, *running)]
         outcome = self._outcomes.get(job.teacher.key, DONE) if job.teacher else DONE
         free = [slot for slot in range(self.slots) if slot not in self._running]
         if outcome != DONE:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mdistiller_norm.errors import ConfigError, first_line, needs_extra
 from mdistiller_norm.reproduce.plan import Job, JobKey
 from mdistiller_norm.reproduce.runner import BLOCKED, DONE, FAILED, QUEUED, Execution, Outcomes
+
+_ERRORS = (
+    OSError,
+    RuntimeError,
+    NameError,
+    TypeError,
+    ValueError,
+    yaml.YAMLError,
+)  # of submitit, sbatch and YAML
 
 
 class ClusterTask:
@@ -41,38 +52,38 @@ class ClusterTask:
 
 
 def submit(
-    jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping[str, Any], processes: int
+    jobs: Sequence[Job], folder: Path, cluster: str, options: Sequence[str], processes: int
 ) -> Outcomes:
     """Submit jobs to ``slurm`` with dependencies on their teachers, or run them in local processes (``local``).
 
-    ``options`` are arguments of submitit's ``AutoExecutor.update_parameters``.
+    ``options`` are ``NAME=VALUE`` arguments of submitit's ``AutoExecutor.update_parameters``.
     """
     with needs_extra("slurm", "--launcher slurm"):
         import submitit
 
     outcomes, submitted = Outcomes(), dict[JobKey, Any]()
-    extra = options.get("slurm_additional_parameters") or {}
+    parameters: dict[str, Any] = {"name": "mdistiller_norm", "timeout_min": 24 * 60}
     try:
+        for name, _, value in (option.partition("=") for option in options):
+            parameters[name] = yaml.safe_load(value)
+        extra = parameters.get("slurm_additional_parameters") or {}
         executor = submitit.AutoExecutor(folder=str(folder.parent / ".submitit" / "%j"), cluster=cluster)
-        executor.update_parameters(**{"name": "mdistiller_norm", "timeout_min": 24 * 60} | dict(options))
+        executor.update_parameters(**parameters)
         for job in jobs:
             teacher = submitted.get(job.teacher.key) if job.teacher else None
             if cluster == "slurm":
-                after = (
-                    {"dependency": f"afterok:{teacher.job_id}", "kill_on_invalid_dep": "yes"}
-                    if teacher
-                    else {}
-                )
-                executor.update_parameters(slurm_additional_parameters=extra | after)
+                needs = {"kill_on_invalid_dep": "yes"}
+                if teacher:
+                    needs["dependency"] = f"afterok:{teacher.job_id}"
+                executor.update_parameters(slurm_additional_parameters=extra | needs)
             elif teacher and teacher.exception():  # waits for the teacher
                 outcomes[job.key] = BLOCKED
                 continue
             submitted[job.key] = executor.submit(ClusterTask(job, folder, processes))
             print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
-    except (OSError, RuntimeError, NameError, TypeError, ValueError) as error:  # also errors of sbatch
-        raise ConfigError(
-            f"submitit with {cluster}: {first_line(error)} ({len(submitted)} jobs submitted)"
-        ) from error
+    except _ERRORS as error:
+        problem = f"--launcher {cluster}: {first_line(error)} ({len(submitted)} jobs submitted)"
+        raise ConfigError(problem) from error
     for key, task in submitted.items():
         outcomes[key] = QUEUED if cluster == "slurm" else FAILED if task.exception() else DONE
     return outcomes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,10 @@ class Column(NamedTuple):
     key: str
     teacher: str
     student: str
-    name: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.teacher} → {self.student}"
 
 
 class Row(NamedTuple):
@@ -29,7 +32,7 @@ class Cell(NamedTuple):
     """A cell of a table and the config file that computes it (empty for published teachers).
 
     ``paper`` holds the printed numbers: ``top1`` and ``top5`` in percent, ``ms`` per batch, extra ``parameters``.
-    ``overrides`` are ``KEY=VALUE`` settings on top of the config, in sweeps only.
+    ``overrides`` are ``KEY=VALUE`` settings on top of the config.
     """
 
     table: str
@@ -50,7 +53,7 @@ class Delta(NamedTuple):
     name: str
     row: str
     minus: str
-    printed: tuple[float, ...] = ()
+    printed: Sequence[float] = ()
 
 
 class Table(NamedTuple):
@@ -62,17 +65,27 @@ class Table(NamedTuple):
     """
 
     id: str
-    name: str
-    in_paper: bool
     title: str
     dataset: str
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    columns: Sequence[Column]
+    rows: Sequence[Row]
     cells: Mapping[tuple[str, str], Cell]
     teacher: str
-    deltas: tuple[Delta, ...]
+    deltas: Sequence[Delta] = ()
     own_teacher: bool = False
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def in_paper(self) -> bool:
+        return self.id.isdigit()
+
+    @property
+    def name(self) -> str:
+        return f"Table {self.id}" if self.in_paper else f"Table “{self.id}”"
+
+    def teacher_config(self, column: Column) -> str:
+        """Return the config that trains a column's teacher."""
+        return self.teacher.format(**column._asdict())
 
 
 class Claim(NamedTuple):
@@ -82,37 +95,29 @@ class Claim(NamedTuple):
     """
 
     text: str
-    tables: tuple[str, ...]
+    tables: Sequence[str]
     row: str = ""
     than: str = ""
-    peak: tuple[str, ...] = ()
+    peak: Sequence[str] = ()
     own: bool = False
 
 
-def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-
-
 def _table(entry: dict[str, Any]) -> Table:
-    columns = tuple(
-        Column(**column, name="{teacher} → {student}".format(**column)) for column in entry["columns"]
-    )
-    in_paper, cells = entry["id"].isdigit(), {}
+    columns, cells = [Column(**column) for column in entry["columns"]], {}
     for source in entry["rows"]:
-        row = Row(source["key"], source["name"])
+        row, overrides = Row(source["key"], source["name"]), tuple(source.get("overrides", ()))
+        numbers = {name: source[name] for name in ("top1", "top5", "ms", "parameters") if name in source}
         for i, column in enumerate(columns):
             config = source.get("config", "").format(**column._asdict())
-            paper = {name: numbers[i] for name, numbers in source.items() if isinstance(numbers, list)}
-            cells[row.key, column.key] = Cell(entry["id"], row, column, config, paper)
-    rows = tuple(dict.fromkeys(cell.row for cell in cells.values()))
-    deltas = tuple(Delta(**_with_tuples(delta)) for delta in entry.get("deltas", ()))
-    parsed = {"columns": columns, "rows": rows, "cells": cells, "deltas": deltas, "in_paper": in_paper}
-    name = f"Table {entry['id']}" if in_paper else f"Table “{entry['id']}”"
-    return Table(**_with_tuples(entry) | parsed, name=name)
+            paper = {name: values[i] for name, values in numbers.items()}
+            cells[row.key, column.key] = Cell(entry["id"], row, column, config, paper, overrides)
+    rows = list(dict.fromkeys(cell.row for cell in cells.values()))
+    deltas = [Delta(**delta) for delta in entry.get("deltas", ())]
+    return Table(**entry | {"columns": columns, "rows": rows, "cells": cells, "deltas": deltas})
 
 
 _SOURCE = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
 TABLES: Mapping[str, Table] = {entry["id"]: _table(entry) for entry in _SOURCE["tables"]}
-CLAIMS = [Claim(**_with_tuples(entry)) for entry in _SOURCE["claims"]]  # the paper's first
+CLAIMS = [Claim(**entry) for entry in _SOURCE["claims"]]  # the paper's first
 # Number of training images, image size, number of classes and variant of build_model, by DATASET.TYPE.
 DATASETS: Mapping[str, dict[str, Any]] = _SOURCE["datasets"]
