@@ -170,9 +170,6 @@ class _LogitNetwork(Network):
         logits = self.module(images)
         return Outputs(logits, (), (), logits.new_empty(len(logits), 0))
 
-    def norms_before_relu(self) -> tuple[None, ...]:
-        return ()
-
 
 def _as_network(module: nn.Module, image_size: tuple[int, int]) -> Network:
     return module if isinstance(module, Network) else _LogitNetwork(module, image_size)

@@ -160,8 +160,7 @@ def plain(pair: tuple[str, str], ce_weight: float) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("cifar_root")
 @pytest.mark.parametrize(
-    ("name", "pair"),
-    [(name, pair) for name in CASES for pair in (PAIRS[:1] if name in LOGIT else PAIRS)],
+    ("name", "pair"), [(name, pair) for name in CASES for pair in (PAIRS[:1] if name in LOGIT else PAIRS)]
 )
 def test_two_real_steps(name: str, pair: tuple[str, str]) -> None:
     instructor = network(pair[0], "cifar100")

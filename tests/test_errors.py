@@ -87,7 +87,7 @@ COMMANDS = [
     ),
     (
         f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained",
-        ["pretrained weights require a model with the prefix timm:"],
+        ["pretrained weights require a model named timm:"],
     ),
     ("eval -c x.pt -bs x", ["argument -bs/--batch-size: must be an integer >= 1, got x"]),
     ("eval -c x.pt -bs 0", ["must be an integer >= 1, got 0"]),

@@ -1,7 +1,5 @@
 """Distillation methods, one file each. Importing the package registers all of them."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

@@ -5,27 +5,13 @@ the mean of ``|x| ** p`` over the channels, normalised to length 1. As in mdisti
 difference of the maps, summed over the stages, not the norm of Eq. 2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
-from mdistiller_norm.distillers.common import matched_stages, same_size
-from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs
-
-
-def _attention(maps: Tensor, p: float) -> Tensor:
-    """Attention map ``[B, H * W]`` with rows of length 1, or 0 if the maps are all zero."""
-    energy = at_least_float32(maps).abs().pow(p).mean(1).flatten(1)
-    # The division by the peak avoids overflow and underflow of the squares.
-    peak = energy.detach().amax(1, keepdim=True)
-    return F.normalize(energy / peak.where(peak > 0, 1.0), dim=1)
+from mdistiller_norm.distillers.base import register
+from mdistiller_norm.distillers.common import StageDistiller, same_size, unit
 
 
 def at_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor], p: float = 2) -> Tensor:
@@ -38,29 +24,17 @@ def at_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor], p: float = 2) ->
     """
     losses = []
     for student, teacher in zip(list_s, list_t, strict=True):
-        attention_s, attention_t = (_attention(maps, p) for maps in same_size(student, teacher))
+        energies = (maps.abs().pow(p).mean(1).flatten(1) for maps in same_size(student, teacher))
+        attention_s, attention_t = (unit(energy, 1) for energy in energies)
         losses.append((attention_s - attention_t).pow(2).mean())
     return torch.stack(losses).sum()
 
 
 @register("AT")
-class AT(Distiller):
+class AT(StageDistiller):
     """Attention transfer between matched stages."""
 
     defaults = {"P": 2.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1000.0}}
     meanings = {"P": "power of the activations"}
-    need = Need.MAPS
-
-    def __init__(self, p: float = 2, **weights: Any) -> None:
-        super().__init__(**weights)
-        self.p = p
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> AT:
-        if node.P < 1:
-            raise ConfigError(f"AT.P must be >= 1, got {node.P}")
-        matched_stages(pair.student.features, pair.teacher.features)  # checks them
-        return cls(node.P, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return at_loss(*matched_stages(student.features, teacher.features), self.p)
+    loss = staticmethod(at_loss)
+    arguments = {"p": "P"}

@@ -1,11 +1,10 @@
 """Base class and registry of the distillation methods."""
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from operator import attrgetter
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +66,8 @@ class Distiller(nn.Module):
     Attributes:
         defaults: config node of the method with its default values (mdistiller's names).
         meanings: of the keys in ``defaults``; those in :data:`COMMON_MEANINGS` may be left out.
+        arguments: key of the node for each keyword argument of the loss, read into ``settings``.
+        loss: static function that the classes below call with ``settings``.
         need: network outputs that the method reads.
         capturable: whether a step can be captured in a CUDA graph; False if it synchronises with the host.
         needs_indices: whether ``Batch.indices`` must be known.
@@ -74,31 +75,38 @@ class Distiller(nn.Module):
         ce_weight: weight of the cross entropy.
         weight: weight of the distillation loss.
         warmup: number of epochs of the linear warm-up of the distillation loss; 0 or 1 for none.
+        settings: keyword arguments of the loss.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     meanings: ClassVar[dict[str, str]] = {}
+    arguments: ClassVar[dict[str, str]] = {}
+    loss: ClassVar[Callable[..., Tensor]]
     need: ClassVar[Need] = Need.LOGITS
     capturable: ClassVar[bool] = True
     needs_indices: ClassVar[bool] = False
     teacher_in_train_mode: bool = False
 
-    def __init__(self, *, ce_weight: float = 1.0, weight: float = 1.0, warmup: int = 0) -> None:
+    def __init__(
+        self, *, ce_weight: float = 1.0, weight: float = 1.0, warmup: int = 0, **settings: Any
+    ) -> None:
         super().__init__()
         self.ce_weight = float(ce_weight)
         self.weight = float(weight)
         self.warmup = int(warmup)
+        self.settings = settings
 
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> Distiller:
+    def from_config(cls, node: Any, pair: Pair) -> Self:
         """Build the method from its config node and the shapes of the two networks.
 
-        The default passes the loss weights only; override it for methods with other arguments.
+        The default passes the loss weights and ``arguments``; override it for methods with modules of their own.
 
         Raises:
             ConfigError: a value is invalid, or the method does not support this pair.
         """
-        return cls(**loss_weights(node))
+        settings = {name: attrgetter(key)(node) for name, key in cls.arguments.items()}
+        return cls(**settings, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the unweighted distillation loss, a scalar in float32 or float64."""
@@ -114,6 +122,29 @@ class Distiller(nn.Module):
     def ramp(self, epoch: int) -> float:
         """Return the factor of the linear warm-up in this epoch (counted from 1)."""
         return min(epoch / self.warmup, 1.0) if self.warmup > 1 else 1.0
+
+
+class LogitDistiller(Distiller):
+    """Method whose ``loss`` reads the logits ``[B, C]`` of student and teacher."""
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return self.loss(student.logits, teacher.logits, **self.settings)
+
+
+class TargetDistiller(Distiller):
+    """Method whose ``loss`` reads the logits ``[B, C]`` of student and teacher and the targets ``[B]``."""
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return self.loss(student.logits, teacher.logits, batch.targets, **self.settings)
+
+
+class PooledDistiller(Distiller):
+    """Method whose ``loss`` reads the pooled features ``[B, D]`` of student and teacher."""
+
+    need = Need.POOLED
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return self.loss(student.pooled, teacher.pooled, **self.settings)
 
 
 DISTILLERS: Registry[type[Distiller]] = Registry("distiller")

@@ -1,15 +1,15 @@
 """Helpers of several methods: matching maps by stage, unit vectors, keyed random integers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import at_least_float32
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32
 from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.types import Batch, Outputs
 
 Maps = tuple[Tensor, ...]
 
@@ -27,11 +27,23 @@ def matched_stages(student: Maps, teacher: Maps) -> tuple[Maps, Maps]:
     """
     count = min(len(student), len(teacher)) - 1
     if count < 1:
-        raise ConfigError(
-            f"both networks require a stem and at least one stage, got student maps {shapes(student)} and teacher maps "
-            f"{shapes(teacher)}"
-        )
+        got = f"student maps {shapes(student)} and teacher maps {shapes(teacher)}"
+        raise ConfigError(f"both networks require a stem and at least one stage, got {got}")
     return student[-count:], teacher[-count:]
+
+
+class StageDistiller(Distiller):
+    """Method whose ``loss`` reads the maps of matched stages of student and teacher."""
+
+    need = Need.MAPS
+
+    @classmethod
+    def from_config(cls, node: Any, pair: Pair) -> Self:
+        matched_stages(pair.student.features, pair.teacher.features)  # checks them
+        return super().from_config(node, pair)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return self.loss(*matched_stages(student.features, teacher.features), **self.settings)
 
 
 def require_preacts(**networks: Maps) -> None:
@@ -39,9 +51,17 @@ def require_preacts(**networks: Maps) -> None:
     for role, preacts in networks.items():
         if not preacts:
             raise ConfigError(
-                f"requires maps before their ReLU, which the {role} does not return: add preacts to its outputs, or "
-                "choose another method"
+                f"requires maps before their ReLU, which the {role} does not return: choose another method"
             )
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that uses its running statistics for a single value per channel, which PyTorch's refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
 
 
 def pool_to(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -62,14 +82,9 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return pool_to(student, size), pool_to(teacher, size)
 
 
-def shape(tensor: Tensor) -> str:
-    """Format the shape of one sample: ``64x32x32``."""
-    return "x".join(str(size) for size in tensor.shape[1:])
-
-
-def shapes(tensors: Maps) -> str:
-    """Format the shapes of several tensors."""
-    return ", ".join(shape(tensor) for tensor in tensors) or "none"
+def shapes(tensors: Sequence[Tensor]) -> str:
+    """Format the shapes of tensors without the batch: ``64x32x32, 128x16x16``."""
+    return ", ".join("x".join(map(str, tensor.shape[1:])) for tensor in tensors) or "none"
 
 
 def check_typed(key: str, value: object, default: object, probed: object) -> None:
@@ -77,7 +92,6 @@ def check_typed(key: str, value: object, default: object, probed: object) -> Non
 
     mdistiller's configs contain shapes that are probed here. Its defaults fit one pair only, so they are ignored.
     """
-    value = list(value) if isinstance(value, (list, tuple)) else value
     if value not in (default, probed):
         raise ConfigError(f"{key} must be {probed} for this pair, got {value}: correct it or leave it out")
 

@@ -6,12 +6,10 @@ Source: Tian et al., "Contrastive Representation Distillation" (ICLR 2020), Eq. 
 The memory is part of the checkpoint and has ``2 * N * DIM`` floats: 49 MiB for CIFAR-100, 1.22 GiB for ImageNet.
 """
 
-from __future__ import annotations
-
 import math
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,10 +20,10 @@ from mdistiller_norm.distillers.common import check_typed, keyed_below, keyed_pe
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
-DENSE_SAMPLES = (
-    1 << 17
-)  # up to here, products with the whole memory are faster than gathering a third of its rows
-CHUNK = 1 << 26  # above, rows are gathered for some anchors at a time: at most this many numbers (256 MiB)
+# Up to here, products with the whole memory are faster than gathering a third of its rows. Above, rows are gathered for
+# some anchors at a time: at most CHUNK numbers (256 MiB).
+DENSE_SAMPLES = 1 << 17
+CHUNK = 1 << 26
 EPS = 1e-7
 
 
@@ -88,31 +86,24 @@ class ContrastSampler(nn.Module):
     if ``relaxed`` any sample of its class.
     """
 
-    order: Tensor
-    starts: Tensor
-    counts: Tensor
-
     def __init__(self, targets: Tensor, num_classes: int, negatives: int, relaxed: bool = False) -> None:
         super().__init__()
         targets = targets.detach().cpu()
         counts = torch.bincount(targets, minlength=num_classes)
         self.samples, self.largest = len(targets), int(counts.max())
         self.negatives, self.relaxed = negatives, relaxed
-        smallest = self.samples - self.largest
-        if negatives > smallest:
-            raise ConfigError(
-                f"CRD.NCE.K must be <= {smallest} (samples outside the largest class), got {negatives}"
-            )
-        self.register_buffer("order", targets.argsort(stable=True), persistent=False)
-        self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
-        self.register_buffer("counts", counts, persistent=False)
+        others = self.samples - self.largest  # of the largest class
+        if negatives > others:
+            raise ConfigError(f"CRD.NCE.K must be <= {others} for these classes, got {negatives}")
+        self.order = nn.Buffer(targets.argsort(stable=True), persistent=False)
+        self.starts = nn.Buffer(counts.cumsum(0) - counts, persistent=False)
+        self.counts = nn.Buffer(counts, persistent=False)
 
     def forward(self, targets: Tensor, indices: Tensor, key: Tensor) -> Tensor:
         """Return ``[B, 1 + K]`` positions in the training set, the positive first, for a batch and its key."""
         shuffled = keyed_permutation(key, self.samples)
-        places = torch.empty_like(shuffled).scatter_(
-            0, shuffled, torch.arange(self.samples, device=key.device)
-        )
+        positions = torch.arange(self.samples, device=key.device)
+        places = torch.empty_like(shuffled).scatter_(0, shuffled, positions)
         starts, counts = self.starts[targets][:, None], self.counts[targets][:, None]
         members = torch.arange(self.largest, device=key.device)
         exists = members < counts
@@ -151,13 +142,10 @@ class CRD(Distiller):
     }  # fmt: skip
     need = Need.POOLED
     needs_indices = True
-    student_memory: Tensor
-    teacher_memory: Tensor
-    log_z: Tensor
 
     def __init__(
         self,
-        widths: list[int],
+        widths: Sequence[int],
         sampler: ContrastSampler,
         dim: int,
         momentum: float,
@@ -167,29 +155,22 @@ class CRD(Distiller):
         super().__init__(**weights)
         self.momentum, self.temperature, self.sampler = momentum, temperature, sampler
         self.embed_student, self.embed_teacher = (nn.Linear(width, dim) for width in widths)
-        for name in ("student_memory", "teacher_memory"):  # rows of expected length 1
-            self.register_buffer(name, (2 * torch.rand(sampler.samples, dim) - 1) * math.sqrt(3 / dim))
-        self.register_buffer("log_z", torch.full((2,), torch.inf))  # infinite until the first batch
+        memories = ((2 * torch.rand(sampler.samples, dim) - 1) * math.sqrt(3 / dim) for _ in range(2))
+        self.student_memory, self.teacher_memory = map(nn.Buffer, memories)  # rows of expected length 1
+        self.log_z = nn.Buffer(torch.full((2,), torch.inf))  # infinite until the first batch
 
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> CRD:
+    def from_config(cls, node: Any, pair: Pair) -> Self:
         nce, feat = node.NCE, node.FEAT
         if node.MODE not in ("exact", "relax"):
             raise ConfigError(f"CRD.MODE must be exact or relax, got {node.MODE!r}")
-        if nce.K < 1 or feat.DIM < 1 or nce.TEMPERATURE <= 0 or not 0 <= nce.MOMENTUM < 1:
-            values = f"{nce.K}, {feat.DIM}, {nce.TEMPERATURE} and {nce.MOMENTUM}"
-            raise ConfigError(
-                f"CRD requires K, DIM >= 1, TEMPERATURE > 0 and 0 <= MOMENTUM < 1, got {values}"
-            )
         widths = [outputs.pooled.shape[1] for outputs in (pair.student, pair.teacher)]
         for key, width in zip(("STUDENT_DIM", "TEACHER_DIM"), widths, strict=True):
             check_typed(f"CRD.FEAT.{key}", feat[key], cls.defaults["FEAT"][key], width)
         sampler = ContrastSampler(pair.targets, pair.num_classes, nce.K, relaxed=node.MODE == "relax")
         size = 2 * sampler.samples * feat.DIM * 4
         if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            raise ConfigError(
-                f"CRD.FEAT.DIM {feat.DIM} requires {size / 2**30:.2f} GiB, more than the main memory"
-            )
+            raise ConfigError(f"CRD.FEAT.DIM {feat.DIM} requires {size / 2**30:.2f} GiB of memory")
         return cls(widths, sampler, feat.DIM, nce.MOMENTUM, nce.TEMPERATURE, **loss_weights(node))
 
     def extra_parameters(self) -> int:

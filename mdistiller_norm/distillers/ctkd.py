@@ -9,24 +9,16 @@ report 73.39 for resnet32x4 -> resnet8x4. As in the code, theta is subject to we
 the factor ``T ** 2``.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.distillers.base import Distiller, Pair, loss_weights, register
 from mdistiller_norm.distillers.kd import kl_divergence
-from mdistiller_norm.distillers.temperature import Temperature
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.distillers.temperature import soften
 from mdistiller_norm.types import Batch, Outputs
-
-
-def reverse_gradient(x: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-    """Return ``x`` with its gradient multiplied by ``-strength``."""
-    return x.detach() - strength * (x - x.detach())
 
 
 def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor) -> Tensor:
@@ -36,7 +28,7 @@ def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tenso
         student_logits, teacher_logits: ``[B, C]``.
         temperature: T, a positive scalar tensor that receives a gradient.
     """
-    plain = Temperature(1.0).soften(student_logits, teacher_logits)
+    plain = soften(student_logits, teacher_logits, 1.0)
     softened = plain._replace(student=plain.student / temperature, teacher=plain.teacher / temperature)
     return temperature**2 * kl_divergence(softened)
 
@@ -53,31 +45,21 @@ class CTKD(Distiller):
         "EPOCHS": "epochs until the temperature's gradient is fully reversed",
     }  # fmt: skip
 
-    theta: Tensor
-    strength: Tensor
-
     def __init__(self, start: float, span: float, epochs: int, **weights: Any) -> None:
         super().__init__(**weights)
-        if not (start > 0 and span >= 0 and math.isfinite(start + span)):
-            raise ConfigError(f"CTKD.T_START must be > 0 and CTKD.T_RANGE >= 0, got {start} and {span}")
-        if epochs < 1:
-            raise ConfigError(f"CTKD.EPOCHS must be >= 1, got {epochs}")
-        self.start, self.span, self.epochs = float(start), float(span), int(epochs)
+        self.start, self.span, self.epochs = start, span, epochs
         self.theta = nn.Parameter(torch.ones(()))
-        # Not saved: begin_epoch computes it from the epoch.
-        self.register_buffer("strength", torch.zeros(()), persistent=False)
+        self.strength = nn.Buffer(torch.zeros(()), persistent=False)  # begin_epoch computes it from the epoch
 
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> CTKD:
+    def from_config(cls, node: Any, pair: Pair) -> Self:
         return cls(node.T_START, node.T_RANGE, node.EPOCHS, **loss_weights(node))
 
     def begin_epoch(self, epoch: int, seed: int) -> None:
-        self.strength.fill_((1 - math.cos(math.pi * min(epoch / self.epochs, 1.0))) / 2)
-
-    @property
-    def temperature(self) -> Tensor:
-        """Current temperature, a scalar with a reversed gradient."""
-        return self.start + self.span * reverse_gradient(self.theta, self.strength).sigmoid()
+        self.strength.fill_((1 - math.cos(math.pi * min(epoch / max(self.epochs, 1), 1.0))) / 2)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return ctkd_loss(student.logits, teacher.logits, self.temperature)
+        # The value of theta with its gradient multiplied by -strength.
+        theta = self.theta.detach() - self.strength * (self.theta - self.theta.detach())
+        temperature = self.start + self.span * theta.sigmoid()
+        return ctkd_loss(student.logits, teacher.logits, temperature)

@@ -8,16 +8,11 @@ temperature 4, beta = gamma = 1, weight 2; their ImageNet file has temperature 1
 those of their code. They publish 76.31 for resnet32x4 -> resnet8x4.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Pair, loss_weights, register
-from mdistiller_norm.distillers.temperature import Temperature
-from mdistiller_norm.types import Batch, Outputs, Softened
+from mdistiller_norm.distillers.base import LogitDistiller, register
+from mdistiller_norm.distillers.temperature import soften
 
 
 def _pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
@@ -28,12 +23,6 @@ def _pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
     constant = (spreads[0] <= 1e-6 * sizes[0]) | (spreads[1] <= 1e-6 * sizes[1])
     correlation: Tensor = (x * y).sum(1) / (spreads[0] * spreads[1] + eps).masked_fill(constant, torch.inf)
     return correlation
-
-
-def _relation_distance(softened: Softened, beta: float, gamma: float) -> Tensor:
-    student, teacher = softened.student.softmax(1), softened.teacher.softmax(1)
-    inter, intra = 1 - _pearson(student, teacher).mean(), 1 - _pearson(student.T, teacher.T).mean()
-    return softened.weight.mean() * (beta * inter + gamma * intra)
 
 
 def dist_loss(
@@ -50,11 +39,14 @@ def dist_loss(
         beta: weight of the distance between rows (the classes of one sample).
         gamma: weight of the distance between columns (one class over the batch); constant for a batch of one.
     """
-    return _relation_distance(Temperature(temperature).soften(student_logits, teacher_logits), beta, gamma)
+    softened = soften(student_logits, teacher_logits, temperature)
+    student, teacher = softened.student.softmax(1), softened.teacher.softmax(1)
+    inter, intra = 1 - _pearson(student, teacher).mean(), 1 - _pearson(student.T, teacher.T).mean()
+    return softened.weight.mean() * (beta * inter + gamma * intra)
 
 
 @register("DIST")
-class DIST(Distiller):
+class DIST(LogitDistiller):
     """Distillation of inter-class and intra-class relations."""
 
     defaults = {
@@ -64,16 +56,5 @@ class DIST(Distiller):
         "BETA": "weight of the distance between the classes of a sample",
         "GAMMA": "weight of the distance between the samples of a class",
     }  # fmt: skip
-
-    def __init__(self, temperature: Temperature, beta: float, gamma: float, **weights: Any) -> None:
-        super().__init__(**weights)
-        self.temperature, self.beta, self.gamma = temperature, float(beta), float(gamma)
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> DIST:
-        return cls(Temperature(node.TEMPERATURE), node.BETA, node.GAMMA, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return _relation_distance(
-            self.temperature.soften(student.logits, teacher.logits), self.beta, self.gamma
-        )
+    loss = staticmethod(dist_loss)
+    arguments = {"beta": "BETA", "gamma": "GAMMA", "temperature": "TEMPERATURE"}

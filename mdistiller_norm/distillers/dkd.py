@@ -3,17 +3,13 @@
 Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022), Eq. 6-7.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Pair, loss_weights, register
-from mdistiller_norm.distillers.temperature import Temperature
-from mdistiller_norm.types import Batch, Outputs, Softened
+from mdistiller_norm.distillers.base import TargetDistiller, register
+from mdistiller_norm.distillers.temperature import soften
+from mdistiller_norm.types import Softened
 
 
 def split_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,25 +57,15 @@ def dkd_loss(
         student_logits, teacher_logits: ``[B, C]``.
         targets: ``[B]``, int64 class indices.
     """
-    softened = Temperature(temperature).soften(student_logits, teacher_logits)
+    softened = soften(student_logits, teacher_logits, temperature)
     return decoupled_divergence(softened, targets, alpha, beta)
 
 
 @register("DKD")
-class DKD(Distiller):
+class DKD(TargetDistiller):
     """Decoupled knowledge distillation."""
 
     defaults = {"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0, "WARMUP": 20}
     meanings = {"ALPHA": "weight of the target part", "BETA": "weight of the non-target part"}
-
-    def __init__(self, temperature: Temperature, alpha: float, beta: float, **weights: Any) -> None:
-        super().__init__(**weights)
-        self.temperature, self.alpha, self.beta = temperature, float(alpha), float(beta)
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> DKD:
-        return cls(Temperature(node.T), node.ALPHA, node.BETA, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        softened = self.temperature.soften(student.logits, teacher.logits)
-        return decoupled_divergence(softened, batch.targets, self.alpha, self.beta)
+    loss = staticmethod(dkd_loss)
+    arguments = {"alpha": "ALPHA", "beta": "BETA", "temperature": "T"}

@@ -8,16 +8,12 @@ divides by a temperature <= 0; here it counts as barely positive, so two such sa
 Defaults: the authors', also for resnet32x4 -> resnet8x4 (alpha 3, beta 1, T 4, cross entropy 1, warm-up 20 epochs).
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Pair, loss_weights, register
+from mdistiller_norm.distillers.base import LogitDistiller, register
 from mdistiller_norm.distillers.kd import kl_divergence
-from mdistiller_norm.distillers.temperature import FLOOR, Temperature, maximum
-from mdistiller_norm.types import Batch, Outputs, Softened
+from mdistiller_norm.distillers.temperature import FLOOR, maximum, soften
+from mdistiller_norm.types import Softened
 
 
 def dtkd_loss(
@@ -34,7 +30,7 @@ def dtkd_loss(
     Args:
         student_logits, teacher_logits: ``[B, C]``.
     """
-    softened = Temperature(temperature).soften(student_logits, teacher_logits)
+    softened = soften(student_logits, teacher_logits, temperature)
     # The shares do not change if all logits are divided by T.
     height_s, height_t = (maximum(side).clamp_min(FLOOR) for side in (softened.student, softened.teacher))
     share_s, share_t = (2 * height / (height_s + height_t) for height in (height_s, height_t))
@@ -44,22 +40,12 @@ def dtkd_loss(
 
 
 @register("DTKD")
-class DTKD(Distiller):
+class DTKD(LogitDistiller):
     """Dynamic temperature knowledge distillation."""
 
     defaults = {"CE_WEIGHT": 1.0, "ALPHA": 3.0, "BETA": 1.0, "T": 4.0, "WARMUP": 20}
     meanings = {
         "ALPHA": "weight of the part with dynamic temperatures", "BETA": "weight of the part with the temperature T",
     }  # fmt: skip
-
-    def __init__(self, alpha: float, beta: float, temperature: float, **weights: Any) -> None:
-        super().__init__(**weights)
-        Temperature(temperature)  # validates it
-        self.alpha, self.beta, self.temperature = float(alpha), float(beta), float(temperature)
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> DTKD:
-        return cls(node.ALPHA, node.BETA, node.T, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return dtkd_loss(student.logits, teacher.logits, self.alpha, self.beta, self.temperature)
+    loss = staticmethod(dtkd_loss)
+    arguments = {"alpha": "ALPHA", "beta": "BETA", "temperature": "T"}

@@ -4,15 +4,13 @@ Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), Eq. 3. A
 loss during the whole training, not a separate first stage.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
-from mdistiller_norm.distillers.common import shape, shapes
+from mdistiller_norm.distillers.common import BatchNorm, shapes
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -44,10 +42,10 @@ def make_regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
         convolution = nn.Conv2d(channels, hints, (source[0] - target[0] + 1, source[1] - target[1] + 1))
     else:
         raise ConfigError(
-            f"FITNET.HINT_LAYER selects the student map {shape(student)}, too small for the teacher map "
-            f"{shape(teacher)}: choose another layer"
+            f"FITNET.HINT_LAYER selects the student map {shapes([student])}, too small for the teacher map "
+            f"{shapes([teacher])}: choose another layer"
         )
-    return nn.Sequential(convolution, nn.BatchNorm2d(hints), nn.ReLU())
+    return nn.Sequential(convolution, BatchNorm(hints), nn.ReLU())
 
 
 @register("FITNET")
@@ -56,11 +54,8 @@ class FitNet(Distiller):
 
     # INPUT_SIZE is unused; mdistiller's configs may contain it.
     defaults = {
-        "HINT_LAYER": 2,
-        "INPUT_SIZE": [32, 32],
-        "WARMUP": 0,
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
-    }
+        "HINT_LAYER": 2, "INPUT_SIZE": [32, 32], "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
+    }  # fmt: skip
     meanings = {"HINT_LAYER": "map of the teacher; 0 is the stem"}
     need = Need.MAPS
 
@@ -70,7 +65,7 @@ class FitNet(Distiller):
         self.layer = layer
 
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> FitNet:
+    def from_config(cls, node: Any, pair: Pair) -> Self:
         students, teachers = pair.student.features, pair.teacher.features
         # HINT_LAYER counts the teacher's maps from the stem, 0; the student's map is as far from its end.
         layer = node.HINT_LAYER - len(teachers)
@@ -79,8 +74,7 @@ class FitNet(Distiller):
                 f"FITNET.HINT_LAYER must select a map of both networks, got {node.HINT_LAYER} for student maps "
                 f"{shapes(students)} and teacher maps {shapes(teachers)}"
             )
-        regressor = make_regressor(students[layer], teachers[layer])
-        return cls(regressor, layer, **loss_weights(node))
+        return cls(make_regressor(students[layer], teachers[layer]), layer, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return hint_loss(self.regressor(student.features[self.layer]), teacher.features[self.layer])

@@ -4,16 +4,13 @@ Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); No
 3-4 and Table 1 (several).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Pair, loss_weights, register
-from mdistiller_norm.distillers.temperature import Temperature
-from mdistiller_norm.types import Batch, Outputs, Softened
+from mdistiller_norm.distillers.base import LogitDistiller, register
+from mdistiller_norm.distillers.temperature import soften
+from mdistiller_norm.types import Softened
 
 
 def kl_divergence(softened: Softened) -> Tensor:
@@ -33,22 +30,13 @@ def kd_loss(
         temperature: T. For a sequence, the probabilities are averaged over its temperatures before the divergence,
             which is multiplied by ``max(T)^2`` (Eq. 3-4).
     """
-    return kl_divergence(Temperature(temperature).soften(student_logits, teacher_logits))
+    return kl_divergence(soften(student_logits, teacher_logits, temperature))
 
 
 @register("KD")
-class KD(Distiller):
+class KD(LogitDistiller):
     """Knowledge distillation with one fixed temperature or several."""
 
     defaults = {"TEMPERATURE": 4.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
-
-    def __init__(self, temperature: Temperature, **weights: Any) -> None:
-        super().__init__(**weights)
-        self.temperature = temperature
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> KD:
-        return cls(Temperature(node.TEMPERATURE), **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return kl_divergence(self.temperature.soften(student.logits, teacher.logits))
+    loss = staticmethod(kd_loss)
+    arguments = {"temperature": "TEMPERATURE"}

@@ -7,19 +7,16 @@ student's vectors follow the teacher's); the gradient is finite for equal and ze
 maps is averaged to the smaller size.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
-from mdistiller_norm.distillers.common import matched_stages, same_size, shapes
+from mdistiller_norm.distillers.base import Pair, at_least_float32, register
+from mdistiller_norm.distillers.common import StageDistiller, matched_stages, same_size, shapes
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs
 
 _GAP = 1e-6  # eigenvalues closer than this, relative to the largest, count as equal and do not mix in the gradient
 _SPARE = 3  # number of additional candidates for each vector of the teacher
@@ -78,37 +75,29 @@ def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int = 1) -> Tens
         scale = values / values.norm(dim=1, keepdim=True).clamp_min(1e-12)
         relations.append((_aligned(v_s, v_t) * scale.unsqueeze(1), v_t * scale.unsqueeze(1)))
     for before, after in itertools.pairwise(relations):
-        s, t = (
-            (-(v.unsqueeze(2) - w.unsqueeze(1)).square() / 8).exp()
-            for v, w in zip(after, before, strict=True)
-        )
+        pairs = zip(after, before, strict=True)
+        s, t = ((-(v.unsqueeze(2) - w.unsqueeze(1)).square() / 8).exp() for v, w in pairs)
         losses.append((s - t).square().flatten(1).sum(1).mean())
     return torch.stack(losses).sum()
 
 
 @register("KDSVD")
-class KDSVD(Distiller):
+class KDSVD(StageDistiller):
     """Distillation of the singular vectors of matched stages."""
 
     defaults = {"K": 1, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0}}
     meanings = {"K": "singular vectors of each map"}
-    need = Need.MAPS
+    loss = staticmethod(kdsvd_loss)
+    arguments = {"k": "K"}
     capturable = False  # torch.linalg.eigh synchronises with the host
 
-    def __init__(self, k: int = 1, **weights: Any) -> None:
-        super().__init__(**weights)
-        self.k = k
-
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> KDSVD:
+    def from_config(cls, node: Any, pair: Pair) -> Self:
         students, teachers = matched_stages(pair.student.features, pair.teacher.features)
-        width = min(maps.shape[-1] for maps in students + teachers)
+        width = min(each.shape[-1] for each in students + teachers)
         if len(students) < 2 or not 1 <= node.K <= width:
+            maps = f"student maps {shapes(students)} and teacher maps {shapes(teachers)}"
             raise ConfigError(
-                f"KDSVD requires two stages and KDSVD.K between 1 and their smallest width, got {node.K} for student "
-                f"maps {shapes(students)} and teacher maps {shapes(teachers)}"
+                f"KDSVD requires two stages and 1 <= KDSVD.K <= their width, got {node.K} for {maps}"
             )
-        return cls(node.K, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return kdsvd_loss(*matched_stages(student.features, teacher.features), self.k)
+        return super().from_config(node, pair)

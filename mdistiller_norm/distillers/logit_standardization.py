@@ -8,25 +8,17 @@ Defaults: as published for resnet32x4 -> resnet8x4 (sunshangquan/logit-standardi
 code divides by ``sigma + 1e-7``; here a row without spread is uniform, which is the limit.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Pair, loss_weights, register
+from mdistiller_norm.distillers.base import LogitDistiller, TargetDistiller, register
 from mdistiller_norm.distillers.dkd import DKD, decoupled_divergence
-from mdistiller_norm.distillers.kd import KD, kl_divergence
-from mdistiller_norm.distillers.temperature import Temperature
-
-
-def _standardized(base_temperature: float) -> Temperature:
-    return Temperature(base_temperature, "std", weighting="none")
+from mdistiller_norm.distillers.kd import kl_divergence
+from mdistiller_norm.distillers.temperature import soften
 
 
 def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, base_temperature: float = 2.0) -> Tensor:
     """``T^2 * KL(p_t || p_s)`` of z-scored logits ``[B, C]`` divided by T, averaged over the batch."""
-    return kl_divergence(_standardized(base_temperature).soften(student_logits, teacher_logits))
+    return kl_divergence(soften(student_logits, teacher_logits, base_temperature, "std", "none"))
 
 
 def lsdkd_loss(
@@ -38,29 +30,26 @@ def lsdkd_loss(
     base_temperature: float = 2.0,
 ) -> Tensor:
     """``T^2 * (alpha * TCKD + beta * NCKD)`` of z-scored logits divided by T; arguments as in ``dkd_loss``."""
-    softened = _standardized(base_temperature).soften(student_logits, teacher_logits)
+    softened = soften(student_logits, teacher_logits, base_temperature, "std", "none")
     return decoupled_divergence(softened, targets, alpha, beta)
 
 
 @register("LSKD")
-class LSKD(KD):
+class LSKD(LogitDistiller):
     """KD on standardized logits."""
 
     defaults = {"TEMPERATURE": 2.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 9.0}}
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> LSKD:
-        return cls(_standardized(node.TEMPERATURE), **loss_weights(node))
+    loss = staticmethod(lskd_loss)
+    arguments = {"base_temperature": "TEMPERATURE"}
 
 
 @register("LSDKD")
-class LSDKD(DKD):
+class LSDKD(TargetDistiller):
     """DKD on standardized logits."""
 
     defaults = {
         "TEMPERATURE": 2.0, "CE_WEIGHT": 1.0, "KD_WEIGHT": 9.0, "ALPHA": 1.0, "BETA": 8.0, "WARMUP": 20,
     }  # fmt: skip
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> LSDKD:
-        return cls(_standardized(node.TEMPERATURE), node.ALPHA, node.BETA, **loss_weights(node))
+    meanings = DKD.meanings
+    loss = staticmethod(lsdkd_loss)
+    arguments = {"alpha": "ALPHA", "beta": "BETA", "base_temperature": "TEMPERATURE"}

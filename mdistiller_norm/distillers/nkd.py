@@ -8,16 +8,11 @@ Defaults: the authors' CIFAR-100 file (ResNet34 -> ResNet18): gamma 3.5, tempera
 1.5, temperature 1. They publish none for resnet32x4 -> resnet8x4.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Pair, at_least_float32, loss_weights, register
+from mdistiller_norm.distillers.base import TargetDistiller, at_least_float32, register
 from mdistiller_norm.distillers.dkd import split_target
-from mdistiller_norm.distillers.temperature import Temperature
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.distillers.temperature import soften
 
 
 def nkd_loss(
@@ -34,11 +29,9 @@ def nkd_loss(
         targets: ``[B]``, int64 class indices y.
         temperature: T of q, the probabilities of the classes other than y among themselves; p has none.
     """
-    softened = Temperature(temperature).soften(student_logits, teacher_logits)
-    (_, others_s), (_, others_t) = (
-        split_target(softened.student, targets),
-        split_target(softened.teacher, targets),
-    )
+    softened = soften(student_logits, teacher_logits, temperature)
+    _, others_s = split_target(softened.student, targets)
+    _, others_t = split_target(softened.teacher, targets)
     log_s, log_t = (
         at_least_float32(logits).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
         for logits in (student_logits, teacher_logits)
@@ -48,20 +41,10 @@ def nkd_loss(
 
 
 @register("NKD")
-class NKD(Distiller):
+class NKD(TargetDistiller):
     """Normalized knowledge distillation."""
 
     defaults = {"TEMPERATURE": 3.0, "GAMMA": 3.5, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 1.0}}
     meanings = {"GAMMA": "weight of the non-target part"}
-
-    def __init__(self, gamma: float, temperature: float, **weights: Any) -> None:
-        super().__init__(**weights)
-        Temperature(temperature)  # validates it
-        self.gamma, self.temperature = float(gamma), float(temperature)
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> NKD:
-        return cls(node.GAMMA, node.TEMPERATURE, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return nkd_loss(student.logits, teacher.logits, batch.targets, self.gamma, self.temperature)
+    loss = staticmethod(nkd_loss)
+    arguments = {"gamma": "GAMMA", "temperature": "TEMPERATURE"}

@@ -5,16 +5,12 @@ other statistics, Table 8. DKD+NormKD: section 4; the paper has no formula, this
 deviation is over all classes and shared by both parts of DKD.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Pair, loss_weights, register
+from mdistiller_norm.distillers.base import LogitDistiller, TargetDistiller, register
 from mdistiller_norm.distillers.dkd import DKD, decoupled_divergence
-from mdistiller_norm.distillers.kd import KD, kl_divergence
-from mdistiller_norm.distillers.temperature import Temperature
+from mdistiller_norm.distillers.kd import kl_divergence
+from mdistiller_norm.distillers.temperature import soften
 
 
 def normkd_loss(
@@ -36,7 +32,7 @@ def normkd_loss(
         weighting: ``teacher`` as in the paper, or ``student_teacher`` for the weight ``T_norm^2 * sigma_s * sigma_t``
             (without a gradient), which keeps the gradient small while the student's logits are.
     """
-    return kl_divergence(Temperature(t_norm, statistic, weighting).soften(student_logits, teacher_logits))
+    return kl_divergence(soften(student_logits, teacher_logits, t_norm, statistic, weighting))
 
 
 def norm_dkd_loss(
@@ -53,12 +49,12 @@ def norm_dkd_loss(
         student_logits, teacher_logits: ``[B, C]``.
         targets: ``[B]``, int64 class indices.
     """
-    softened = Temperature(t_norm, "std").soften(student_logits, teacher_logits)
+    softened = soften(student_logits, teacher_logits, t_norm, "std")
     return decoupled_divergence(softened, targets, alpha, beta)
 
 
 @register("NormKD")
-class NormKD(KD):
+class NormKD(LogitDistiller):
     """KD with the temperature ``TEMPERATURE_NORM * STATISTIC(logits)`` for each sample and network."""
 
     defaults = {
@@ -70,28 +66,18 @@ class NormKD(KD):
         "STATISTIC": "of the logits: std, max or range",
         "WEIGHTING": "teacher, or student_teacher: T_norm^2 times both statistics",
     }  # fmt: skip
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> NormKD:
-        temperature = Temperature(node.TEMPERATURE_NORM, node.STATISTIC, node.WEIGHTING)
-        return cls(temperature, **loss_weights(node))
+    loss = staticmethod(normkd_loss)
+    arguments = {"t_norm": "TEMPERATURE_NORM", "statistic": "STATISTIC", "weighting": "WEIGHTING"}
 
 
 @register("NormKD_W_DKD")
-class NormKDWithDKD(DKD):
+class NormKDWithDKD(TargetDistiller):
     """DKD with NormKD's temperature."""
 
     # LOSS is unused; configs of mdistiller's fork may contain it.
     defaults = {
-        "TEMPERATURE_NORM": 2.0,
-        "LOSS": {},
-        "CE_WEIGHT": 1.0,
-        "ALPHA": 1.0,
-        "BETA": 8.0,
-        "WARMUP": 20,
-    }
+        "TEMPERATURE_NORM": 2.0, "LOSS": {}, "CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "WARMUP": 20,
+    }  # fmt: skip
     meanings = DKD.meanings | {"TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the logits' std"}
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> NormKDWithDKD:
-        return cls(Temperature(node.TEMPERATURE_NORM, "std"), node.ALPHA, node.BETA, **loss_weights(node))
+    loss = staticmethod(norm_dkd_loss)
+    arguments = {"alpha": "ALPHA", "beta": "BETA", "t_norm": "TEMPERATURE_NORM"}

@@ -5,17 +5,13 @@ mean discrepancy of the channels, each a unit vector over the pixels, with the p
 sum over all stages and the averaging of larger maps are mdistiller's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, loss_weights, register
-from mdistiller_norm.distillers.common import matched_stages, same_size, unit
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.distillers.base import register
+from mdistiller_norm.distillers.common import StageDistiller, same_size, unit
 
 
 def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -41,16 +37,8 @@ def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 
 
 @register("NST")
-class NST(Distiller):
+class NST(StageDistiller):
     """Neuron selectivity transfer between matched stages."""
 
     defaults = {"WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 50.0}}
-    need = Need.MAPS
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> NST:
-        matched_stages(pair.student.features, pair.teacher.features)  # checks them
-        return cls(**loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return nst_loss(*matched_stages(student.features, teacher.features))
+    loss = staticmethod(nst_loss)

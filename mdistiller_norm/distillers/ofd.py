@@ -4,18 +4,16 @@ Source: Heo et al., "A Comprehensive Overhaul of Feature Distillation" (ICCV 201
 the teacher's batch norms (section 3.1), partial L2 distance (Eq. 4).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
-from mdistiller_norm.distillers.common import matched_stages, pool_to, require_preacts, shape
+from mdistiller_norm.distillers.common import BatchNorm, matched_stages, pool_to, require_preacts, shapes
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -53,7 +51,7 @@ def margins_of(norm: nn.BatchNorm2d) -> Tensor:
 def _connector(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+    return nn.Sequential(convolution, BatchNorm(out_channels))
 
 
 @register("OFD")
@@ -90,7 +88,7 @@ class OFD(Distiller):
             self.register_buffer(f"margin{stage}", margins_of(norm))
 
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> OFD:
+    def from_config(cls, node: Any, pair: Pair) -> Self:
         kernel_size = node.CONNECTOR.KERNEL_SIZE
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError(f"OFD.CONNECTOR.KERNEL_SIZE must be odd and >= 1, got {kernel_size}")
@@ -102,7 +100,7 @@ class OFD(Distiller):
         for teacher, norm in zip_longest(teachers, before_relu[-len(teachers) :]):
             if norm is None or norm.num_features != teacher.shape[1]:
                 raise ConfigError(
-                    f"OFD requires a batch norm before the ReLU of the teacher's map {shape(teacher)}, which "
+                    f"OFD requires a batch norm before the ReLU of the teacher's map {shapes([teacher])}, which "
                     "norms_before_relu does not return: choose another teacher or method"
                 )
             norms.append(norm)
@@ -112,11 +110,8 @@ class OFD(Distiller):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         students, teachers = matched_stages(student.preacts, teacher.preacts)
         losses = []
-        for stage, (connector, source, target) in enumerate(
-            zip(self.connectors, students, teachers, strict=True)
-        ):
-            loss = feat_loss(
-                connector(source), pool_to(target, source.shape[-2:]), self.get_buffer(f"margin{stage}")
-            )
-            losses.append(loss / 2 ** (len(students) - 1 - stage))
+        stages = zip(self.connectors, students, teachers, strict=True)
+        for stage, (connector, source, target) in enumerate(stages):
+            target, margin = pool_to(target, source.shape[-2:]), self.get_buffer(f"margin{stage}")
+            losses.append(feat_loss(connector(source), target, margin) / 2 ** (len(students) - 1 - stage))
         return torch.stack(losses).sum()

@@ -4,13 +4,10 @@ Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Kn
 cosine kernel. The mean over all pairs instead of the sum, and the small constant, are those of the authors' code.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, register
+from mdistiller_norm.distillers.base import PooledDistiller, register
 from mdistiller_norm.distillers.common import unit
-from mdistiller_norm.types import Batch, Outputs
 
 
 def _neighbours(features: Tensor) -> Tensor:
@@ -21,15 +18,12 @@ def _neighbours(features: Tensor) -> Tensor:
 
 
 def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
-    """``p_t * log(p_t / p_s)`` of the neighbour probabilities, averaged over all ``B * B`` pairs.
+    """``p_t * log(p_t / p_s)`` of the neighbour probabilities, averaged over all ``B * B`` pairs; 0 for one sample.
 
     Args:
         f_s: features of the student, ``[B, D]``.
         f_t: features of the teacher, ``[B, E]``.
         eps: added to both probabilities in the logarithm.
-
-    Returns:
-        A scalar in at least float32; 0 for a batch of one.
     """
     student, teacher = _neighbours(f_s), _neighbours(f_t)
     # Rounding can make the similarity of opposite vectors negative.
@@ -38,11 +32,8 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 @register("PKT")
-class PKT(Distiller):
+class PKT(PooledDistiller):
     """Probabilistic knowledge transfer of the pooled features."""
 
     defaults = {"WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}}
-    need = Need.POOLED
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return pkt_loss(student.pooled, teacher.pooled)
+    loss = staticmethod(pkt_loss)

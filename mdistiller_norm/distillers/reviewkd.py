@@ -4,22 +4,19 @@ Source: Chen et al., "Distilling Knowledge via Knowledge Review" (CVPR 2021): at
 and hierarchical context loss (HCL, section 3.4).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
-from mdistiller_norm.distillers.common import Maps, check_typed, pool_to, require_preacts, shapes
+from mdistiller_norm.distillers.common import BatchNorm, Maps, check_typed, pool_to, require_preacts, shapes
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
 LEVELS = (4, 2, 1)
-MAX_MID_CHANNELS = 512
 
 
 def hcl_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor]) -> Tensor:
@@ -43,15 +40,6 @@ def hcl_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor]) -> Tensor:
                 loss = loss + weight * F.mse_loss(pool_to(student, grid), pool_to(teacher, grid))
         losses.append(loss / total)
     return torch.stack(losses).sum()
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that uses its running statistics for a single value per channel, which PyTorch's refuses."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
 
 
 class AttentionFusion(nn.Module):
@@ -116,28 +104,24 @@ class ReviewKD(Distiller):
     need = Need.MAPS
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        out_channels: Sequence[int],
-        student_preact: bool = False,
-        **weights: Any,
+        self, in_channels: Sequence[int], out_channels: Sequence[int], student_preact: bool, **weights: Any
     ) -> None:
         super().__init__(**weights)
         self.student_preact = student_preact
-        mid_channels = min(MAX_MID_CHANNELS, in_channels[-1])
+        mid_channels = min(512, in_channels[-1])
         last = len(in_channels) - 1
-        channels = zip(in_channels, out_channels, strict=True)
+        channels = enumerate(zip(in_channels, out_channels, strict=True))
         self.fusions = nn.ModuleList(
-            AttentionFusion(ins, mid_channels, outs, fuse=level < last)
-            for level, (ins, outs) in enumerate(channels)
+            AttentionFusion(ins, mid_channels, outs, fuse=level < last) for level, (ins, outs) in channels
         )
 
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> ReviewKD:
-        require_preacts(
-            teacher=pair.teacher.preacts, **({"student": pair.student.preacts} if node.STU_PREACT else {})
-        )
-        students = pair.student.preacts if node.STU_PREACT else pair.student.features
+    def from_config(cls, node: Any, pair: Pair) -> Self:
+        require_preacts(teacher=pair.teacher.preacts)
+        students = pair.student.features
+        if node.STU_PREACT:
+            students = pair.student.preacts
+            require_preacts(student=students)
         teachers = pair.teacher.preacts[1:]
         count = min(len(students), len(teachers))
         if count < 1:
@@ -146,14 +130,13 @@ class ReviewKD(Distiller):
                 f"{shapes(teachers)}"
             )
         channels = []
-        for maps, pooled, prefixes in (
-            (students, pair.student.pooled, ("", "IN_")),
-            (teachers, pair.teacher.pooled, ("OUT_", "OUT_")),
+        for maps, pooled, keys in (
+            (students, pair.student.pooled, ("SHAPES", "IN_CHANNELS")),
+            (teachers, pair.teacher.pooled, ("OUT_SHAPES", "OUT_CHANNELS")),
         ):
             levels = _levels(maps[-count:], pooled)
             probed = [level.shape[2] for level in levels[::-1]], [level.shape[1] for level in levels]
-            for prefix, name, value in zip(prefixes, ("SHAPES", "CHANNELS"), probed, strict=True):
-                key = prefix + name
+            for key, value in zip(keys, probed, strict=True):
                 check_typed(f"REVIEWKD.{key}", node[key], cls.defaults[key], value)
             channels.append(probed[1])
         weights = loss_weights(node) | {"weight": node.REVIEWKD_WEIGHT, "warmup": node.WARMUP_EPOCHS}
@@ -166,9 +149,8 @@ class ReviewKD(Distiller):
         targets = _levels(teacher.preacts[-count:], teacher.pooled)
         fused: list[Tensor] = []
         deeper = None
-        for fusion, source, target in zip(
-            list(self.fusions)[::-1], sources[::-1], targets[::-1], strict=True
-        ):
+        levels = list(zip(self.fusions, sources, targets, strict=True))
+        for fusion, source, target in reversed(levels):
             out, deeper = fusion(source, deeper, target.shape[-2:])
             fused.insert(0, out)
         return hcl_loss(fused, targets)

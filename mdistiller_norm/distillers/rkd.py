@@ -3,16 +3,11 @@
 Source: Park et al., "Relational Knowledge Distillation" (CVPR 2019), Eq. 6-11.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.distillers.base import PooledDistiller, at_least_float32, register
 
 
 def _relations(points: Tensor, squared: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -28,9 +23,8 @@ def _relations(points: Tensor, squared: bool, eps: float) -> tuple[Tensor, Tenso
     # The gradient of sqrt is infinite at 0, even in a branch that is masked out.
     square = square.where(apart, 1.0)
     length = square.sqrt()
-    equal = (1 - torch.eye(len(points), dtype=points.dtype, device=points.device)) * (
-        eps if squared else eps**0.5
-    )
+    others = 1 - torch.eye(len(points), dtype=points.dtype, device=points.device)
+    equal = others * (eps if squared else eps**0.5)
     distances = (square if squared else length).where(apart, equal)
     mean = distances.sum() / (distances > 0).sum().clamp_min(1)
     distances = distances / mean.where(mean > 0, 1.0)
@@ -46,7 +40,7 @@ def rkd_loss(
     distance_weight: float = 25,
     angle_weight: float = 50,
 ) -> Tensor:
-    """Smooth L1 of the relations of student and teacher (Eq. 8 and 11), including the diagonals.
+    """Smooth L1 of the relations of student and teacher (Eq. 8 and 11), including the diagonals; 0 for one sample.
 
     Args:
         f_s: features of the student, ``[B, ...]``.
@@ -55,9 +49,6 @@ def rkd_loss(
         eps: squared distance below which two samples count as equal.
         distance_weight: weight of the mean over the ``B ** 2`` distances.
         angle_weight: weight of the mean over the ``B ** 3`` cosines.
-
-    Returns:
-        A scalar in at least float32; 0 for a batch of one.
     """
     distances_s, angles_s = _relations(f_s, squared, eps)
     distances_t, angles_t = _relations(f_t, squared, eps)
@@ -66,7 +57,7 @@ def rkd_loss(
 
 
 @register("RKD")
-class RKD(Distiller):
+class RKD(PooledDistiller):
     """Distances and angles of the pooled features."""
 
     defaults = {
@@ -78,18 +69,8 @@ class RKD(Distiller):
         "PDIST.EPSILON": "squared distance below which samples count as equal",
         "PDIST.SQUARED": "compare squared distances",
     }  # fmt: skip
-    need = Need.POOLED
-
-    def __init__(
-        self, squared: bool, eps: float, distance_weight: float, angle_weight: float, **weights: Any
-    ) -> None:
-        super().__init__(**weights)
-        self.arguments = (squared, eps, distance_weight, angle_weight)
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> RKD:
-        distances = bool(node.PDIST.SQUARED), node.PDIST.EPSILON
-        return cls(*distances, node.DISTANCE_WEIGHT, node.ANGLE_WEIGHT, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return rkd_loss(student.pooled, teacher.pooled, *self.arguments)
+    loss = staticmethod(rkd_loss)
+    arguments = {
+        "squared": "PDIST.SQUARED", "eps": "PDIST.EPSILON", "distance_weight": "DISTANCE_WEIGHT",
+        "angle_weight": "ANGLE_WEIGHT",
+    }  # fmt: skip

@@ -9,17 +9,12 @@ confidence; their file for resnet32x4 -> resnet8x4 does not change them, and the
 temperature (their option ``--same-t``, here ``ALPHA_T`` equal to ``T``).
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Pair, loss_weights, register
+from mdistiller_norm.distillers.base import TargetDistiller, register
 from mdistiller_norm.distillers.dkd import binary_divergence, split_target
 from mdistiller_norm.distillers.kd import kl_divergence
-from mdistiller_norm.distillers.temperature import Temperature
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.distillers.temperature import soften
 
 _MASKED = -1e30  # finite: a row with all classes masked is uniform in both networks
 
@@ -43,19 +38,19 @@ def rld_loss(
         temperature: T of the correlation.
         confidence_temperature: T of the confidence.
     """
-    sharp = Temperature(confidence_temperature).soften(student_logits, teacher_logits)
+    sharp = soften(student_logits, teacher_logits, confidence_temperature)
     odds_s, _ = split_target(sharp.student, targets)
     odds_t, _ = split_target(sharp.teacher, sharp.teacher.argmax(1))
     confidence = (sharp.weight * binary_divergence(odds_s, odds_t)).mean()
 
-    soft = Temperature(temperature).soften(student_logits, teacher_logits)
+    soft = soften(student_logits, teacher_logits, temperature)
     misleading = teacher_logits >= teacher_logits.gather(1, targets[:, None])
     student, teacher = (side.masked_fill(misleading, _MASKED) for side in (soft.student, soft.teacher))
     return alpha * confidence + beta * kl_divergence(soft._replace(student=student, teacher=teacher))
 
 
 @register("RLD")
-class RLD(Distiller):
+class RLD(TargetDistiller):
     """Refined logit distillation."""
 
     defaults = {"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0, "WARMUP": 20}
@@ -63,20 +58,5 @@ class RLD(Distiller):
         "ALPHA": "weight of the sample confidence", "BETA": "weight of the masked correlation",
         "ALPHA_T": "temperature of the sample confidence",
     }  # fmt: skip
-
-    def __init__(
-        self, alpha: float, beta: float, temperature: float, confidence_temperature: float, **weights: Any
-    ):
-        super().__init__(**weights)
-        for scale in (temperature, confidence_temperature):
-            Temperature(scale)  # validates it
-        self.alpha, self.beta = float(alpha), float(beta)
-        self.temperature, self.confidence_temperature = float(temperature), float(confidence_temperature)
-
-    @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> RLD:
-        return cls(node.ALPHA, node.BETA, node.T, node.ALPHA_T, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        temperatures = self.temperature, self.confidence_temperature
-        return rld_loss(student.logits, teacher.logits, batch.targets, self.alpha, self.beta, *temperatures)
+    loss = staticmethod(rld_loss)
+    arguments = {"alpha": "ALPHA", "beta": "BETA", "temperature": "T", "confidence_temperature": "ALPHA_T"}

@@ -4,8 +4,6 @@ Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019
 mdistiller.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

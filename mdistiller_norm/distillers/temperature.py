@@ -6,11 +6,8 @@ statistic and in the divergence of the softened logits.
 Source: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation" (2023), Eq. 1-7, Tables 1, 6, 8.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,88 +52,66 @@ def value_range(logits: Tensor) -> Tensor:
     return logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)
 
 
-@dataclass(frozen=True)
-class Temperature:
-    """Softening of logits by ``tau(z) = scale * statistic(z)`` for each sample.
+def soften(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    scale: float | Sequence[float] = 4.0,
+    statistic: str = "constant",
+    weighting: str = "teacher",
+) -> Softened:
+    """Divide the logits of each network by ``tau(z) = scale * statistic(z)`` of each sample.
 
     A sample whose statistic is zero (constant logits) has no temperature: it becomes the uniform distribution without a
     gradient, and as a teacher it gets weight 0.
 
-    Attributes:
+    Args:
+        student_logits, teacher_logits: ``[B, C]``, any floating type. Gradients include the student's statistic.
         scale: T, T_norm or T_v. For several, the softened *probabilities* are averaged over them (Eq. 3).
         statistic: name of a statistic in ``STATISTICS``.
         weighting: weight of a sample. ``teacher``: the teacher's ``tau ** 2`` (for a constant ``max(scale) ** 2``, Eq.
             4); ``student_teacher``: the product of both ``tau``, without a gradient; ``none``: ``max(scale) ** 2`` for
             every sample (logit standardization).
 
+    Returns:
+        Softened logits in at least float32 and the weight of each sample, ``[B]``.
+
     Raises:
         ConfigError: the statistic or the weighting is unknown, or a scale is not positive and finite.
+        ValueError: the shapes differ or are not ``[B, C]`` with at least 2 classes.
     """
+    scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
+    if weighting not in WEIGHTINGS:
+        raise ConfigError(f"WEIGHTING must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    if not scales or not all(0 < each < math.inf for each in scales):
+        raise ConfigError(f"the temperature must be positive and finite, got {scale!r}")
+    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
+    shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][1] < 2:
+        raise ValueError(
+            f"logits must be [batch, classes] with at least 2 classes and of the same shape, got {shapes}"
+        )
+    # One pass over both: on a GPU, the cost of tensors this small is the number of operations.
+    divided, statistics = _divide(torch.cat([student_logits, teacher_logits]), scales, statistic)
+    (student, teacher), (measured_s, measured_t) = divided.chunk(2), statistics.chunk(2)
+    if not teacher_logits.requires_grad:
+        teacher, measured_t = teacher.detach(), measured_t.detach()
+    if weighting == "none":
+        measured_t = torch.ones_like(measured_t)
+    elif weighting == "student_teacher":
+        measured_t = (measured_s * measured_t).detach().sqrt()
+    return Softened(student, teacher, ((max(scales) * measured_t) ** 2).squeeze(1))
 
-    scale: float | Sequence[float] = 4.0
-    statistic: str = "constant"
-    weighting: str = "teacher"
 
-    def __post_init__(self) -> None:
-        STATISTICS[self.statistic]
-        if self.weighting not in WEIGHTINGS:
-            raise ConfigError(f"WEIGHTING must be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}")
-        if not self.scales or any(not math.isfinite(scale) or scale <= 0 for scale in self.scales):
-            raise ConfigError(f"the temperature must be positive and finite, got {self.scale!r}")
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """All scales as a tuple."""
-        if isinstance(self.scale, Sequence):
-            return tuple(float(scale) for scale in self.scale)
-        return (float(self.scale),)
-
-    def measure(self, logits: Tensor) -> Tensor:
-        """Return the statistic of each sample, ``[B, 1]``, without the scale."""
-        return STATISTICS[self.statistic](logits)
-
-    def soften(self, student_logits: Tensor, teacher_logits: Tensor) -> Softened:
-        """Divide the logits of each network by their temperatures.
-
-        Args:
-            student_logits, teacher_logits: ``[B, C]``, any floating type. Gradients include the student's statistic.
-
-        Returns:
-            Softened logits in at least float32 and the weight of each sample, ``[B]``.
-
-        Raises:
-            ValueError: the shapes differ or are not ``[B, C]`` with at least 2 classes.
-        """
-        student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
-        student_shape, teacher_shape = tuple(student_logits.shape), tuple(teacher_logits.shape)
-        if student_shape != teacher_shape or len(student_shape) != 2 or student_shape[1] < 2:
-            raise ValueError(
-                f"student and teacher logits must be [batch, classes] with at least 2 classes and of the same shape, "
-                f"got {student_shape} and {teacher_shape}"
-            )
-        # One pass over both: on a GPU, the cost of tensors this small is the number of operations.
-        divided, statistics = self._divide(torch.cat([student_logits, teacher_logits]))
-        (student, teacher), (student_statistic, statistic) = divided.chunk(2), statistics.chunk(2)
-        if not teacher_logits.requires_grad:
-            teacher, statistic = teacher.detach(), statistic.detach()
-        if self.weighting == "none":
-            statistic = torch.ones_like(statistic)
-        elif self.weighting == "student_teacher":
-            statistic = (student_statistic * statistic).detach().sqrt()
-        return Softened(student, teacher, ((max(self.scales) * statistic) ** 2).squeeze(1))
-
-    def _divide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the softened logits (for several scales, the log of the mean probability) and the statistic."""
-        if self.statistic == "constant":
-            statistic, unit = constant(logits), logits
-        else:
-            statistic = self.measure(logits)
-            usable = statistic > FLOOR
-            statistic = statistic.where(usable, torch.zeros_like(statistic))
-            # Logits divided by infinity are the uniform distribution, and their gradient is zero.
-            divisor = statistic.where(usable, torch.full_like(statistic, torch.inf))
-            unit = (logits - logits.amax(1, keepdim=True).detach()) / divisor
-        if len(self.scales) == 1:
-            return unit / self.scales[0], statistic
-        log_probabilities = torch.stack([(unit / scale).log_softmax(1) for scale in self.scales])
-        return log_probabilities.logsumexp(0) - math.log(len(self.scales)), statistic
+def _divide(logits: Tensor, scales: Sequence[float], statistic: str) -> tuple[Tensor, Tensor]:
+    """Return the softened logits (for several scales, the log of the mean probability) and the statistic."""
+    measured, unit = STATISTICS[statistic](logits), logits
+    if statistic != "constant":
+        usable = measured > FLOOR
+        measured = measured.where(usable, torch.zeros_like(measured))
+        # Logits divided by infinity are the uniform distribution, and their gradient is zero.
+        divisor = measured.where(usable, torch.full_like(measured, torch.inf))
+        unit = (logits - logits.amax(1, keepdim=True).detach()) / divisor
+    if len(scales) == 1:
+        return unit / scales[0], measured
+    log_probabilities = torch.stack([(unit / scale).log_softmax(1) for scale in scales])
+    return log_probabilities.logsumexp(0) - math.log(len(scales)), measured

@@ -7,27 +7,23 @@ which is large if the teacher is uncertain. There is no factor ``T ** 2``. Paper
 Defaults: Table 8 for resnet32x4 -> resnet8x4 (76.17 for TTM, 76.06 for WTTM): gamma 0.1, weight 100 (TTM) or 3 (WTTM).
 """
 
-from __future__ import annotations
-
-import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Pair, at_least_float32, loss_weights, register
+from mdistiller_norm.distillers.base import LogitDistiller, Pair, at_least_float32, register
 from mdistiller_norm.distillers.kd import kl_divergence
-from mdistiller_norm.distillers.temperature import Temperature
+from mdistiller_norm.distillers.temperature import soften
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs, Softened
+from mdistiller_norm.types import Softened
 
 
 def _transformed(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> Softened:
     """Soften the teacher only, at temperature ``1 / gamma``; every weight is 1."""
-    softened = Temperature(1 / gamma).soften(student_logits, teacher_logits)
-    return softened._replace(
-        student=at_least_float32(student_logits), weight=torch.ones_like(softened.weight)
-    )
+    softened = soften(student_logits, teacher_logits, 1 / gamma)
+    weight = torch.ones_like(softened.weight)
+    return softened._replace(student=at_least_float32(student_logits), weight=weight)
 
 
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1) -> Tensor:
@@ -47,24 +43,19 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1
 
 
 @register("TTM")
-class TTM(Distiller):
+class TTM(LogitDistiller):
     """Transformed teacher matching."""
 
     defaults = {"GAMMA": 0.1, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 100.0}}
     meanings = {"GAMMA": "exponent of the teacher's probabilities, 1 / T"}
-
-    def __init__(self, gamma: float, **weights: Any) -> None:
-        super().__init__(**weights)
-        if not (math.isfinite(gamma) and gamma > 0):
-            raise ConfigError(f"{type(self).__name__}.GAMMA must be > 0 and finite, got {gamma}")
-        self.gamma = float(gamma)
+    loss = staticmethod(ttm_loss)
+    arguments = {"gamma": "GAMMA"}
 
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> TTM:
-        return cls(node.GAMMA, **loss_weights(node))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return ttm_loss(student.logits, teacher.logits, self.gamma)
+    def from_config(cls, node: Any, pair: Pair) -> Self:
+        if node.GAMMA <= 0:
+            raise ConfigError(f"{cls.__name__}.GAMMA must be > 0, got {node.GAMMA}")
+        return super().from_config(node, pair)
 
 
 @register("WTTM")
@@ -72,6 +63,4 @@ class WTTM(TTM):
     """Transformed teacher matching, with samples weighted by the teacher's uncertainty."""
 
     defaults = {"GAMMA": 0.1, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 3.0}}
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return wttm_loss(student.logits, teacher.logits, self.gamma)
+    loss = staticmethod(wttm_loss)

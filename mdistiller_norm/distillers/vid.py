@@ -5,11 +5,9 @@ of a Gaussian with learned mean and variance, without its constant. mdistiller l
 values (they are not in its optimizer or checkpoints); here they are parameters.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +35,8 @@ def vid_loss(mean: Tensor, f_t: Tensor, log_scale: Tensor, eps: float = 1e-5) ->
 
 def _regressor(channels: int, targets: int) -> nn.Sequential:
     """Map the student's channels to the teacher's, pixel by pixel."""
-    first, second, third = (
-        nn.Conv2d(width, targets, 1, bias=False) for width in (channels, targets, targets)
-    )
+    widths = (channels, targets, targets)
+    first, second, third = (nn.Conv2d(width, targets, 1, bias=False) for width in widths)
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
 
@@ -56,27 +53,20 @@ class VID(Distiller):
     need = Need.MAPS
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        targets: Sequence[int],
-        initial_variance: float,
-        eps: float,
-        **weights: Any,
+        self, channels: Sequence[int], targets: Sequence[int], variance: float, eps: float, **weights: Any
     ) -> None:
         super().__init__(**weights)
-        if not 0 < eps < initial_variance:
-            raise ConfigError(
-                f"VID.EPS must be > 0 and < VID.INIT_PRED_VAR, got {eps} and {initial_variance}"
-            )
+        if not 0 < eps < variance:
+            raise ConfigError(f"VID.EPS must be > 0 and < VID.INIT_PRED_VAR, got {eps} and {variance}")
         self.eps = eps
         # Inverse of softplus, without overflow and accurate for small variances.
-        start = initial_variance - eps
+        start = variance - eps
         start += math.log(-math.expm1(-start))
         self.regressors = nn.ModuleList(_regressor(s, t) for s, t in zip(channels, targets, strict=True))
         self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t,), start)) for t in targets)
 
     @classmethod
-    def from_config(cls, node: Any, pair: Pair) -> VID:
+    def from_config(cls, node: Any, pair: Pair) -> Self:
         students, teachers = matched_stages(pair.student.features, pair.teacher.features)
         channels, targets = [maps.shape[1] for maps in students], [maps.shape[1] for maps in teachers]
         return cls(channels, targets, node.INIT_PRED_VAR, node.EPS, **loss_weights(node))

@@ -1,7 +1,5 @@
 """Networks, one file per family. Importing the package registers all of them."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import inspect
@@ -22,8 +20,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 VARIANTS: Registry[Registry[Builder]] = Registry("model variant")
-VARIANTS.register("cifar")(CIFAR_MODELS)
-VARIANTS.register("imagenet")(IMAGENET_MODELS)
+VARIANTS.update(cifar=CIFAR_MODELS, imagenet=IMAGENET_MODELS)
 
 
 def register(name: str, variants: Sequence[str] = ("cifar", "imagenet")) -> Callable[[Builder], Builder]:
@@ -42,9 +39,7 @@ def register(name: str, variants: Sequence[str] = ("cifar", "imagenet")) -> Call
         try:
             inspect.signature(builder).bind(2)
         except TypeError as error:
-            raise TypeError(
-                f"model {name!r} requires a function with one argument, num_classes ({error})"
-            ) from error
+            raise TypeError(f"model {name!r} requires a function of num_classes ({error})") from error
         for variant in variants:
             VARIANTS[variant].register(name)(builder)
         return builder
@@ -81,15 +76,13 @@ def build_model(
         network.name = name
         return network
     if pretrained:
-        raise ConfigError(
-            f"pretrained weights require a model with the prefix {' or '.join(PREFIXES)}, got {name}"
-        )
+        raise ConfigError(f"pretrained weights require a model named {' or '.join(PREFIXES)}..., got {name}")
     models = VARIANTS[variant]
     others = [other for other in VARIANTS if name in VARIANTS[other]]
     if name not in models and others:
+        known = ", ".join(sorted(models))
         raise ConfigError(
-            f"model {name!r} requires DATASET.VARIANT {others[0]}, got {variant}; models of this variant: "
-            f"{', '.join(sorted(models))}"
+            f"model {name!r} requires DATASET.VARIANT {others[0]}; models of {variant}: {known}"
         )
     builder = models[name]
     try:
@@ -102,7 +95,7 @@ def build_model(
     return network
 
 
-def probe(network: Network, image_size: tuple[int, int] = (32, 32)) -> Outputs:
+def probe(network: Network, image_size: Sequence[int] = (32, 32)) -> Outputs:
     """Return the outputs of a network for a batch of 2 as meta tensors, without computing them.
 
     The forward pass runs on a copy in eval mode; the network and the random generators are not changed.
@@ -121,17 +114,15 @@ def probe(network: Network, image_size: tuple[int, int] = (32, 32)) -> Outputs:
             return shadow.outputs(torch.empty(2, 3, *image_size, dtype=dtype, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "x".join(str(side) for side in image_size)
-        raise ConfigError(
-            f"model {network.name!r} cannot take images of {size} pixels: {first_line(error)}"
-        ) from error
+        reason = first_line(error)
+        raise ConfigError(f"model {network.name!r} cannot take images of {size} pixels: {reason}") from error
 
 
 def count_macs(network: Network, image_size: Sequence[int]) -> int:
     """Return the multiply-accumulate operations of a forward pass for one image, counted on the meta device."""
-    shadow = copy.deepcopy(network).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, 3, *image_size, device="meta"))
-    return int(counter.get_total_flops()) // 2
+    with FlopCounterMode(display=False) as counter:
+        probe(network, image_size)  # two images
+    return int(counter.get_total_flops()) // 4
 
 
 __all__ = [

@@ -1,7 +1,5 @@
 """Networks of timm, torchvision and the Hugging Face Hub, built by name."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +12,7 @@ from mdistiller_norm.models.base import Network
 from mdistiller_norm.models.wrapped import Wrapped
 
 PREFIXES = ("timm:", "torchvision:", "hf-hub:", "local-dir:")
+Size = tuple[int, int] | None
 
 
 def has_weights(name: str) -> bool:
@@ -22,9 +21,7 @@ def has_weights(name: str) -> bool:
     return name.startswith(PREFIXES) and ("." in rest or prefix in ("hf-hub", "local-dir"))
 
 
-def build_external(
-    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
-) -> Network:
+def build_external(name: str, num_classes: int, image_size: Size, pretrained: bool) -> Network:
     """Build a network of a library; the classifier of weights for another number of classes is initialised anew.
 
     Arguments and errors are those of :func:`~mdistiller_norm.models.build_model`.
@@ -53,7 +50,7 @@ class _TimmNetwork(Wrapped):
         return module.forward_head(final), maps
 
 
-def _build_timm(name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool) -> Network:
+def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool) -> Network:
     import timm
 
     module: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
@@ -70,9 +67,7 @@ def _build_timm(name: str, num_classes: int, image_size: tuple[int, int] | None,
     return network
 
 
-def _build_torchvision(
-    name: str, num_classes: int, image_size: tuple[int, int] | None, pretrained: bool
-) -> Network:
+def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained: bool) -> Network:
     from torchvision import models
 
     architecture, _, tag = name.partition(".")
@@ -82,26 +77,18 @@ def _build_torchvision(
     if architecture in ("googlenet", "inception_v3"):
         options["transform_input"] = pretrained or bool(tag)  # their weights expect another normalisation
     module = models.get_model(architecture, weights=None, **options)
-    classifier = [key for key, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)][
-        -1
-    ]
+    layers = [key for key, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
+    classifier = layers[-1]
     network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
     if pretrained:
         weights = models.get_model_weights(architecture)[tag or "DEFAULT"]
-        state, own, images = (
-            weights.get_state_dict(check_hash=True),
-            module.state_dict(),
-            weights.transforms(),
-        )
+        state, own = weights.get_state_dict(check_hash=True), module.state_dict()
         for key in (f"{classifier}.weight", f"{classifier}.bias"):
             if key in own and own[key].shape != state[key].shape:
                 state[key] = own[key]
         module.load_state_dict(state)
-        network.pretrained = {
-            "num_classes": len(weights.meta["categories"]),
-            "mean": images.mean,
-            "std": images.std,
-        }
+        images, classes = weights.transforms(), len(weights.meta["categories"])
+        network.pretrained = {"num_classes": classes, "mean": images.mean, "std": images.std}
         network.pretrained["image_size"] = images.crop_size * 2
     return network
 
@@ -109,17 +96,23 @@ def _build_torchvision(
 def _stages(module: nn.Module, classifier: str) -> tuple[str, ...]:
     """Return the last submodule with maps of each size, from the stem on; none if all maps have one size."""
     shadow = copy.deepcopy(module).to("meta").eval()
-    shapes: list[tuple[str, Any]] = []
+    ends: dict[int, str] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: object, output: Any) -> None:
+            shape = tuple(getattr(output, "shape", ()))
+            if len(shape) == 4 and shape[2] == shape[3] > 1:
+                ends[shape[2]] = name
+
+        return hook
+
     for name, child in shadow.named_modules():  # deeper ones are inside of blocks
         if name and name.count(".") < 2 and name.split(".")[0] != classifier.split(".")[0]:
-            child.register_forward_hook(
-                lambda *args, name=name: shapes.append((name, getattr(args[2], "shape", ())))
-            )
+            child.register_forward_hook(keep(name))
     try:
         with torch.no_grad():
             shadow(torch.empty(1, 3, 224, 224, device="meta"))
     except Exception:  # a network for another size
         return ()
-    ends = {shape[2]: name for name, shape in shapes if len(shape) == 4 and shape[2] == shape[3] > 1}
     names = tuple(ends.values()) if len(ends) > 1 else ()
     return names if max(ends, default=0) > 56 else names[:1] + names  # without a stem, as in _TimmNetwork

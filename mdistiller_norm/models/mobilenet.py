@@ -5,21 +5,10 @@ parameter names as in mdistiller; Sandler et al., "MobileNetV2: Inverted Residua
 RepDistiller's variant (ReLU instead of ReLU6, one stride fewer) with its parameter names.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.models.base import (
-    CIFAR_MODELS,
-    IMAGENET_MODELS,
-    Network,
-    conv,
-    global_pool,
-    init_classifier,
-    init_convs,
-    last_norm,
-)
+from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Network, conv_bn, init_weights
 from mdistiller_norm.types import Outputs
 
 # V1: channels and stride of blocks 1 to 13, and the blocks whose outputs are features (the last of each size).
@@ -27,29 +16,14 @@ V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 
 V1_FEATURES = (3, 5, 11, 13)
 # V2: expansion, channels, depth and stride of each group, and the groups whose outputs are features.
 V2_GROUPS = (
-    (1, 8, 1, 1),
-    (6, 12, 2, 1),
-    (6, 16, 3, 2),
-    (6, 32, 4, 2),
-    (6, 48, 3, 1),
-    (6, 80, 3, 2),
-    (6, 160, 1, 1),
-)
+    (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1),
+)  # fmt: skip
 V2_FEATURES = (1, 2, 4, 6)
 V2_STEM, V2_HEAD = 16, 1280
 
 
 def _conv_bn_relu(ins: int, outs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    return [conv(ins, outs, kernel, stride, groups), nn.BatchNorm2d(outs), nn.ReLU(inplace=True)]
-
-
-def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """Depthwise separable convolution without its last ReLU."""
-    return nn.Sequential(
-        *_conv_bn_relu(in_channels, in_channels, 3, stride, groups=in_channels),
-        conv(in_channels, out_channels, 1),
-        nn.BatchNorm2d(out_channels),
-    )
+    return [*conv_bn(ins, outs, kernel, stride, groups), nn.ReLU(inplace=True)]
 
 
 class MobileNetV1(Network):
@@ -57,17 +31,15 @@ class MobileNetV1(Network):
 
     ``features`` are the maps after the ReLU at 1/4, 1/8, 1/16 and 1/32 of the image size, without a stem (as in
     mdistiller); ``preacts`` are the same maps before it. Weights use PyTorch's default initialisation.
-
-    Args:
-        num_classes: number of classes.
     """
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
+        super().__init__(num_classes, [f"model.{block}.4" for block in V1_FEATURES])
         channels = 32
-        blocks = [nn.Sequential(conv(3, channels, 3, stride=2), nn.BatchNorm2d(channels))]
+        blocks = [nn.Sequential(*conv_bn(3, channels, 3, stride=2))]
         for width, stride in V1_BLOCKS:
-            blocks.append(_separable(channels, width, stride))
+            depthwise = _conv_bn_relu(channels, channels, 3, stride, groups=channels)
+            blocks.append(nn.Sequential(*depthwise, *conv_bn(channels, width, 1)))
             channels = width
         self.model = nn.Sequential(*blocks)
         self.fc = nn.Linear(channels, num_classes)
@@ -80,11 +52,8 @@ class MobileNetV1(Network):
             if index in V1_FEATURES:
                 features.append(x)
                 preacts.append(preact)
-        pooled = global_pool(x)
+        pooled = x.mean((2, 3))
         return Outputs(self.fc(pooled), tuple(features), tuple(preacts), pooled)
-
-    def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        return tuple(last_norm(self.model[index]) for index in V1_FEATURES)
 
 
 class InvertedResidual(nn.Module):
@@ -94,12 +63,9 @@ class InvertedResidual(nn.Module):
         super().__init__()
         width = in_channels * expansion
         self.residual = stride == 1 and in_channels == out_channels
-        self.conv = nn.Sequential(
-            *_conv_bn_relu(in_channels, width, 1),
-            *_conv_bn_relu(width, width, 3, stride, groups=width),
-            conv(width, out_channels, 1),
-            nn.BatchNorm2d(out_channels),
-        )
+        expand = _conv_bn_relu(in_channels, width, 1)
+        depthwise = _conv_bn_relu(width, width, 3, stride, groups=width)
+        self.conv = nn.Sequential(*expand, *depthwise, *conv_bn(width, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(x)
@@ -113,13 +79,11 @@ class MobileNetV2(Network):
 
     ``features`` are the stem after its ReLU and the outputs of groups 1, 2, 4 and 6, which are linear and can be
     negative (as in mdistiller). ``preacts`` are the same maps.
-
-    Args:
-        num_classes: number of classes.
     """
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
+        last = {group: depth - 1 for group, (_, _, depth, _) in enumerate(V2_GROUPS)}
+        super().__init__(num_classes, [None, *(f"blocks.{n}.{last[n]}.conv.7" for n in V2_FEATURES)])
         self.conv1 = nn.Sequential(*_conv_bn_relu(3, V2_STEM, 3, stride=2))
         self.blocks = nn.ModuleList()
         channels = V2_STEM
@@ -131,8 +95,7 @@ class MobileNetV2(Network):
         self.conv2 = nn.Sequential(*_conv_bn_relu(channels, V2_HEAD, 1))
         linear = nn.Linear(V2_HEAD, num_classes)
         self.classifier = nn.Sequential(linear)
-        init_convs(self)
-        init_classifier(linear)
+        init_weights(self, linear)
 
     def outputs(self, images: Tensor) -> Outputs:
         x = self.conv1(images)
@@ -141,11 +104,8 @@ class MobileNetV2(Network):
             x = group(x)
             if index in V2_FEATURES:
                 features.append(x)
-        pooled = global_pool(self.conv2(x))
+        pooled = self.conv2(x).mean((2, 3))
         return Outputs(self.classifier(pooled), tuple(features), tuple(features), pooled)
-
-    def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        return (None, *(last_norm(self.blocks[index]) for index in V2_FEATURES))
 
 
 IMAGENET_MODELS.register("MobileNetV1")(MobileNetV1)

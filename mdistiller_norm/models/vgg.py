@@ -4,8 +4,6 @@ Source: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scal
 parameter names as in RepDistiller.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,14 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.models.base import (
-    CIFAR_MODELS,
-    Network,
-    global_pool,
-    init_classifier,
-    init_convs,
-    last_norm,
-)
+from mdistiller_norm.models.base import CIFAR_MODELS, Network, init_weights
 from mdistiller_norm.types import Outputs
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -56,14 +47,14 @@ class VGG(Network):
     """
 
     def __init__(self, num_classes: int, *, depths: Sequence[int]) -> None:
-        super().__init__(num_classes)
+        norms = [f"block{block}.{3 * depth - 2}" for block, depth in enumerate(depths)]
+        super().__init__(num_classes, [None, *norms[1:]])
         channels = (3, *WIDTHS)
         self.block0, self.block1, self.block2, self.block3, self.block4 = (
             _block(channels[index], channels[index + 1], depths[index]) for index in range(5)
         )
         self.classifier = nn.Linear(WIDTHS[-1], num_classes)
-        init_convs(self)
-        init_classifier(self.classifier)
+        init_weights(self, self.classifier)
 
     def outputs(self, images: Tensor) -> Outputs:
         x = F.relu(self.block0(images), inplace=True)
@@ -74,20 +65,13 @@ class VGG(Network):
             x = F.relu(preact)
             features.append(x)
             preacts.append(preact)
-        pooled = global_pool(x)
+        pooled = x.mean((2, 3))
         return Outputs(self.classifier(pooled), tuple(features), tuple(preacts), pooled)
-
-    def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        blocks = (self.block1, self.block2, self.block3, self.block4)
-        return (None, *(last_norm(block) for block in blocks))
 
 
 _DEPTHS = {
-    "vgg8": (1, 1, 1, 1, 1),
-    "vgg11": (1, 1, 2, 2, 2),
-    "vgg13": (2, 2, 2, 2, 2),
-    "vgg16": (2, 2, 3, 3, 3),
+    "vgg8": (1, 1, 1, 1, 1), "vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
-}
+}  # fmt: skip
 for _name, _depths in _DEPTHS.items():
     CIFAR_MODELS.register(_name)(partial(VGG, depths=_depths))

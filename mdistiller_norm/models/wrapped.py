@@ -1,7 +1,5 @@
 """Adapter that turns any image classifier into a :class:`Network`, with forward hooks that record its maps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,20 +50,14 @@ class Wrapped(Network):
     def outputs(self, images: Tensor) -> Outputs:
         if not isinstance(images, Tensor):
             raise TypeError("symbolic tracing skips the hooks that record the maps")
-        maps: dict[str, Tensor] = {}
-        inputs: list[Tensor] = []
+        names = [*self._features, self._classifier]
+        seen: dict[str, Any] = dict.fromkeys(names, (None, None))  # input and output
 
         def keep(name: str) -> Any:
-            return lambda module, args, output: maps.update({name: output})
-
-        def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[:] = args[:1]
+            return lambda module, args, output: seen.update({name: (args[0] if args else None, output)})
 
         # Hooks for this pass only: permanent ones would be shared by copies of the network.
-        handles = [
-            self.module.get_submodule(name).register_forward_hook(keep(name)) for name in self._features
-        ]
-        handles.append(self.module.get_submodule(self._classifier).register_forward_pre_hook(keep_input))
+        handles = [self.module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
         try:
             result, found = self.run_module(images)
         finally:
@@ -74,17 +66,14 @@ class Wrapped(Network):
         logits = self._check("its output", getattr(result, "logits", result), 2)
         if logits.shape[1] != self.num_classes:
             raise ConfigError(f"{self.name} gives {logits.shape[1]} logits for {self.num_classes} classes")
-        features = tuple(self._check(f"the output of {name!r}", maps.get(name), 4) for name in self._features)
-        features += tuple(self._check(f"map {number}", value, 4) for number, value in enumerate(found))
-        pooled = self._check(f"the input of {self._classifier!r}", inputs[0] if inputs else None, 2, 4)
-        return Outputs(logits, features, (), pooled if pooled.dim() == 2 else pooled.mean((2, 3)))
+        features = [self._check(f"the output of {name!r}", seen[name][1], 4) for name in self._features]
+        features += [self._check(f"map {number}", value, 4) for number, value in enumerate(found)]
+        pooled = self._check(f"the input of {self._classifier!r}", seen[self._classifier][0], 2, 4)
+        return Outputs(logits, tuple(features), (), pooled if pooled.dim() == 2 else pooled.mean((2, 3)))
 
     def run_module(self, images: Tensor) -> tuple[Any, Sequence[Tensor]]:
         """Return the module's output, and maps ``[B, D_i, H_i, W_i]`` that follow those of the submodules."""
         return self.module(images), ()
-
-    def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        return ()
 
     def _check(self, name: str, value: object, *dimensions: int) -> Tensor:
         if isinstance(value, Tensor) and value.dim() in dimensions:
@@ -92,9 +81,8 @@ class Wrapped(Network):
         required = " or ".join({2: "[B, D]", 4: "[B, D, H, W]"}[count] for count in dimensions)
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         got = "no call of this submodule" if value is None else got
-        raise ConfigError(
-            f"{self.name} ({type(self.module).__name__}): {name} must be a tensor {required}, got {got}"
-        )
+        kind = type(self.module).__name__
+        raise ConfigError(f"{self.name} ({kind}): {name} must be a tensor {required}, got {got}")
 
 
 def _add_module_prefix(network: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:

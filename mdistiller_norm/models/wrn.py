@@ -3,14 +3,12 @@
 Source: Zagoruyko and Komodakis, "Wide Residual Networks" (2016); parameter names as in RepDistiller.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.models.base import CIFAR_MODELS, Network, conv, global_pool, init_convs
+from mdistiller_norm.models.base import CIFAR_MODELS, Network, conv, init_weights
 from mdistiller_norm.types import Outputs
 
 
@@ -26,9 +24,8 @@ class PreactBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3)
-        self.convShortcut = (
-            None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
-        )
+        projects = in_channels != out_channels
+        self.convShortcut = conv(in_channels, out_channels, 1, stride) if projects else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         preact = self.bn1(x)
@@ -46,13 +43,6 @@ class Group(nn.Module):
         super().__init__()
         rest = (PreactBlock(out_channels, out_channels, 1) for _ in range(depth - 1))
         self.layer = nn.Sequential(PreactBlock(in_channels, out_channels, stride), *rest)
-
-    @property
-    def first_norm(self) -> nn.BatchNorm2d:
-        """Batch norm of the group's input."""
-        first = self.layer[0]
-        assert isinstance(first, PreactBlock)
-        return first.bn1
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, *rest = self.layer
@@ -77,7 +67,7 @@ class WideResNet(Network):
     """
 
     def __init__(self, num_classes: int, *, depth: int, widen: int) -> None:
-        super().__init__(num_classes)
+        super().__init__(num_classes, [None, "block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"])
         blocks = (depth - 4) // 6
         self.conv1 = conv(3, 16, 3)
         self.block1 = Group(16, 16 * widen, blocks, stride=1)
@@ -85,7 +75,7 @@ class WideResNet(Network):
         self.block3 = Group(32 * widen, 64 * widen, blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * widen)
         self.fc = nn.Linear(64 * widen, num_classes)
-        init_convs(self)
+        init_weights(self)
         nn.init.zeros_(self.fc.bias)
 
     def outputs(self, images: Tensor) -> Outputs:
@@ -94,12 +84,9 @@ class WideResNet(Network):
         group2, preact1 = self.block2(group1)
         group3, preact2 = self.block3(group2)
         preact3 = self.bn1(group3)
-        pooled = global_pool(F.relu(preact3))
+        pooled = F.relu(preact3).mean((2, 3))
         logits = self.fc(pooled)
         return Outputs(logits, (stem, group1, group2, group3), (stem, preact1, preact2, preact3), pooled)
-
-    def norms_before_relu(self) -> tuple[nn.BatchNorm2d | None, ...]:
-        return (None, self.block2.first_norm, self.block3.first_norm, self.bn1)
 
 
 for _depth, _widen in ((16, 1), (16, 2), (40, 1), (40, 2)):
