@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -160,9 +159,8 @@ def test_steps_equal_the_reference(
 @pytest.mark.parametrize("mode", ["exact", "relax"])
 def test_config_keys_reach_their_arguments(mode: str) -> None:
     node = CfgNode(copy.deepcopy(CRD.defaults))
-    node.merge_from_list(
-        ["MODE", mode, "FEAT.DIM", 11, "NCE.K", 5, "NCE.MOMENTUM", 0.8, "NCE.TEMPERATURE", 0.2]
-    )
+    node.merge_from_list(["MODE", mode, "FEAT.DIM", 11, "NCE.K", 5])
+    node.merge_from_list(["NCE.MOMENTUM", 0.8, "NCE.TEMPERATURE", 0.2])
     node.merge_from_list(["LOSS.CE_WEIGHT", 0.37, "LOSS.FEAT_WEIGHT", 4.3, "WARMUP", 9])
     student, teacher, batch = crd_batch([1, 2, 3], key=0)
     pair = Pair(student, teacher, torch.nn.Identity(), UNEQUAL, 5)
@@ -196,24 +194,6 @@ def test_the_first_of_two_equal_samples_updates_the_memory() -> None:
     torch.testing.assert_close(twice.teacher_memory, once.teacher_memory)
 
 
-@pytest.mark.parametrize(
-    "change", [lambda x: 1e4 * x, torch.zeros_like, torch.ones_like, lambda x: x[:1].repeat(4, 1)]
-)
-def test_hard_inputs_are_finite(change: Callable[[Tensor], Tensor]) -> None:
-    method = make_crd(temperature=0.01).float()
-    student, teacher, batch = crd_batch([0, 1, 2, 3], key=0)
-    leaf = change(student.pooled.detach().float()).requires_grad_()
-    for _ in range(2):
-        value = method(
-            student._replace(pooled=leaf), teacher._replace(pooled=change(teacher.pooled.float())), batch
-        )
-        value.backward()
-        assert value.isfinite()
-        assert leaf.grad is not None
-        assert leaf.grad.isfinite().all()
-        assert method.student_memory.isfinite().all()
-
-
 def _one_of_two(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -221,9 +201,8 @@ def _one_of_two(rank: int, folder: str) -> None:
     for student, teacher, batch in _shared_batches():
         half = slice(3 * rank, 3 * rank + 3)
         parts = [out._replace(pooled=out.pooled[half]) for out in (student, teacher)]
-        values.append(
-            method(*parts, Batch(*(field[half] if field.ndim else field for field in batch))).detach()
-        )
+        rows = Batch(*(field[half] if field.ndim else field for field in batch))
+        values.append(method(*parts, rows).detach())
     torch.save({"values": values, **method.state_dict()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

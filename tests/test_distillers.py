@@ -31,13 +31,10 @@ from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import Network, build_model, probe
 from mdistiller_norm.types import Batch, Outputs
 
-TARGETS = torch.tensor([0] * 3 + [1] * 9 + [2] * 20 + [4])[
-    torch.randperm(33, generator=torch.Generator().manual_seed(5))
-]
-STUDENT, TEACHER = (
-    [(4, 16), (6, 16), (8, 8), (10, 4)],
-    [(8, 16), (5, 16), (7, 8), (9, 8)],
-)  # channels, size of each map
+TARGETS = torch.tensor([0] * 3 + [1] * 9 + [2] * 20 + [4])
+TARGETS = TARGETS[torch.randperm(33, generator=torch.Generator().manual_seed(5))]
+STUDENT = [(4, 16), (6, 16), (8, 8), (10, 4)]  # channels and size of each map
+TEACHER = [(8, 16), (5, 16), (7, 8), (9, 8)]
 Maps = list[tuple[int, int]]
 
 
@@ -264,9 +261,8 @@ def test_parameters_train_and_resume_is_bit_identical(name: str) -> None:
     method(student, teacher, batch).backward()
     torch.optim.SGD(method.parameters(), lr=0.1).step()
     moved = {key for key, value in method.named_parameters() if not torch.equal(before[key], value)}
-    assert {
-        key for key in before if not key.endswith("0.bias")
-    } <= moved  # a bias before a batch norm has no gradient
+    # A bias before a batch norm has no gradient.
+    assert {key for key in before if not key.endswith("0.bias")} <= moved
     resumed = build(name)
     resumed.load_state_dict(method.state_dict())
     resumed.begin_epoch(10, seed=0)

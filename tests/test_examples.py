@@ -12,6 +12,7 @@ from torchvision.models import ResNet34_Weights, resnet34
 
 from mdistiller_norm import cli
 
+SMALL = ["DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36", "SOLVER.BATCH_SIZE=4"]
 SHORT = ["SOLVER.EPOCHS", "1", "SOLVER.LR_DECAY_STAGES", "[]", "DATASET.NUM_WORKERS", "0", "DEVICE", "cpu"]
 
 
@@ -39,16 +40,7 @@ def train(path: str, output: Path, *overrides: str) -> Path:
 
 
 def test_image_folders(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = [
-        "DATASET.ROOT",
-        str(birds),
-        "DATASET.IMAGE_SIZE",
-        "32",
-        "DATASET.RESIZE",
-        "36",
-        "SOLVER.BATCH_SIZE",
-        "4",
-    ]
+    small = [f"DATASET.ROOT={birds}", *SMALL]
     monkeypatch.chdir(tmp_path)
     teacher = train("examples/birds.yaml", tmp_path / "teacher", *small)
     weights = ["DISTILLER.TEACHER_WEIGHTS", str(teacher / "student_last.pt")]
@@ -62,38 +54,22 @@ def test_data_in_memory(tmp_path: Path) -> None:
 
 def test_method(tmp_path: Path) -> None:
     teacher = train("configs/digits/vanilla_resnet20.yaml", tmp_path / "teacher")
-    train(
-        "examples/mse.yaml", tmp_path / "mse", "DISTILLER.TEACHER_WEIGHTS", str(teacher / "student_last.pt")
-    )
+    weights = f"DISTILLER.TEACHER_WEIGHTS={teacher}/student_last.pt"
+    train("examples/mse.yaml", tmp_path / "mse", weights)
 
 
 def test_networks(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet34's published weights are replaced by random ones in the cache of downloads."""
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    torch.save(
-        resnet34().state_dict(), tmp_path / "hub/checkpoints" / Path(ResNet34_Weights.IMAGENET1K_V1.url).name
-    )
+    cache = tmp_path / "hub/checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(resnet34().state_dict(), cache / Path(ResNet34_Weights.IMAGENET1K_V1.url).name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    small = [
-        "DATASET.ROOT",
-        str(birds),
-        "DATASET.IMAGE_SIZE",
-        "32",
-        "DATASET.RESIZE",
-        "36",
-        "SOLVER.BATCH_SIZE",
-        "4",
-    ]
+    small = [f"DATASET.ROOT={birds}", *SMALL]
     teacher = train("examples/finetune.yaml", tmp_path / "teacher", *small)
-    student = train(
-        "examples/mobile.yaml", tmp_path / "mobile", *small,
-        "DISTILLER.TEACHER_WEIGHTS", str(teacher / "student_last.pt"),
-    )  # fmt: skip
-    plugin = str(ROOT / "examples/networks.py")
-    assert (
-        cli.main(["eval", "-c", str(student / "student_last.pt"), "--plugin", plugin, "--root", str(birds)])
-        == 0
-    )
+    weights = f"DISTILLER.TEACHER_WEIGHTS={teacher}/student_last.pt"
+    student = train("examples/mobile.yaml", tmp_path / "mobile", *small, weights)
+    plugin = ["--plugin", str(ROOT / "examples/networks.py"), "--root", str(birds)]
+    assert cli.main(["eval", "-c", str(student / "student_last.pt"), *plugin]) == 0
 
 
 def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

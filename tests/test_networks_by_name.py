@@ -25,14 +25,8 @@ CHANNELS = {  # of the maps: a stem, or the first map twice, then the stages
 
 
 def train(folder: Path, name: str, *overrides: str) -> dict:
-    words = [
-        "DATASET.TYPE=digits",
-        "SOLVER.EPOCHS=1",
-        "SOLVER.BATCH_SIZE=240",
-        f"LOG.PREFIX={folder}",
-        *overrides,
-    ]
-    assert main(["train", f"--cfg={folder}/run.yaml", f"EXPERIMENT.NAME={name}", *words]) == 0
+    words = ["DATASET.TYPE=digits", "SOLVER.EPOCHS=1", "SOLVER.BATCH_SIZE=240", f"LOG.PREFIX={folder}"]
+    assert main(["train", f"--cfg={folder}/run.yaml", f"EXPERIMENT.NAME={name}", *words, *overrides]) == 0
     return json.loads((folder / "distill" / name / "result.json").read_text())
 
 
@@ -41,9 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an empty config and a model that timm saved for the Hub, with ten classes."""
     folder = tmp_path_factory.mktemp("networks")
     (folder / "run.yaml").write_text("")
-    timm.models.save_for_hf(
-        timm.create_model("test_resnet", num_classes=10), folder / "hub", safe_serialization=True
-    )
+    network = timm.create_model("test_resnet", num_classes=10)
+    timm.models.save_for_hf(network, folder / "hub", safe_serialization=True)
     return folder
 
 
@@ -57,24 +50,16 @@ def test_outputs_are_those_of_the_module(name: str) -> None:
 
 
 def test_methods_with_and_without_maps_and_a_cache(folder: Path) -> None:
-    teacher = [
-        "DISTILLER.TEACHER=timm:test_vit",
-        f"DISTILLER.TEACHER_WEIGHTS={folder}/distill/teacher/student_last.pt",
-    ]
+    weights = f"DISTILLER.TEACHER_WEIGHTS={folder}/distill/teacher/student_last.pt"
+    teacher = ["DISTILLER.TEACHER=timm:test_vit", weights]
     train(folder, "teacher", "DISTILLER.STUDENT=timm:test_vit")
     cached = train(
         folder, "kd", "DISTILLER.TYPE=NormKD", "DISTILLER.STUDENT=torchvision:mobilenet_v3_small", *teacher,
         "DISTILLER.TEACHER_CACHE=full",
     )  # fmt: skip
     assert cached["teacher"]["cache"] == "fp32"
-    train(
-        folder,
-        "at",
-        "DISTILLER.TYPE=[AT,CRD]",
-        "DISTILLER.STUDENT=timm:test_resnet",
-        *teacher,
-        "CRD.NCE.K=16",
-    )
+    methods = ["DISTILLER.TYPE=[AT,CRD]", "CRD.NCE.K=16"]
+    train(folder, "at", *methods, "DISTILLER.STUDENT=timm:test_resnet", *teacher)
     weights = str(folder / "distill" / "kd" / "student_last.pt")
     assert main(["eval", "-c", weights]) == 0
     assert main(["export", "-c", weights, "--out", str(folder / "kd.pth")]) == 0
