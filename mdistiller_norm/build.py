@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from mdistiller_norm.config import leaves, method_names
+from mdistiller_norm.config import method_names
 from mdistiller_norm.data import (
     DATASETS,
     Dataset,
@@ -32,7 +32,6 @@ from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import DOT, build_optimizer
-from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher, teacher_batch_size
@@ -88,14 +87,12 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
             f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be divisible by the product of {parts}"
         )
     conflicts = {
-        "DISTILLER.TYPE NONE": not method_names(cfg), "SOLVER.PRECISION fp16": autocast is torch.float16,
+        "DISTILLER.TYPE NONE": cfg.DISTILLER.TYPE == "NONE", "SOLVER.PRECISION fp16": autocast is torch.float16,
         f"SOLVER.ACCUMULATE {solver.ACCUMULATE}": solver.ACCUMULATE > 1, f"{world} processes": world > 1,
     }  # fmt: skip
     if solver.TRAINER.endswith("dot") and any(conflicts.values()):
         found = ", ".join(name for name, present in conflicts.items() if present)
         raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} does not support {found}")
-    if device.type == "cuda":
-        choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
     return device, autocast, warning
 
 
@@ -156,11 +153,9 @@ def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check
 
 
 def _network(key: str, name: str, dataset: Dataset, pretrained: bool = False) -> Network:
-    size, variant = dataset.image_size, dataset.variant
+    count, variant, size = len(dataset.classes), dataset.variant, dataset.image_size
     try:
-        return build_model(
-            name, len(dataset.classes), variant=variant, image_size=size, pretrained=pretrained
-        )
+        return build_model(name, count, variant=variant, image_size=size, pretrained=pretrained)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 
@@ -178,24 +173,20 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
     name = cfg.DISTILLER.TEACHER
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
     seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
-    if cfg.DISTILLER.TEACHER_WEIGHTS == "pretrained":
-        network = _network("DISTILLER.TEACHER", name, dataset, pretrained=True)
+    weights_from = cfg.DISTILLER.TEACHER_WEIGHTS
+    network = _network("DISTILLER.TEACHER", name, dataset, weights_from == "pretrained")
+    if weights_from == "pretrained":
         return network, teacher_file.pretrained_teacher(network, dataset.classes, seen, runs, command)
-    network = _network("DISTILLER.TEACHER", name, dataset)
     data = {key: cfg.DATASET[key] for key in ("CLASSES", "IMAGE_SIZE", "MEAN", "STD")}
-    file = teacher_file.find_teacher(
-        name, dataset.name, cfg.DISTILLER.TEACHER_WEIGHTS, runs, command, cfg.SOLVER.EPOCHS, data
-    )
+    epochs = cfg.SOLVER.EPOCHS
+    file = teacher_file.find_teacher(name, dataset.name, weights_from, runs, command, epochs, data)
     weights = load_weights(file.path)
     trained_on, renamed = weights.about.get("dataset", dataset.name), ""
     if trained_on != dataset.name:
         renamed = f"{file.path} was trained on {trained_on}, not on {dataset.name}"
-        if not isinstance(dataset, ImageDataset) or list(weights.about.get("classes", ())) != list(
-            dataset.classes
-        ):
-            raise CheckpointError(
-                renamed
-            )  # otherwise the folder, which names the data set, may have been renamed
+        same_classes = list(weights.about.get("classes", ())) == list(dataset.classes)
+        if not (same_classes and isinstance(dataset, ImageDataset)):  # a folder may have been renamed
+            raise CheckpointError(renamed)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     warnings = [file.warning, renamed, teacher_file.check_preprocessing(weights, dataset.classes, seen)]
     return network, replace(file, warning="; ".join(filter(None, warnings)))
@@ -210,22 +201,14 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
         for network, outputs in ((student, pair.student), (teacher, pair.teacher)):
             if DISTILLERS[name].need is Need.MAPS and not outputs.features:
                 others = ", ".join(other for other, cls in DISTILLERS.items() if cls.need < Need.MAPS)
-                raise ConfigError(
-                    f"{name} requires feature maps, which {network.name} lacks; without maps: {others}"
-                )
+                reason = f"which {network.name} lacks; without maps: {others}"
+                raise ConfigError(f"{name} requires feature maps, {reason}")
         try:
             distillers[name] = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)
         except ConfigError as error:
             raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
-        if not isinstance(distillers[name], Distiller):
-            raise ConfigError(
-                f"{name}: from_config must return a Distiller, got {type(distillers[name]).__name__}"
-            )
-    if distillers and not any(method.ce_weight or method.weight for method in distillers.values()):
-        weights = [
-            key for key, _ in leaves(cfg) if key.split(".")[0] in distillers and key.endswith("_WEIGHT")
-        ]
-        raise ConfigError(f"{' and '.join(weights)} must not all be 0")
+    if not any(method.ce_weight or method.weight for method in distillers.values()):
+        raise ConfigError(f"{' and '.join(distillers)}: CE_WEIGHT and the other weights must not all be 0")
     return distillers
 
 

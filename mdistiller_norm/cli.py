@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mdistiller_norm import __version__
 from mdistiller_norm.errors import ConfigError, Interrupted, UserError, first_line
@@ -19,31 +19,19 @@ from mdistiller_norm.program import command, python_arguments
 # Command -> module and help. The module, imported only for its command, provides `add_arguments(parser)` and
 # `main(options)`, which returns the exit code.
 COMMANDS = {
-    "train": ("", "Train a student, with or without a teacher."),
-    "eval": ("mdistiller_norm.evaluation", "Evaluate weights of networks on a test split."),
-    "predict": ("mdistiller_norm.predict", "Classify image files with a trained network."),
-    "compare": (
-        "mdistiller_norm.compare",
-        "Compare size, speed, accuracy and agreement of trained networks.",
-    ),
-    "export": (
-        "mdistiller_norm.export",
-        "Write a trained network as a file that does not need this package.",
-    ),
-    "reproduce": ("mdistiller_norm.reproduce.command", "Train the runs of the paper's tables."),
-    "report": (
-        "mdistiller_norm.reproduce.report",
-        "Write TABLES.md and report.html from the ledger of finished runs.",
-    ),
-    "visualize": ("mdistiller_norm.analysis.cli", "Draw the paper's figures from checkpoints."),
-    "list": ("mdistiller_norm.catalog", "List networks, methods, data sets and packaged configs."),
-    "config": ("mdistiller_norm.config_files", "Show a config, copy a packaged one, or list the keys."),
-    "fetch": ("mdistiller_norm.fetch", "Download CIFAR-100 or published teachers."),
-    "doctor": (
-        "mdistiller_norm.doctor",
-        "Describe the installation and run a short self-test, for bug reports.",
-    ),
-    "shards": ("mdistiller_norm.pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
+    "train": ("run", "Train a student, with or without a teacher."),
+    "eval": ("evaluation", "Evaluate weights of networks on a test split."),
+    "predict": ("predict", "Classify image files with a trained network."),
+    "compare": ("compare", "Compare size, speed, accuracy and agreement of trained networks."),
+    "export": ("export", "Write a trained network as a file that does not need this package."),
+    "reproduce": ("reproduce.command", "Train the runs of the paper's tables."),
+    "report": ("reproduce.report", "Write TABLES.md and report.html from the ledger of finished runs."),
+    "visualize": ("analysis.cli", "Draw the paper's figures from checkpoints."),
+    "list": ("catalog", "List networks, methods, data sets and packaged configs."),
+    "config": ("config_files", "Show a config, copy a packaged one, or list the keys."),
+    "fetch": ("fetch", "Download CIFAR-100 or published teachers."),
+    "doctor": ("doctor", "Describe the installation and run a short self-test, for bug reports."),
+    "shards": ("pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
 _WITH_OVERRIDES = ("train", "reproduce")  # KEY VALUE may be placed between the options
 
@@ -142,53 +130,10 @@ def execute(arguments: Sequence[str]) -> int:
     name, *rest = arguments or [""]
     if name not in COMMANDS:
         parser.parse_args(arguments)
-    add_arguments, program = _add_train_arguments, _train
-    if name != "train":
-        module = importlib.import_module(COMMANDS[name][0])
-        add_arguments, program = module.add_arguments, module.main
+    module = importlib.import_module(f"mdistiller_norm.{COMMANDS[name][0]}")
     parser = commands.choices[name]
-    add_arguments(parser)
+    module.add_arguments(parser)
     options = parser.parse_intermixed_args(rest) if name in _WITH_OVERRIDES else parser.parse_args(rest)
     options.command = [*python_arguments(name), *rest]
-    return program(options)
-
-
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = f"example: {parser.prog} --cfg configs/cifar100/normkd/res32x4_res8x4.yaml SEED 1"
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file")
-    parser.add_argument("--resume", action="store_true", help="continue from latest.pt in the run folder")
-    parser.add_argument(
-        "--show", action="store_true", help="print the resolved config with the source of each key"
-    )
-    parser.add_argument(
-        "--no-plugins", action="store_true", help="refuse a config that would import a plugin's code"
-    )
-    parser.add_argument(
-        "--check-data", action="store_true", help="read every image, list the unreadable ones and exit"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
-
-
-def _train(options: argparse.Namespace) -> int:
-    from mdistiller_norm import config
-
-    plugins: Any = "refuse" if options.no_plugins else "skip" if options.show else "import"
-    resolved = config.load_config(options.cfg, options.overrides, plugins=plugins)
-    if options.show:
-        print(config.show(resolved))
-        return 0
-    if options.check_data:
-        from mdistiller_norm.build import build_dataset
-        from mdistiller_norm.pack_shards import list_unreadable
-
-        return 2 if list_unreadable(build_dataset(resolved.node)) else 0
-
-    from mdistiller_norm.run import train
-
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
-        nodes, processes = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
-        where = ["--standalone"] if nodes == "1" else ["--nnodes", nodes]
-        launcher = ["torchrun", *where, "--nproc-per-node", processes]
-    train(resolved, options.resume, [*launcher, *options.command])
-    return 0
+    code: int = module.main(options)
+    return code

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 from yacs.config import CfgNode
 
-from mdistiller_norm.config_keys import KEYS, REMOVED, check_value
+from mdistiller_norm.config_keys import KEYS, check_value
 from mdistiller_norm.config_text import Settings, read_file
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
@@ -56,7 +56,6 @@ def load_config(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
     others: Sequence[str] = (),
-    stored: bool = False,
     plugins: Literal["import", "refuse", "skip"] = "import",
 ) -> Config:
     """Load the defaults, then a YAML file with its bases, then overrides.
@@ -65,7 +64,6 @@ def load_config(
         path: a file for :func:`~mdistiller_norm.files.find_config`; None for the defaults.
         overrides: ``KEY VALUE`` (two items) or ``KEY=VALUE`` (one item).
         others: methods besides those of ``DISTILLER.TYPE`` whose keys the overrides may set.
-        stored: whether a run wrote the file, which may then contain removed keys at their old defaults.
         plugins: import those of the config, refuse a config with plugins, or skip them: the keys of their methods are
             then kept as text.
 
@@ -78,9 +76,7 @@ def load_config(
     names = check_value("EXPERIMENT.PLUGINS", names, {"EXPERIMENT.PLUGINS": ""}, source)
     names = [name for name in ([names] if isinstance(names, str) else names) if name]
     if names and plugins == "refuse":
-        raise ConfigError(
-            f"{source}: EXPERIMENT.PLUGINS would import {', '.join(names)}, refused by --no-plugins"
-        )
+        raise ConfigError(f"{source}: --no-plugins refuses EXPERIMENT.PLUGINS {', '.join(names)}")
     if plugins == "import":  # searched beside the config that names it, then in the working directory
         names = [import_plugin(name, Path(source).parent) for name in names]
     node = default_config()
@@ -88,8 +84,6 @@ def load_config(
     sources = {key: "default" for key, _ in leaves(node)}
     skipped = bool(names) and plugins == "skip"
     for key, (value, source) in settings.items():
-        if stored and key in REMOVED and value == str(REMOVED[key][0]):
-            continue
         *sections, name = key.split(".")
         if not (skipped and sections and sections[0] not in defaults):
             value = check_value(key, value, defaults, source)

@@ -13,7 +13,7 @@ from mdistiller_norm.files import find_config, regular
 from mdistiller_norm.program import command
 
 Settings = dict[str, tuple[Any, str]]  # dotted key -> text, or list of texts, and its source
-_LARGEST = 10_000  # keys of a file; aliases can multiply them
+_LARGEST, _LARGEST_FILE = 10_000, 2**20  # keys of a file, which aliases can multiply, and bytes
 
 
 class TextLoader(yaml.BaseLoader):
@@ -45,19 +45,25 @@ def _replace(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key.split(".")[0] not in names} | by
 
 
-def read_file(path: Path, done: set[Path]) -> Settings:
-    """Return the settings of a file, unless it was read before, on top of those of its bases."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the text, or list of texts, of each dotted key of a file."""
     try:
-        if path.resolve() in done:
-            return {}
-        done.add(path.resolve())
-        found = yaml.load(regular(path).read_text(encoding="utf-8"), TextLoader) or {}
+        found = yaml.load(regular(path, _LARGEST_FILE).read_text(encoding="utf-8"), TextLoader) or {}
         if not isinstance(found, dict):
             raise ValueError("it must be a mapping of keys to values")
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist; see {command('list')} configs") from None
     except (OSError, ValueError, RuntimeError, ArithmeticError, yaml.YAMLError) as error:
         raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
+    return found
+
+
+def read_file(path: Path, done: set[Path]) -> Settings:
+    """Return the settings of a file, unless it was read before, on top of those of its bases."""
+    found = read_settings(path)
+    if path.resolve() in done:
+        return {}
+    done.add(path.resolve())
     bases = found.pop("_BASE_", [])
     settings: Settings = {}
     for base in [bases] if isinstance(bases, str) else bases:

@@ -28,10 +28,13 @@ def find_config(name: str | Path, folder: Path = Path()) -> Path:
     return next((path for path in candidates if path.is_file()), local)
 
 
-def regular(path: Path) -> Path:
-    """Return the path of a regular file; raise an OSError for others, such as a FIFO or a device, which may not end."""
-    if not stat.S_ISREG(path.stat().st_mode):
+def regular(path: Path, largest: int | None = None) -> Path:
+    """Return the path of a regular file of at most ``largest`` bytes; raise an OSError for others, such as a FIFO."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if largest is not None and status.st_size > largest:
+        raise OSError(errno.EFBIG, f"larger than {largest:,} bytes", str(path))
     return path
 
 

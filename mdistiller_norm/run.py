@@ -1,7 +1,9 @@
-"""Build a run from its config, and train it."""
+"""The command ``train``: build a run from its config, and train it."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from mdistiller_norm.build import (
     check_data,
     placed,
 )
-from mdistiller_norm.config import Config, dump
+from mdistiller_norm.config import Config, dump, load_config, show
 from mdistiller_norm.data import Dataset, TensorDataset
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
@@ -30,11 +32,46 @@ from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.graph import capture_network, capture_step
 from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.optim import StepSchedule
+from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
 from mdistiller_norm.models.base import Network
+from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``train``."""
+    parser.epilog = f"example: {parser.prog} --cfg configs/cifar100/normkd/res32x4_res8x4.yaml SEED 1"
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE", help="config file")
+    add("--resume", action="store_true", help="continue from latest.pt in the run folder")
+    add("--show", action="store_true", help="print the resolved config with the source of each key")
+    add("--no-plugins", action="store_true", help="refuse a config that would import a plugin's code")
+    add("--check-data", action="store_true", help="read every image, list the unreadable ones and exit")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Train, or with the options show the config or check the data."""
+    plugins: Any = "refuse" if options.no_plugins else "skip" if options.show else "import"
+    config = load_config(options.cfg, options.overrides, plugins=plugins)
+    if options.show:
+        print(show(config))
+    elif options.check_data:
+        return 2 if list_unreadable(build_dataset(config.node)) else 0
+    else:
+        train(config, options.resume, [*_launcher(), *options.command])
+    return 0
+
+
+def _launcher() -> list[str]:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # set by torchrun
+        return ["python"]
+    nodes, processes = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    where = ["--standalone"] if nodes == "1" else ["--nnodes", nodes]
+    return ["torchrun", *where, "--nproc-per-node", processes]
 
 
 class Run(NamedTuple):
@@ -69,6 +106,8 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     student = build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build_distillers(cfg, student, trained[0], dataset) if trained else {}
     config_yaml = dump(cfg)
+    if device.type == "cuda":
+        choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
@@ -95,9 +134,8 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
             cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", steps_left, log
         )  # fmt: skip
     step = build_step(cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log)
-    facts, provenance = _records(
-        cfg, dataset, distillers, teacher_record, PRECISIONS[autocast], environment(device)
-    )
+    versions = environment(device)
+    facts, provenance = _records(cfg, dataset, distillers, teacher_record, PRECISIONS[autocast], versions)
     facts |= {"config": yaml.safe_load(config_yaml), "command": command}
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
     schedule = StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE)

@@ -12,7 +12,8 @@ from typing import IO, Any
 
 import yaml
 
-from mdistiller_norm.config import Config, leaves, load_config, method_names
+from mdistiller_norm.config import Config, default_config, dump, leaves, method_names
+from mdistiller_norm.config_text import TextLoader, read_settings
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, load
@@ -25,8 +26,7 @@ from mdistiller_norm.files import open_lock, write_json, write_text
 # instead (identity).
 NEUTRAL = (
     "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
-    "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "ENGINE.", "DISTILLER.TEACHER_CACHE",
-    "DISTILLER.TEACHER_WEIGHTS",
+    "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "ENGINE.", "DISTILLER.TEACHER_CACHE", "DISTILLER.TEACHER_WEIGHTS",
 )  # fmt: skip
 CONFIG, RESULT = "config.yaml", "result.json"
 _LOCK = ".lock"
@@ -38,11 +38,8 @@ def run_folder(config: Config) -> Path:
     cfg = config.node
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
     if not cfg.EXPERIMENT.NAME:
-        for key, source in config.sources.items():
-            if source == "command line" and not _is_neutral(key, cfg):
-                value = cfg
-                for part in key.split("."):
-                    value = value[part]
+        for key, value in leaves(cfg):
+            if config.sources[key] == "command line" and not _is_neutral(key, cfg):
                 name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
     name = name.encode(errors="backslashreplace").decode()  # TensorBoard requires UTF-8
     return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name)
@@ -67,7 +64,7 @@ class RunFolder:
     def open(cls, config: Config, config_yaml: str, resume: bool, rank: int) -> RunFolder:
         """Create the folder of a new run or load the state of one to resume. A collective operation."""
         path = run_folder(config)
-        folder = _open_first(path, config, config_yaml, resume) if distributed.is_first() else None
+        folder = _open_first(path, config.node, config_yaml, resume) if distributed.is_first() else None
         resumed = distributed.all_reduce_max(int(folder is not None and folder.state is not None))
         return folder or cls(path, config_yaml, load(path / LATEST) if resumed else None, SilentLog(rank))
 
@@ -80,12 +77,13 @@ class RunFolder:
         """Load the saved state, if any, into the trainer, and store the config."""
         if self.state:
             saved, current = self.state["identity"], trainer.provenance.identity
-            changed = [name for name in saved if saved[name] != current.get(name, saved[name])]
+            changed = [
+                f"{name} ({value[:12]}, now {current[name][:12]})"
+                for name, value in saved.items()
+                if value != current.get(name, value)
+            ]
             if changed:
-                values = ", ".join(
-                    f"{name} ({saved[name][:12]}, now {current[name][:12]})" for name in changed
-                )
-                raise ConfigError(f"{self.path} cannot be resumed with another {values}")
+                raise ConfigError(f"{self.path} cannot be resumed with another {', '.join(changed)}")
             try:
                 trainer.load_state(self.state)
             except (RuntimeError, ValueError, LookupError) as error:
@@ -117,36 +115,27 @@ class RunFolder:
         return result
 
 
-def _open_first(path: Path, config: Config, config_yaml: str, resume: bool) -> RunFolder:
-    resources, experiment, warnings = ExitStack(), config.node.EXPERIMENT, [""]
-    exists = any(
-        os.path.exists(path / name) for name in (LATEST, PREVIOUS, RESULT)
-    )  # False if the name is too long
+def _open_first(path: Path, cfg: Any, config_yaml: str, resume: bool) -> RunFolder:
+    state, warnings = None, [""]
+    # os.path.exists returns False if the name is too long.
+    exists = any(os.path.exists(path / name) for name in (LATEST, PREVIOUS, RESULT))
     if exists and not (resume or _was_restarted(path)):
-        raise ConfigError(
-            f"{path} holds a run: add --resume to continue it, or set EXPERIMENT.NAME for a new one"
-        )
+        hint = "add --resume to continue it, or set EXPERIMENT.NAME for a new one"
+        raise ConfigError(f"{path} holds a run: {hint}")
     try:
-        with resources:
+        with ExitStack() as resources:
             resources.enter_context(_lock(path))
-            state = None
-            if (path / LATEST).exists() or (path / PREVIOUS).exists():
-                state, warnings[0] = _load_state(path, config)
-            elif exists:
-                raise ConfigError(
-                    f"{path} holds a result but no {LATEST} to resume from: set EXPERIMENT.NAME"
-                )
-            if config.node.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
-                settings = yaml.safe_load(config_yaml)
-                warnings.append(start_wandb(path, experiment.PROJECT, experiment.TAG, settings, resources))
+            if exists:
+                state, warnings[0] = _load_state(path, cfg, config_yaml)
+            if cfg.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
+                settings, names = yaml.safe_load(config_yaml), (cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.TAG)
+                warnings.append(start_wandb(path, *names, settings, resources))
             first_epoch, first_step = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
             log = RunLog(path, first_epoch, first_step)
             log.held = resources.pop_all()
     except OSError as error:
-        raise ConfigError(
-            f"the run folder {path} cannot be written ({error.strerror}): free some space, or set LOG.PREFIX or "
-            "EXPERIMENT.NAME"
-        ) from error
+        hint = "free some space, or set LOG.PREFIX or EXPERIMENT.NAME"
+        raise ConfigError(f"the run folder {path} cannot be written ({error.strerror}): {hint}") from error
     if state:
         log.line(f"resuming {path} at epoch {state['epoch']}, step {state['steps_done'] + 1}")
     else:
@@ -181,45 +170,39 @@ def _lock(path: Path) -> IO[str]:
     return lock
 
 
-def _load_state(path: Path, config: Config) -> tuple[Record, str]:
+def _load_state(path: Path, cfg: Any, config_yaml: str) -> tuple[Record, str]:
     """Load the state, with a warning if it is the previous one; check that it belongs to a run of this config."""
-    cfg = config.node
-    if not (path / CONFIG).exists():
-        raise ConfigError(f"{path} holds a state but no {CONFIG}: restore it")
-    # Plugins are those that are loaded: their files may have moved.
-    before = load_config(path / CONFIG, [f"EXPERIMENT.PLUGINS={cfg.EXPERIMENT.PLUGINS}"], stored=True)
-    values = dict(leaves(before.node))
-    unused = [method for method in DISTILLERS if method not in method_names(cfg)]
+    stored, unused = read_settings(path / CONFIG), {*DISTILLERS}.difference(method_names(cfg))
+    defaults, current = (yaml.load(text, TextLoader) for text in (dump(default_config()), config_yaml))
     changed = [
         key
-        for key, value in leaves(cfg)
-        if values.get(key) != value and not _is_neutral(key, cfg) and key.split(".")[0] not in unused
+        for key, text in current.items()
+        if stored.get(key, defaults[key]) != text
+        and not (_is_neutral(key, cfg) or key.split(".")[0] in unused)
     ]
     if changed:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")
     state, warning = _read_state(path)
-    done = state["epoch"] - 1
-    if done > cfg.SOLVER.EPOCHS:
-        raise ConfigError(
-            f"SOLVER.EPOCHS must be >= {done}, the finished epochs of {path}, got {cfg.SOLVER.EPOCHS}"
-        )
+    if (done := state["epoch"] - 1) > cfg.SOLVER.EPOCHS:
+        finished = f"{done}, the finished epochs of {path}"
+        raise ConfigError(f"SOLVER.EPOCHS must be >= {finished}, got {cfg.SOLVER.EPOCHS}")
     return state, warning
 
 
 def _read_state(path: Path) -> tuple[Record, str]:
-    """Load the state, or, with a warning, the previous one if the state is damaged."""
-    state, problem = Record(), ""
+    """Load the state, or, with a warning, the previous one if the state is missing or damaged."""
+    problems = []
     for name in (LATEST, PREVIOUS):
         try:
             state = load(path / name)
-            if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
-                raise CheckpointError(f"{path / name} is not the state of a run")
-            break
+            if isinstance(state, dict) and state.keys() >= _STATE_KEYS:
+                break
+            problems.append(f"{path / name} is not the state of a run")
         except CheckpointError as error:
-            if name == PREVIOUS or not (path / PREVIOUS).exists():
-                raise
-            problem = str(error)
-    if not problem:
+            problems.append(str(error))
+    else:
+        raise CheckpointError(problems[0])
+    if not problems:
         return state, ""
     (path / PREVIOUS).replace(path / LATEST)  # read by the other processes
-    return state, f"{problem}: resuming from {PREVIOUS} at epoch {state['epoch']}"
+    return state, f"{problems[0]}: resuming from {PREVIOUS} at epoch {state['epoch']}"

@@ -7,8 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from mdistiller_norm.config_text import read_settings
 from mdistiller_norm.data import DATASETS, Dataset, ImageOptions, open_dataset
 from mdistiller_norm.data.cifar import FOLDERS as CIFAR_FOLDERS
 from mdistiller_norm.data.folder import data_root
@@ -67,8 +66,8 @@ def find_root(path: Path, root: Path | None) -> Path:
     """Return the folder of the data sets: ``root``, else that of the run of a weights file, else ``data``."""
     config = path.parent / CONFIG
     if root is None and config.is_file():
-        root = yaml.safe_load(config.read_text(encoding="utf-8"))["DATASET"]["ROOT"]
-    return Path(root or "data")
+        return Path(str(read_settings(config).get("DATASET.ROOT", "data")))
+    return root or Path("data")
 
 
 def open_checkpoint(

@@ -12,7 +12,6 @@ import yaml
 from mdistiller_norm.config import default_config, dump, leaves, load_config, show
 from mdistiller_norm.config_keys import KEYS
 from mdistiller_norm.distillers import DISTILLERS
-from mdistiller_norm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
@@ -295,15 +294,6 @@ def test_overrides_may_set_the_keys_of_used_methods():
     assert load_config(None, [*kd[2:], *kd[:2]]).node.KD.TEMPERATURE == [1.0, 2.0]
     assert load_config(None, [*kd, "KD.TEMPERATURE=3"]).node.KD.TEMPERATURE == 3.0
     assert load_config(None, ["KD.TEMPERATURE=3"], others=["KD"]).node.KD.TEMPERATURE == 3.0
-
-
-def test_stored_configs_may_contain_removed_keys_at_their_old_defaults(tmp_path):
-    old = "SOLVER: {TRIALS: 1, TRIALS_MODE: processes, INIT_SEED: -1}\nDATASET: {DECODE: cpu}\nSEED: 2\n"
-    path = write(tmp_path, "config.yaml", old)
-    assert load_config(path, stored=True).node == load_config(None, ["SEED=2"]).node
-    for source in (path, write(tmp_path, "other.yaml", old.replace("-1", "5"))):
-        with pytest.raises(ConfigError, match="unknown key SOLVER"):
-            load_config(source, stored=source != path)
 
 
 def test_merge_keys_replace_whole_values(tmp_path):

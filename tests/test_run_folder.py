@@ -106,8 +106,9 @@ def damaged(key: str, value: object) -> Callable[[Path], object]:
     [
         (lambda folder: None, ["SOLVER.LR=0.1", "SEED=5"], r"with other values of SOLVER\.LR, SEED"),
         (lambda folder: None, ["SOLVER.EPOCHS=0"], "SOLVER.EPOCHS"),
-        (lambda folder: (folder / "config.yaml").unlink(), [], r"holds a state but no config\.yaml"),
-        (lambda folder: (folder / LATEST).unlink(), [], r"holds a result but no latest\.pt"),
+        (lambda folder: (folder / "config.yaml").unlink(), [], r"config\.yaml does not exist"),
+        (lambda folder: (folder / "config.yaml").write_bytes(b"\0"), [], r"config\.yaml cannot be read"),
+        (lambda folder: (folder / LATEST).unlink(), [], r"there is no checkpoint .*latest\.pt"),
         (lambda folder: torch.save([1, 2], folder / LATEST), [], r"latest\.pt is not the state of a run"),
         (lambda folder: (folder / LATEST).write_bytes(b"PK\3\4"), [], r"latest\.pt is damaged"),
         (damaged("epoch", 4), [], r"SOLVER\.EPOCHS must be >= 3"),
