@@ -20,7 +20,7 @@ from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
 from mdistiller_norm.errors import CheckpointError, ConfigError
-from mdistiller_norm.student import add_student_arguments, find_root, find_weights, open_checkpoint
+from mdistiller_norm.student import add_student_arguments, find_weights, open_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +75,7 @@ def _evaluate(
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> None:
-    root = find_root(Path(path), options.root)
-    network, dataset = open_checkpoint(path, options.model, options.dataset, root, data)
+    network, dataset = open_checkpoint(path, options.model, options.dataset, options.root, data)
     result = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
     if not math.isfinite(result.loss):
         raise CheckpointError(

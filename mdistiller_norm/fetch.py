@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller_norm.cli import execute
+from mdistiller_norm import cli
 from mdistiller_norm.download import Source, obtain, read_sources
 from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, add_to_manifest
-from mdistiller_norm.errors import ConfigError, UserError
+from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.registry import suggest
 
 Teacher = tuple[Path, str, str]  # file, model and data set
@@ -52,12 +52,8 @@ def fetch(source: Source, root: Path) -> list[Teacher]:
 
 
 def _evaluate(path: Path, model: str, dataset: str, root: Path) -> bool:
-    """Run the command ``eval`` if the data exists; return False if the weights cannot be used."""
+    """Run the command ``eval`` if the data exists; return False if it fails."""
     if dataset == "cifar100" and not (root / "cifar-100-python").is_dir():  # would be downloaded
         print(f"{model}: not evaluated, {root} contains no cifar-100-python: {path}")
         return True
-    try:
-        return execute(["eval", "-m", model, "-d", dataset, "--root", str(root), "-c", str(path)]) == 0
-    except UserError as error:
-        print(f"{model}: not evaluated, {error}")
-        return False
+    return cli.main(["eval", "-m", model, "-d", dataset, "--root", str(root), "-c", str(path)]) == 0

@@ -11,7 +11,7 @@ from mdistiller_norm.config_text import read_settings
 from mdistiller_norm.data import DATASETS, Dataset, ImageOptions, open_dataset
 from mdistiller_norm.data.cifar import FOLDERS as CIFAR_FOLDERS
 from mdistiller_norm.data.folder import data_root
-from mdistiller_norm.engine.checkpoint import load_into, load_weights
+from mdistiller_norm.engine.checkpoint import Weights, load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import PREFIXES, VARIANTS, build_model
 from mdistiller_norm.models.base import Network
@@ -54,10 +54,7 @@ def positive(text: str) -> int:
 def find_weights(path: Path) -> Path:
     """Return the weights file of a run folder (the best epoch), or of a path that may lack ``.pt``."""
     if path.is_dir():
-        for name in ("student_best.pt", "student_last.pt"):
-            if (path / name).is_file():
-                return path / name
-        raise CheckpointError(f"{path} is not a run folder: it has no student_best.pt")
+        path = path / "student_best"
     with_suffix = path.with_name(f"{path.name}.pt")
     return with_suffix if with_suffix.is_file() and not path.exists() else path
 
@@ -74,34 +71,17 @@ def open_checkpoint(
     path: str | Path,
     model: str = "",
     kind: str = "",
-    root: Path = Path("data"),
+    root: Path | None = None,
     dataset: Dataset | None = None,
 ) -> tuple[Network, Dataset]:
-    """Return the network of a weights file and the data set that it was trained on.
+    """Return the network of a weights file or run folder in eval mode, and the data set that it was trained on.
 
     Names and data set default to those stored in the file (a ``student_*.pt``), then to cifar100.
     """
+    path = find_weights(Path(path))
     weights = load_weights(path)
-    about = weights.about
-    name = model or about.get("name", "")
-    if not name:
-        raise ConfigError(f"{path} does not name its network: add -m, for example -m resnet20")
-    kind = kind or about.get("type", about.get("dataset", "cifar100"))
-    known_data = dataset is not None or kind in DATASETS
-    if about.get("plugins") and not (
-        known_data and (name.startswith(PREFIXES) or name in chain(*VARIANTS.values()))
-    ):
-        plugins = " ".join(about["plugins"])
-        raise CheckpointError(f"{path} is {name} on {kind}, registered by a plugin: add --plugin {plugins}")
-    if dataset is None:
-        known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
-        known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
-        images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
-        dataset = open_dataset(kind, data_root(root, about.get("dataset", "")), images)
-    count, size = len(dataset.classes), dataset.image_size
-    network = build_model(name, count, variant=dataset.variant, image_size=size)
-    load_into(network, weights, f"{name} with {count} classes")
-    return network, dataset
+    dataset = _open_data(weights, model, kind, find_root(path, root), dataset)
+    return _build(weights, model, _facts(dataset)), dataset
 
 
 def load_student(
@@ -110,31 +90,60 @@ def load_student(
     """Load a weights file or the best weights of a run folder, as :func:`open_checkpoint` does.
 
     The data set may be missing if the file has the metadata of a ``student_*.pt``; it is not opened without
-    ``with_data``.
+    ``with_data``, and CIFAR-100 is not downloaded.
     """
     path = find_weights(path)
     weights, root = load_weights(path), find_root(path, root)
-    about, kind = weights.about, kind or weights.about.get("type", "")
+    about, dataset, missing = weights.about, None, "not requested"
     complete = about.keys() >= {*_REQUIRED}
+    kind = kind or about.get("type", "")
     cifar = root / CIFAR_FOLDERS.get(kind, "")
-    try:
-        if complete and not with_data:
-            raise DataError("not requested")
-        if complete and kind in CIFAR_FOLDERS and not cifar.exists():  # would be downloaded
-            raise DataError(f"{cifar} does not exist")
-        network, dataset = open_checkpoint(path, model, kind, root)
-    except DataError as error:
-        if not complete:
-            raise
-        variant, size = about["variant"], tuple(about["image_size"])
-        network = build_model(model or about["name"], len(about["classes"]), variant=variant, image_size=size)
-        load_into(network, weights, f"{network.name} with {network.num_classes} classes")
-        return Student(network.eval(), _metadata(about, network), None, str(error))
-    facts = {
+    if complete and not cifar.exists():
+        missing = f"{cifar} does not exist"
+    elif with_data or not complete:
+        try:
+            dataset = _open_data(weights, model, kind, root)
+            about = about | _facts(dataset)
+        except DataError as error:
+            if not complete:
+                raise
+            missing = str(error)
+    network = _build(weights, model, about)
+    return Student(network, _metadata(about, network), dataset, missing)
+
+
+def _open_data(
+    weights: Weights, model: str, kind: str, root: Path, dataset: Dataset | None = None
+) -> Dataset:
+    about = weights.about
+    name = model or about.get("name", "")
+    if not name:
+        raise ConfigError(f"{weights.path} does not name its network: add -m, for example -m resnet20")
+    kind = kind or about.get("type", about.get("dataset", "cifar100"))
+    built_in = name.startswith(PREFIXES) or name in chain(*VARIANTS.values())
+    if about.get("plugins") and not (built_in and (dataset is not None or kind in DATASETS)):
+        plugins = f"registered by a plugin: add --plugin {' '.join(about['plugins'])}"
+        raise CheckpointError(f"{weights.path} is {name} on {kind}, {plugins}")
+    if dataset is not None:
+        return dataset
+    known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
+    known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
+    images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
+    return open_dataset(kind, data_root(root, about.get("dataset", "")), images)
+
+
+def _facts(dataset: Dataset) -> Metadata:
+    return {
         "variant": dataset.variant, "dataset": dataset.name, "classes": list(dataset.classes),
         "mean": list(dataset.mean), "std": list(dataset.std), "image_size": list(dataset.image_size),
     }  # fmt: skip
-    return Student(network.eval(), _metadata(about | facts, network), dataset)
+
+
+def _build(weights: Weights, model: str, about: Metadata) -> Network:
+    name, count, size = model or weights.about["name"], len(about["classes"]), tuple(about["image_size"])
+    network = build_model(name, count, variant=about["variant"], image_size=size)
+    load_into(network, weights, f"{name} with {count} classes")
+    return network.eval()
 
 
 def _metadata(about: Metadata, network: Network) -> Metadata:

@@ -179,4 +179,4 @@ def test_teachers_of_mdistiller_are_unpacked_where_training_searches(
     assert teacher.path.read_bytes() == b"not weights"
     Path("data/cifar-100-python").mkdir(parents=True)
     assert fetch("teachers", **entry) == 1
-    assert "resnet8: not evaluated, download_ckpts/cifar_teachers/resnet8_vanilla" in capsys.readouterr().out
+    assert "error: download_ckpts/cifar_teachers/resnet8_vanilla" in capsys.readouterr().err

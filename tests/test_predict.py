@@ -87,7 +87,7 @@ def test_bad_options(run: Path, images: Path, tmp_path: Path) -> None:
         (["-c", run, "nowhere"], "nowhere does not exist"),
         (["-c", run, tmp_path], "has no images"),
         (["-c", run, images, "--top", "0"], "must be an integer >= 1"),
-        (["-c", tmp_path, images], "is not a run folder"),
+        (["-c", tmp_path, images], "there is no checkpoint"),
         (["-c", tmp_path / "s.pt2", images], "does not exist"),
     ):
         with pytest.raises(UserError, match=words):

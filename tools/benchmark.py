@@ -278,7 +278,7 @@ def measure(options: Any, record: Record, folder: Path) -> None:
     bench = Bench(options, folder) if training else None
     device = build_device(plain.DEVICE)
     dtype, _ = build_precision(plain.SOLVER.PRECISION, device)
-    size, threads = 8192 if device.type == "cuda" else 2048, torch.get_num_threads()
+    size, threads = 8192 if device.type == "cuda" else 1024, torch.get_num_threads()
     matrix = torch.rand(size, size, device=device).to(dtype or torch.float32)
     timer = Timer("a @ a", globals={"a": matrix}, num_threads=threads)
     peak = 2e-9 * size**3 / min(timer.timeit(1).mean for _ in range(10))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mdistiller_norm.errors import ConfigError, needs_extra
-from mdistiller_norm.student import add_student_arguments, find_root, find_weights, open_checkpoint
+from mdistiller_norm.student import add_student_arguments, find_weights, open_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
     device = build_device(options.device)
 
     def outputs(path: Path, name: str, model: str) -> Collected:
-        network, dataset = open_checkpoint(path, model, options.dataset, find_root(path, options.root))
+        network, dataset = open_checkpoint(path, model, options.dataset, options.root)
         return collect(network, dataset, name, options.batch_size, device)
 
     paths = [find_weights(path) for path in options.ckpt]
