@@ -246,7 +246,7 @@ def build_teacher_runner(
     if not cache or not isinstance(loader, MemoryTrainLoader):
         return live, record
     record["cache"] = cache
-    teacher = CachedTeacher(live, loader, file.path, pooled, cache)
+    teacher = CachedTeacher(live, loader, file.cache_path(Path(cfg.LOG.PREFIX)), pooled, cache)
     teacher.check_outputs()
     if line := teacher.hold_on_device():
         log(line)

@@ -17,6 +17,7 @@ import yaml
 
 from mdistiller_norm.build import build_device
 from mdistiller_norm.config import load_config
+from mdistiller_norm.data.cifar import FOLDERS
 from mdistiller_norm.engine.compile import compiler_missing
 from mdistiller_norm.engine.logger import environment
 from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, ROOTS, read_manifest
@@ -27,7 +28,7 @@ OPTIONAL = (
     "scikit-learn", "scipy", "matplotlib", "jinja2", "timm", "submitit", "wandb", "onnx", "onnxruntime",
     "safetensors", "simplejpeg",
 )  # fmt: skip
-DATA = ("cifar-100-python", "imagenet")  # folders in --root
+DATA = (*FOLDERS.values(), "imagenet")  # folders in --root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

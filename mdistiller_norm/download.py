@@ -152,9 +152,19 @@ def _unpack(archive: Path, target: Path) -> None:
     """Unpack a folder of a tar archive atomically, and delete the archive."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack_") as folder:
         try:
-            shutil.unpack_archive(archive, folder, "tar", filter="data")
+            with tarfile.open(archive) as tar:
+                # extractall(filter="data") would require Python 3.11.4.
+                for member in tar:
+                    source = tar.extractfile(member) if member.isfile() else None
+                    path = Path(folder, member.name).resolve()
+                    if not path.is_relative_to(Path(folder).resolve()):
+                        raise tarfile.TarError(f"{member.name} is outside the destination")
+                    if source:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        with path.open("wb") as file:
+                            shutil.copyfileobj(source, file)
             Path(folder, target.name).rename(target)
-        except (shutil.ReadError, OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
             raise DataError(f"the archive of {target} cannot be unpacked: {first_line(error)}") from error
         finally:
             archive.unlink()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mdistiller_norm import cli
+from mdistiller_norm.data.cifar import FOLDERS
 from mdistiller_norm.download import Source, obtain, read_sources
 from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, add_to_manifest
 from mdistiller_norm.errors import ConfigError
@@ -53,7 +54,7 @@ def fetch(source: Source, root: Path) -> list[Teacher]:
 
 def _evaluate(path: Path, model: str, dataset: str, root: Path) -> bool:
     """Run the command ``eval`` if the data exists; return False if it fails."""
-    if dataset == "cifar100" and not (root / "cifar-100-python").is_dir():  # would be downloaded
-        print(f"{model}: not evaluated, {root} contains no cifar-100-python: {path}")
+    if dataset in FOLDERS and not (root / FOLDERS[dataset]).is_dir():  # would be downloaded
+        print(f"{model}: not evaluated, {root} contains no {FOLDERS[dataset]}: {path}")
         return True
     return cli.main(["eval", "-m", model, "-d", dataset, "--root", str(root), "-c", str(path)]) == 0

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-_PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent
 # Contains configs and checkpoints: the installed package, or the checkout that contains the package.
-PROJECT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+PROJECT = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
 CONFIGS = PROJECT / "configs"
 
 

@@ -98,7 +98,7 @@ def load_student(
     complete = about.keys() >= {*_REQUIRED}
     kind = kind or about.get("type", "")
     cifar = root / CIFAR_FOLDERS.get(kind, "")
-    if complete and not cifar.exists():
+    if complete and kind in CIFAR_FOLDERS and not cifar.exists():  # would be downloaded
         missing = f"{cifar} does not exist"
     elif with_data or not complete:
         try:

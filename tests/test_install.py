@@ -174,6 +174,9 @@ def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
         "1 to run",
     ):
         assert words in printed, words
-    code = "from mdistiller_norm.engine.teacher_file import *; print(known_teacher('resnet20', 'cifar100'))"
-    found = f"{packages}/mdistiller_norm/checkpoints/resnet20_cifar100_seed0.pt"
-    assert found in run(bin_ / "python", "-c", code)
+    code = (
+        "from mdistiller_norm.engine.teacher_file import *; teacher = known_teacher('resnet20', 'cifar100')"
+    )
+    printed = run(bin_ / "python", "-c", f"{code}; print(teacher.path, teacher.cache_path(Path('out')))")
+    name = "resnet20_cifar100_seed0.pt"
+    assert printed.split() == [f"{packages}/mdistiller_norm/checkpoints/{name}", f"out/teachers/{name}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -334,6 +335,9 @@ def test_eval_reads_students_states_and_bare_weights(
     monkeypatch.chdir(tmp_path)
     Path("output").symlink_to(run.parents[1])
     assert expected in evaluate("-m", "resnet8", "-d", "digits", "-c", "pretrain")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    execute(["eval", "-c", str(run)])
+    assert "evaluation: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.distillers.base import Need, at_least_float32
@@ -59,6 +60,9 @@ def evaluate(
         module = None if autocast else folded(network, Need.LOGITS)
         forward = (lambda images: module(images).logits) if module else network
     keep_freed_memory()
+    share = distributed.process_share()
+    count, disable = len(loader) // share.world, True if share.rank else None  # None: only on a terminal
+    bar = tqdm(total=count, desc="evaluation", unit="image", leave=False, disable=disable)
     for images, targets in loader:
         # Without autocast's cache: a captured graph would keep the cached copies of old weights.
         with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
@@ -68,8 +72,10 @@ def evaluate(
         correct.index_add_(0, targets, ranked[:, 0].long())
         seen.index_add_(0, targets, torch.ones_like(targets))
         in_top5 += ranked.sum()
+        bar.update(len(targets))
         loss += F.cross_entropy(logits, targets, reduction="sum").double()
     network.train(was_training)
+    bar.close()
     correct, seen, in_top5, loss = map(distributed.all_reduce, (correct, seen, in_top5, loss))
     samples = int(seen.sum())
     top1, top5 = 100 * int(correct.sum()) / samples, 100 * int(in_top5) / samples

@@ -18,7 +18,7 @@ from mdistiller_norm.data.base import EvalLoader
 from mdistiller_norm.engine.checkpoint import Weights
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.errors import CheckpointError, first_line
-from mdistiller_norm.files import PROJECT, regular, write_text
+from mdistiller_norm.files import PACKAGE, PROJECT, regular, write_text
 from mdistiller_norm.models.base import Network
 
 MANIFEST = Path("checkpoints/manifest.yaml")
@@ -34,6 +34,11 @@ class TeacherFile:
     path: Path
     top1: float | None = None  # accuracy in percent that the manifest, the run or torchvision states
     warning: str = ""  # why it may not be the intended teacher
+
+    def cache_path(self, runs: Path) -> Path:
+        """Return the path beside which its outputs are cached: in ``runs`` for a file of the installed package."""
+        packaged = self.path.resolve().is_relative_to(PACKAGE)
+        return runs / "teachers" / self.path.name if packaged else self.path
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
