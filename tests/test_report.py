@@ -31,6 +31,7 @@ from mdistiller_norm.reproduce.stats import (
 from mdistiller_norm.reproduce.tables import TABLES, Cell
 
 PAIR = "res32x4_res8x4"
+PUBLIC = "271c7bfa8a"  # the hash of a public teacher
 
 
 def made_up(
@@ -246,22 +247,23 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
     ):
         write_record(made_up(TABLES["2"].cells[row, PAIR], seed, 73.0, 73.2, **more), tmp_path)
     for row, seed in (("kd", 1), ("dkd", 1)):
-        write_record(made_up(TABLES["2"].cells[row, PAIR], seed, 74.0, 74.2, "b" * 64), tmp_path)
+        write_record(made_up(TABLES["2"].cells[row, PAIR], seed, 74.0, 74.2, PUBLIC.ljust(64, "0")), tmp_path)
     report = collect(tmp_path)
     kd, normkd, dkd = (view(report, "2", row) for row in ("kd", "normkd", "dkd"))
     assert sorted(kd.top1("best").items()) == [(0, 73.2), (1, 73.2)], "the teacher of most runs counts"
     assert kd.minus(normkd, "best") is not None
     assert dkd.minus(kd, "best") is None, "different teachers"
     text, page = (render(report, f"report.{name}.j2") for name in ("md", "html"))
-    assert "kd,res32x4,res8x4, seed 1: best 74.20, last 74.00, teacher bbbbbbbbbb (`" in text
+    assert f"kd,res32x4,res8x4, seed 1: best 74.20, last 74.00, teacher {PUBLIC} (`" in text
     for line in (
-        "teacher weights (SHA-256): aaaaaaaaaa (3 runs), bbbbbbbbbb (1 run).",
+        f"teacher weights (SHA-256): aaaaaaaaaa (3 runs), {PUBLIC} (1 run).",
         "precision: fp32 (3 runs), bf16 (1 run).",
         "number of processes: 1 (3 runs), 2 (1 run).",
         "training images (SHA-256): 1111111111 (1 run), 2222222222 (1 run).",
     ):
         assert f"- Runs of resnet32x4 → resnet8x4 differ in {line}" in text
         assert f"Runs of resnet32x4 → resnet8x4 differ in {line}</p>" in page
+    assert f"- The teacher {PUBLIC} of resnet32x4 → resnet8x4 is public (pytorch-cifar-models, " in text
     assert not re.search(r" differ in .*fp16", text)
     assert "- 1 run: 2 processes on Test GPU &lt;1&gt;, bf16" in text
 

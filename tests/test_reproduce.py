@@ -83,6 +83,7 @@ def test_every_cell_has_a_config_of_its_pair_and_method() -> None:
         ("6", PAIR, "t_norm_0.75", "NormKD.TEMPERATURE_NORM", 0.75),
         ("7", "r50_mv1", "t_norm_0.5", "NormKD.TEMPERATURE_NORM", 0.5),
         ("8", PAIR, "range", "NormKD.STATISTIC", "range"),
+        ("short16_weight", "res20_res8", "kd_9", "KD.LOSS.KD_WEIGHT", 9.0),
     ],
 )
 def test_settings_of_ablations_reach_the_config(
@@ -107,6 +108,7 @@ def test_equal_computations_have_one_identity_in_all_tables() -> None:
     assert of("1", "t_4") == of("2", "kd") == of("9", "kd")
     assert of("6", "t_norm_2") == of("2", "normkd") == of("9", "normkd")
     assert of("2", "teacher") == of("3", "teacher", "res32x4_shuv2")
+    assert of("short16_weight", "kd_0.9", "res20_res8") == of("short16", "kd", "res20_res8")
     assert of("1", "t_1") != of("1", "t_2")
     assert len({cell_identity(cell) for cell in CELLS}) > 130
 

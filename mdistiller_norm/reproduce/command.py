@@ -31,6 +31,7 @@ from mdistiller_norm.reproduce.ledger import (
     write_record,
 )
 from mdistiller_norm.reproduce.plan import Job, cell_identity, counted, duration, estimate, make_plan
+from mdistiller_norm.reproduce.report import write_report
 from mdistiller_norm.reproduce.slurm import submit
 from mdistiller_norm.reproduce.stats import mean_std
 from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--methods", "ROW", "rows of the table (default: all)"),
         ("--slurm", "NAME=VALUE", "options of submitit"),
         ("--add", "FOLDER", "add finished run folders to the ledger"),
-        ("--publish", "FOLDER", "publish weights of runs in checkpoints/, in fp16"),
+        ("--publish", "FOLDER", "add runs, their fp16 weights in checkpoints/, and write the report"),
     ):
         add(name, nargs="+", default=[], metavar=metavar, help=text)
     add(
@@ -93,6 +94,8 @@ def main(options: argparse.Namespace) -> int:
         _add_runs([*options.add, *options.publish], folder, options.smoke)
         for run in options.publish:
             print(f"published {publish(Path(run), MANIFEST.parent)}")
+        if options.publish:
+            write_report(results, results, options.smoke)
         return 0
     cells = select_cells(options.table, options.methods, options.pairs, options.queue)
     if options.sweep:

@@ -18,7 +18,7 @@ from mdistiller_norm.reproduce import stats
 from mdistiller_norm.reproduce.ledger import SCHEMA, Entry, Record, read_ledger
 from mdistiller_norm.reproduce.plan import cell_command, cell_identity, counted, duration
 from mdistiller_norm.reproduce.stats import MeanStd, PairedDifference, mean_std, signed
-from mdistiller_norm.reproduce.tables import CLAIMS, TABLES, Cell, Claim, Column, Delta, Table
+from mdistiller_norm.reproduce.tables import CLAIMS, TABLES, TEACHERS, Cell, Claim, Column, Delta, Table
 
 # Properties that do not change the identity of a run but may change its result.
 _CONDITIONS: dict[str, Callable[[Entry], str]] = {
@@ -99,9 +99,11 @@ class TableView(NamedTuple):
         return printed, first.minus(second, "best")
 
     def warnings(self, column: Column) -> list[str]:
-        """Return a line for each property that differs between the students' runs of a column."""
+        """Return the origin of a public teacher, and each property that differs between a column's students."""
         cells, lines = self.column(column).values(), []
         runs = [entry for cell in cells if cell.cell.row.key != "teacher" for entry in cell.runs.values()]
+        for digits in sorted({entry.teacher_hash for entry in runs} & TEACHERS.keys()):
+            lines.append(f"The teacher {digits} of {column.name} is {TEACHERS[digits]}.")
         for name, value in _CONDITIONS.items():
             counts = Counter(filter(None, map(value, runs)))  # some are not recorded
             listed = ", ".join(f"{text} ({counted(number, 'run')})" for text, number in counts.most_common())
@@ -238,17 +240,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--export", choices=["csv"], help="write runs.csv too, one line per run")
 
 
+def write_report(results: Path, out: Path, smoke: bool = False, with_csv: bool = False) -> None:
+    """Write the report of the ledger in ``results`` to a folder."""
+    if not (results / "runs").is_dir():
+        raise ConfigError(f"{results} contains no ledger (folder runs), which reproduce writes")
+    report = collect(results / "runs", smoke)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(render(report, "report.md.j2"), out / "TABLES.md")
+    write_text(render(report, "report.html.j2"), out / "report.html")
+    if with_csv:
+        write_csv(report, out / "runs.csv")
+    print(f"wrote TABLES.md, report.html{' and runs.csv' if with_csv else ''} in {out}")
+
+
 def main(options: argparse.Namespace) -> int:
     """Write the report; returns the exit code."""
     default = Path(options.output, "smoke", "results") if options.smoke else Path("results")
     results = Path(options.results or default)
-    if not (results / "runs").is_dir():
-        raise ConfigError(f"{results} contains no ledger (folder runs), which reproduce writes")
-    report, out = collect(results / "runs", options.smoke), Path(options.out or results)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(render(report, "report.md.j2"), out / "TABLES.md")
-    write_text(render(report, "report.html.j2"), out / "report.html")
-    if options.export:
-        write_csv(report, out / "runs.csv")
-    print(f"wrote TABLES.md, report.html{' and runs.csv' if options.export else ''} in {out}")
+    write_report(results, Path(options.out or results), options.smoke, options.export == "csv")
     return 0
