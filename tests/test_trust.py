@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Once
+from conftest import ROOT, Once
 from short_runs import assert_same_state, config, state_of
 
 from mdistiller_norm.engine.checkpoint import load, load_weights
 from mdistiller_norm.engine.runtime import STOP_SIGNALS, stop_signals
 from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.reproduce.ledger import read_ledger
 from mdistiller_norm.run import train
 
 KILLS, CORRUPTIONS = 20, 200
+METRICS = ("epoch", "loss_total", "train_top1", "test_top1", "test_loss")
 
 
 def corrupt(content: bytes, chance: random.Random) -> bytes:
@@ -126,6 +131,58 @@ def test_a_run_killed_twenty_times_equals_one_that_was_not(tmp_path: Path, teach
     assert len(a.pop("parts")) == 1
     b.pop("parts")
     assert_same_state(a, b)
+
+
+def kill_processes(pid: int) -> None:
+    """Kill a process and its descendants, as in a power failure."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(pid, signal.SIGKILL)
+    for child in map(int, children):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            kill_processes(child)
+
+
+def run_whole_and_killed(command: Callable[[str], list[str]]) -> None:
+    """Run a command for ``whole``; then one for ``killed``, whose first starts end after random times."""
+    start, chance = time.monotonic(), random.Random(0)
+    subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
+    duration = time.monotonic() - start
+    for _ in range(KILLS // 2):
+        process = subprocess.Popen(command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(0.5, 1.0) * duration)
+        if process.poll() is None:
+            kill_processes(process.pid)
+            process.wait()
+    subprocess.run(command("killed"), cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_ten_times_equal_a_run_that_was_not(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["-m", "mdistiller_norm", "train", "--cfg", "configs/digits/vanilla_resnet8.yaml", "--resume"]
+    settings = ["EXPERIMENT.PROJECT=distill", f"LOG.PREFIX={tmp_path}", "SOLVER.BATCH_SIZE=240"]
+    settings += ["SOLVER.EPOCHS=8", "LOG.CHECKPOINT_STEPS=1"]
+    run_whole_and_killed(lambda name: [*launcher, *train, *settings, f"EXPERIMENT.NAME={name}"])
+    a, b = (state_of(tmp_path, name) for name in ("whole", "killed"))
+    assert len(a.pop("parts")) == 1
+    b.pop("parts")
+    assert_same_state(a, b)
+
+
+@pytest.mark.slow
+def test_parallel_runs_of_a_table_killed_ten_times_equal_runs_that_were_not(tmp_path: Path) -> None:
+    table = ["--table", "digits", "--methods", "student", "--seeds", "0", "1", "--smoke", "--jobs", "2"]
+    command = [sys.executable, "-m", "mdistiller_norm", "reproduce", *table, "LOG.CHECKPOINT_STEPS=2"]
+    run_whole_and_killed(lambda name: [*command, "--output", str(tmp_path / name)])
+    metrics = []
+    for name in ("whole", "killed"):
+        ledger = read_ledger(tmp_path / name / "smoke" / "results" / "runs", smoke=True)
+        runs = sorted(ledger.all_runs(), key=lambda entry: entry.seed)
+        assert [entry.seed for entry in runs] == [0, 1]
+        assert not ledger.duplicates
+        metrics.append([{k: entry.record["metrics"][k] for k in METRICS} for entry in runs])
+    assert metrics[0] == metrics[1]
 
 
 NO_CHECKPOINTS = {

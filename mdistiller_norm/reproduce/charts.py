@@ -1,7 +1,5 @@
 """Learning curves as inline SVG, drawn by matplotlib."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping, Sequence

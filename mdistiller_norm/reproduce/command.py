@@ -1,7 +1,5 @@
 """The ``reproduce`` command: runs the cells of tables and keeps the ledger."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

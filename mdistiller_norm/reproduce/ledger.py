@@ -3,8 +3,6 @@
 File names end with the first 10 digits of the SHA-256 of the content, so ledgers can be merged by copying files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -147,15 +145,6 @@ def _check_types(record: Record, section: str) -> None:
             raise DataError(f"{key} is not finite or too large")
 
 
-def _check_metrics(metrics: Mapping[str, Any], epochs: int) -> None:
-    for name, values in metrics.items():
-        numbers = all(type(value) in (int, float) and abs(value) < _LARGEST for value in values)
-        if len(values) != epochs or not numbers:
-            raise DataError(f"metric {name} does not have {epochs} numbers")
-    if metrics.get("epoch") != list(range(1, epochs + 1)):
-        raise DataError(f"the metrics do not cover the epochs 1 to {epochs}")
-
-
 def check(record: Any) -> None:
     """Check a record's types and hash, and that its numbers agree with each other; raises DataError."""
     if not isinstance(record, dict):
@@ -173,10 +162,13 @@ def check(record: Any) -> None:
         _check_types(record["teacher"], "teacher")
     for part in record.get("parts", []):  # older records have none
         _check_types(part, "part")
-    epochs, curve = record["epochs"], record["metrics"]["test_top1"]
-    if epochs != record["config"]["SOLVER"]["EPOCHS"]:
-        raise DataError(f"epochs {epochs} differs from SOLVER.EPOCHS")
-    _check_metrics(record["metrics"], epochs)
+    epochs, metrics, curve = record["epochs"], record["metrics"], record["metrics"]["test_top1"]
+    for name, values in metrics.items():
+        numbers = all(type(value) in (int, float) and abs(value) < _LARGEST for value in values)
+        if len(values) != epochs or not numbers:
+            raise DataError(f"metric {name} does not have {epochs} numbers")
+    if metrics.get("epoch") != list(range(1, record["config"]["SOLVER"]["EPOCHS"] + 1)):
+        raise DataError("the metrics do not cover the epochs 1 to SOLVER.EPOCHS")
     for which, expected in (("last", curve[-1]), ("best", max(curve))):
         if not math.isclose(record[which]["top1"], expected, abs_tol=1e-3):
             raise DataError(f"{which} top1 {record[which]['top1']} differs from the metrics' {expected}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -228,10 +229,11 @@ def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
     same = [run["seconds"] / run["epochs"] for run in finished if _speed_key(run["config"]) == key]
     if same:
         return _START + left * statistics.median(same), "finished runs of the same networks"
-    flops = training_flops(job.config)
     comparable = [run for run in finished if run["config"]["SOLVER"]["PRECISION"] == key[-1]]
     rates = [training_flops(run["config"]) / max(run["seconds"], 1e-3) for run in comparable]
-    return (_START + left / epochs * flops / max(rates), "operation counts") if flops and any(rates) else None
+    rate = max(rates, default=0.0) or math.inf
+    seconds = training_flops(job.config) * left / epochs / rate
+    return (_START + seconds, "operation counts") if seconds else None
 
 
 def duration(seconds: float) -> str:

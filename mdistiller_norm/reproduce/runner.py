@@ -1,7 +1,5 @@
 """Execution of jobs on this machine: several at a time, teachers first, until all have ended or a signal arrives."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re

@@ -1,7 +1,5 @@
 """Execution of jobs on a cluster through submitit: one Slurm job per run, resubmitted on preemption."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

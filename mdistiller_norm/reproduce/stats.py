@@ -1,7 +1,5 @@
 """Means, standard deviations and paired differences over seeds, and their text in reports."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple

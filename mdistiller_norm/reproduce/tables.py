@@ -1,7 +1,5 @@
 """The tables of the NormKD paper and of this project's studies, read from ``tables.yaml``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
