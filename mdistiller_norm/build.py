@@ -84,7 +84,7 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
     if solver.BATCH_SIZE % (world * solver.ACCUMULATE):
         parts = f"SOLVER.ACCUMULATE {solver.ACCUMULATE} and the number of processes, {world}"
         raise ConfigError(
-            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be divisible by the product of {parts}"
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be a multiple of the product of {parts}"
         )
     conflicts = {
         "DISTILLER.TYPE NONE": cfg.DISTILLER.TYPE == "NONE", "SOLVER.PRECISION fp16": autocast is torch.float16,

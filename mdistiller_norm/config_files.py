@@ -6,8 +6,6 @@ import argparse
 import re
 from pathlib import Path
 
-import yaml
-
 from mdistiller_norm.catalog import columns, matches
 from mdistiller_norm.config import default_config, leaves, load_config, show
 from mdistiller_norm.config_keys import KEYS
@@ -21,18 +19,14 @@ from mdistiller_norm.program import command
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``config``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    action = actions.add_parser("show", help="print a resolved config with the source of each key")
-    action.add_argument("file", metavar="FILE", help="a config file, or the name of a packaged one")
-    action.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
-    action = actions.add_parser("copy", help="copy a packaged config")
-    action.add_argument("name", metavar="NAME", help="such as digits/normkd")
-    action.add_argument(
-        "to", nargs="?", type=Path, default=Path(), metavar="TO", help="file or folder (default: .)"
-    )
-    action = actions.add_parser("keys", help="list the config keys with default, type and meaning")
-    action.add_argument(
-        "pattern", nargs="?", default="", metavar="PATTERN", help="part of the key, or with wildcards"
-    )
+    add = actions.add_parser("show", help="print a resolved config with the source of each key").add_argument
+    add("file", metavar="FILE", help="a config file, or the name of a packaged one")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
+    add = actions.add_parser("copy", help="copy a packaged config").add_argument
+    add("name", metavar="NAME", help="such as digits/normkd")
+    add("to", nargs="?", type=Path, default=Path(), metavar="TO", help="file or folder (default: .)")
+    add = actions.add_parser("keys", help="list the config keys with default, type and meaning").add_argument
+    add("pattern", nargs="?", default="", metavar="PATTERN", help="part of the key, or with wildcards")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -56,9 +50,8 @@ def copy(name: str, to: Path) -> Path:
         raise ConfigError(f"{target} exists: choose another name")
 
     def packaged(match: re.Match[str]) -> str:
-        bases = yaml.safe_load(match[1])
-        files = [find_config(base, source.parent) for base in ([bases] if isinstance(bases, str) else bases)]
-        names = [str(file.relative_to(CONFIGS).with_suffix("")) for file in files]
+        bases = [find_config(base, source.parent) for base in match[1].strip("[]").split(", ")]
+        names = [str(base.relative_to(CONFIGS).with_suffix("")) for base in bases]
         return f"_BASE_: [{', '.join(names)}]"
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,15 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-import torch
-
-from mdistiller_norm.build import (
-    build_dataset,
-    build_device,
-    build_precision,
-    placed,
-    train_command,
-)
+from mdistiller_norm.build import build_dataset, build_device, build_precision, placed, train_command
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
@@ -26,18 +18,12 @@ from mdistiller_norm.student import add_student_arguments, find_weights, open_ch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``eval``."""
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_last.pt"
-    weights = (
-        "checkpoints, run folders, torchvision:NAME, or pretrain (default): the teacher weights of -m on -d"
-    )
-    parser.add_argument("-c", "--ckpt", default=["pretrain"], nargs="+", help=weights)
-    parser.add_argument(
-        "--cfg", metavar="FILE", help="config whose DATASET.* to use; its plugins need --plugin"
-    )
+    add, sources = parser.add_argument, "checkpoints, run folders, torchvision:NAME, or pretrain (default)"
+    add("-c", "--ckpt", default=["pretrain"], nargs="+", help=f"{sources}: the teacher weights of -m on -d")
+    add("--cfg", metavar="FILE", help="config whose DATASET.* to use; its plugins need --plugin")
     add_student_arguments(parser, batch_size=64)
-    parser.add_argument(
-        "--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION"
-    )
-    parser.add_argument("--per-class", action="store_true", help="print the accuracy of every class")
+    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION")
+    add("--per-class", action="store_true", help="print the accuracy of every class")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -50,7 +36,20 @@ def main(options: argparse.Namespace) -> int:
     if warning:
         raise ConfigError(f"--precision {options.precision}: {warning}, also in training: remove the option")
     for name in options.ckpt:
-        _evaluate(_find_weights(name, options, dataset), options, dataset, device, autocast)
+        path = _find_weights(name, options, dataset)
+        network, used = open_checkpoint(path, options.model, options.dataset, options.root, dataset)
+        result = evaluate(placed(network, device), used.eval_loader(options.batch_size, device), autocast)
+        if not math.isfinite(result.loss):
+            reason = "it diverged or is damaged"
+            raise CheckpointError(f"{path} gives NaN or infinite logits on {used.name}: {reason}")
+        print(
+            f"{network.name:12} {used.name}  top-1 {result.top1:6.2f}  top-5 {result.top5:6.2f}  "
+            f"loss {result.loss:7.4f}  {result.samples} images of {'x'.join(map(str, used.image_size))}, "
+            f"{options.precision}, {result.images_per_second:.0f} images/s  {path}"
+        )
+        if options.per_class:
+            for label, accuracy in zip(used.classes, result.per_class.tolist(), strict=True):
+                print(f"  {label}: {accuracy:.2f}")
     return 0
 
 
@@ -66,26 +65,3 @@ def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | Non
     if kind == "imagenet":
         return str(published(f"{options.model}_Weights.IMAGENET1K_V1").path)
     return str(find_teacher(options.model, kind, "", Path("output"), train_command(kind, options.model)).path)
-
-
-def _evaluate(
-    path: str,
-    options: argparse.Namespace,
-    data: Dataset | None,
-    device: torch.device,
-    autocast: torch.dtype | None,
-) -> None:
-    network, dataset = open_checkpoint(path, options.model, options.dataset, options.root, data)
-    result = evaluate(placed(network, device), dataset.eval_loader(options.batch_size, device), autocast)
-    if not math.isfinite(result.loss):
-        raise CheckpointError(
-            f"{path} gives NaN or infinite logits on {dataset.name}: it diverged or is damaged"
-        )
-    print(
-        f"{network.name:12} {dataset.name}  top-1 {result.top1:6.2f}  top-5 {result.top5:6.2f}  "
-        f"loss {result.loss:7.4f}  {result.samples} images of {'x'.join(map(str, dataset.image_size))}, "
-        f"{options.precision}, {result.images_per_second:.0f} images/s  {path}"
-    )
-    if options.per_class:
-        for label, accuracy in zip(dataset.classes, result.per_class.tolist(), strict=True):
-            print(f"  {label}: {accuracy:.2f}")

@@ -66,8 +66,7 @@ def _reason(error: BaseException, file: Path | None) -> str:
     """Return the message of an error and its line in the plugin."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {error.msg}"
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
     place = f"{file}:{lines[-1]}: " if lines else ""
     return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"

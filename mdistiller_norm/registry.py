@@ -22,19 +22,15 @@ def nearest(name: str, candidates: Iterable[str]) -> list[str]:
 def not_registered(name: str) -> str:
     """Return a hint if a plugin defines an object of this name, which it then did not register."""
     files = [plugin.__file__ for plugin in PLUGINS if name in vars(plugin)]
-    return (
-        f"{name} in {files[0]} is not registered: decorate it (methods: @distillers.register)"
-        if files
-        else ""
-    )
+    hint = "is not registered: decorate it (methods: @distillers.register)"
+    return f"{name} in {files[0]} {hint}" if files else ""
 
 
 def suggest(name: str, candidates: Collection[str]) -> str:
     """Return a hint for an unknown name: register it, or the nearest candidates, or all if none is similar."""
-    if hint := not_registered(name):
-        return hint
     near = nearest(name, candidates)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(candidates))}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(candidates))}"
+    return not_registered(name) or hint
 
 
 class Registry(dict[str, T]):

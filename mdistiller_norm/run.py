@@ -11,19 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from mdistiller_norm.build import (
-    PRECISIONS,
-    Log,
-    build_dataset,
-    build_distillers,
-    build_execution,
-    build_step,
-    build_student,
-    build_teacher,
-    build_teacher_runner,
-    check_data,
-    placed,
-)
+from mdistiller_norm import build
 from mdistiller_norm.config import Config, dump, load_config, show
 from mdistiller_norm.data import Dataset, TensorDataset
 from mdistiller_norm.distillers import Distiller
@@ -60,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
     if options.show:
         print(show(config))
     elif options.check_data:
-        return 2 if list_unreadable(build_dataset(config.node)) else 0
+        return 2 if list_unreadable(build.build_dataset(config.node)) else 0
     else:
         train(config, options.resume, [*_launcher(), *options.command])
     return 0
@@ -98,13 +86,13 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         dataset: an open data set to use instead of ``DATASET.TYPE``.
     """
     cfg = config.node
-    device, autocast, warning = build_execution(cfg)
+    device, autocast, warning = build.build_execution(cfg)
     if isinstance(dataset, TensorDataset):
         dataset.check()
-    dataset = dataset or build_dataset(cfg)
-    trained = build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
-    student = build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
-    distillers = build_distillers(cfg, student, trained[0], dataset) if trained else {}
+    dataset = dataset or build.build_dataset(cfg)
+    trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
+    student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
+    distillers = build.build_distillers(cfg, student, trained[0], dataset) if trained else {}
     config_yaml = dump(cfg)
     if device.type == "cuda":
         choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
@@ -112,7 +100,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
     # A teacher is evaluated on the test images, which finds unreadable ones.
-    check_data(cfg, student, dataset, share, check_test=trained is None)
+    build.check_data(cfg, student, dataset, share, check_test=trained is None)
     folder = RunFolder.open(config, config_yaml, resume, share.rank)
     log = folder.log.line
     if warning:
@@ -129,13 +117,17 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     teacher: Teacher | None = None
     teacher_record: Record = {}
     if trained:
-        placed(trained[0], device)
-        teacher, teacher_record = build_teacher_runner(
+        build.placed(trained[0], device)
+        teacher, teacher_record = build.build_teacher_runner(
             cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", steps_left, log
         )  # fmt: skip
-    step = build_step(cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log)
+    step = build.build_step(
+        cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
+    )
     versions = environment(device)
-    facts, provenance = _records(cfg, dataset, distillers, teacher_record, PRECISIONS[autocast], versions)
+    facts, provenance = _records(
+        cfg, dataset, distillers, teacher_record, build.PRECISIONS[autocast], versions
+    )
     facts |= {"config": yaml.safe_load(config_yaml), "command": command}
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
     schedule = StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE)
@@ -152,18 +144,13 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
 
 
 def _records(
-    cfg: Any,
-    dataset: Dataset,
-    distillers: Mapping[str, Distiller],
-    teacher: Record,
-    precision: str,
-    versions: Record,
-) -> tuple[Record, Provenance]:
+    cfg: Any, dataset: Dataset, methods: Mapping[str, Distiller], teacher: Record, precision: str, versions: Record
+) -> tuple[Record, Provenance]:  # fmt: skip
     """Return the facts for ``result.json``, and the records that are saved with the state."""
     facts = {
-        "method": list(distillers), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
+        "method": list(methods), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
         "dataset": dataset.name, "data": dataset.fingerprint(), "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
-        "extra_parameters": sum(method.extra_parameters() for method in distillers.values()),
+        "extra_parameters": sum(method.extra_parameters() for method in methods.values()),
         "precision": precision, "processes": distributed.process_share().world, "environment": versions,
     }  # fmt: skip
     about = {
@@ -180,7 +167,9 @@ def _records(
     return facts, Provenance(about, identity, trained_by)
 
 
-def _log_summary(cfg: Any, dataset: Dataset, student: Network, steps: int, facts: Record, log: Log) -> None:
+def _log_summary(
+    cfg: Any, dataset: Dataset, student: Network, steps: int, facts: Record, log: build.Log
+) -> None:
     parameters = sum(parameter.numel() for parameter in student.parameters())
     log(
         f"{'+'.join(facts['method']) or 'plain training'}: {student.name} on {dataset.name}, {len(dataset.targets)} "

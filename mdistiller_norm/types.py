@@ -11,12 +11,8 @@ class Outputs(NamedTuple):
     """Outputs of a network for a batch."""
 
     logits: Tensor  # [B, C]
-    features: tuple[
-        Tensor, ...
-    ]  # maps [B, D_i, H_i, W_i] after the stem and after every stage, shallow to deep
-    preacts: tuple[
-        Tensor, ...
-    ]  # the same maps before their last activation (see the network for maps without one)
+    features: tuple[Tensor, ...]  # maps [B, D_i, H_i, W_i] of the stem and of every stage, shallow to deep
+    preacts: tuple[Tensor, ...]  # the same maps before their last activation, if they have one
     pooled: Tensor  # [B, D], the input of the classifier
 
 
@@ -35,9 +31,7 @@ class Softened(NamedTuple):
 
     student: Tensor  # [B, C]
     teacher: Tensor  # [B, C]
-    weight: (
-        Tensor  # [B] or a scalar, tau_t ** 2, which restores the scale of the gradient (Hinton et al., 2015)
-    )
+    weight: Tensor  # [B] or a scalar, tau_t ** 2: restores the gradient's scale (Hinton et al., 2015)
 
 
 class Losses(NamedTuple):

@@ -19,196 +19,122 @@ from mdistiller_norm.data import DATASETS
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS
 
+Capture = pytest.CaptureFixture[str]
 DIGITS = f"train --cfg {ROOT}/configs/digits/vanilla_resnet8.yaml LOG.PREFIX=out"
 NORMKD = f"train --cfg {ROOT}/configs/digits/normkd.yaml"
 
 # Command -> words of the message.
 COMMANDS = [
-    ("", ["required: COMMAND", "mdistiller-norm --help"]),
-    ("trian", ["invalid choice: 'trian'"]),
-    ("train", ["required: --cfg", "see mdistiller-norm train --help"]),
-    ("train --cfg", ["argument --cfg: expected one argument"]),
-    (f"{NORMKD} --frobnicate", ["unrecognized arguments: --frobnicate"]),
-    ("train --cfg nowhere.yaml", ["config file nowhere.yaml does not exist"]),
-    ("train --cfg .", ["config file . cannot be read"]),
-    (f"{DIGITS} SOLVER.LRR 1", ["command line: unknown key SOLVER.LRR: did you mean SOLVER.LR"]),
-    (f"{DIGITS} LR 1", ["unknown key LR: did you mean SOLVER.LR?"]),
-    (f"{DIGITS} solver.lr=1", ["unknown key solver.lr: did you mean SOLVER.LR?"]),
-    (f"{DIGITS} SOLVER.LR", ["SOLVER.LR has no value"]),
-    (f"{DIGITS} SOLVER '{{LR: 1}}'", ["SOLVER is a section: set one of its keys, such as SOLVER.TRAINER"]),
-    (f"{DIGITS} SOLVER.TRIALS 3", ["unknown key SOLVER.TRIALS: it was removed", "--trials"]),
-    (f"{DIGITS} DATASET.DECODE cuda", ["unknown key DATASET.DECODE: it was removed", "NUM_WORKERS"]),
-    (f"{DIGITS} SOLVER.LR fast", ["command line: SOLVER.LR must be a finite number, got fast"]),
-    (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", ["SOLVER.MOMENTUM must be > 0 with NESTEROV"]),
-    (
-        f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9",
-        ["SOLVER.DOT.DELTA must be in (0, 1)", "and 0.9 (comm"],
-    ),
-    (
-        f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA=-1",
-        ["SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must", "and -1"],
-    ),
-    (f"{DIGITS} SOLVER.TRAINER dot", ["SOLVER.TRAINER dot does not support DISTILLER.TYPE NONE"]),
-    (
-        f"{NORMKD} SOLVER.TRAINER dot SOLVER.ACCUMULATE 2",
-        ["SOLVER.TRAINER dot does not support SOLVER.ACCUMULATE 2"],
-    ),
-    (
-        f"{DIGITS} SOLVER.ACCUMULATE 7",
-        ["SOLVER.BATCH_SIZE 64 must be divisible by the product of SOLVER.ACCUMULATE 7"],
-    ),
-    (f"{DIGITS} SOLVER.SYNC_BN true", ["SOLVER.SYNC_BN requires a GPU, got cpu"]),
-    (f"{DIGITS} SOLVER.LR_DECAY_RATE 10", ["SOLVER.LR_DECAY_RATE must be in (0, 1], got 10"]),
-    (f"{NORMKD} NormKD.TEMPERATURE_NORM 0", ["NormKD.TEMPERATURE_NORM must be > 0, got 0"]),
-    (f"{NORMKD} NormKD.LOSS.KD_WEIGHT=-1", ["NormKD.LOSS.KD_WEIGHT must be >= 0, got -1"]),
-    (
-        f"{NORMKD} NormKD.STATISTIC mean",
-        ["NormKD.STATISTIC must be one of constant, std, max, range, got mean"],
-    ),
-    (f"{DIGITS} LOG.PREFIX '\udce9'", ["LOG.PREFIX must be valid"]),
-    ("train --cfg fifo", ["config file fifo cannot be read", "not a regular file"]),
-    ("train --cfg /dev/zero", ["config file /dev/zero cannot be read", "not a regular file"]),
-    (f"{NORMKD} KD.TEMPERATURE 8", ["KD.TEMPERATURE has no effect", "digits/normkd.yaml) is NormKD"]),
-    (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", ["plugin no/file.py does not exist in /"]),
-    (f"{NORMKD} EXPERIMENT.PLUGINS no_module", ["plugin no_module cannot be imported: ModuleNotFoundError"]),
-    (f"{DIGITS} DATASET.TYPE digit", ["DATASET.TYPE: unknown data set 'digit': did you mean digits?"]),
-    (f"{DIGITS} DEVICE tpu", ["DEVICE", "tpu"]),
-    (
-        f"{DIGITS} DISTILLER.STUDENT resnet21",
-        ["DISTILLER.STUDENT: unknown CIFAR model 'resnet21'", "resnet20"],
-    ),
-    (
-        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19",
-        ["'torchvision:resnet19' cannot be built", "resnet19"],
-    ),
-    (
-        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9",
-        ["'torchvision:resnet18.V9' cannot be built", "V9"],
-    ),
-    (
-        f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained",
-        ["pretrained weights require a model named timm:"],
-    ),
-    ("eval -c x.pt -bs x", ["argument -bs/--batch-size: must be an integer >= 1, got x"]),
-    ("eval -c x.pt -bs 0", ["must be an integer >= 1, got 0"]),
-    ("eval -c x.pt --cfg x.yaml -d digits", ["--cfg sets the data set"]),
-    ("eval -c 'two\nlines.pt'", ["two lines.pt"]),
-    ("shards --root x", ["required: --out"]),
-    ("shards --root x --out y --per-shard 0", ["argument --per-shard: must be an integer >= 1"]),
-    ("shards --root x --out y", ["x"]),
-    ("visualize", ["required: FIGURE: see mdistiller-norm visualize --help"]),
-    ("visualize tsne", ["required: -c/--ckpt: see mdistiller-norm visualize tsne --help"]),
-    ("export -c", ["argument -c/--ckpt: expected one argument"]),
-    ("config", ["required: ACTION: see mdistiller-norm config --help"]),
-    (
-        "config show digits/normkt",
-        ["config file digits/normkt does not exist; see mdistiller-norm list configs"],
-    ),
-    ("config copy run.yaml", ["run.yaml is not a packaged config; see mdistiller-norm list configs"]),
-    ("config copy digits/normkd run.yaml", ["run.yaml exists: choose another name"]),
-    ("fetch imagenet", ["unknown source 'imagenet'"]),
-    ("fetch cifar100 --sources run.yaml", ["run.yaml cannot be read as sources"]),
-    ("list tables", ["argument kind: invalid choice: 'tables'"]),
-    ("report --export xls", ["argument --export: invalid choice: 'xls'"]),
+    ("", "required: COMMAND … mdistiller-norm --help"),
+    ("trian", "invalid choice: 'trian'"),
+    ("train", "required: --cfg … see mdistiller-norm train --help"),
+    (f"{NORMKD} --frobnicate", "unrecognized arguments: --frobnicate"),
+    ("train --cfg nowhere.yaml", "config file nowhere.yaml does not exist"),
+    ("train --cfg .", "config file . cannot be read"),
+    (f"{DIGITS} SOLVER.LRR 1", "command line: unknown key SOLVER.LRR: did you mean SOLVER.LR"),
+    (f"{DIGITS} LR 1", "unknown key LR: did you mean SOLVER.LR?"),
+    (f"{DIGITS} SOLVER.LR", "SOLVER.LR has no value"),
+    (f"{DIGITS} SOLVER '{{LR: 1}}'", "SOLVER is a section: set one of its keys, such as SOLVER.TRAINER"),
+    (f"{DIGITS} SOLVER.TRIALS 3", "unknown key SOLVER.TRIALS: it was removed … --trials"),
+    (f"{DIGITS} SOLVER.LR fast", "command line: SOLVER.LR must be a finite number, got fast"),
+    (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", "SOLVER.MOMENTUM must be > 0 with NESTEROV"),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", "DOT.DELTA must be in (0, 1) … and 0.9 (comm"),
+    (f"{DIGITS} SOLVER.TRAINER dot", "SOLVER.TRAINER dot does not support DISTILLER.TYPE NONE"),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.ACCUMULATE 2", "dot does not support SOLVER.ACCUMULATE 2"),
+    (f"{DIGITS} SOLVER.ACCUMULATE 7", "SOLVER.BATCH_SIZE 64 must be a multiple … SOLVER.ACCUMULATE 7"),
+    (f"{DIGITS} SOLVER.SYNC_BN true", "SOLVER.SYNC_BN requires a GPU, got cpu"),
+    (f"{DIGITS} SOLVER.LR_DECAY_RATE 10", "SOLVER.LR_DECAY_RATE must be in (0, 1], got 10"),
+    (f"{NORMKD} NormKD.TEMPERATURE_NORM 0", "NormKD.TEMPERATURE_NORM must be > 0, got 0"),
+    (f"{NORMKD} NormKD.LOSS.KD_WEIGHT=-1", "NormKD.LOSS.KD_WEIGHT must be >= 0, got -1"),
+    (f"{DIGITS} LOG.PREFIX '\udce9'", "LOG.PREFIX must be valid"),
+    ("train --cfg fifo", "config file fifo cannot be read … not a regular file"),
+    ("train --cfg /dev/zero", "config file /dev/zero cannot be read … not a regular file"),
+    (f"{NORMKD} KD.TEMPERATURE 8", "KD.TEMPERATURE has no effect … digits/normkd.yaml) is NormKD"),
+    (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", "plugin no/file.py does not exist in /"),
+    (f"{NORMKD} EXPERIMENT.PLUGINS no_module", "plugin no_module cannot be imported: ModuleNotFoundError"),
+    (f"{DIGITS} DATASET.TYPE digit", "DATASET.TYPE: unknown data set 'digit': did you mean digits?"),
+    (f"{DIGITS} DEVICE tpu", "DEVICE … tpu"),
+    (f"{DIGITS} DISTILLER.STUDENT resnet21", "DISTILLER.STUDENT: unknown CIFAR model 'resnet21' … resnet20"),
+    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19", "'torchvision:resnet19' cannot be built … resnet19"),
+    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9", "'torchvision:resnet18.V9' cannot be built … V9"),
+    (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", "pretrained weights require a model named timm:"),
+    ("eval -c x.pt -bs 0", "must be an integer >= 1, got 0"),
+    ("eval -c x.pt --cfg x.yaml -d digits", "--cfg sets the data set"),
+    ("eval -c 'two\nlines.pt'", "two lines.pt"),
+    ("shards --root x --out y", "x"),
+    ("visualize", "required: FIGURE: see mdistiller-norm visualize --help"),
+    ("export -c", "argument -c/--ckpt: expected one argument"),
+    ("config show digits/normkt", "digits/normkt does not exist; see mdistiller-norm list configs"),
+    ("config copy run.yaml", "run.yaml is not a packaged config; see mdistiller-norm list configs"),
+    ("config copy digits/normkd run.yaml", "run.yaml exists: choose another name"),
+    ("fetch imagenet", "unknown source 'imagenet'"),
+    ("fetch cifar100 --sources run.yaml", "run.yaml cannot be read as sources"),
+    ("list tables", "argument kind: invalid choice: 'tables'"),
 ]
 
 
 def bomb(level: str) -> str:
     """Return a config whose aliases (``*`` in ``level``) refer to the level before, which makes 4**20 nodes."""
-    return "\n".join(
-        ["x0: &x0 {a: 1}", *(f"x{i}: &x{i} " + level.replace("*", f"*x{i - 1}") for i in range(1, 20))]
-    )
+    levels = [f"x{i}: &x{i} " + level.replace("*", f"*x{i - 1}") for i in range(1, 20)]
+    return "\n".join(["x0: &x0 {a: 1}", *levels])
 
 
 # Text of a config -> words of the message.
 CONFIGS = [
-    ("SOLVER: {LR: true}", ["run.yaml: SOLVER.LR must be a finite number, got true"]),
-    ("SOLVER: {LR: .inf}", ["SOLVER.LR must be a finite number, got .inf"]),
-    ("SOLVER: {LR: }", ["SOLVER.LR must be a finite number, got ''"]),
-    ("SOLVER: {LR: {a: 1}}", ["unknown key SOLVER.LR.a"]),
-    ("SOLVER: {LR: 0}", ["SOLVER.LR must be > 0, got 0"]),
-    ("SOLVER: {EPOCHS: 2.0}", ["SOLVER.EPOCHS must be an integer, got 2.0"]),
-    ("SOLVER: {EPOCHS: 0}", ["SOLVER.EPOCHS must be >= 1, got 0"]),
-    ("SOLVER: {NESTEROV: 1}", ["SOLVER.NESTEROV must be true or false, got 1"]),
-    ("SOLVER: {MOMENTUM: 1}", ["SOLVER.MOMENTUM must be in [0, 1), got 1"]),
-    ("SOLVER: {LR_DECAY_STAGES: 3}", ["must be a list (each item an integer), got 3"]),
-    ("SOLVER: {LR_DECAY_STAGES: [1, x]}", ["must be a list (each item an integer), got ['1', 'x']"]),
-    ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", ["must be increasing epochs >= 1, got ['2', '2']"]),
-    ("SOLVER: {PRECISION: tf32}", ["SOLVER.PRECISION must be one of fp32, bf16, fp16, got tf32"]),
-    ("SEED: 99999999999999999999", ["SEED must be in [0, 2**63), got 9999"]),
-    (
-        "DATASET: {MEAN: [77, 77, 77]}",
-        ["DATASET.MEAN must be [] or three numbers in [0, 1], got ['77', '77', '77']"],
-    ),
-    (
-        "DATASET: {MEAN: [a, b, c]}",
-        ["DATASET.MEAN must be a list (each item a finite number), got ['a', 'b', 'c']"],
-    ),
-    (
-        "EXPERIMENT: {NAME: ../../evil}",
-        ["EXPERIMENT.NAME must be the name of one folder, without /, got ../../evil"],
-    ),
-    ("EXPERIMENT: {PROJECT: ''}", ["EXPERIMENT.PROJECT must be the name of one folder"]),
-    ("EXPERIMENT: {TAG: ''}", ["EXPERIMENT.NAME or TAG (run.yaml) must not be empty"]),
-    ("KD: {TEMPERATURE: []}", ["KD.TEMPERATURE must be a finite number"]),
-    (
-        "NormKD: {TEMPERATURE_NORM: [1, 2]}",
-        ["NormKD.TEMPERATURE_NORM must be a finite number, got ['1', '2']"],
-    ),
-    (
-        "DISTILLER: {TYPE: normkd}",
-        ["DISTILLER.TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"],
-    ),
-    ("DISTILLER: {TYPE: none}", ["unknown distiller 'none': did you mean NONE"]),
-    ("DISTILLER: {TYPE: [KD, KD]}", ["DISTILLER.TYPE must be NONE or different methods, got ['KD', 'KD']"]),
-    ("DISTILLER: {TYPE: [KD, NONE]}", ["DISTILLER.TYPE must be NONE or different methods"]),
-    ("SOLVER: {EPOCH: 2}", ["unknown key SOLVER.EPOCH: did you mean SOLVER.EPOCHS"]),
-    (
-        "NORMKD: {TEMPERATURE_NORM: 2}",
-        ["unknown key NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"],
-    ),
-    ("SOLVER: 3", ["SOLVER is a section"]),
-    ("SOLVER: {LR: 1}\nSOLVER.LR: 2", ["cannot be read: key SOLVER.LR is given twice"]),
-    ("- 1", ["config file run.yaml cannot be read: it must be a mapping"]),
-    ("SOLVER:\n  LR: [1\nSEED: 2", ["config file run.yaml cannot be read"]),
-    ("SEED: \x00", ["config file run.yaml cannot be read"]),
-    ('EXPERIMENT: {NAME: "a\\0"}', ["EXPERIMENT.NAME must be valid text"]),
-    ('LOG: {PREFIX: "\\ud800"}', ["LOG.PREFIX must be valid text"]),
-    ('_BASE_: "a\\0"', ["cannot be read: embedded null"]),
-    ("_BASE_: [[a]]", ["_BASE_ must be a file or a list of files"]),
-    ("EXPERIMENT: {PLUGINS: [[a]]}", ["EXPERIMENT.PLUGINS must be valid text, got [['a']]"]),
-    ("SOLVER: {<<: 3}", ["<< must be a mapping or a list of mappings"]),
-    ("SOLVER: " + "{a: " * 4000, ["cannot be read"]),
-    (bomb("{k: *, l: *, m: *, n: *}"), ["it has more than 10,000 keys"]),
-    (bomb("{<<: [*, *, *, *]}"), ["unknown key x0.a"]),
+    ("SOLVER: {LR: true}", "run.yaml: SOLVER.LR must be a finite number, got true"),
+    ("SOLVER: {LR: .inf}", "SOLVER.LR must be a finite number, got .inf"),
+    ("SOLVER: {LR: {a: 1}}", "unknown key SOLVER.LR.a"),
+    ("SOLVER: {LR: 0}", "SOLVER.LR must be > 0, got 0"),
+    ("SOLVER: {EPOCHS: 2.0}", "SOLVER.EPOCHS must be an integer, got 2.0"),
+    ("SOLVER: {NESTEROV: 1}", "SOLVER.NESTEROV must be true or false, got 1"),
+    ("SOLVER: {MOMENTUM: 1}", "SOLVER.MOMENTUM must be in [0, 1), got 1"),
+    ("SOLVER: {LR_DECAY_STAGES: 3}", "must be a list (each item an integer), got 3"),
+    ("SOLVER: {LR_DECAY_STAGES: [1, x]}", "must be a list (each item an integer), got ['1', 'x']"),
+    ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", "must be increasing epochs >= 1, got ['2', '2']"),
+    ("SOLVER: {PRECISION: tf32}", "SOLVER.PRECISION must be one of fp32, bf16, fp16, got tf32"),
+    ("SEED: 99999999999999999999", "SEED must be in [0, 2**63), got 9999"),
+    ("DATASET: {MEAN: [7, 7, 7]}", "DATASET.MEAN must be [] or three numbers in [0, 1], got ['7', '7', '7']"),
+    ("EXPERIMENT: {NAME: ../../evil}", "NAME must be the name of one folder, without /, got ../../evil"),
+    ("EXPERIMENT: {PROJECT: ''}", "EXPERIMENT.PROJECT must be the name of one folder"),
+    ("EXPERIMENT: {TAG: ''}", "EXPERIMENT.NAME or TAG (run.yaml) must not be empty"),
+    ("NormKD: {TEMPERATURE_NORM: [1, 2]}", "NormKD.TEMPERATURE_NORM must be a finite number, got ['1', '2']"),
+    ("DISTILLER: {TYPE: normkd}", "TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"),
+    ("DISTILLER: {TYPE: [KD, KD]}", "DISTILLER.TYPE must be NONE or different methods, got ['KD', 'KD']"),
+    ("NORMKD: {TEMPERATURE_NORM: 2}", "NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"),
+    ("SOLVER: {LR: 1}\nSOLVER.LR: 2", "cannot be read: key SOLVER.LR is given twice"),
+    ("- 1", "config file run.yaml cannot be read: it must be a mapping"),
+    ("SOLVER:\n  LR: [1\nSEED: 2", "config file run.yaml cannot be read"),
+    ('EXPERIMENT: {NAME: "a\\0"}', "EXPERIMENT.NAME must be valid text"),
+    ('LOG: {PREFIX: "\\ud800"}', "LOG.PREFIX must be valid text"),
+    ('_BASE_: "a\\0"', "cannot be read: embedded null"),
+    ("_BASE_: [[a]]", "_BASE_ must be a file or a list of files"),
+    ("EXPERIMENT: {PLUGINS: [[a]]}", "EXPERIMENT.PLUGINS must be valid text, got [['a']]"),
+    ("SOLVER: {<<: 3}", "<< must be a mapping or a list of mappings"),
+    ("SOLVER: " + "{a: " * 4000, "cannot be read"),
+    (bomb("{k: *, l: *, m: *, n: *}"), "it has more than 10,000 keys"),
+    (bomb("{<<: [*, *, *, *]}"), "unknown key x0.a"),
     (
         "SEED: [&x0 [a]" + "".join(f", &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)) + "]",
-        ["got [['a'], [['a'], "],
+        "got [['a'], [['a'], ",
     ),
-    ("_BASE_: nowhere.yaml", ["config file nowhere.yaml does not exist"]),
+    ("_BASE_: nowhere.yaml", "config file nowhere.yaml does not exist"),
 ]
 # Text of a plugin that is broken -> words of the message.
 PLUGINS = [
-    ("def broken(:", ["own.py:1: ", "syntax"]),
-    ("\nimport no_such_module", ["own.py:2: ModuleNotFoundError", "no_such_module"]),
-    ("import sys\nsys.exit(3)", ["own.py:2: SystemExit: 3"]),
-    (f"{REGISTER}models.register('resnet8x4')(len)", ["own.py:2: ", "'resnet8x4' is registered already"]),
-    (f"{REGISTER}data.register('digits')(len)", ["data set 'digits' is registered already"]),
-    (f"{REGISTER}distillers.register('KD')(distillers.Distiller)", ["distiller 'KD' is registered already"]),
-    (f"{REGISTER}distillers.register('New')(object)", ["own.py:2: ", "must be a subclass of Distiller"]),
-    (
-        f"{REGISTER}models.register('new')(lambda: 0)",
-        ["own.py:2: ", "model 'new' requires a function", "num_classes"],
-    ),
+    ("def broken(:", "own.py:1:  … syntax"),
+    ("\nimport no_such_module", "own.py:2: ModuleNotFoundError … no_such_module"),
+    ("import sys\nsys.exit(3)", "own.py:2: SystemExit: 3"),
+    (f"{REGISTER}models.register('resnet8x4')(len)", "own.py:2:  … 'resnet8x4' is registered already"),
+    (f"{REGISTER}data.register('digits')(len)", "data set 'digits' is registered already"),
+    (f"{REGISTER}distillers.register('KD')(distillers.Distiller)", "distiller 'KD' is registered already"),
+    (f"{REGISTER}distillers.register('New')(object)", "own.py:2:  … must be a subclass of Distiller"),
+    (f"{REGISTER}models.register('new')(lambda: 0)", "own.py:2:  … 'new' requires a function … num_classes"),
     (
         f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
         "    def forward(self, student, teacher, batch):\n        return teacher.features[-1].mean()",
-        ["own.py:2: ", "distiller 'New' reads features: add `need = distillers.Need.MAPS`"],
+        "own.py:2:  … distiller 'New' reads features: add `need = distillers.Need.MAPS`",
     ),
-    (
-        f"{REGISTER}@distillers.register('SOLVER')\nclass A(distillers.Distiller): pass",
-        ["distiller name 'SOLVER' must"],
-    ),
+    (f"{REGISTER}distillers.register('SOLVER')(distillers.Distiller)", "distiller name 'SOLVER' must"),
 ]
 METHOD = """
 @distillers.register("Own")
@@ -236,47 +162,39 @@ def data_set(mistake: str) -> tuple[str, str]:
 
 
 def network(expression: str, *overrides: str) -> tuple[str, str]:
-    return f"models.register('own')(lambda n: {expression})\n", " ".join(
-        ("DISTILLER.STUDENT=own", *overrides)
-    )
+    keys = ("DISTILLER.STUDENT=own", *overrides)
+    return f"models.register('own')(lambda n: {expression})\n", " ".join(keys)
 
 
+WEIGHTS = "NormKD.LOSS"
 # Text of a plugin that can be imported and the overrides that use it -> words of the message.
 USED_PLUGINS = [
-    (method("None"), ["Own: forward must return a scalar", "NoneType"]),
-    (method("student.logits.mean(1)"), ["Own: forward must return a scalar", "shape [12]"]),
-    (method("teacher.logits.mean()"), ["Own: the loss must have a gradient"]),
-    (data_set("train = (images / 255, targets)"), ["own_data", "float32 [12, 8, 8, 3]"]),
-    (data_set("test = (images.permute(0, 3, 1, 2), targets)"), ["uint8 [12, 3, 8, 8]"]),
-    (data_set("train = (images, targets.int())"), ["own_data", "int32 [12]"]),
-    (data_set("test = (images, targets + 1)"), ["own_data", "0..2"]),
-    (data_set("facts['mean'] = (77.0,) * 3"), ["own_data", "mean"]),
-    (data_set("open('/no/database')"), ["data set 'own_data' cannot be opened", "No such file"]),
-    (data_set("return train, test"), ["data set 'own_data'", "tuple", "TensorDataset"]),
+    (method("None"), "Own: forward must return a scalar … NoneType"),
+    (method("student.logits.mean(1)"), "Own: forward must return a scalar … shape [12]"),
+    (method("teacher.logits.mean()"), "Own: the loss must have a gradient"),
+    (data_set("train = (images / 255, targets)"), "own_data … float32 [12, 8, 8, 3]"),
+    (data_set("test = (images.permute(0, 3, 1, 2), targets)"), "uint8 [12, 3, 8, 8]"),
+    (data_set("train = (images, targets.int())"), "own_data … int32 [12]"),
+    (data_set("test = (images, targets + 1)"), "own_data … 0..2"),
+    (data_set("facts['mean'] = (77.0,) * 3"), "own_data … mean"),
+    (data_set("open('/no/database')"), "data set 'own_data' cannot be opened … No such file"),
+    (data_set("return train, test"), "data set 'own_data' … tuple … TensorDataset"),
+    (("class Own: pass\n", "DISTILLER.TYPE=Own"), "Own in  … own.py is not registered"),
+    (("class Own: pass\n", "Own.LOSS.KD_WEIGHT=1"), "key Own.LOSS … own.py is not registered"),
+    (("class Own: pass\n", "DISTILLER.STUDENT=Own"), "unknown … own.py is not registered"),
+    (network("models.Wrapped(resnet18(), classifier='fc')"), "'own' cannot be built … num_classes"),
+    (network("open('/no/weights')"), "model 'own' cannot be built … No such file"),
+    (network("resnet18(num_classes=n)"), "model 'own' … ResNet … Wrapped"),
+    (network("models.Wrapped(resnet18(), n, classifier='fc')"), "1000 logits for 10 classes"),
+    (network("models.Wrapped(resnet18(), n, classifier='fcc')"), "ResNet has no submodule 'fcc' … fc"),
+    (network("models.Wrapped(small, n, classifier='fc', features=['fc'])"), "shape [2, 10]"),
     (
-        ("class Own(distillers.Distiller): pass\n", "DISTILLER.TYPE=Own"),
-        ["Own in ", "own.py is not registered"],
+        network("models.Wrapped(small, n, classifier='fc')", "DISTILLER.TYPE=SP"),
+        "SP requires feature maps, which own lacks … without maps: CRD … NormKD",
     ),
     (
-        ("class Own(distillers.Distiller): pass\n", "Own.LOSS.KD_WEIGHT=1"),
-        ["key Own.LOSS", "own.py is not registered"],
-    ),
-    (("class Own(models.Network): pass\n", "DISTILLER.STUDENT=Own"), ["unknown", "own.py is not registered"]),
-    (
-        network("models.Wrapped(resnet18(num_classes=n), classifier='fc')"),
-        ["'own' cannot be built", "num_classes"],
-    ),
-    (network("open('/no/weights')"), ["model 'own' cannot be built", "No such file"]),
-    (network("resnet18(num_classes=n)"), ["model 'own'", "ResNet", "Wrapped"]),
-    (network("models.Wrapped(resnet18(), n, classifier='fc')"), ["1000 logits for 10 classes"]),
-    (network("models.Wrapped(resnet18(), n, classifier='fcc')"), ["ResNet has no submodule 'fcc'", "fc"]),
-    (
-        network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc', features=['fc'])"),
-        ["shape [2, 10]"],
-    ),
-    (
-        network("models.Wrapped(resnet18(num_classes=n), n, classifier='fc')", "DISTILLER.TYPE=SP"),
-        ["SP requires feature maps, which own lacks", "without maps: CRD", "NormKD"],
+        ("", f"{WEIGHTS}.CE_WEIGHT=0 {WEIGHTS}.KD_WEIGHT=0"),
+        "NormKD: CE_WEIGHT and the other weights must not",
     ),
 ]
 
@@ -292,17 +210,17 @@ def _own_folder_and_registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         registry.update(entries)
 
 
-def check(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def check(command: str, words: str, capsys: Capture) -> None:
     assert main(shlex.split(command)) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
-    for word in words:
+    for word in words.split(" … "):
         assert word in errors
 
 
 @pytest.mark.parametrize(("command", "words"), COMMANDS)
-def test_command(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(command: str, words: str, capsys: Capture) -> None:
     Path("run.yaml").write_text("not a checkpoint")
     os.mkfifo("fifo")
     check(command, words, capsys)
@@ -310,51 +228,43 @@ def test_command(command: str, words: list[str], capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(("text", "words"), CONFIGS)
-def test_config(text: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_config(text: str, words: str, capsys: Capture) -> None:
     Path("run.yaml").write_text(f"{text}\n")
     check("train --cfg run.yaml --show", words, capsys)
 
 
 @pytest.mark.parametrize(("text", "words"), PLUGINS)
-def test_plugin_that_cannot_be_imported(
-    text: str, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plugin_that_cannot_be_imported(text: str, words: str, capsys: Capture) -> None:
     Path("own.py").write_text(f"{text}\n")
     check(f"{DIGITS} EXPERIMENT.PLUGINS=own.py", words, capsys)
 
 
 @pytest.mark.parametrize(("plugin", "words"), USED_PLUGINS)
 def test_plugin_that_cannot_be_used(
-    plugin: tuple[str, str], words: list[str], teacher: str, capsys: pytest.CaptureFixture[str]
+    plugin: tuple[str, str], words: str, teacher: str, capsys: Capture
 ) -> None:
     check(command_with_plugin(plugin, teacher), words, capsys)
 
 
 def command_with_plugin(plugin: tuple[str, str], teacher: str) -> str:
     text, overrides = plugin
-    Path("own.py").write_text(f"{REGISTER}import torch\nfrom torchvision.models import resnet18\n{text}")
+    imports = "import torch\nfrom torchvision.models import resnet18\nsmall = resnet18(num_classes=10)\n"
+    Path("own.py").write_text(f"{REGISTER}{imports}{text}")
     pair = f"DISTILLER.TYPE=NormKD DISTILLER.TEACHER=resnet14 {teacher} DISTILLER.STUDENT=resnet8"
     return f"{DIGITS} EXPERIMENT.PLUGINS=own.py SOLVER.BATCH_SIZE=12 {pair} {overrides}"
-
-
-def test_loss_weights_that_are_all_0(teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = "NormKD.LOSS.CE_WEIGHT=0 NormKD.LOSS.KD_WEIGHT=0"
-    words = ["NormKD: CE_WEIGHT and the other weights must not all be 0"]
-    check(command_with_plugin(("", weights), teacher), words, capsys)
-    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("shutil.rmtree('out')", ["out/digits/run", "No such file or directory"]),
-        ("shutil.rmtree('out/digits/run/tensorboard')", ["tensorboard", "No such file or directory"]),
-        ("os.rename('out', 'moved')", ["out/digits/run", "No such file or directory"]),
-        ("resource.setrlimit(resource.RLIMIT_FSIZE, (999, -1))", ["out/digits/run", "File too large"]),
+        ("shutil.rmtree('out')", "out/digits/run … No such file or directory"),
+        ("shutil.rmtree('out/digits/run/tensorboard')", "tensorboard … No such file or directory"),
+        ("os.rename('out', 'moved')", "out/digits/run … No such file or directory"),
+        ("resource.setrlimit(resource.RLIMIT_FSIZE, (999, -1))", "out/digits/run … File too large"),
     ],
 )
 def test_run_folder_that_is_damaged_during_training(
-    damage: str, words: list[str], teacher: str, capsys: pytest.CaptureFixture[str]
+    damage: str, words: str, teacher: str, capsys: Capture
 ) -> None:
     text, override = method("student.logits.mean()")
     text = f"import os, resource, shutil\n{text}    def begin_epoch(self, epoch, seed):\n        {damage}\n"
@@ -365,20 +275,16 @@ def test_run_folder_that_is_damaged_during_training(
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 
 
-def test_plugins_are_imported_for_training_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:
     Path("own.py").write_text("open('imported', 'w')\n")
     keys = "EXPERIMENT.PLUGINS: own.py\nDATASET.TYPE: own_data\nDISTILLER.TYPE: Own\nOwn: {SCALE: {A: 007}}\n"
     Path("run.yaml").write_text(keys)
-    check(
-        "train --cfg run.yaml --no-plugins",
-        ["run.yaml: --no-plugins refuses EXPERIMENT.PLUGINS own.py"],
-        capsys,
-    )
-    check("eval --cfg run.yaml -c x.pt", ["DATASET.TYPE: unknown data set 'own_data'"], capsys)
+    check("train --cfg run.yaml --no-plugins", "run.yaml: --no-plugins refuses EXPERIMENT.PLUGINS", capsys)
+    check("eval --cfg run.yaml -c x.pt", "DATASET.TYPE: unknown data set 'own_data'", capsys)
     assert main(["train", "--cfg", "run.yaml", "--show"]) == 0
     assert "    A: '007'" in capsys.readouterr().out
     assert not Path("imported").exists()
-    check("train --cfg run.yaml", ["unknown key Own.SCALE.A"], capsys)
+    check("train --cfg run.yaml", "unknown key Own.SCALE.A", capsys)
     assert Path("imported").exists()
 
 
@@ -395,7 +301,7 @@ def test_standard_output_that_cannot_show_a_name(
 
 
 @pytest.mark.parametrize("name", ["train/cat/1.png", "train/0.tar"])
-def test_data_files_that_are_not_regular(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_files_that_are_not_regular(name: str, capsys: Capture) -> None:
     kind = "webdataset" if name.endswith("tar") else "image_folder"
     for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
         Path("d", folder).mkdir(parents=True)
@@ -403,13 +309,13 @@ def test_data_files_that_are_not_regular(name: str, capsys: pytest.CaptureFixtur
     for path in ("train/dog/1.png", "val/cat/1.png", "val/dog/1.png"):
         Path("d", path).write_bytes(b"")
     command = f"{DIGITS} DATASET.TYPE={kind} DATASET.ROOT=d DATASET.IMAGE_SIZE=32 DATASET.RESIZE=32"
-    check(command, ["not a regular file" if kind == "webdataset" else "can be read"], capsys)
+    check(command, "not a regular file" if kind == "webdataset" else "can be read", capsys)
 
 
-def test_result_files_of_other_programs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_result_files_of_other_programs(capsys: Capture) -> None:
     for name in ("fifo", "deep", "large"):
         Path("output/p", name).mkdir(parents=True)
     os.mkfifo("output/p/fifo/result.json")
     Path("output/p/deep/result.json").write_text("[" * 100_000)
     Path("output/p/large/result.json").write_text('{"method": [], "epochs": 1e999}')
-    check(f"{NORMKD} DISTILLER.TEACHER=resnet44", ["no weights for the teacher resnet44"], capsys)
+    check(f"{NORMKD} DISTILLER.TEACHER=resnet44", "no weights for the teacher resnet44", capsys)
