@@ -135,7 +135,7 @@ def build_student(name: str, dataset: Dataset, seed: int) -> Network:
 
 
 def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check_test: bool) -> None:
-    """Check the test images, and the student in training mode if a micro-batch has one image."""
+    """Check the test images (if no teacher is evaluated on them), and the student if a micro-batch has one image."""
     solver, samples = cfg.SOLVER, len(dataset.targets)
     if check_test and (broken := dataset.unreadable(train=False, share=share)):
         raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")

@@ -13,7 +13,7 @@ import yaml
 
 from mdistiller_norm import build
 from mdistiller_norm.config import Config, dump, load_config, show
-from mdistiller_norm.data import Dataset, TensorDataset
+from mdistiller_norm.data import Dataset
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.compile import choose
@@ -87,8 +87,6 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     """
     cfg = config.node
     device, autocast, warning = build.build_execution(cfg)
-    if isinstance(dataset, TensorDataset):
-        dataset.check()
     dataset = dataset or build.build_dataset(cfg)
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
@@ -99,7 +97,6 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
-    # A teacher is evaluated on the test images, which finds unreadable ones.
     build.check_data(cfg, student, dataset, share, check_test=trained is None)
     folder = RunFolder.open(config, config_yaml, resume, share.rank)
     log = folder.log.line
@@ -124,10 +121,8 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     step = build.build_step(
         cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
     )
-    versions = environment(device)
-    facts, provenance = _records(
-        cfg, dataset, distillers, teacher_record, build.PRECISIONS[autocast], versions
-    )
+    versions, precision = environment(device), build.PRECISIONS[autocast]
+    facts, provenance = _records(cfg, dataset, distillers, teacher_record, precision, versions)
     facts |= {"config": yaml.safe_load(config_yaml), "command": command}
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
     schedule = StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE)
