@@ -40,6 +40,7 @@ from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, firs
 from mdistiller_norm.files import find_config
 from mdistiller_norm.models import build_model, has_weights, probe
 from mdistiller_norm.models.base import Network
+from mdistiller_norm.models.preprocessed import preprocessed
 from mdistiller_norm.program import command
 from mdistiller_norm.registry import suggest
 
@@ -129,7 +130,7 @@ def build_dataset(cfg: Any) -> Dataset:
 def build_student(name: str, dataset: Dataset, seed: int) -> Network:
     """Return the student with its initial weights: a function of the seed, or pretrained if its name selects them."""
     torch.manual_seed(seed)
-    student = _network("DISTILLER.STUDENT", name, dataset, has_weights(name))
+    student = _network("DISTILLER.STUDENT", name, dataset, dataset.image_size, has_weights(name))
     probe(student, dataset.image_size)
     return student
 
@@ -152,8 +153,10 @@ def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check
         ) from error
 
 
-def _network(key: str, name: str, dataset: Dataset, pretrained: bool = False) -> Network:
-    count, variant, size = len(dataset.classes), dataset.variant, dataset.image_size
+def _network(
+    key: str, name: str, dataset: Dataset, size: tuple[int, ...] | None, pretrained: bool = False
+) -> Network:
+    count, variant = len(dataset.classes), dataset.variant
     try:
         return build_model(name, count, variant=variant, image_size=size, pretrained=pretrained)
     except ConfigError as error:
@@ -174,9 +177,11 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
     seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
     weights_from = cfg.DISTILLER.TEACHER_WEIGHTS
-    network = _network("DISTILLER.TEACHER", name, dataset, weights_from == "pretrained")
     if weights_from == "pretrained":
-        return network, teacher_file.pretrained_teacher(network, dataset.classes, seen, runs, command)
+        network = _network("DISTILLER.TEACHER", name, dataset, None, pretrained=True)
+        file = teacher_file.pretrained_teacher(network, dataset.classes, seen, runs, command)
+        return preprocessed(network, network.pretrained, seen), file
+    network = _network("DISTILLER.TEACHER", name, dataset, dataset.image_size)
     data = {key: cfg.DATASET[key] for key in ("CLASSES", "IMAGE_SIZE", "MEAN", "STD")}
     epochs = cfg.SOLVER.EPOCHS
     file = teacher_file.find_teacher(name, dataset.name, weights_from, runs, command, epochs, data)
@@ -187,9 +192,13 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
         same_classes = list(weights.about.get("classes", ())) == list(dataset.classes)
         if not (same_classes and isinstance(dataset, ImageDataset)):  # a folder may have been renamed
             raise CheckpointError(renamed)
+    size = tuple(weights.about.get("image_size") or dataset.image_size)
+    if size != dataset.image_size:
+        network = _network("DISTILLER.TEACHER", name, dataset, size)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     warnings = [file.warning, renamed, teacher_file.check_preprocessing(weights, dataset.classes, seen)]
-    return network, replace(file, warning="; ".join(filter(None, warnings)))
+    file = replace(file, warning="; ".join(filter(None, warnings)))
+    return preprocessed(network, weights.about, seen), file
 
 
 def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> dict[str, Distiller]:

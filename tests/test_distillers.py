@@ -242,11 +242,12 @@ def test_needs_are_all_that_it_reads(name: str) -> None:
     assert torch.equal(method(student, kept, batch), method(student, teacher, batch))
 
 
+@pytest.mark.parametrize("maps", [TEACHER, [(4, 2), (6, 2), (8, 1), (10, 1)]])
 @pytest.mark.parametrize("name", DISTILLERS)
-def test_a_batch_of_one_trains(name: str) -> None:
-    method, student = build(name), outputs(STUDENT, 1, "cpu", 1)
-    leaves = tree_map(torch.Tensor.requires_grad_, student)
-    loss = method(leaves, outputs(TEACHER, 1, "cpu", 2), batch_of(1))
+def test_a_batch_of_one_trains(name: str, maps: Maps) -> None:
+    method = build(name, make_pair(maps, maps)).train()
+    leaves = tree_map(torch.Tensor.requires_grad_, outputs(maps, 1, "cpu", 1))
+    loss = method(leaves, outputs(maps, 1, "cpu", 2), batch_of(1))
     loss.backward()
     assert loss.isfinite()
     assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in tree_leaves(leaves))

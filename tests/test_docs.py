@@ -63,9 +63,8 @@ def test_documented_command_parses(
 
 
 def test_quoted_examples_equal_their_files() -> None:
-    quoted = re.findall(
-        r"```\w+\n# (examples/\S+)\n(.*?)\n```", (ROOT / "docs/custom.md").read_text(), flags=re.S
-    )
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("custom.md", "library.md"))
+    quoted = re.findall(r"```\w+\n# (examples/\S+)\n(.*?)\n```", text, flags=re.S)
     assert {path for path, _ in quoted} == {f"examples/{path.name}" for path in ROOT.glob("examples/*.[py]*")}
     for path, text in quoted:
         assert text == (ROOT / path).read_text().rstrip(), path

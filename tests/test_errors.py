@@ -55,8 +55,14 @@ COMMANDS = [
     (f"{DIGITS} DATASET.TYPE digit", "DATASET.TYPE: unknown data set 'digit': did you mean digits?"),
     (f"{DIGITS} DEVICE tpu", "DEVICE … tpu"),
     (f"{DIGITS} DISTILLER.STUDENT resnet21", "DISTILLER.STUDENT: unknown CIFAR model 'resnet21' … resnet20"),
-    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19", "'torchvision:resnet19' cannot be built … resnet19"),
-    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9", "'torchvision:resnet18.V9' cannot be built … V9"),
+    (
+        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19",
+        "'torchvision:resnet19': did you mean torchvision:resnet18",
+    ),
+    (
+        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9",
+        "resnet18.V9': did you mean torchvision:resnet18.DEFAULT",
+    ),
     (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", "pretrained weights require a model named timm:"),
     ("eval -c x.pt -bs 0", "must be an integer >= 1, got 0"),
     ("eval -c x.pt --cfg x.yaml -d digits", "--cfg sets the data set"),
@@ -133,6 +139,11 @@ PLUGINS = [
         f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
         "    def forward(self, student, teacher, batch):\n        return teacher.features[-1].mean()",
         "own.py:2:  … distiller 'New' reads features: add `need = distillers.Need.MAPS`",
+    ),
+    (
+        f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
+        "    def helper(self, teacher):\n        return teacher.pooled.mean()",
+        "own.py:2:  … distiller 'New' reads pooled: add `need = distillers.Need.POOLED`",
     ),
     (f"{REGISTER}distillers.register('SOLVER')(distillers.Distiller)", "distiller name 'SOLVER' must"),
 ]

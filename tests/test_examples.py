@@ -1,6 +1,8 @@
 """The files in examples/ train for one epoch."""
 
+import copy
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from conftest import ROOT
 from PIL import Image
 from torchvision.models import ResNet34_Weights, resnet34
 
+import mdistiller_norm as mdn
 from mdistiller_norm import cli
 
 SMALL = ["DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36", "SOLVER.BATCH_SIZE=4"]
@@ -70,6 +73,30 @@ def test_networks(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     student = train("examples/mobile.yaml", tmp_path / "mobile", *small, weights)
     plugin = ["--plugin", str(ROOT / "examples/networks.py"), "--root", str(birds)]
     assert cli.main(["eval", "-c", str(student / "student_last.pt"), *plugin]) == 0
+
+
+@pytest.mark.parametrize(
+    ("package", "example"), [("lightning", "lightning_module"), ("transformers", "hf_trainer")]
+)
+def test_training_loops_of_other_libraries(package: str, example: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    module = runpy.run_path(str(ROOT / f"examples/{example}.py"))
+    student, teacher = mdn.create_model("resnet8", 5), mdn.create_model("resnet14", 5)
+    before = [copy.deepcopy(network.state_dict()) for network in (student, teacher)]
+    items = [(torch.randn(3, 32, 32), number % 5) for number in range(8)]
+    if package == "lightning":
+        loader = torch.utils.data.DataLoader(items, 4)
+        options = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
+        module["distill"](student, teacher, loader, max_epochs=2, enable_checkpointing=False, **options)
+    else:
+        named = [{"pixel_values": images, "labels": target} for images, target in items]
+        options = {"use_cpu": True, "save_strategy": "no", "report_to": "none"}
+        module["distill"](student, teacher, named, tmp_path, num_train_epochs=2, **options)
+    changed = [
+        any(not torch.equal(value, old[key]) for key, value in network.state_dict().items())
+        for network, old in zip((student, teacher), before, strict=True)
+    ]
+    assert changed == [True, False]
 
 
 def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import unpacked
 from torchvision.models import ResNet18_Weights, resnet18
 
+import mdistiller_norm as mdn
 from mdistiller_norm.cli import main
+from mdistiller_norm.distillers import DISTILLERS, Need
+from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.models import build_model, probe
+from mdistiller_norm.models.preprocessed import preprocessed
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 CHANNELS = {  # of the maps: a stem, or the first map twice, then the stages
@@ -67,11 +72,17 @@ def test_methods_with_and_without_maps_and_a_cache(folder: Path) -> None:
 
 def test_pretrained_weights_of_a_hub_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = f"local-dir:{folder}/hub"
-    result = train(
-        folder, "hub", "DISTILLER.TYPE=KD", f"DISTILLER.TEACHER={name}", "DISTILLER.TEACHER_WEIGHTS=pretrained",
-        f"DISTILLER.STUDENT={name}", "DISTILLER.TEACHER_CACHE=full", "SOLVER.LR=1e-9",
-    )  # fmt: skip
-    assert "was trained on images with another image_size" in capsys.readouterr().out
+    networks = [
+        f"DISTILLER.TEACHER={name}",
+        f"DISTILLER.STUDENT={name}",
+        "DISTILLER.TEACHER_WEIGHTS=pretrained",
+    ]
+    words = ["DISTILLER.TYPE=KD", *networks, "SOLVER.LR=1e-9"]
+    result = train(folder, "hub", *words, "DISTILLER.TEACHER_CACHE=full")
+    assert "was trained on images with another image_size [160, 160]" in capsys.readouterr().out
+    train(folder, "live", *words)
+    cached, live = (read_metrics(folder / "distill" / run / "metrics.jsonl") for run in ("hub", "live"))
+    assert [epoch["loss_KD"] for epoch in cached] == [epoch["loss_KD"] for epoch in live]
     stored = build_model(name, 10, pretrained=True).eval()
     other = build_model(name, 7, pretrained=True)
     assert (stored.pretrained["num_classes"], other.module.fc.out_features) == (10, 7)
@@ -81,13 +92,71 @@ def test_pretrained_weights_of_a_hub_folder(folder: Path, capsys: pytest.Capture
     assert result["teacher"]["cache"] == "fp32"
 
 
-def test_pretrained_weights_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file with random weights replaces the download in torch.hub's cache."""
+@pytest.fixture
+def weights_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Replace the download of ResNet18's weights by a file with random ones in torch.hub's cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     state = resnet18().state_dict()
     torch.save(state, tmp_path / "hub/checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
+    return state
+
+
+def test_pretrained_weights_of_torchvision(weights_of_torchvision: dict[str, torch.Tensor]) -> None:
     network = build_model("torchvision:resnet18.IMAGENET1K_V1", 10, pretrained=True)
-    assert torch.equal(network.state_dict()["conv1.weight"], state["conv1.weight"])
+    assert torch.equal(network.state_dict()["conv1.weight"], weights_of_torchvision["conv1.weight"])
     assert network.pretrained["num_classes"] == 1000
     assert network.module.fc.out_features == 10
+
+
+@pytest.mark.usefixtures("weights_of_torchvision")
+@pytest.mark.parametrize("name", ["timm:test_vit", "timm:resnet10t", "torchvision:resnet18.IMAGENET1K_V1"])
+def test_the_teacher_sees_the_preprocessing_of_its_library(name: str) -> None:
+    network = build_model(name, 10, pretrained=name.startswith("torchvision")).eval()
+    ours = {"image_size": (64, 64), "mean": (0.48, 0.45, 0.4), "std": (0.28, 0.26, 0.27)}
+    if name.startswith("timm"):  # without the central crop
+        config = timm.data.resolve_data_config({"crop_pct": 1.0}, model=network.module)
+        transform = timm.data.create_transform(**config)
+    else:
+        transform = ResNet18_Weights.IMAGENET1K_V1.transforms(resize_size=224)
+    crops = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(ours[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = network.module(torch.stack([transform(crop) for crop in crops]))
+        found = preprocessed(network, network.pretrained, ours)((crops - mean) / std)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert preprocessed(network, ours, ours) is network
+
+
+PAIRS = [("resnet8", "timm:test_vit"), ("timm:test_vit", "resnet8"), ("timm:test_vit", "timm:test_vit")]
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_logit_methods_with_convolutional_networks_and_transformers(teacher: str, student: str) -> None:
+    networks = [build_model(name, 5, image_size=(32, 32)) for name in (student, teacher)]
+    images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 4])
+    for name in (name for name, method in DISTILLERS.items() if method.need is Need.LOGITS):
+        loss, _ = mdn.Distillation(name, *networks)(images, targets)
+        networks[0].zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in networks[0].parameters()), name
+
+
+@pytest.mark.slow
+def test_convolutional_networks_and_transformers_train_on_images(folder: Path) -> None:
+    root = unpacked("tiny_imagenet_20", "tiny_imagenet_20/val") / "tiny_imagenet_20"
+    classes = sorted(path.name for path in (root / "train").iterdir())[:3]
+    data = ["DATASET.TYPE=image_folder", f"DATASET.ROOT={root}", f"DATASET.CLASSES=[{','.join(classes)}]"]
+    data += ["DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=32", "DATASET.NUM_WORKERS=0", "SOLVER.BATCH_SIZE=64"]
+    data += ["SOLVER.EPOCHS=3", "SOLVER.LR=0.02", "SOLVER.LR_DECAY_STAGES=[2]"]
+    for name in ("resnet8", "timm:test_vit"):
+        train(folder, f"teacher_{name[-4:]}", f"DISTILLER.STUDENT={name}", *data)
+    for number, (teacher, student) in enumerate(PAIRS):
+        weights = f"DISTILLER.TEACHER_WEIGHTS={folder}/distill/teacher_{teacher[-4:]}/student_last.pt"
+        names = [f"DISTILLER.TEACHER={teacher}", f"DISTILLER.STUDENT={student}", weights]
+        result = train(folder, f"pair{number}", "DISTILLER.TYPE=NormKD", *names, *data)
+        losses = [
+            epoch["loss_NormKD"] for epoch in read_metrics(folder / f"distill/pair{number}/metrics.jsonl")
+        ]
+        assert losses[-1] < losses[0]
+        assert result["best"]["top1"] > 40  # chance is 33.3

@@ -159,7 +159,8 @@ def register(name: str) -> Callable[[D], D]:
     def add(cls: D) -> D:
         if not (isinstance(cls, type) and issubclass(cls, Distiller)):
             raise TypeError(f"distiller {name!r} must be a subclass of Distiller")
-        read = getattr(getattr(cls.forward, "__code__", None), "co_names", ())
+        methods = [value for name, value in vars(cls).items() if not name.startswith("__")]
+        read = {name for each in methods if hasattr(each, "__code__") for name in each.__code__.co_names}
         for attribute, need in _READS.items():
             if attribute in read and cls.need < need:
                 raise TypeError(

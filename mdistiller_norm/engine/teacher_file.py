@@ -20,6 +20,7 @@ from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.errors import CheckpointError, first_line
 from mdistiller_norm.files import PACKAGE, PROJECT, regular, write_text
 from mdistiller_norm.models.base import Network
+from mdistiller_norm.models.preprocessed import differences
 
 MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's weights
@@ -185,12 +186,14 @@ def check_preprocessing(
                 f"class {number} is {theirs!r} in {weights.path} and {ours!r} here: set DATASET.CLASSES as in its "
                 "training, or DISTILLER.TEACHER_WEIGHTS to another file"
             )
-    different = [
-        f"{key} {list(about[key])} (here {list(ours)})"
-        for key, ours in expected.items()
-        if any(abs(a - b) > 0.02 for a, b in zip(about.get(key, ()), ours, strict=False))
-    ]
-    return f"{weights.path} was trained on images with another {', '.join(different)}" if different else ""
+    different = ", ".join(
+        f"{key} {list(about[key])} (here {list(expected[key])})" for key in differences(about, expected)
+    )
+    if not different:
+        return ""
+    return (
+        f"{weights.path} was trained on images with another {different}: they are converted for the teacher"
+    )
 
 
 def check_teacher(

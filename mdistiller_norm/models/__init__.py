@@ -52,7 +52,7 @@ def build_model(
     num_classes: int,
     *,
     variant: str = "cifar",
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, ...] | None = None,
     pretrained: bool = False,
 ) -> Network:
     """Build a network, initialised from PyTorch's global generator.

@@ -1,7 +1,7 @@
 """Networks of timm, torchvision and the Hugging Face Hub, built by name."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mdistiller_norm.errors import ConfigError, first_line, needs_extra
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.models.wrapped import Wrapped
+from mdistiller_norm.registry import nearest
 
 PREFIXES = ("timm:", "torchvision:", "hf-hub:", "local-dir:")
-Size = tuple[int, int] | None
+Size = tuple[int, ...] | None
 
 
 def has_weights(name: str) -> bool:
@@ -39,6 +40,11 @@ def build_external(name: str, num_classes: int, image_size: Size, pretrained: bo
         raise ConfigError(f"model {name!r} cannot be built ({reason})") from error
 
 
+def _unknown(name: str, known: Iterable[str]) -> ConfigError:
+    near = nearest(name, known)
+    return ConfigError(f"unknown model {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+
+
 class _TimmNetwork(Wrapped):
     """Network of timm with the maps of ``forward_intermediates``."""
 
@@ -53,6 +59,10 @@ class _TimmNetwork(Wrapped):
 def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool) -> Network:
     import timm
 
+    of_timm = ":" not in name  # not of the Hub or a folder
+    if of_timm and not (timm.is_model_pretrained(name) if "." in name else timm.is_model(name)):
+        known = timm.list_models() + timm.list_pretrained()
+        raise _unknown(f"timm:{name}", [f"timm:{each}" for each in known])
     module: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     cfg = module.pretrained_cfg
     if image_size and cfg.get("fixed_input_size") and tuple(cfg["input_size"][1:]) != image_size:
@@ -62,7 +72,7 @@ def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool)
     classifier = next((name for name, child in module.named_modules() if child is head), "")
     kind = _TimmNetwork if hasattr(module, "forward_intermediates") else Wrapped
     network = kind(module, num_classes, classifier=classifier)
-    network.pretrained = {key: cfg[key] for key in ("num_classes", "mean", "std")}
+    network.pretrained = {key: cfg[key] for key in ("num_classes", "mean", "std", "interpolation")}
     network.pretrained["image_size"] = cfg["input_size"][1:]
     return network
 
@@ -71,6 +81,12 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
     from torchvision import models
 
     architecture, _, tag = name.partition(".")
+    known = models.list_models(module=models)
+    if architecture.lower() not in known:
+        raise _unknown(f"torchvision:{name}", [f"torchvision:{each}" for each in known])
+    tags = [f"torchvision:{architecture}.{tag}" for tag in models.get_model_weights(architecture).__members__]
+    if tag and f"torchvision:{name}" not in tags:
+        raise _unknown(f"torchvision:{name}", tags)
     options: dict[str, Any] = {"num_classes": num_classes}
     if architecture.startswith("vit_") and image_size:
         options["image_size"] = image_size[0]
@@ -89,7 +105,10 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
         module.load_state_dict(state)
         images, classes = weights.transforms(), len(weights.meta["categories"])
         network.pretrained = {"num_classes": classes, "mean": images.mean, "std": images.std}
-        network.pretrained["image_size"] = images.crop_size * 2
+        network.pretrained |= {
+            "image_size": images.crop_size * 2,
+            "interpolation": images.interpolation.value,
+        }
     return network
 
 
