@@ -31,11 +31,12 @@ from mdistiller_norm.engine import distributed, teacher_file
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.meters import TrainMeters
-from mdistiller_norm.engine.optim import DOT, build_optimizer
+from mdistiller_norm.engine.optim import DOT, Schedule, build_optimizer
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher, teacher_batch_size
 from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.engine.trainer import Intervals
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import find_config
 from mdistiller_norm.models import build_model, has_weights, probe
@@ -89,6 +90,7 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
         )
     conflicts = {
         "DISTILLER.TYPE NONE": cfg.DISTILLER.TYPE == "NONE", "SOLVER.PRECISION fp16": autocast is torch.float16,
+        "SOLVER.TYPE AdamW": solver.TYPE == "AdamW", "SOLVER.CLIP_GRAD": solver.CLIP_GRAD > 0,
         f"SOLVER.ACCUMULATE {solver.ACCUMULATE}": solver.ACCUMULATE > 1, f"{world} processes": world > 1,
     }  # fmt: skip
     if solver.TRAINER.endswith("dot") and any(conflicts.values()):
@@ -230,7 +232,6 @@ def build_teacher_runner(
     image_size: tuple[int, int],
     autocast: torch.dtype | None,
     compiled: bool,
-    steps_left: int,
     log: Log,
 ) -> tuple[Teacher, dict[str, Any]]:
     """Evaluate the teacher; return it as a step uses it, run in every step or cached, with a record of it."""
@@ -259,7 +260,7 @@ def build_teacher_runner(
     teacher.check_outputs()
     if line := teacher.hold_on_device():
         log(line)
-    log(teacher.check_space(steps_left))
+    log(teacher.summary())
     return teacher, record
 
 
@@ -272,6 +273,17 @@ def _no_cache_reason(distillers: Mapping[str, Distiller], loader: TrainLoader) -
     if not isinstance(loader, MemoryTrainLoader):
         return "the augmentation of this data set has no finite number of views"
     return ""
+
+
+def build_schedule(solver: Any) -> Schedule:
+    """Return the learning rate of each epoch."""
+    stages, decay = tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE
+    return Schedule(solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, stages, decay)
+
+
+def build_intervals(log: Any) -> Intervals:
+    """Return the intervals of logging and saving."""
+    return Intervals(log.TENSORBOARD_FREQ, log.CHECKPOINT_STEPS, log.SAVE_CHECKPOINT_FREQ, log.GRAD_NORMS)
 
 
 def build_step(
@@ -288,16 +300,20 @@ def build_step(
     """Return the training step of a student and its methods."""
     solver = cfg.SOLVER
     ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
-    trainable = Trainable(placed(student, device), distillers, ce_weight, autocast).to(device)
+    trainable = Trainable(
+        placed(student, device), distillers, ce_weight, autocast, solver.LABEL_SMOOTHING, solver.EMA
+    ).to(device)
     if solver.SYNC_BN and distributed.together():
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)  # type: ignore[no-untyped-call]
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
     optimizer = build_optimizer(  # DOT copies the student: before compiling
-        trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA, lr=solver.LR,
+        trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA, kind=solver.TYPE, lr=solver.LR,
         momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
     )  # fmt: skip
     if compiled:
         trainable.forward_student = compile_student(student, log, twice=isinstance(optimizer, DOT))
     meters = TrainMeters(trainable.loss_names).to(device)
     wrapped = distributed.wrap(trainable)
-    return TrainStep(loader, teacher, trainable, optimizer, meters, scaler, wrapped, solver.ACCUMULATE)
+    return TrainStep(
+        loader, teacher, trainable, optimizer, meters, scaler, wrapped, solver.ACCUMULATE, solver.CLIP_GRAD
+    )

@@ -19,11 +19,10 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.graph import capture_network, capture_step
 from mdistiller_norm.engine.logger import Record, environment
-from mdistiller_norm.engine.optim import StepSchedule
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
-from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
+from mdistiller_norm.engine.trainer import Provenance, Trainer
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
@@ -92,8 +91,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build.build_distillers(cfg, student, trained[0], dataset) if trained else {}
     config_yaml = dump(cfg)
-    if device.type == "cuda":
-        choose_cuda_kernels(cfg.ENGINE.DETERMINISTIC)
+    choose_cuda_kernels(device, cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
@@ -107,8 +105,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         cfg.SOLVER.BATCH_SIZE, cfg.SEED, device, share, lambda text: log(f"warning: {text}")
     )
     steps = cfg.SOLVER.EPOCHS * loader.steps
-    steps_left = steps - folder.steps_done
-    to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if steps_left else 0)
+    to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if folder.steps_done < steps else 0)
     if reason and (trained or cfg.ENGINE.COMPILE == "all"):
         log(reason)
     teacher: Teacher | None = None
@@ -116,7 +113,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if trained:
         build.placed(trained[0], device)
         teacher, teacher_record = build.build_teacher_runner(
-            cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", steps_left, log
+            cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", log
         )  # fmt: skip
     step = build.build_step(
         cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
@@ -125,11 +122,11 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     facts, provenance = _records(cfg, dataset, distillers, teacher_record, precision, versions)
     facts |= {"config": yaml.safe_load(config_yaml), "command": command}
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
-    schedule = StepSchedule(cfg.SOLVER.LR, tuple(cfg.SOLVER.LR_DECAY_STAGES), cfg.SOLVER.LR_DECAY_RATE)
-    intervals = Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ)
+    schedule, graph = build.build_schedule(cfg.SOLVER), cfg.ENGINE.CUDA_GRAPH
     trainer = Trainer(
-        step, schedule, test, cfg.SOLVER.EPOCHS, folder.path, folder.log, provenance, intervals,
-        capture_step(step, cfg.ENGINE.CUDA_GRAPH, log), capture_network(student, test, cfg.ENGINE.CUDA_GRAPH, log),
+        step, schedule, test, cfg.SOLVER.EPOCHS, folder.path, folder.log, provenance,
+        build.build_intervals(cfg.LOG),
+        capture_step(step, graph, log), capture_network(step.trainable.evaluated, test, graph, log),
     )  # fmt: skip
     folder.restore(trainer)
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
@@ -154,6 +151,7 @@ def _records(
         "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
         "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS),
     }  # fmt: skip
+    about |= {"ema": cfg.SOLVER.EMA} if cfg.SOLVER.EMA else {}
     identity = {
         "teacher": teacher.get("hash", ""), "data": facts["data"], "precision": precision,
         "precision of the teacher's answers": "fp16" if teacher.get("cache") == "fp16" else "as computed",
@@ -170,6 +168,8 @@ def _log_summary(
         f"{'+'.join(facts['method']) or 'plain training'}: {student.name} on {dataset.name}, {len(dataset.targets)} "
         f"images, {steps} steps per epoch, {parameters:,} parameters and {facts['extra_parameters']:,} extra parameters"
     )
+    if cfg.SOLVER.EMA:
+        log(f"the averaged weights (SOLVER.EMA {cfg.SOLVER.EMA:g}) are evaluated and saved as the student")
     if split := cfg.DATASET.VAL_SPLIT:
         log(f"the test split is {split:g} of each class of the training images (DATASET.VAL_SPLIT)")
 

@@ -48,6 +48,8 @@ def run_folder(config: Config) -> Path:
 def _is_neutral(key: str, cfg: Any) -> bool:
     if key == "DISTILLER.TEACHER_CACHE_PRECISION":  # rounds the teacher's outputs
         return bool(cfg.DISTILLER.TEACHER_CACHE == "off")
+    if key == "SOLVER.EPOCHS":  # the period of a cosine
+        return bool(cfg.SOLVER.SCHEDULE == "step")
     return key.startswith(NEUTRAL)
 
 

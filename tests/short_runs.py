@@ -14,6 +14,11 @@ from mdistiller_norm.engine.checkpoint import load
 # An epoch has 6 steps, the last one with a smaller batch.
 SHORT = ["DATASET.TYPE=digits", "SOLVER.BATCH_SIZE=240", "SOLVER.NESTEROV=true", "SOLVER.WEIGHT_DECAY=5e-4"]
 PAIR = [*SHORT, "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
+# All options of the optimizer and of the losses.
+RECIPE = [
+    "SOLVER.TYPE=AdamW", "SOLVER.LR=0.001", "SOLVER.SCHEDULE=cosine", "SOLVER.WARMUP_EPOCHS=1", "SOLVER.CLIP_GRAD=1.0",
+    "SOLVER.LABEL_SMOOTHING=0.1", "SOLVER.EMA=0.9", "LOG.GRAD_NORMS=true",
+]  # fmt: skip
 # Overrides of defaults that are too large for digits.
 SMALLER = {"CRD": ["CRD.NCE.K=16"]}
 

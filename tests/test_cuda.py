@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import assert_same_state, config, state_of
+from short_runs import RECIPE, assert_same_state, config, state_of
 
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.graph import Captured
@@ -27,7 +27,8 @@ METHODS = [
     ["REVIEWKD"], ["AT"], ["NST"], ["PKT"], ["SP"], ["VID"], ["DIST"], ["TTM"], ["WTTM"], ["NKD"], ["DTKD"], ["CTKD"],
     ["RLD"], ["LSKD"], ["LSDKD"], ["OFD", "OFD.TEACHER_TRAIN_MODE=true"], ["NormKD", "SOLVER.PRECISION=bf16"],
     ["NormKD", "SOLVER.PRECISION=fp16"], ["NormKD", "DISTILLER.TEACHER_CACHE=lazy"], ["NormKD", "SOLVER.TRAINER=dot"],
-    ["NormKD", "SOLVER.ACCUMULATE=2"], ["NormKD", "ENGINE.COMPILE=all"],
+    ["NormKD", "SOLVER.ACCUMULATE=2"], ["NormKD", "ENGINE.COMPILE=all"], ["NormKD", *RECIPE],
+    ["NormKD", *RECIPE, "SOLVER.PRECISION=fp16"],
 ]  # fmt: skip
 
 

@@ -39,7 +39,12 @@ PAIR = [
     "DATASET.TYPE=digits", "DEVICE=cpu", "ENGINE.COMPILE=none", "DISTILLER.TEACHER=resnet14",
     "DISTILLER.STUDENT=resnet8",
 ]  # fmt: skip
-METHODS = {"NONE": [], "NormKD": [], "CRD": ["CRD.NCE.K=64"], "REVIEWKD": []}
+METHODS = {
+    "NONE": [],
+    "NormKD": ["SOLVER.CLIP_GRAD=0.5", "SOLVER.EMA=0.9"],
+    "CRD": ["CRD.NCE.K=64"],
+    "REVIEWKD": [],
+}
 
 
 def free_port() -> int:
@@ -104,6 +109,7 @@ def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
     whole = TrainStep(
         step.loader, teacher, step.trainable, optimizer, step.meters,
         forward=distributed.wrap(step.trainable), accumulate=step.accumulate,
+        clip_grad=step.clip_grad,
     )  # fmt: skip
     step.trainable.train()
     seen = []

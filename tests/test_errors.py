@@ -39,6 +39,11 @@ COMMANDS = [
     (f"{DIGITS} SOLVER.LR fast", "command line: SOLVER.LR must be a finite number, got fast"),
     (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", "SOLVER.MOMENTUM must be > 0 with NESTEROV"),
     (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", "DOT.DELTA must be in (0, 1) … and 0.9 (comm"),
+    (
+        f"{NORMKD} SOLVER.TRAINER dot SOLVER.TYPE AdamW SOLVER.CLIP_GRAD 1",
+        "dot does not support SOLVER.TYPE AdamW",
+    ),
+    (f"{DIGITS} SOLVER.EMA 1", "SOLVER.EMA must be in [0, 1), got 1"),
     (f"{DIGITS} SOLVER.TRAINER dot", "SOLVER.TRAINER dot does not support DISTILLER.TYPE NONE"),
     (f"{NORMKD} SOLVER.TRAINER dot SOLVER.ACCUMULATE 2", "dot does not support SOLVER.ACCUMULATE 2"),
     (f"{DIGITS} SOLVER.ACCUMULATE 7", "SOLVER.BATCH_SIZE 64 must be a multiple … SOLVER.ACCUMULATE 7"),

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import assert_user_error, tool
 from short_runs import SMALLER, config
-from torch import nn
 
 from mdistiller_norm.build import build_precision
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need
-from mdistiller_norm.engine.logger import RunLog
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.engine.teacher import LiveTeacher
-from mdistiller_norm.models import build_model
 from mdistiller_norm.run import build_run, train
 from mdistiller_norm.types import Batch, Outputs
 
@@ -70,26 +62,6 @@ def test_only_outputs_that_a_method_reads_are_converted_to_float32(
     assert method.in_float32 == [True, need >= Need.POOLED, need >= Need.MAPS, need >= Need.MAPS]
 
 
-@pytest.mark.parametrize("need", [Need.LOGITS, Need.MAPS])
-def test_a_teacher_is_compiled_in_the_modes_it_runs_in(need: Need) -> None:
-    modes: list[tuple[bool, ...]] = []
-
-    def compiler(module: nn.Module) -> Callable[[torch.Tensor], Outputs]:
-        def run(images: torch.Tensor) -> Outputs:
-            modes.append(
-                (torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled())
-            )
-            return module(images)
-
-        run(torch.zeros(2, 3, 32, 32))
-        return run
-
-    LiveTeacher(build_model("resnet8", 10), need, torch.bfloat16, compiler=compiler).run(
-        torch.zeros(2, 3, 32, 32)
-    )
-    assert modes == [(True, need is not Need.MAPS, False)] * 2
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_steps_train_in_half_precision(tmp_path: Path, teacher: str, dtype: torch.dtype) -> None:
     step = half_step(tmp_path, teacher, "NormKD", dtype)
@@ -131,37 +103,6 @@ def test_eval_computes_the_figures_of_a_run_in_bf16(tmp_path: Path) -> None:
     last = result["last"]
     assert f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}" in done
     assert f"{result['precision']}, " in done
-
-
-def test_wandb_mirrors_the_writers_of_one_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """wandb patches the class of writers, so it must start before they are created."""
-    stub, patched = types.ModuleType("wandb"), list[Path]()
-
-    def init(**options: Any) -> None:
-        if options["name"] == "refused":
-            raise stub.Error("no API key\nlog in")
-        assert not list(patched[-1].glob("**/events*"))
-        stub.run = types.SimpleNamespace(name=options["name"])
-
-    stub.run, stub.Error, stub.init = None, type("Error", (Exception,), {}), init
-    stub.finish = lambda: setattr(stub, "run", None)
-    stub.tensorboard = types.SimpleNamespace(
-        patch=lambda root_logdir: patched.append(Path(root_logdir)), unpatch=lambda: patched.pop()
-    )
-    monkeypatch.setitem(sys.modules, "wandb", stub)
-
-    def opened(name: str) -> tuple[str, RunLog]:
-        log = build_run(config(tmp_path, name, "LOG.WANDB=true")).trainer.log
-        return "".join(line for line in capsys.readouterr().out.splitlines() if "warning" in line), log
-
-    warning, log = opened("refused")
-    assert "wandb does not start (no API key)" in warning
-    log.close()
-    assert patched == []
-    assert opened("one")[0] == ""
-    assert "and one is active" in opened("two")[0]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from short_runs import SMALLER, assert_same_state, config
+from short_runs import RECIPE, SMALLER, assert_same_state, config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -106,10 +106,15 @@ def test_the_scale_of_fp16_gradients_can_be_restored(tmp_path: Path) -> None:
     assert scaler.get_scale() == 65536
 
 
-@pytest.mark.parametrize("method", ["NormKD", "CRD", "OFD"])
+@pytest.mark.parametrize("method", ["NormKD", "CRD", "OFD", "KD"])
 def test_everything_that_a_step_changes_can_be_restored(tmp_path: Path, teacher: str, method: str) -> None:
     """Capturing a graph runs the step a few times and restores the state in place."""
-    extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher]
+    extra = [
+        f"DISTILLER.TYPE={method}",
+        *SMALLER.get(method, []),
+        *(RECIPE if method == "KD" else []),
+        teacher,
+    ]
     steps = [build_step(tmp_path, name, *extra) for name in ("straight", "restored")]
     raws = list(steps[0].loader.batches(1))[:3]
     state = steps[1].state_tensors()

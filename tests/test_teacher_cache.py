@@ -167,26 +167,16 @@ def test_full_computes_each_row_once_before_the_first_step(tmp_path: Path, own_t
     assert len(found.store.missing(rows)) == len(found.device_rows.absent(rows)) == found.requested == 0
 
 
-@pytest.mark.parametrize(
-    ("method", "precision", "tolerance"),
-    [("NormKD", "fp32", 1e-4), ("NormKD", "fp16", 1e-2), ("RKD", "fp32", 1e-4)],
-)
-def test_cached_outputs_are_those_of_the_teacher(
-    tmp_path: Path, own_teacher: str, method: str, precision: str, tolerance: float
-) -> None:
-    more = (LAZY, f"DISTILLER.TYPE={method}", f"DISTILLER.TEACHER_CACHE_PRECISION={precision}")
-    _, found = build(tmp_path, "run", own_teacher, *more)
-    pooled = method == "RKD"
-    assert found.store.width == 10 + 64 * pooled
+def test_cached_outputs_are_those_of_the_teacher(tmp_path: Path, own_teacher: str) -> None:
+    _, found = build(tmp_path, "run", own_teacher, LAZY, "DISTILLER.TYPE=RKD")
+    assert found.store.width == 10 + 64
     for *raw, rows in islice(found.with_teacher_outputs(found.loader.batches(1)), 2):
         batch = found.loader.prepare(*raw)
         with torch.no_grad():
             expected = found.network.outputs(batch.images)
         got = found(batch, rows)
-        print(f"{precision}: largest difference of a logit {(got.logits - expected.logits).abs().max():.2g}")
-        torch.testing.assert_close(got.logits, expected.logits, rtol=tolerance, atol=tolerance)
-        if pooled:
-            torch.testing.assert_close(got.pooled, expected.pooled, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.pooled, expected.pooled, rtol=1e-4, atol=1e-4)
 
 
 def test_each_teacher_and_precision_has_a_cache(tmp_path: Path, own_teacher: str) -> None:
@@ -315,8 +305,6 @@ def test_half_written_rows_are_missing_and_written_again(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "about.json").write_text("{}"), "was made for something else"),
-        (lambda folder: (folder / "about.json").write_text("{"), "cannot be used"),
         (lambda folder: os.truncate(folder / "rows.bin", 100), "rows.bin|mmap length"),
         (lambda folder: (shutil.rmtree(folder), folder.write_text("")), "cannot be used"),
     ],
@@ -338,11 +326,6 @@ def test_a_full_disk_is_an_error(tmp_path: Path, own_teacher: str, monkeypatch: 
         CheckpointError, match=r"cannot be written \(No space left on device\): free space or set"
     ):
         run(tmp_path, "run", own_teacher, LAZY)
-    monkeypatch.undo()
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs .* GB more, 0\.00 GB are free"):
-        build(tmp_path, "other", own_teacher, LAZY)
 
 
 # Compilation
@@ -397,19 +380,3 @@ def test_the_teacher_is_compiled_once(
     step = trainer.step
     step(*next(step.with_teacher_outputs(step.loader.batches(1))))
     assert len(compiled) == 1
-
-
-def test_a_failing_compiler_causes_a_warning() -> None:
-    from torch._inductor import config as inductor
-
-    module, example = build_model("resnet8", 10).eval(), torch.randn(2, 3, 32, 32)
-    warnings: list[str] = []
-    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):
-        teacher = compile_teacher(folded(module, Need.LOGITS), example, warnings.append)
-        student = compile_student(module, warnings.append)
-        assert torch.equal(student(example).logits, module(example))
-    assert teacher(example).logits.shape == (2, 10)
-    assert torch.equal(student(example).logits, module(example))
-    for line, name in zip(warnings, ("teacher", "student"), strict=True):
-        assert line.startswith(f"the {name} could not be compiled (")
-        assert line.endswith("it runs uncompiled")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import SMALLER, assert_same_state, config, state_of
+from short_runs import RECIPE, SMALLER, assert_same_state, config, state_of
 
 from mdistiller_norm.cli import execute
 from mdistiller_norm.config import load_config
@@ -20,7 +21,6 @@ from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.engine.optim import DOT
 from mdistiller_norm.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.run import Run, build_run, train
@@ -112,15 +112,16 @@ def test_weights_are_a_function_of_the_seed(tmp_path: Path, teacher: str, few: T
     assert not torch.equal(a["student.conv1.weight"], c["student.conv1.weight"])
 
 
-@pytest.mark.parametrize("method", ["NONE", *DISTILLERS, "KD by DOT"])
-def test_resuming_is_bit_identical(tmp_path: Path, teacher: str, few: TensorDataset, method: str) -> None:
-    name, _, dot = method.partition(" by ")
-    extra = [
-        f"DISTILLER.TYPE={name}",
-        f"SOLVER.TRAINER={'dot' if dot else 'base'}",
-        *SMALLER.get(name, []),
-        teacher,
-    ]
+DOT_EMA = ["SOLVER.TRAINER=dot", "SOLVER.EMA=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [*((method, []) for method in ("NONE", *DISTILLERS)), ("KD", RECIPE), ("KD", DOT_EMA)]
+)
+def test_resuming_is_bit_identical(
+    tmp_path: Path, teacher: str, few: TensorDataset, method: str, more: list[str]
+) -> None:
+    extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher, *more]
     fit_few(few, tmp_path, "whole", *extra)
     run = build_few(few, tmp_path, "parts", *extra)
     after_step(run, 4, lambda: signal.raise_signal(signal.SIGINT))
@@ -128,7 +129,8 @@ def test_resuming_is_bit_identical(tmp_path: Path, teacher: str, few: TensorData
         run.trainer.fit()
     run.trainer.log.close()
     assert (run.trainer.epoch, run.trainer.steps_done) == (1, 4)
-    fit_few(few, tmp_path, "parts", *extra, epochs=1, resume=True)
+    if more != RECIPE:  # the period of the cosine is the length of the run
+        fit_few(few, tmp_path, "parts", *extra, epochs=1, resume=True)
     with (tmp_path / "distill" / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "lo')  # the line of a killed process
     fit_few(few, tmp_path, "parts", *extra, resume=True)
@@ -139,22 +141,6 @@ def test_resuming_is_bit_identical(tmp_path: Path, teacher: str, few: TensorData
             del record[key]
     assert whole == parts
     assert [record["epoch"] for record in whole] == [1, 2]
-
-
-def test_dot_does_not_change_frozen_parameters(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
-    run = build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD", teacher)
-    run.trainer.log.close()
-    step, student = run.trainer.step, run.trainer.step.trainable.student
-    student.conv1.requires_grad_(False)
-    batch = step.loader.prepare(*next(step.loader.batches(1)))
-    optimizer = DOT(
-        step.trainable, batch, step.teacher, 0.05, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True
-    )
-    before = [weight.detach().clone() for weight in (student.conv1.weight, student.fc.weight)]
-    optimizer.backward(step.trainable(batch, step.teacher(batch), step.loss_weights).parts)
-    optimizer.step()
-    assert torch.equal(student.conv1.weight, before[0])
-    assert not torch.equal(student.fc.weight, before[1])
 
 
 def test_a_run_is_compiled_and_resumed_alike(
@@ -174,6 +160,9 @@ def test_a_run_is_compiled_and_resumed_alike(
         fit_few(few, tmp_path, "run", *extra, resume=True)
         assert "compiling the teacher" in log.read_text(), "2 of 4 steps are left"
         fit_few(few, tmp_path, "all", *extra, "ENGINE.COMPILE=all")
+    text = (tmp_path / "distill" / "all" / "worklog.txt").read_text()
+    for name in ("teacher", "student"):
+        assert re.search(rf"the {name} could not be compiled \(.*\): it runs uncompiled", text)
     for name in ("run", "all"):
         assert_same_state(state_of(tmp_path, "eager")["trainable"], state_of(tmp_path, name)["trainable"])
 
@@ -200,24 +189,6 @@ def test_the_warm_up_and_the_learning_rate_follow_the_epoch(
         assert b["loss_DKD"] == pytest.approx(a["loss_DKD"] * b["epoch"] / 10, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["DISTILLER.STUDENT=resnet21"], "resnet21.*resnet20"),
-        (["DEVICE=meta"], "DEVICE must be auto, cpu or cuda, got 'meta'"),
-        (["DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet20", "DISTILLER.TEACHER_WEIGHTS="],
-         "mdistiller-norm train --cfg configs/digits/vanilla_resnet20.yaml"),
-    ],
-)  # fmt: skip
-def test_wrong_input_is_an_error_before_training(
-    tmp_path: Path, teacher: str, few: TensorDataset, overrides: list[str], words: str
-) -> None:
-    with pytest.raises((ConfigError, CheckpointError), match=words) as caught:
-        build_few(few, tmp_path, "run", teacher, *overrides)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.rglob("*.pt"))
-
-
 def test_a_run_folder_is_not_overwritten(tmp_path: Path, few: TensorDataset) -> None:
     fit_few(few, tmp_path, "run", epochs=1, resume=True)
     folder = tmp_path / "distill" / "run"
@@ -228,9 +199,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path, few: TensorDataset) -> 
     assert (folder / "latest.pt").read_bytes() == before
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(
-    tmp_path: Path, few: TensorDataset
-) -> None:
+def test_a_non_finite_loss_stops_and_keeps_the_last_finite_state(tmp_path: Path, few: TensorDataset) -> None:
     fit_few(few, tmp_path, "run", epochs=1)
     latest = tmp_path / "distill" / "run" / "latest.pt"
     state = load(latest)

@@ -149,7 +149,7 @@ def _match_names(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> di
     first = f".{next(iter(expected), '')}"
     found = [name.removesuffix(first[1:]) for name in bare if name.endswith(first)]
     candidates = [state]
-    for prefix in ("", "student.", *found):
+    for prefix in ("", "ema.", "student.", *found):
         named = {name.removeprefix(prefix): v for name, v in bare.items() if name.startswith(prefix)}
         candidates.append(named)
     return max(candidates, key=lambda names: len(names.keys() & expected.keys()))

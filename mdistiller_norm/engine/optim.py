@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +19,33 @@ from mdistiller_norm.types import Batch
 
 
 @dataclass(frozen=True)
-class StepSchedule:
-    """Learning rate that is multiplied by ``rate`` after each epoch in ``stages`` (counted from 1)."""
+class Schedule:
+    """Learning rate of each epoch: a linear warm-up, then steps or a cosine.
 
-    base: float
+    Args:
+        kind: ``step``, or ``cosine``: half a period, to zero after the last epoch.
+        lr: learning rate after the warm-up.
+        epochs: number of epochs of the training.
+        warmup: number of epochs of the warm-up.
+        stages: epochs after each of which the steps multiply the learning rate by ``decay``.
+        decay: factor of a step.
+    """
+
+    kind: str
+    lr: float
+    epochs: int
+    warmup: int
     stages: Sequence[int]
-    rate: float
+    decay: float
 
     def __call__(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 1."""
-        return self.base * self.rate ** sum(epoch > stage for stage in self.stages)
+        if epoch <= self.warmup:
+            return self.lr * epoch / (self.warmup + 1)
+        if self.kind == "cosine":
+            done = (epoch - 1 - self.warmup) / (self.epochs - self.warmup)
+            return self.lr * (1 + math.cos(math.pi * done)) / 2
+        return self.lr * self.decay ** sum(epoch > stage for stage in self.stages)
 
 
 def build_sgd(
@@ -34,16 +53,35 @@ def build_sgd(
 ) -> torch.optim.SGD:
     """Build fused SGD with weight decay on every parameter."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    device = trained[0].device
-    # On CUDA, a tensor that replayed graphs read.
-    rate: float | Tensor = torch.tensor(lr, device=device) if device.type == "cuda" else lr
     optimizer = torch.optim.SGD(
-        trained, lr=rate, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
-    )
+        trained, lr=_rate(lr, trained), momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
+    )  # fmt: skip
     if momentum:  # buffers of zeros give the same updates, and CUDA graphs can record any step
         for parameter in trained:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def build_adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """Build fused AdamW with weight decay on every parameter."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    on_gpu = trained[0].is_cuda
+    warnings.filterwarnings(
+        "ignore", "This instance was constructed with capturable=True"
+    )  # in warm-up steps
+    optimizer = torch.optim.AdamW(
+        trained, lr=_rate(lr, trained), weight_decay=weight_decay, fused=True, capturable=on_gpu
+    )  # fmt: skip
+    for parameter in trained:  # as the first step would, which may be recorded as a CUDA graph
+        averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **averages}
+    return optimizer
+
+
+def _rate(lr: float, parameters: Sequence[nn.Parameter]) -> float | Tensor:
+    """Return the learning rate; on CUDA, as a tensor that replayed graphs read."""
+    device = parameters[0].device
+    return torch.tensor(lr, device=device) if device.type == "cuda" else lr
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
@@ -158,10 +196,16 @@ def build_optimizer(
     *,
     trainer: str,
     delta: float,
+    kind: str = "SGD",
+    lr: float,
+    weight_decay: float,
     **sgd: Any,
 ) -> torch.optim.Optimizer | DOT:
-    """Build SGD, or DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot. ``sgd`` holds arguments of ``build_sgd``."""
-    if not trainer.endswith("dot"):
-        return build_sgd(trainable.parameters(), **sgd)
-    assert teacher is not None  # checked by build_execution
-    return DOT(trainable, loader.prepare(*next(loader.batches(1))), teacher, delta, **sgd)
+    """Build DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot, else SGD or AdamW (``kind``)."""
+    if trainer.endswith("dot"):
+        assert teacher is not None  # checked by build_execution
+        batch = loader.prepare(*next(loader.batches(1)))
+        return DOT(trainable, batch, teacher, delta, lr=lr, weight_decay=weight_decay, **sgd)
+    if kind == "AdamW":
+        return build_adamw(trainable.parameters(), lr=lr, weight_decay=weight_decay)
+    return build_sgd(trainable.parameters(), lr=lr, weight_decay=weight_decay, **sgd)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,15 +38,13 @@ class RowStore:
     """Rows of numbers in one sparse file, shared by the processes of a machine. Each row is written once.
 
     The file holds a checksum for each row, then the rows. A row is valid if its checksum matches, so a row that a
-    crash left half written is missing, and no write has to wait for the disk. A folder with another description of the
-    rows is refused.
+    crash left half written is missing, and no write has to wait for the disk.
     """
 
     LAYOUT = "one file, crc32"
-    PENDING = 8  # groups of rows that may wait for the disk, which bounds the memory
 
     def __init__(
-        self, folder: Path, description: dict[str, object], rows: int, width: int, dtype: torch.dtype
+        self, folder: Path, about: dict[str, object], rows: int, width: int, dtype: torch.dtype
     ) -> None:
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
         self.row_bytes = width * dtype.itemsize
@@ -57,10 +53,15 @@ class RowStore:
         self._header = rows * 4  # bytes of the checksums
         self._file_bytes = self._header + rows * self.row_bytes
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
-        self._pending: deque[Future[None]] = deque()
-        description = description | {"rows": rows, "width": width, "dtype": str(dtype), "layout": self.LAYOUT}
+        self._pending: Future[None] | None = None
         try:
-            self._create(description)
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                if not self._file.exists():
+                    more = {"rows": rows, "width": width, "dtype": str(dtype), "layout": self.LAYOUT}
+                    write_json(about | more, folder / "about.json")
+                    with whole_file(self._file) as file:
+                        file.truncate(self._file_bytes)
             self._checksums: Array = np.memmap(self._file, np.uint32, "r", shape=rows)
             shape = (rows, width)
             self._values: Array = np.memmap(self._file, self._array_dtype, "r", self._header, shape)
@@ -68,19 +69,6 @@ class RowStore:
             raise CheckpointError(
                 f"the teacher cache {folder} cannot be used ({error}): remove it, or set DISTILLER.TEACHER_CACHE off"
             ) from error
-
-    def _create(self, description: dict[str, object]) -> None:
-        """Create the files that do not exist; raise a ValueError if they have another description."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / "about.json"
-        with self._locked():
-            if not about.exists():
-                write_json(description, about)
-            if not self._file.exists():
-                with whole_file(self._file) as file:
-                    file.truncate(self._file_bytes)
-        if json.loads(about.read_text()) != description:
-            raise ValueError("it was made for something else")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -130,7 +118,7 @@ class RowStore:
             ) from error
 
     def write_later(self, rows: Array, values: Tensor) -> None:
-        """Write rows from any device in a thread; raise the errors of earlier writes."""
+        """Write rows from any device in a thread, after those of the previous call, whose errors are raised."""
         host = values.to("cpu", non_blocking=True)  # into pinned memory if it comes from a GPU
         ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
@@ -139,13 +127,14 @@ class RowStore:
                 ready.synchronize()
             self.write(rows, host.numpy())
 
-        self._pending.append(self._thread.submit(write))
-        self.flush(self.PENDING)
+        self.flush()
+        self._pending = self._thread.submit(write)
 
-    def flush(self, leave: int = 0) -> None:
-        """Wait until at most ``leave`` groups of rows are pending; raise the errors of their writes."""
-        while len(self._pending) > leave:
-            self._pending.popleft().result()
+    def flush(self) -> None:
+        """Wait until the rows of the last :meth:`write_later` are written; raise its errors."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
 
 
 class DeviceRows:

@@ -32,8 +32,10 @@ def keep_freed_memory(keep: bool = True) -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keep else _LARGEST_TRIM)
 
 
-def choose_cuda_kernels(deterministic: bool) -> None:
-    """Use cuDNN's fastest kernels, or only deterministic ones. Must precede the first matrix product."""
+def choose_cuda_kernels(device: torch.device, deterministic: bool) -> None:
+    """On CUDA, use cuDNN's fastest kernels, or only deterministic ones. Must precede the first matrix product."""
+    if device.type != "cuda":
+        return
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)

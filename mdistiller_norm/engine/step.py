@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,6 +36,7 @@ class TrainStep:
         scaler: of fp16 gradients; None to not scale.
         forward: ``trainable`` (default) or a DistributedDataParallel around it.
         accumulate: micro-batches of a batch, whose gradients are summed.
+        clip_grad: largest norm of the gradient; 0 to not clip.
 
     Attributes:
         part: rows of the next batch that this process trains on.
@@ -50,12 +52,13 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None = None,
         forward: nn.Module | None = None,
         accumulate: int = 1,
+        clip_grad: float = 0.0,
     ) -> None:
         device = next(trainable.parameters()).device
         self.loader, self.teacher, self.trainable = loader, teacher, trainable
         self.optimizer, self.meters, self.forward = optimizer, meters, forward or trainable
         self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-        self.accumulate = accumulate
+        self.accumulate, self.clip_grad = accumulate, clip_grad
         self.part: Part | None = None
         self.loss_weights = torch.tensor(trainable.loss_weights(1), device=device)
         self.scaler.scale(torch.zeros((), device=device))  # creates its tensors before a step is captured
@@ -72,8 +75,7 @@ class TrainStep:
 
     def __call__(self, *raw: Tensor) -> None:
         """Train on one batch, given its tensors from :meth:`with_teacher_outputs`."""
-        split = len(raw) - (self.teacher.extra if self.teacher else 0)
-        batch, extra = self.loader.prepare(*raw[:split]), raw[split:]
+        batch, extra = self._prepare(raw)
         rows = len(batch.targets)
         part_weight, most = (self.part.weight, self.part.smallest) if self.part else (1.0, rows)
         micro_batches = _split(batch, extra, min(self.accumulate, most))
@@ -84,8 +86,37 @@ class TrainStep:
                 losses = self.forward(micro_batch, teacher_outputs, self.loss_weights)
                 self._backward(losses, part_weight * len(micro_batch.targets) / rows)
             self.meters.update(losses, micro_batch.targets, new_step=number == 1, counted=part_weight > 0)
+        if self.clip_grad and not isinstance(self.optimizer, DOT):
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trainable.parameters(), self.clip_grad)
         self.scaler.step(self.optimizer)  # type: ignore[arg-type]
         self.scaler.update()
+        self.trainable.update_average()
+
+    def gradient_norms(self, *raw: Tensor) -> dict[str, float]:
+        """Return the norms of the student's gradients of the cross entropy and of the methods' losses, as weighted.
+
+        The state does not change: a copy of the student runs.
+        """
+        batch, extra = self._prepare(raw)
+        trial = copy.deepcopy(self.trainable)
+        trial.forward_student = trial.student.outputs
+        parameters = [parameter for parameter in trial.student.parameters() if parameter.requires_grad]
+        device = self.loss_weights.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            parts = trial(
+                batch, self.teacher(batch, *extra) if self.teacher else None, self.loss_weights
+            ).parts
+        norms = {}
+        for name, loss in (("ce", parts[0]), ("distill", parts[1:].sum())):
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            norms[f"grad_norm_{name}"] = float(nn.utils.get_total_norm(gradients))
+        return norms
+
+    def _prepare(self, raw: Raw) -> tuple[Batch, Raw]:
+        """Return the batch and the tensors of a cached teacher."""
+        split = len(raw) - (self.teacher.extra if self.teacher else 0)
+        return self.loader.prepare(*raw[:split]), raw[split:]
 
     def _gradient_exchange(self, enabled: bool) -> AbstractContextManager[None]:
         if not enabled and isinstance(self.forward, DistributedDataParallel):

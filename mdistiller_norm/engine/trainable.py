@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller_norm.distillers.base import Distiller, Need, at_least_float32
 from mdistiller_norm.errors import ConfigError
@@ -22,8 +24,11 @@ class Trainable(nn.Module):
         distillers: by name; none for plain training. Their losses are summed, with one cross entropy.
         ce_weight: weight of the cross entropy.
         autocast: dtype of the student's forward pass, None for float32. Losses are computed in at least float32.
+        label_smoothing: of the cross entropy.
+        ema: decay of an exponential moving average of the student's weights; 0 for none.
 
     Attributes:
+        ema: the student with averaged weights, or None.
         forward_student: maps images to the student's outputs: ``student.outputs`` or a compiled form of it.
     """
 
@@ -33,6 +38,8 @@ class Trainable(nn.Module):
         distillers: Mapping[str, Distiller] | None = None,
         ce_weight: float = 1.0,
         autocast: torch.dtype | None = None,
+        label_smoothing: float = 0.0,
+        ema: float = 0.0,
     ) -> None:
         super().__init__()
         self.student = student
@@ -40,11 +47,28 @@ class Trainable(nn.Module):
         self.distillers = nn.ModuleDict(dict(distillers or {}))
         self.ce_weight = ce_weight
         self.autocast = autocast
+        self.label_smoothing = label_smoothing
+        self.ema = copy.deepcopy(student).requires_grad_(False) if ema else None
+        self._average = get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
 
     @property
     def loss_names(self) -> list[str]:
         """Names of the losses, in the order of ``Losses.parts``."""
         return ["ce", *self.distillers]
+
+    @property
+    def evaluated(self) -> Network:
+        """The network to evaluate and save: the student, or its average."""
+        return self.student if self.ema is None else self.ema
+
+    def update_average(self) -> None:
+        """Add the student's parameters and batch norm statistics after a step to their moving average."""
+        if self.ema is not None:
+            averages, values = (
+                [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+                for network in (self.ema, self.student)
+            )
+            self._average(averages, values, None)
 
     def methods(self) -> list[Distiller]:
         """Return the distillers in the order of ``loss_names``."""
@@ -63,7 +87,7 @@ class Trainable(nn.Module):
         """Run the student and compute all losses.
 
         Args:
-            batch: augmented images and targets: classes ``[B]`` or class probabilities ``[B, C]``.
+            batch: images and targets: classes ``[B]`` or class probabilities ``[B, C]``.
             teacher: the teacher's outputs for the batch; None for plain training.
             loss_weights: ``[1 + distillers]``, see :meth:`loss_weights`.
         """
@@ -77,14 +101,10 @@ class Trainable(nn.Module):
             return self.forward_student(images)
 
     def losses(self, student: Outputs, batch: Batch, teacher: Outputs | None) -> list[Tensor]:
-        """Return the unweighted losses in the order of ``loss_names``, each a scalar.
-
-        Raises:
-            ConfigError: a distiller returns no scalar, or one without a gradient.
-        """
+        """Return the unweighted losses in the order of ``loss_names``, each a scalar."""
         with torch.autocast(batch.images.device.type, enabled=False):
             student = _at_least_float32(student, self.need)
-            losses = [F.cross_entropy(student.logits, batch.targets)]
+            losses = [F.cross_entropy(student.logits, batch.targets, label_smoothing=self.label_smoothing)]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
                 for name, method in self.distillers.items():

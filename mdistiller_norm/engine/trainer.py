@@ -19,7 +19,7 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, save_atomically
 from mdistiller_norm.engine.evaluate import Evaluation, evaluate
 from mdistiller_norm.engine.logger import Record, RunLog
-from mdistiller_norm.engine.optim import StepSchedule, set_learning_rate
+from mdistiller_norm.engine.optim import Schedule, set_learning_rate
 from mdistiller_norm.engine.runtime import keep_freed_memory, stop_signals
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.errors import Interrupted, NonFiniteLossError
@@ -35,6 +35,7 @@ class Intervals:
     log_steps: int  # between losses logged by step
     save_steps: int  # between states saved within an epoch; 0 for none
     keep_epochs: int  # between students that are kept (student_<epoch>.pt)
+    grad_norms: bool = False  # whether to log the gradient norms of each epoch's first batch
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         step: TrainStep,
-        schedule: StepSchedule,
+        schedule: Schedule,
         test: EvalLoader,
         epochs: int,
         folder: Path,
@@ -87,6 +88,7 @@ class Trainer:
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0
         self.best: Record = {}
         self.last: Record = {}
+        self.grad_norms: dict[str, float] = {}  # of the current epoch
         self.parts: list[Record] = [{"from_step": 0, **provenance.environment}]
         self._requested = 0  # number of the signal that requested a stop
         self._counted_until = 0.0  # time up to which `seconds` counts
@@ -144,7 +146,7 @@ class Trainer:
         now = time.perf_counter()
         self.seconds += now - self._counted_until
         losses = {f"loss_{name}": value for name, value in averages.losses.items()}
-        record = losses | {
+        record = losses | self.grad_norms | {
             "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1, "test_top5": test.top5,
             "test_loss": test.loss, "data_wait": waited / trained,
             "images_per_second": averages.samples * remaining / trained, "seconds": self.seconds,
@@ -162,6 +164,8 @@ class Trainer:
             for batch in step.with_teacher_outputs(loader.batches(self.epoch, self.steps_done)):
                 waited += time.perf_counter() - waiting_since
                 step.part = loader.part(self.steps_done)
+                if self.intervals.grad_norms and self.steps_done == 0:
+                    self.grad_norms = step.gradient_norms(*batch)
                 self.run_step(*batch)
                 self.steps_done += 1
                 bar.update()
@@ -196,7 +200,7 @@ class Trainer:
     def _evaluate(self) -> Evaluation:
         trainable = self.step.trainable
         distributed.average_batch_norms(trainable)
-        test = evaluate(trainable.student, self.test, trainable.autocast, self.run_test)
+        test = evaluate(trainable.evaluated, self.test, trainable.autocast, self.run_test)
         if not math.isfinite(test.loss):  # the last update is not covered by the training losses
             raise NonFiniteLossError(f"the test loss became NaN or infinite after epoch {self.epoch}")
         return test
@@ -209,10 +213,11 @@ class Trainer:
         self.last, self.best = summary, summary if improved else self.best
         self.log.epoch(record)
         losses = [f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
+        lr, average = record["lr"], "EMA " if self.step.trainable.ema is not None else ""
         left = timedelta(seconds=round(self.seconds / epoch * (self.epochs - epoch)))
         self.log.line(
-            f"epoch {epoch}/{self.epochs}: {' '.join(losses)} | train top-1 {record['train_top1']:.2f} | test top-1 "
-            f"{test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | lr {record['lr']:.10g} | "
+            f"epoch {epoch}/{self.epochs}: {' '.join(losses)} | train top-1 {record['train_top1']:.2f} | "
+            f"{average}test top-1 {test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | lr {lr:.10g} | "
             f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.1%}, ETA {left}"
             + " | best"
             * improved
@@ -220,7 +225,7 @@ class Trainer:
         self.epoch, self.steps_done = epoch + 1, 0
         self.step.meters.reset()
         state, about = self.state(), self.provenance.about | summary
-        student = {"model": self.step.trainable.student.state_dict(), "about": about}
+        student = {"model": self.step.trainable.evaluated.state_dict(), "about": about}
         files = {"best.pt": state, "student_best.pt": student} if improved else {}
         if epoch % self.intervals.keep_epochs == 0:
             files[f"student_{epoch}.pt"] = student
@@ -253,6 +258,7 @@ class Trainer:
             "trainable": step.trainable.state_dict(), "optimizer": step.optimizer.state_dict(),
             "scaler": step.scaler.state_dict(), "meters": step.meters.all_reduced_state(), "epoch": self.epoch,
             "steps_done": self.steps_done, "total_steps": self.total_steps, "seconds": self.seconds, "best": self.best,
+            "grad_norms": self.grad_norms,
             "last": self.last, "parts": self.parts, "identity": self.provenance.identity,
             "about": self.provenance.about,
         }  # fmt: skip
@@ -269,6 +275,7 @@ class Trainer:
         self.step.meters.load_all_reduced_state(state["meters"])
         self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
         self.best, self.last = state["best"], state["last"]
+        self.grad_norms = state.get("grad_norms", {})
         done = state["total_steps"]
         parts = [part for part in state.get("parts", []) if part["from_step"] < done]
         this_part = self.parts[0] | {"from_step": done}

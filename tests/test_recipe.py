@@ -1,0 +1,157 @@
+"""Options of the optimizer and of the losses against their formulas, and the figures that a run logs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from short_runs import RECIPE, assert_same_state, config, state_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from mdistiller_norm.cli import execute
+from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.logger import read_metrics
+from mdistiller_norm.engine.meters import TrainMeters
+from mdistiller_norm.engine.optim import Schedule, build_adamw
+from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.engine.trainable import Trainable
+from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.models import build_model
+from mdistiller_norm.run import build_run, train
+from mdistiller_norm.types import Batch, Losses
+
+
+def build_step(folder: Path, *overrides: str) -> TrainStep:
+    run = build_run(config(folder, "step", *overrides))
+    run.trainer.log.close()
+    run.trainer.step.trainable.train()
+    return run.trainer.step
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "expected"),
+    [
+        ("step", 0, [8, 8, 4, 2]),
+        ("step", 1, [4, 8, 4, 2]),
+        ("cosine", 0, [8, 4 + 4 * math.sqrt(0.5), 4, 4 - 4 * math.sqrt(0.5)]),
+        ("cosine", 2, [8 / 3, 16 / 3, 8, 4]),
+        ("cosine", 4, [1.6, 3.2, 4.8, 6.4]),
+    ],
+)
+def test_schedules(kind: str, warmup: int, expected: list[float]) -> None:
+    schedule = Schedule(kind, 8, 4, warmup, stages=(2, 3), decay=0.5)
+    assert [schedule(epoch) for epoch in range(1, 5)] == pytest.approx(expected)
+
+
+def test_adamw_from_zeros_is_adamw() -> None:
+    networks = [nn.Linear(3, 2, dtype=torch.float64)]
+    networks.append(copy.deepcopy(networks[0]))
+    settings = {"lr": 0.1, "weight_decay": 0.3}
+    optimizers = [
+        build_adamw(networks[0].parameters(), **settings),
+        torch.optim.AdamW(networks[1].parameters(), fused=False, **settings),
+    ]
+    for _ in range(4):
+        images = torch.randn(5, 3, dtype=torch.float64)
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            optimizer.zero_grad()
+            network(images).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(networks[0].weight, networks[1].weight, rtol=1e-12, atol=0)
+
+
+def test_the_norm_of_a_clipped_gradient(tmp_path: Path) -> None:
+    plain = ["SOLVER.MOMENTUM=0", "SOLVER.NESTEROV=false", "SOLVER.WEIGHT_DECAY=0", "SOLVER.LR=0.5"]
+    step = build_step(tmp_path, "SOLVER.CLIP_GRAD=0.01", *plain)
+    parameters = list(step.trainable.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    step(*next(step.loader.batches(1)))
+    change = nn.utils.get_total_norm(
+        [old - new.detach() for old, new in zip(before, parameters, strict=True)]
+    )
+    assert float(change) == pytest.approx(0.5 * 0.01, rel=1e-4)
+
+
+def test_class_probabilities_and_label_smoothing() -> None:
+    student, images = build_model("resnet8", 3).double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    probabilities, index = torch.rand(4, 3, dtype=torch.float64).softmax(1), torch.arange(4)
+    trainable = Trainable(student, label_smoothing=0.3)
+    losses = trainable(Batch(images, probabilities, index, index, index[0]), None, torch.ones(1))
+    smooth = 0.7 * probabilities + 0.1
+    expected = -(smooth * losses.logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(losses.total, expected)
+    meters = TrainMeters(["ce"])
+    meters.update(Losses(losses.total, losses.parts, probabilities.flip(0)), probabilities)
+    hits = (probabilities.flip(0).argmax(1) == probabilities.argmax(1)).double().mean()
+    assert meters.read(1).top1 == pytest.approx(100 * float(hits))
+
+
+def test_averaged_weights_are_evaluated_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = build_run(config(tmp_path, "run", "SOLVER.EMA=0.75", epochs=1))
+    student, run_step = run.trainer.step.trainable.student, run.trainer.run_step
+    expected = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def averaged(*raw: torch.Tensor) -> None:
+        run_step(*raw)
+        for name, value in student.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = 0.75 * expected[name] + 0.25 * value
+
+    run.trainer.run_step = averaged
+    result = run.trainer.fit()
+    run.trainer.log.close()
+    folder = tmp_path / "distill" / "run"
+    for name in ("student_last.pt", "student_best.pt"):
+        content = load(folder / name)
+        assert content["about"]["ema"] == 0.75
+        for key, value in content["model"].items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value, expected[key], msg=key)
+    assert "| EMA test top-1 " in (folder / "worklog.txt").read_text()
+    for name in ("student_last.pt", "latest.pt"):
+        capsys.readouterr()
+        execute(["eval", "-c", str(folder / name)])
+        assert f"top-1 {result['last']['top1']:6.2f}" in capsys.readouterr().out
+
+
+def test_gradient_norms_are_logged_and_do_not_change_the_run(tmp_path: Path, teacher: str) -> None:
+    common = ["DISTILLER.TYPE=NormKD", teacher]
+    for name, more in (("plain", []), ("norms", ["LOG.GRAD_NORMS=true"])):
+        train(config(tmp_path, name, *common, *more))
+    states = [state_of(tmp_path, name)["trainable"] for name in ("plain", "norms")]
+    assert_same_state(*states)
+    records = read_metrics(tmp_path / "distill" / "norms" / "metrics.jsonl")
+    assert all(record[f"grad_norm_{name}"] > 0 for record in records for name in ("ce", "distill"))
+    step = build_step(tmp_path, *common)
+    step.begin_epoch(1, 0)
+    step.optimizer.param_groups[0]["lr"] = 0.0
+    norms = step.gradient_norms(*next(step.loader.batches(1)))
+    assert norms["grad_norm_ce"] == records[0]["grad_norm_ce"]
+    step.loss_weights[1] = 0.0
+    step(*next(step.loader.batches(1)))
+    total = nn.utils.get_total_norm([parameter.grad for parameter in step.trainable.student.parameters()])
+    assert float(total) == pytest.approx(norms["grad_norm_ce"], rel=1e-4)
+
+
+def test_tensorboard_has_one_entry_of_three_groups(tmp_path: Path) -> None:
+    settings = ("LOG.TENSORBOARD_FREQ=4", *RECIPE)
+    train(config(tmp_path, "run", *settings))
+    folder = tmp_path / "distill" / "run" / "tensorboard"
+    assert all(path.is_file() for path in folder.iterdir())
+    events = EventAccumulator(str(folder)).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["train/loss_ce"] == steps["train/loss_total"] == [4, 8, 12]
+    for tag in ("epoch/test_top1", "epoch/lr", "epoch/grad_norm_ce", "speed/images_per_second"):
+        assert steps[tag] == [1, 2], tag
+    assert {tag.split("/")[0] for tag in steps} == {"train", "epoch", "speed"}
+    assert [event.value for event in events.Scalars("epoch/lr")] == pytest.approx([0.0005, 0.001])
+
+
+def test_a_cosine_is_not_continued_with_another_length(tmp_path: Path) -> None:
+    train(config(tmp_path, "run", "SOLVER.SCHEDULE=cosine", epochs=1))
+    with pytest.raises(ConfigError, match=r"other values of SOLVER\.EPOCHS"):
+        train(config(tmp_path, "run", "SOLVER.SCHEDULE=cosine", epochs=2), resume=True)
