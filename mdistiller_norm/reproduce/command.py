@@ -52,12 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--publish", "FOLDER", "add runs, their fp16 weights in checkpoints/, and write the report"),
     ):
         add(name, nargs="+", default=[], metavar=metavar, help=text)
-    add(
-        "--queue", action="store_true", help="most informative cells first (default tables: all of CIFAR-100)"
-    )
-    add(
-        "--sweep", default="", metavar="KEY=A,B", help="run each value of a key, evaluated on held-out images"
-    )
+    add("--queue", action="store_true", help="most informative cells first (default: all CIFAR-100 tables)")
+    add("--sweep", default="", metavar="KEY=A,B", help="run each value of a key, test on held-out images")
     add("--val-split", type=float, default=0.1, help="share of the images that a sweep holds out (0.1)")
     add("--dry-run", action="store_true", help="list finished and pending runs without running them")
     add("--budget", type=parse_duration, default=math.inf, help="stop after 9m, 1h30m, ...")
@@ -144,10 +140,7 @@ def _check_options(options: argparse.Namespace) -> None:
     limited = options.jobs > 1 or options.budget < math.inf
     for wrong, message in (
         (not all(map(str.isdecimal, options.seeds)), "--seeds must be integers >= 0"),
-        (
-            not all(1 <= number <= 1000 for number in numbers),
-            "--trials, --jobs and --processes must be in 1 .. 1000",
-        ),
+        (min(numbers) < 1 or max(numbers) > 1000, "--trials, --jobs and --processes must be in 1 .. 1000"),
         (here and options.slurm, "--slurm requires --launcher slurm or submitit-local"),
         (limited and not here, "--jobs and --budget require --launcher here; see --slurm"),
         (not 0 < options.val_split <= 0.5, "--val-split must be > 0 and <= 0.5"),
@@ -170,9 +163,8 @@ def select_cells(
         if unknown := [name for name in names if name not in known]:
             near = " or ".join(nearest(unknown[0], known) or dict.fromkeys(known))
             raise ConfigError(f"{option}: no {unknown[0]!r} in these tables; did you mean {near}?")
-    return [
-        c for c in cells if c.row.key in (rows or known_rows) and c.column.key in (columns or known_columns)
-    ]
+    rows, columns = rows or known_rows, columns or known_columns
+    return [cell for cell in cells if cell.row.key in rows and cell.column.key in columns]
 
 
 def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[Cell]:

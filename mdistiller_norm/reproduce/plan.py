@@ -166,22 +166,17 @@ class _Planner:
 
 
 def make_plan(
-    cells: Sequence[Cell],
-    seeds: Sequence[int],
-    output: Path,
-    smoke: bool,
-    extra: Sequence[str],
-    by_value: bool,
+    cells: Sequence[Cell], seeds: Sequence[int], output: Path, smoke: bool, extra: Sequence[str], queue: bool
 ) -> list[Job]:
     """Plan the runs that fill some cells, each once, and the teachers that they need.
 
-    Teachers come first, then all cells of a seed before the next seed; ``by_value`` sorts by :func:`value_rank` before.
+    Teachers come first, then all cells of a seed before the next seed; ``queue`` sorts by :func:`value_rank` before.
     ``extra`` are overrides that do not change the result. Teachers with published weights need no job.
     """
     _check_extra(extra)
     planner = _Planner(output, smoke, extra)
-    for cell in sorted(cells, key=value_rank) if by_value else cells:
-        planner.add(cell, seeds, value_rank(cell) if by_value else 0)
+    for cell in sorted(cells, key=value_rank) if queue else cells:
+        planner.add(cell, seeds, value_rank(cell) if queue else 0)
     jobs = planner.jobs.values()
     teachers = {job.teacher.key for job in jobs if job.teacher}
     return sorted(jobs, key=lambda job: (job.rank, job.key not in teachers, job.key[1]))

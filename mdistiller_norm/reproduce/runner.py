@@ -47,9 +47,9 @@ def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
     done = {job.key for job in jobs if ledger.has(*job.key) and ledger.has(*job.key, job.teacher_hash())}
     needed = {job.teacher.key for job in jobs if job.teacher and job.key not in done}
     pending = {job.key for job in jobs if job.cells} - done
-    pending |= {
-        job.key for job in jobs if job.key in needed and not (job.weights.is_file() and trained_record(job))
-    }
+    for job in jobs:
+        if job.key in needed and not (job.weights.is_file() and trained_record(job)):
+            pending.add(job.key)
     return [job for job in jobs if job.key in pending]
 
 
@@ -203,8 +203,8 @@ class Runner:
         free = [slot for slot in range(self.slots) if slot not in self._running]
         if outcome != DONE:
             self._waiting.remove(job)
-            self._outcomes[job.key] = BLOCKED if outcome == FAILED else STOPPED
-            self._print(job, f"not started, its teacher {'failed' if outcome == FAILED else 'was stopped'}")
+            self._outcomes[job.key] = BLOCKED
+            self._print(job, f"not started, its teacher {outcome}")
         elif free and not (job.teacher and job.teacher.key in unfinished):
             environment = slot_environment(job.config["DEVICE"], free[0], self.slots, self.processes)
             execution = Execution(job, self.folder, self.processes, environment)
