@@ -70,8 +70,7 @@ class Distillation(nn.Module):
     Raises:
         ConfigError: a method, key or value is invalid, or a method does not support the networks.
 
-    Example::
-
+    Examples:
         >>> kd = Distillation("NormKD", student, teacher, TEMPERATURE_NORM=2.0)
         >>> loss, parts = kd(images, targets, epoch=1)
     """
