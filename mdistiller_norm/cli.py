@@ -20,6 +20,7 @@ from mdistiller_norm.program import command, python_arguments
 # `main(options)`, which returns the exit code.
 COMMANDS = {
     "train": ("run", "Train a student, with or without a teacher."),
+    "distill": ("distill", "Train a student on a folder of images with a teacher, without a config file."),
     "eval": ("evaluation", "Evaluate weights of networks on a test split."),
     "predict": ("predict", "Classify image files with a trained network."),
     "compare": ("compare", "Compare size, speed, accuracy and agreement of trained networks."),
@@ -33,7 +34,7 @@ COMMANDS = {
     "doctor": ("doctor", "Describe the installation and run a short self-test, for bug reports."),
     "shards": ("pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
-_WITH_OVERRIDES = ("train", "reproduce")  # KEY VALUE may be placed between the options
+_WITH_OVERRIDES = ("train", "distill", "reproduce")  # KEY VALUE may be placed between the options
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -72,7 +73,10 @@ def run(program: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except Interrupted as stop:
-        print(f"{stop}; the state is saved: add --resume to the command to continue", file=sys.stderr)
+        print(
+            f"{stop}; the state is saved; to continue, repeat the command (train: with --resume)",
+            file=sys.stderr,
+        )
         return 128 + stop.signal_number
     except (UserError, OSError, RuntimeError) as error:
         message = _message(error)

@@ -174,14 +174,16 @@ def _log_summary(
         log(f"the test split is {split:g} of each class of the training images (DATASET.VAL_SPLIT)")
 
 
-def train(config: Config, resume: bool = False, command: Sequence[str] = ()) -> Record:
+def train(
+    config: Config, resume: bool = False, command: Sequence[str] = (), dataset: Dataset | None = None
+) -> Record:
     """Train a run, with the arguments of :func:`build_run`; return the content of ``result.json``.
 
     Raises:
         Interrupted: on SIGINT, SIGTERM or SIGUSR1; the state is saved.
     """
     with distributed.collective_errors():
-        trainer, folder, facts = build_run(config, resume, shlex.join(command))
+        trainer, folder, facts = build_run(config, resume, shlex.join(command), dataset)
         log, teacher = folder.log.line, trainer.step.teacher
         try:
             if trainer.finished:

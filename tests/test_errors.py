@@ -69,6 +69,11 @@ COMMANDS = [
         "resnet18.V9': did you mean torchvision:resnet18.DEFAULT",
     ),
     (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", "pretrained weights require a model named timm:"),
+    (
+        "distill --teacher resnet44 --student resnet8 --data digits",
+        "teacher resnet44 … or add --train-teacher",
+    ),
+    ("distill --teacher resnet44 --student resnet9 --data digits", "STUDENT: unknown CIFAR model 'resnet9'"),
     ("eval -c x.pt -bs 0", "must be an integer >= 1, got 0"),
     ("eval -c x.pt --cfg x.yaml -d digits", "--cfg sets the data set"),
     ("eval -c 'two\nlines.pt'", "two lines.pt"),

@@ -1,0 +1,110 @@
+"""The command ``distill``: train a teacher and a student on a folder of images, without a config file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mdistiller_norm.build import build_dataset, build_student, build_teacher
+from mdistiller_norm.catalog import columns
+from mdistiller_norm.config import Config, load_config
+from mdistiller_norm.data import DATASETS
+from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.models import PREFIXES, VARIANTS
+from mdistiller_norm.program import command
+from mdistiller_norm.run import train
+from mdistiller_norm.run_folder import run_folder
+from mdistiller_norm.student import positive
+
+WARMUP = (
+    3  # epochs: the gradient of NormKD's loss is large at first, which short trainings do not recover from
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command ``distill``."""
+    parser.epilog = (
+        f"example: {parser.prog} --teacher ResNet34 --student ResNet18 --data birds --train-teacher"
+    )
+    add = parser.add_argument
+    add("--teacher", required=True, metavar="NAME", help="model name, such as ResNet34 or timm:convnext_atto")
+    add("--student", required=True, metavar="NAME", help="model name")
+    add(
+        "--data",
+        required=True,
+        metavar="FOLDER",
+        help="train/CLASS/*.jpg and val/CLASS/*.jpg, or DATASET.TYPE",
+    )
+    add("--method", default="NormKD", help=f"DISTILLER.TYPE (default: NormKD, with NormKD.WARMUP {WARMUP})")
+    add("--epochs", type=positive, default=30, help="of each training (default: 30)")
+    add("--train-teacher", action="store_true", help="train the teacher first, from its initial weights")
+    add("--student-alone", action="store_true", help="also train the student without a teacher, to compare")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys of all trainings, such as SOLVER.LR")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Train what is not finished yet, and print the accuracy of each network."""
+    teacher, student = (_model_name(name) for name in (options.teacher, options.student))
+    plain = _config(options, f"teacher,{teacher}", {"STUDENT": teacher})
+    alone = _config(options, f"{student},alone", {"STUDENT": student})
+    names = {"TYPE": options.method, "TEACHER": teacher, "STUDENT": student}
+    weights, trained = run_folder(plain) / "student_last.pt", run_folder(plain) / "result.json"
+    if not options.train_teacher:
+        external = "pretrained" if teacher.startswith(PREFIXES) else ""
+        names["TEACHER_WEIGHTS"] = str(weights) if trained.is_file() else external
+    distilled = _config(options, f"{student},{options.method}", names)
+    dataset = build_dataset(distilled.node)
+    build_student(student, dataset, 0)  # an unknown name is an error before the teacher is trained
+    runs = {"student alone": alone} if options.student_alone else {}
+    if options.train_teacher:
+        runs = {"teacher": plain} | runs
+        distilled = _config(options, f"{student},{options.method}", names | {"TEACHER_WEIGHTS": str(weights)})
+    else:
+        try:
+            build_teacher(distilled.node, dataset)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}, or add --train-teacher") from error
+    runs |= {"distilled": distilled}
+    results = {
+        role: train(config, True, ["python", *options.command], dataset) for role, config in runs.items()
+    }
+    given = results["distilled"]["teacher"]
+    rows = [("", "model", "top-1 (last)", "top-1 (best)", "weights")]
+    if not options.train_teacher:
+        rows.append(("teacher", given["name"], f"{given['top1']:.2f}", "", given["file"]))
+    for role, result in results.items():
+        top1 = [f"{result[epoch]['top1']:.2f}" for epoch in ("last", "best")]
+        rows.append((role, result["student"], *top1, str(run_folder(runs[role]))))
+    print(columns(rows))
+    print(f"export the student: {command('export')} -c '{run_folder(distilled)}'")
+    return 0
+
+
+def _model_name(name: str) -> str:
+    """Return a registered name whose case may differ, or the name."""
+    registered = {other.lower(): other for models in VARIANTS.values() for other in models}
+    return registered.get(name.lower(), name)
+
+
+def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> Config:
+    """Return the config of a run; its folder is named after the tag and the overrides of the user."""
+    data, epochs = Path(options.data), options.epochs
+    is_type = options.data in DATASETS and not data.exists()
+    stages = sorted({epochs * part // 8 for part in (5, 6, 7)} - {0, epochs})
+    keys: dict[str, Any] = {
+        "EXPERIMENT.PROJECT": data.resolve().name, "EXPERIMENT.TAG": f"{tag},{epochs} epochs".replace("/", "_"),
+        "DATASET.TYPE": options.data if is_type else "image_folder", "SOLVER.EPOCHS": epochs,
+        "SOLVER.LR_DECAY_STAGES": stages, "SOLVER.NESTEROV": True, "SOLVER.WEIGHT_DECAY": 5e-4,
+    }  # fmt: skip
+    keys |= {} if is_type else {"DATASET.ROOT": data}
+    keys |= {f"DISTILLER.{key}": name for key, name in names.items()}
+    keys |= {"NormKD.WARMUP": WARMUP} if names.get("TYPE") == "NormKD" else {}
+    own = [f"{key}={value}" for key, value in keys.items()]
+    config = load_config(None, [*own, *options.overrides], others=[options.method])
+    users = load_config(None, options.overrides, others=[options.method]).sources
+    sources = {
+        key: users[key] if source == "command line" else source for key, source in config.sources.items()
+    }
+    return Config(config.node, sources)
