@@ -80,6 +80,7 @@ def test_networks(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_training_loops_of_other_libraries(package: str, example: str, tmp_path: Path) -> None:
     pytest.importorskip(package)
+    pytest.importorskip("accelerate" if package == "transformers" else package)
     module = runpy.run_path(str(ROOT / f"examples/{example}.py"))
     student, teacher = mdn.create_model("resnet8", 5), mdn.create_model("resnet14", 5)
     before = [copy.deepcopy(network.state_dict()) for network in (student, teacher)]
