@@ -33,7 +33,7 @@ from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import DOT, Schedule, build_optimizer
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.engine.teacher import LiveTeacher, Teacher
+from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher, teacher_batch_size
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.engine.trainer import Intervals
@@ -251,17 +251,17 @@ def build_teacher_runner(
         # Created outside inference mode: an inference tensor would cause a second compilation in the first step.
         example = torch.zeros(size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
         compiler = partial(compile_teacher, example=example, warn=log)
-    live = LiveTeacher(network, need, autocast, train_mode, compiler)
-    record["hash"] = live.hash
+    arguments = (network, need, autocast, train_mode, compiler)
     if not cache or not isinstance(loader, MemoryTrainLoader):
-        return live, record
-    record["cache"] = cache
-    teacher = CachedTeacher(live, loader, file.cache_path(Path(cfg.LOG.PREFIX)), pooled, cache)
+        live = Teacher(*arguments)
+        return live, record | {"hash": live.hash}
+    cache_path = file.cache_path(Path(cfg.LOG.PREFIX))
+    teacher = CachedTeacher(loader, cache_path, pooled, cache, *arguments)
     teacher.check_outputs()
     if line := teacher.hold_on_device():
         log(line)
     log(teacher.summary())
-    return teacher, record
+    return teacher, record | {"hash": teacher.hash, "cache": cache}
 
 
 def _no_cache_reason(distillers: Mapping[str, Distiller], loader: TrainLoader) -> str:

@@ -96,7 +96,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
     build.check_data(cfg, student, dataset, share, check_test=trained is None)
-    folder = RunFolder.open(config, config_yaml, resume, share.rank)
+    folder = RunFolder.open(config, config_yaml, resume)
     log = folder.log.line
     if warning:
         log(f"warning: {warning}")

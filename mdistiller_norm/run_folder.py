@@ -17,7 +17,7 @@ from mdistiller_norm.config_text import TextLoader, read_settings
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, load
-from mdistiller_norm.engine.logger import Record, RunLog, SilentLog, start_wandb
+from mdistiller_norm.engine.logger import Record, RunLog, start_wandb
 from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.files import open_lock, write_json, write_text
@@ -63,12 +63,12 @@ class RunFolder:
     log: RunLog  # writes to the folder in the first process
 
     @classmethod
-    def open(cls, config: Config, config_yaml: str, resume: bool, rank: int) -> RunFolder:
+    def open(cls, config: Config, config_yaml: str, resume: bool) -> RunFolder:
         """Create the folder of a new run or load the state of one to resume. A collective operation."""
         path = run_folder(config)
         folder = _open_first(path, config.node, config_yaml, resume) if distributed.is_first() else None
         resumed = distributed.all_reduce_max(int(folder is not None and folder.state is not None))
-        return folder or cls(path, config_yaml, load(path / LATEST) if resumed else None, SilentLog(rank))
+        return folder or cls(path, config_yaml, load(path / LATEST) if resumed else None, RunLog(None))
 
     @property
     def steps_done(self) -> int:

@@ -26,7 +26,7 @@ from mdistiller_norm.distillers import DISTILLERS, Pair
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import build_optimizer
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.engine.teacher import LiveTeacher
+from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.models import build_model, probe
 from mdistiller_norm.models.base import Network
@@ -87,7 +87,7 @@ def make_step(case: dict[str, Any], **more: Any) -> TrainStep:
     methods = build_distillers(cfg, student, network("resnet14"), few())
     train_mode = any(method.teacher_in_train_mode for method in methods.values())
     need = max(method.need for method in methods.values())
-    teacher = LiveTeacher(network("resnet14"), need, train_mode=train_mode)
+    teacher = Teacher(network("resnet14"), need, train_mode=train_mode)
     loader = few().train_loader(cfg.SOLVER.BATCH_SIZE, 0, CPU)
     trainable = Trainable(student, methods, max(method.ce_weight for method in methods.values()))
     solver = cfg.SOLVER

@@ -27,7 +27,7 @@ from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.optim import build_sgd
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.engine.teacher import LiveTeacher
+from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.run import build_run
@@ -105,7 +105,7 @@ def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
     optimizer = build_sgd(
         step.trainable.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-4, nesterov=True
     )
-    teacher = LiveTeacher(step.teacher.network.double(), step.trainable.need) if step.teacher else None
+    teacher = Teacher(step.teacher.network.double(), step.trainable.need) if step.teacher else None
     whole = TrainStep(
         step.loader, teacher, step.trainable, optimizer, step.meters,
         forward=distributed.wrap(step.trainable), accumulate=step.accumulate,

@@ -18,7 +18,7 @@ from mdistiller_norm.config import load_config, show
 from mdistiller_norm.distillers import Need
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.engine.teacher import LiveTeacher
+from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS, Wrapped, build_model, probe
 from mdistiller_norm.plugins import import_plugin
@@ -118,7 +118,7 @@ def test_a_wrapped_teacher_gives_the_logits_of_its_module(mine: Path) -> None:
     with torch.no_grad():
         logits = network.module(images)
     for need in (Need.LOGITS, Need.MAPS):
-        outputs = LiveTeacher(copy.deepcopy(network), need).run(images)
+        outputs = Teacher(copy.deepcopy(network), need).run(images)
         assert torch.equal(outputs.logits, logits)
         assert len(outputs.features) == (5 if need is Need.MAPS else 0)
     torch.save({"model": network.state_dict()}, mine / "wrapped.pth")

@@ -22,7 +22,7 @@ from short_runs import assert_same_state, config, state_of
 from mdistiller_norm.distillers import DISTILLERS, Need
 from mdistiller_norm.engine.compile import choose, compile_student, compile_teacher, compiler_missing
 from mdistiller_norm.engine.row_store import DeviceRows, RowStore
-from mdistiller_norm.engine.teacher import LiveTeacher, folded
+from mdistiller_norm.engine.teacher import Teacher, folded
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError, ConfigError
@@ -226,7 +226,7 @@ def test_outputs_that_cannot_be_cached_are_not(
     monkeypatch.setattr(DISTILLERS["KD"], "teacher_in_train_mode", True)  # outputs depend on the batch
     found = build_run(config(tmp_path, "run", f"DISTILLER.TYPE={method}", own_teacher, LAZY)).trainer
     found.log.close()
-    assert isinstance(found.step.teacher, LiveTeacher)
+    assert not isinstance(found.step.teacher, CachedTeacher)
     assert f"no teacher cache: {method} " in capsys.readouterr().out
     assert not (tmp_path / "teacher.pt.cache").exists()
 
@@ -348,7 +348,7 @@ def test_the_choice_depends_on_the_number_of_steps_and_the_compiler(monkeypatch:
 def test_compiled_networks_compute_the_same() -> None:
     images = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last)
     eager = trained_network("resnet8")
-    live = LiveTeacher(
+    live = Teacher(
         copy.deepcopy(eager), Need.LOGITS, compiler=lambda m: compile_teacher(m, images, pytest.fail)
     )
     with torch.no_grad():

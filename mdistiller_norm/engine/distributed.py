@@ -163,7 +163,6 @@ def collective_errors() -> Iterator[None]:
 
 
 def _missing_ranks(reason: str) -> str:
-    """Describe the failure of a collective."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     process, missing = f"process {rank} of {world}", set(range(world)) - {rank}
     try:

@@ -66,59 +66,49 @@ def _append_line(path: Path, text: str) -> None:
 
 
 class RunLog:
-    """The log of a run folder. Drops entries from ``first_epoch`` and ``first_step`` on, left by an interrupted run."""
+    """The log of a run folder, or, for a process of rank > 0, of warnings only.
 
-    def __init__(self, folder: Path, first_epoch: int = 1, first_step: int = 0) -> None:
+    Drops entries of the folder from ``first_epoch`` and ``first_step`` on, left by an interrupted run.
+    """
+
+    def __init__(self, folder: Path | None, first_epoch: int = 1, first_step: int = 0) -> None:
         self.folder = folder
         self.held = ExitStack()  # holds the lock of the run folder, until the log is closed
-        self._metrics = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self._metrics) if record["epoch"] < first_epoch]
-        write_text("".join(json.dumps(record) + "\n" for record in kept), self._metrics)
-        self._writer = SummaryWriter(folder / TENSORBOARD, purge_step=first_step)
+        if folder:
+            self._metrics = folder / "metrics.jsonl"
+            kept = [record for record in read_metrics(self._metrics) if record["epoch"] < first_epoch]
+            write_text("".join(json.dumps(record) + "\n" for record in kept), self._metrics)
+            self._writer = SummaryWriter(folder / TENSORBOARD, purge_step=first_step)
 
     def line(self, text: str) -> None:
         """Print a line and append it to ``worklog.txt``."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        _append_line(self.folder / "worklog.txt", text)
+        if self.folder:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+            _append_line(self.folder / "worklog.txt", text)
+        elif text.startswith("warning:"):
+            print(text, file=sys.stderr, flush=True)
 
     def epoch(self, record: Record) -> None:
         """Append the metrics of an epoch to ``metrics.jsonl`` and, by epoch, to TensorBoard."""
-        _append_line(self._metrics, json.dumps(record))
-        for name, value in record.items():
-            if name != "epoch":
-                self._writer.add_scalar(f"{_GROUPS.get(name, 'epoch')}/{name}", value, record["epoch"])
-        self._writer.flush()
+        if self.folder:
+            _append_line(self._metrics, json.dumps(record))
+            for name, value in record.items():
+                if name != "epoch":
+                    self._writer.add_scalar(f"{_GROUPS.get(name, 'epoch')}/{name}", value, record["epoch"])
+            self._writer.flush()
 
     def step(self, losses: dict[str, float], step: int) -> None:
         """Add the running averages of the losses after that many steps to TensorBoard."""
-        for name, value in losses.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+        if self.folder:
+            for name, value in losses.items():
+                self._writer.add_scalar(f"train/{name}", value, step)
 
     def close(self) -> None:
         """Flush the writer and release the run folder."""
         with self.held:
-            self._writer.close()
-
-
-class SilentLog(RunLog):
-    """The log of a process of rank > 0: prints warnings and drops everything else."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def line(self, text: str) -> None:
-        if text.startswith("warning:"):
-            print(f"process {self.rank}: {text}", file=sys.stderr, flush=True)
-
-    def epoch(self, record: Record) -> None:
-        pass
-
-    def step(self, losses: dict[str, float], step: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+            if self.folder:
+                self._writer.close()
 
 
 def start_wandb(folder: Path, project: str, tags: str, config: Record, resources: ExitStack) -> str:

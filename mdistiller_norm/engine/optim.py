@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,38 +50,42 @@ class Schedule:
 
 def build_sgd(
     parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool
-) -> torch.optim.SGD:
+) -> torch.optim.Optimizer:
     """Build fused SGD with weight decay on every parameter."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained, lr=_rate(lr, trained), momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
-    )  # fmt: skip
-    if momentum:  # buffers of zeros give the same updates, and CUDA graphs can record any step
-        for parameter in trained:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+    return _build(torch.optim.SGD, parameters, lr, ("momentum_buffer",) if momentum else (), **options)
 
 
-def build_adamw(parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_adamw(
+    parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """Build fused AdamW with weight decay on every parameter."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    on_gpu = trained[0].is_cuda
-    warnings.filterwarnings(
-        "ignore", "This instance was constructed with capturable=True"
-    )  # in warm-up steps
-    optimizer = torch.optim.AdamW(
-        trained, lr=_rate(lr, trained), weight_decay=weight_decay, fused=True, capturable=on_gpu
-    )  # fmt: skip
-    for parameter in trained:  # as the first step would, which may be recorded as a CUDA graph
-        averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **averages}
+    optimizer = _build(
+        torch.optim.AdamW, parameters, lr, ("exp_avg", "exp_avg_sq"), weight_decay=weight_decay
+    )
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # by eager steps
+    for group in optimizer.param_groups:
+        group["capturable"] = group["params"][0].is_cuda
+    for parameter, state in optimizer.state.items():
+        state["step"] = torch.zeros((), device=parameter.device)
     return optimizer
 
 
-def _rate(lr: float, parameters: Sequence[nn.Parameter]) -> float | Tensor:
-    """Return the learning rate; on CUDA, as a tensor that replayed graphs read."""
-    device = parameters[0].device
-    return torch.tensor(lr, device=device) if device.type == "cuda" else lr
+def _build(
+    kind: Callable[..., torch.optim.Optimizer],
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    zeros: Sequence[str],
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """Build an optimizer with the state of its first step, so that a CUDA graph can record any step."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    # On CUDA, the learning rate is a tensor that replayed graphs read.
+    rate = torch.tensor(lr, device=trained[0].device) if trained[0].is_cuda else lr
+    optimizer = kind(trained, lr=rate, fused=True, **options)
+    for parameter in trained:
+        optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in zeros}
+    return optimizer
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
@@ -149,7 +153,7 @@ class DOT:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of all optimizers."""
+        """The groups of all optimizers."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def zero_grad(self) -> None:
@@ -173,11 +177,9 @@ class DOT:
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the optimizers."""
         return {"sgd": [optimizer.state_dict() for optimizer in self._optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load :meth:`state_dict`."""
         for optimizer, saved in zip(self._optimizers, state["sgd"], strict=True):
             optimizer.load_state_dict(saved)
 

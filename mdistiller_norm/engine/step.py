@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,10 +79,12 @@ class TrainStep:
         rows = len(batch.targets)
         part_weight, most = (self.part.weight, self.part.smallest) if self.part else (1.0, rows)
         micro_batches = _split(batch, extra, min(self.accumulate, most))
+        parallel = self.forward if isinstance(self.forward, DistributedDataParallel) else None
         self.optimizer.zero_grad()
         for number, (micro_batch, its_extra) in enumerate(micro_batches, 1):
             teacher_outputs = self.teacher(micro_batch, *its_extra) if self.teacher else None
-            with self._gradient_exchange(number == len(micro_batches)):
+            # Gradients are exchanged after the last micro-batch.
+            with parallel.no_sync() if parallel and number < len(micro_batches) else nullcontext():
                 losses = self.forward(micro_batch, teacher_outputs, self.loss_weights)
                 self._backward(losses, part_weight * len(micro_batch.targets) / rows)
             self.meters.update(losses, micro_batch.targets, new_step=number == 1, counted=part_weight > 0)
@@ -114,14 +116,8 @@ class TrainStep:
         return norms
 
     def _prepare(self, raw: Raw) -> tuple[Batch, Raw]:
-        """Return the batch and the tensors of a cached teacher."""
         split = len(raw) - (self.teacher.extra if self.teacher else 0)
         return self.loader.prepare(*raw[:split]), raw[split:]
-
-    def _gradient_exchange(self, enabled: bool) -> AbstractContextManager[None]:
-        if not enabled and isinstance(self.forward, DistributedDataParallel):
-            return self.forward.no_sync()
-        return nullcontext()
 
     def _backward(self, losses: Losses, weight: float) -> None:
         if isinstance(self.optimizer, DOT):

@@ -6,7 +6,6 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +25,6 @@ def weights_hash(network: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-class Teacher(Protocol):
-    """A teacher as a training step uses it."""
-
-    hash: str  # of the weights
-    network: Network  # as loaded, frozen, in eval mode
-    extra: int  # number of tensors that with_teacher_outputs appends to a batch
-
-    def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
-        """Append to each raw batch the tensors that :meth:`__call__` needs."""
-
-    def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
-        """Return the teacher's outputs for a batch."""
 
 
 class _Forward(nn.Module):
@@ -67,15 +52,19 @@ def folded(network: Network, need: Need) -> nn.Module:
     return module.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-class LiveTeacher:
-    """A teacher that runs in every step. Not an ``nn.Module``: no optimizer or checkpoint includes it.
+class Teacher:
+    """A trained network that runs in every step. Not an ``nn.Module``: no optimizer or checkpoint includes it.
 
     Args:
-        network: trained; put into eval mode and frozen.
+        network: put into eval mode and frozen.
         need: outputs that the distillers read.
         autocast: dtype of the forward pass, None for float32.
         train_mode: use batch statistics and update a copy's running averages, as OFD's reference code does.
         compiler: compiles the folded network; None to run it as it is.
+
+    Attributes:
+        extra: number of tensors that :meth:`with_teacher_outputs` appends to a batch.
+        hash: of the weights.
     """
 
     extra = 0
@@ -94,15 +83,15 @@ class LiveTeacher:
         module = _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
         self._runs: Callable[[Tensor], Outputs] = module
         if compiler and not train_mode:
-            with self._context(
-                next(network.parameters()).device
-            ):  # a compiled program is specific to these modes
+            with self._context(next(network.parameters()).device):  # compiled for these modes
                 self._runs = compiler(module)
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+        """Append to each raw batch the tensors that :meth:`__call__` needs."""
         return batches
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
+        """Return the outputs for a batch."""
         return self.run(batch.images)
 
     @contextmanager

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from mdistiller_norm.data import MemoryTrainLoader, TrainLoader
 from mdistiller_norm.distillers.base import Need
 from mdistiller_norm.engine.row_store import Array, DeviceRows, RowStore, to_device
-from mdistiller_norm.engine.teacher import LiveTeacher, Raw
+from mdistiller_norm.engine.teacher import Raw, Teacher
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -35,31 +36,36 @@ def teacher_batch_size(loader: TrainLoader, device: torch.device) -> int:
     return max(loader.batch_size, MIN_GPU_BATCH) if device.type == "cuda" else loader.batch_size
 
 
-class CachedTeacher:
-    """A teacher that runs only for the rows that its store, beside the teacher's checkpoint, lacks.
+class CachedTeacher(Teacher):
+    """A teacher that runs only for the rows that its store lacks.
 
-    ``pooled`` is the width D of the pooled feature, which is stored if a method reads it.
+    Args:
+        loader: of the training.
+        checkpoint: of the teacher; the store is beside it.
+        pooled: width D of the pooled feature, which is stored if a method reads it.
+        dtype: of the store, fp32 or fp16.
+        teacher: other arguments of :class:`Teacher`.
     """
 
     extra = 1
 
     def __init__(
-        self, live: LiveTeacher, loader: MemoryTrainLoader, checkpoint: Path, pooled: int, dtype: str
+        self, loader: MemoryTrainLoader, checkpoint: Path, pooled: int, dtype: str, *teacher: Any
     ) -> None:
-        self.live, self.loader, self.hash, self.network = live, loader, live.hash, live.network
-        self.classes = live.network.num_classes
+        super().__init__(*teacher)
+        self.loader, self.classes = loader, self.network.num_classes
         assert loader.views is not None
         self._views = loader.views
-        self._device = next(live.network.parameters()).device
+        self._device = next(self.network.parameters()).device
         self._batch_size = teacher_batch_size(loader, self._device)
         description: dict[str, object] = {
-            "teacher": live.hash, "data": loader.fingerprint(), "views": loader.views, "need": live.need.name,
-            "precision": str(live.autocast or torch.float32),
+            "teacher": self.hash, "data": loader.fingerprint(), "views": loader.views, "need": self.need.name,
+            "precision": str(self.autocast or torch.float32),
         }  # fmt: skip
         key = json.dumps([description, dtype, RowStore.LAYOUT], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()
         folder = checkpoint.parent / f"{checkpoint.name}.cache" / digest[:12]
-        width = self.classes + (pooled if live.need is Need.POOLED else 0)
+        width = self.classes + (pooled if self.need is Need.POOLED else 0)
         self.store = RowStore(folder, description, loader.samples * loader.views, width, DTYPES[dtype])
         self.requested = self.computed = 0  # rows
         self.device_rows: DeviceRows | None = None
@@ -113,8 +119,7 @@ class CachedTeacher:
         self.store.flush()  # a finished epoch is on the disk
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
-        """Return the outputs in the batch's rows, ``[B, C]`` or ``[B, C + D]``."""
-        (rows,) = extra
+        (rows,) = extra  # [B, C] or [B, C + D]
         return Outputs(rows[:, : self.classes], (), (), rows[:, self.classes :])
 
     def fill(self, epochs: Iterable[Iterable[Raw]]) -> Iterator[None]:
@@ -165,9 +170,8 @@ class CachedTeacher:
         for first in range(0, len(rows), size):
             # Repeats fill the last batch: with one shape, a compiled teacher is compiled once.
             filled = to_device(np.resize(rows[first : first + size], size), self._device)
-            outputs = self.live.run(
-                self.loader.prepare(filled // self._views, filled % self._views, key).images
-            )
+            batch = self.loader.prepare(filled // self._views, filled % self._views, key)
+            outputs = self.run(batch.images)
             parts = [outputs.logits, outputs.pooled] if self.store.width > self.classes else [outputs.logits]
             results.append(torch.cat([part.float() for part in parts], 1))
         return torch.cat(results)[: len(rows)].to(self.store.dtype)

@@ -158,7 +158,6 @@ def published(name: str) -> TeacherFile:
 def _finished_run(
     model: str, dataset: str, runs: Path, epochs: int, data: Mapping[str, Any]
 ) -> tuple[Path, float, int] | None:
-    """Return weights, accuracy and epochs of the best match."""
     found = []
     for path in sorted(runs.glob("*/*/result.json")):
         weights = path.with_name("student_last.pt")

@@ -123,7 +123,6 @@ def _check_loss(name: str, loss: object, differentiable: bool) -> None:
 
 
 def _at_least_float32(outputs: Outputs, need: Need) -> Outputs:
-    """Convert the outputs that the losses read."""
     logits, features, preacts, pooled = outputs
     if need >= Need.POOLED:
         pooled = at_least_float32(pooled)

@@ -132,7 +132,6 @@ class Trainer:
             raise Interrupted(stop)
 
     def _train_epoch(self) -> None:
-        """Train the remaining steps of the epoch, evaluate and save."""
         step, loader, lr = self.step, self.step.loader, self.schedule(self.epoch)
         set_learning_rate(step.optimizer.param_groups, lr)
         step.begin_epoch(self.epoch, loader.seed)
@@ -206,7 +205,6 @@ class Trainer:
         return test
 
     def _end_epoch(self, record: Record, test: Evaluation) -> None:
-        """Log the epoch and save the state of the next one."""
         epoch = self.epoch
         summary = {"epoch": epoch, "top1": test.top1, "top5": test.top5, "loss": test.loss}
         improved = not self.best or test.top1 >= self.best["top1"]  # the later of equals, as in mdistiller
@@ -233,7 +231,6 @@ class Trainer:
         self._save(files | {"student_last.pt": student, LATEST: state})
 
     def _save_latest(self) -> None:
-        """Save the state within an epoch, if it is finite."""
         self.step.meters.read(self.epoch, together=True)
         # The losses do not cover the last update.
         tensors = chain(self.step.trainable.parameters(), self.step.trainable.student.buffers())
