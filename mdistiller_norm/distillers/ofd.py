@@ -94,16 +94,13 @@ class OFD(Distiller):
             raise ConfigError(f"OFD.CONNECTOR.KERNEL_SIZE must be odd and >= 1, got {kernel_size}")
         require_preacts(student=pair.student.preacts, teacher=pair.teacher.preacts)
         students, teachers = matched_stages(pair.student.preacts, pair.teacher.preacts)
-        norms = []
-        before_relu: Sequence[nn.BatchNorm2d | None] = pair.teacher_network.norms_before_relu()  # type: ignore[operator]
+        norms: Any = pair.teacher_network.norms_before_relu()  # type: ignore[operator]
+        norms = norms[-len(teachers) :]
         # A wrapped network may return no norms at all.
-        for teacher, norm in zip_longest(teachers, before_relu[-len(teachers) :]):
-            if norm is None or norm.num_features != teacher.shape[1]:
-                raise ConfigError(
-                    f"OFD requires a batch norm before the ReLU of the teacher's map {shapes([teacher])}, which "
-                    "norms_before_relu does not return: choose another teacher or method"
-                )
-            norms.append(norm)
+        for maps, norm in zip_longest(teachers, norms):
+            if norm is None or norm.num_features != maps.shape[1]:
+                needed = f"a batch norm before the ReLU of the teacher's map {shapes([maps])}"
+                raise ConfigError(f"OFD requires {needed}, which norms_before_relu does not return")
         channels = [student.shape[1] for student in students]
         return cls(channels, norms, kernel_size, bool(node.TEACHER_TRAIN_MODE), **loss_weights(node))
 
