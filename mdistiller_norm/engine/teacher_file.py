@@ -190,9 +190,7 @@ def check_preprocessing(
     )
     if not different:
         return ""
-    return (
-        f"{weights.path} was trained on images with another {different}: they are converted for the teacher"
-    )
+    return f"{weights.path} was trained on images with another {different}: the images are converted for it"
 
 
 def check_teacher(
