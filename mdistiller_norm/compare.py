@@ -52,6 +52,9 @@ PAIRS = {
     "only {first} correct": ("only_first", ""),
     "McNemar p": ("p", ".3g"),
 }
+_PAGE = """<meta charset="utf-8">
+<style>td {padding: 0.2em 0.8em; font-family: sans-serif} tr:first-child {font-weight: bold}</style>
+"""
 
 
 def mcnemar(first: Tensor, second: Tensor) -> Record:
@@ -175,8 +178,7 @@ def main(options: argparse.Namespace) -> int:
     pairs = [compare_pair(networks[0], record, [outputs[0], found]) for record, found in rest]
     tables = [table(NETWORKS, networks), *([table(PAIRS, pairs)] if pairs else [])]
     if options.html:
-        style = "<meta charset='utf-8'><style>td {padding: 0.2em 0.8em; font-family: sans-serif}</style>\n"
-        write_text(style + "<br>\n".join(map(_as_html, tables)), options.html)
+        write_text(_PAGE + "<br>\n".join(map(_as_html, tables)), options.html)
     if options.json:
         content = {"networks": [*map(_as_json, networks)], "pairs": [*map(_as_json, pairs)]}
         print(json.dumps(content, indent=2))

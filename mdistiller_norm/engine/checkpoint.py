@@ -28,7 +28,7 @@ from mdistiller_norm.errors import CheckpointError, first_line
 from mdistiller_norm.files import whole_file
 
 # Types that published checkpoints contain besides tensors; NumPy 1 and 2 store scalars under different names.
-_numpy: Any = np._core if hasattr(np, "_core") else np.core
+_numpy: Any = getattr(np, "core" if np.__version__.startswith("1.") else "_core")
 _SAFE_TYPES: list[Any] = [
     argparse.Namespace, collections.defaultdict, list, dict, pathlib.PosixPath, pathlib.PurePosixPath,
     np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},

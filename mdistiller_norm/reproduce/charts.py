@@ -24,17 +24,17 @@ def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Mark
     """
     if not any(math.isfinite(value) for _, values in lines for value in values):
         return Markup()
-    colours: dict[str, str] = {}
+    numbers: dict[str, int] = {}
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3))
-        axes = figure.add_axes((0.1, 0.14, 0.87, 0.76), title=title, xlabel="epoch")
+        figure = Figure(figsize=(7.2, 3))
+        axes = figure.add_axes((0.07, 0.14, 0.63, 0.76), title=title, xlabel="epoch")
         axes.grid(color="#80808040")
         for label, values in lines:
-            shown = f"_{label}" if label in colours else label  # "_": not in the legend
-            colour = colours.setdefault(label, f"C{len(colours) % 10}")
-            style = "-" if len(values) > 1 else "."
-            axes.plot(range(1, len(values) + 1), values, style, color=colour, label=shown)
-        axes.legend()
+            shown = f"_{label}" if label in numbers else label  # "_": not in the legend
+            number = numbers.setdefault(label, len(numbers))
+            style = "." if len(values) == 1 else "-" if number < 10 else "--"
+            axes.plot(range(1, len(values) + 1), values, style, color=f"C{number % 10}", label=shown)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1.03))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue().replace(_TEXT, "currentColor")
