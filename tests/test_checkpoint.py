@@ -148,9 +148,6 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path: Path) -> None:
             save_atomically([torch.zeros(2), CannotBeSaved(error)], tmp_path / "state.pt")
     assert (tmp_path / "state.pt").read_bytes() == before
     assert os.listdir(tmp_path) == ["state.pt"]
-
-
-def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "best.pt").mkdir()  # cannot be replaced by a file
     with pytest.raises(CheckpointError, match="could not be written"):
         save_atomically({}, tmp_path / "best.pt")

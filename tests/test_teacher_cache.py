@@ -33,11 +33,8 @@ from mdistiller_norm.run import build_run, train
 from mdistiller_norm.types import Outputs
 
 CPU, ROWS = torch.device("cpu"), 1437 * 81
-NORMKD, LAZY, FP16 = (
-    "DISTILLER.TYPE=NormKD",
-    "DISTILLER.TEACHER_CACHE=lazy",
-    "DISTILLER.TEACHER_CACHE_PRECISION=fp16",
-)
+NORMKD, LAZY = "DISTILLER.TYPE=NormKD", "DISTILLER.TEACHER_CACHE=lazy"
+FP16 = "DISTILLER.TEACHER_CACHE_PRECISION=fp16"
 
 
 def copy_teacher(teacher: str, folder: Path) -> str:
@@ -94,7 +91,7 @@ def trained_network(name: str) -> Network:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", ["resnet8x4", "vgg8", "MobileNetV2", "ShuffleV2"])
+@pytest.mark.parametrize("name", ["resnet8x4", "ShuffleV2"])
 def test_folding_changes_outputs_by_rounding_only(name: str) -> None:
     network = trained_network(name)
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -124,9 +121,8 @@ def test_every_model_can_be_folded_and_others_run_unchanged() -> None:
         assert module(torch.empty(2, 3, 32, 32, device="meta")).logits.shape == (2, 10)
     network, images = build_model("resnet8", 10).eval(), torch.randn(2, 3, 32, 32)
     outputs = network.outputs
-    network.outputs = lambda images: outputs(
-        images if images.isfinite().all() else -images
-    )  # cannot be traced
+    # Cannot be traced.
+    network.outputs = lambda images: outputs(images if images.isfinite().all() else -images)
     with torch.no_grad():
         assert torch.equal(folded(network, Need.LOGITS)(images).logits, network(images))
 
@@ -139,13 +135,6 @@ def test_runs_that_fill_and_read_the_cache_are_bit_identical(
     found = run(folder, f"reads{on_device}", weights, LAZY, epochs=2, on_device=on_device)
     assert (found.requested, found.computed) == (2 * 1437, 0)
     assert_same_state(state_of(folder, f"reads{on_device}"), state_of(folder, "fills"))
-
-
-def test_rows_computed_for_the_device_are_those_of_the_file(tmp_path: Path, own_teacher: str) -> None:
-    run(tmp_path, "first", own_teacher, LAZY, FP16)
-    assert run(tmp_path, "device", own_teacher, LAZY, FP16, epochs=2, on_device=True).computed > 0
-    assert run(tmp_path, "file", own_teacher, LAZY, FP16, epochs=2).computed == 0
-    assert_same_state(state_of(tmp_path, "device"), state_of(tmp_path, "file"))
 
 
 @pytest.mark.parametrize("cache", ["lazy", "full"])

@@ -117,10 +117,6 @@ def start_wandb(folder: Path, project: str, tags: str, config: Record, resources
         import wandb
     except ImportError:
         return "LOG.WANDB: wandb is not installed (python -m pip install wandb): continuing without it"
-    if wandb.run is not None:
-        return (
-            f"LOG.WANDB supports one run in a process, and {wandb.run.name} is active: continuing without it"
-        )
     wandb.tensorboard.patch(root_logdir=str(folder / TENSORBOARD))
     resources.callback(wandb.tensorboard.unpatch)
     try:

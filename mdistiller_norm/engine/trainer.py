@@ -211,14 +211,13 @@ class Trainer:
         self.last, self.best = summary, summary if improved else self.best
         self.log.epoch(record)
         losses = [f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
-        lr, average = record["lr"], "EMA " if self.step.trainable.ema is not None else ""
+        lr, best = record["lr"], " | best" if improved else ""
+        average = "EMA " if self.step.trainable.ema is not None else ""
         left = timedelta(seconds=round(self.seconds / epoch * (self.epochs - epoch)))
         self.log.line(
             f"epoch {epoch}/{self.epochs}: {' '.join(losses)} | train top-1 {record['train_top1']:.2f} | "
             f"{average}test top-1 {test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | lr {lr:.10g} | "
-            f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.1%}, ETA {left}"
-            + " | best"
-            * improved
+            f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.1%}, ETA {left}{best}"
         )
         self.epoch, self.steps_done = epoch + 1, 0
         self.step.meters.reset()
@@ -255,9 +254,8 @@ class Trainer:
             "trainable": step.trainable.state_dict(), "optimizer": step.optimizer.state_dict(),
             "scaler": step.scaler.state_dict(), "meters": step.meters.all_reduced_state(), "epoch": self.epoch,
             "steps_done": self.steps_done, "total_steps": self.total_steps, "seconds": self.seconds, "best": self.best,
-            "grad_norms": self.grad_norms,
-            "last": self.last, "parts": self.parts, "identity": self.provenance.identity,
-            "about": self.provenance.about,
+            "last": self.last, "parts": self.parts, "grad_norms": self.grad_norms,
+            "identity": self.provenance.identity, "about": self.provenance.about,
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
