@@ -14,15 +14,11 @@ from yacs.config import CfgNode
 
 from mdistiller_norm.config import method_names
 from mdistiller_norm.data import (
-    DATASETS,
     Dataset,
     EvalLoader,
-    ImageOptions,
     MemoryTrainLoader,
     Share,
-    TensorDataset,
     TrainLoader,
-    open_dataset,
 )  # fmt: skip
 from mdistiller_norm.data.folder import ImageDataset
 from mdistiller_norm.data.plan import smallest_micro_batch
@@ -43,7 +39,6 @@ from mdistiller_norm.models import build_model, has_weights, probe
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.models.preprocessed import preprocessed
 from mdistiller_norm.program import command
-from mdistiller_norm.registry import suggest
 
 Log = Callable[[str], None]
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,31 +99,6 @@ def placed(network: Network, device: torch.device) -> Network:
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def image_options(cfg: Any) -> ImageOptions:
-    """Return the options for reading image files."""
-    data = cfg.DATASET
-    return ImageOptions(
-        size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
-        std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
-        max_broken=data.MAX_BROKEN,
-    )  # fmt: skip
-
-
-def build_dataset(cfg: Any) -> Dataset:
-    """Open the data set; with ``DATASET.VAL_SPLIT``, part of the training split replaces the test split."""
-    data, options = cfg.DATASET, image_options(cfg)
-    if data.TYPE not in DATASETS:
-        raise ConfigError(f"DATASET.TYPE: unknown data set {data.TYPE!r}: {suggest(data.TYPE, DATASETS)}")
-    dataset = open_dataset(data.TYPE, Path(data.ROOT), options)
-    if not data.VAL_SPLIT:
-        return dataset
-    if not isinstance(dataset, TensorDataset):
-        raise ConfigError(
-            f"DATASET.VAL_SPLIT requires a data set in memory, got {data.TYPE}: split its folders"
-        )
-    return dataset.hold_out(data.VAL_SPLIT)
-
-
 def build_student(name: str, dataset: Dataset, seed: int) -> Network:
     """Return the student with its initial weights: a function of the seed, or pretrained if its name selects them."""
     torch.manual_seed(seed)
@@ -184,8 +154,8 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
         file = teacher_file.pretrained_teacher(network, dataset.classes, seen, runs, command)
         return preprocessed(network, network.pretrained, seen), file
     network = _network("DISTILLER.TEACHER", name, dataset, dataset.image_size)
-    data = {key: cfg.DATASET[key] for key in ("CLASSES", "IMAGE_SIZE", "MEAN", "STD")}
-    epochs = cfg.SOLVER.EPOCHS
+    keys = ("CLASSES", "IMAGE_SIZE", "MEAN", "STD", "VAL_SPLIT", "SUBSET")
+    data, epochs = {key: cfg.DATASET[key] for key in keys}, cfg.SOLVER.EPOCHS
     file = teacher_file.find_teacher(name, dataset.name, weights_from, runs, command, epochs, data)
     weights = load_weights(file.path)
     trained_on, renamed = weights.about.get("dataset", dataset.name), ""

@@ -41,6 +41,7 @@ _STD: Check = ("[] or three numbers in (0, 1]", lambda x: len(x) in (0, 3) and a
 _CROP: Check = ("two areas with 0 < first <= second <= 1", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1)
 _EPOCHS: Check = ("increasing epochs >= 1", lambda x: x == sorted(set(x)) and min(x, default=1) >= 1)
 _DISTINCT: Check = ("different names", lambda x: len(set(x)) == len(x))
+_MAGNITUDE: Check = ("in [0, 30]", lambda x: 0 <= x <= 30)
 _METHODS: Check = (
     "NONE or different methods",
     lambda x: isinstance(x, str) or len({"NONE", *x}) == len(x) + 1,
@@ -67,7 +68,11 @@ KEYS: dict[str, tuple[Any, str, Check]] = {
     "DATASET.CLASSES": ([], "image files: class folders, in order; empty: all, sorted", _DISTINCT),
     "DATASET.VARIANT": ("auto", "auto: imagenet above 64 pixels", _one_of("auto", "cifar", "imagenet")),
     "DATASET.MAX_BROKEN": (10, "image files: unreadable images to replace before the run fails", _AT_LEAST_0),
-    "DATASET.VAL_SPLIT": (0.0, "data in memory: part of the training set to evaluate on", _HALF),
+    "DATASET.VAL_SPLIT": (0.0, "part of the training set to evaluate on, of each class", _HALF),
+    "DATASET.SUBSET": (0, "training images for quick tries, equally many per class; 0: all", _AT_LEAST_0),
+    "DATASET.MIXUP": (0.0, "alpha of MixUp; 0: none", _AT_LEAST_0),
+    "DATASET.CUTMIX": (0.0, "alpha of CutMix; 0: none", _AT_LEAST_0),
+    "DATASET.RANDAUGMENT": (0, "image files: magnitude of RandAugment, of 30; 0: none", _MAGNITUDE),
     "DATASET.TEST.BATCH_SIZE": (64, "images per batch of an evaluation", _AT_LEAST_1),
     "DISTILLER.TYPE": ("NONE", "method or methods whose losses are added; NONE: no teacher", _METHODS),
     "DISTILLER.TEACHER": ("ResNet50", "model name of the teacher", _ANY),

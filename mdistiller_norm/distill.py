@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdistiller_norm.build import build_dataset, build_student, build_teacher
+from mdistiller_norm.build import build_student, build_teacher
+from mdistiller_norm.build_data import build_dataset
 from mdistiller_norm.catalog import columns
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import DATASETS

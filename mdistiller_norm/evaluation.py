@@ -6,7 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
-from mdistiller_norm.build import build_dataset, build_device, build_precision, placed, train_command
+from mdistiller_norm.build import build_device, build_precision, placed, train_command
+from mdistiller_norm.build_data import build_dataset
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate

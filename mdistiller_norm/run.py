@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from mdistiller_norm import build
+from mdistiller_norm import build, build_data
 from mdistiller_norm.config import Config, dump, load_config, show
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.distillers import Distiller
@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
     if options.show:
         print(show(config))
     elif options.check_data:
-        return 2 if list_unreadable(build.build_dataset(config.node)) else 0
+        return 2 if list_unreadable(build_data.build_dataset(config.node)) else 0
     else:
         train(config, options.resume, [*_launcher(), *options.command])
     return 0
@@ -86,7 +86,8 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     """
     cfg = config.node
     device, autocast, warning = build.build_execution(cfg)
-    dataset = dataset or build.build_dataset(cfg)
+    dataset = dataset or build_data.build_dataset(cfg)
+    build_data.check_augmentation(cfg, dataset)
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build.build_distillers(cfg, student, trained[0], dataset) if trained else {}
@@ -101,9 +102,7 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     if warning:
         log(f"warning: {warning}")
     test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
-    loader = dataset.train_loader(
-        cfg.SOLVER.BATCH_SIZE, cfg.SEED, device, share, lambda text: log(f"warning: {text}")
-    )
+    loader = build_data.build_loader(cfg, dataset, device, share, lambda text: log(f"warning: {text}"))
     steps = cfg.SOLVER.EPOCHS * loader.steps
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if folder.steps_done < steps else 0)
     if reason and (trained or cfg.ENGINE.COMPILE == "all"):
@@ -149,7 +148,7 @@ def _records(
         "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
         "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
         "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
-        "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS),
+        "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS), "val_split": cfg.DATASET.VAL_SPLIT,
     }  # fmt: skip
     about |= {"ema": cfg.SOLVER.EMA} if cfg.SOLVER.EMA else {}
     identity = {

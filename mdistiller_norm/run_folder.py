@@ -37,10 +37,10 @@ def run_folder(config: Config) -> Path:
     """Return ``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``; overrides of the computation are appended to the TAG."""
     cfg = config.node
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    if not cfg.EXPERIMENT.NAME:
-        for key, value in leaves(cfg):
-            if config.sources[key] == "command line" and not _is_neutral(key, cfg):
-                name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
+    for key, value in leaves(cfg):
+        from_command = config.sources[key] == "command line" and not _is_neutral(key, cfg)
+        if (from_command and not cfg.EXPERIMENT.NAME) or (key == "DATASET.SUBSET" and value):
+            name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
     name = name.encode(errors="backslashreplace").decode()  # TensorBoard requires UTF-8
     return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name)
 

@@ -126,7 +126,7 @@ def _open_data(
         raise CheckpointError(f"{weights.path} is {name} on {kind}, {plugins}")
     if dataset is not None:
         return dataset
-    known: dict[str, Any] = {key: about[key] for key in ("resize", "variant") if key in about}
+    known: dict[str, Any] = {key: about[key] for key in ("resize", "variant", "val_split") if key in about}
     known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
     images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
     return open_dataset(kind, data_root(root, about.get("dataset", "")), images)

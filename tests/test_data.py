@@ -226,6 +226,16 @@ def test_held_out_part_is_stratified_fixed_and_disjoint() -> None:
         whole.hold_out(0.001)
 
 
+def test_subset_is_balanced_and_fixed() -> None:
+    whole = digits()
+    part = whole.subset(103)
+    assert part.train.targets.bincount().tolist() == [11] * 3 + [10] * 7
+    assert torch.equal(part.test.images, whole.test.images)
+    assert torch.equal(whole.subset(103).train.images, part.train.images)
+    with pytest.raises(ConfigError, match=r"DATASET\.SUBSET must be >= 10, the number of classes, got 9"):
+        whole.subset(9)
+
+
 def test_wrong_names_and_data_sets_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown data set 'cifar1': did you mean cifar1"):
         DATASETS["cifar1"]

@@ -58,6 +58,10 @@ COMMANDS = [
     (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", "plugin no/file.py does not exist in /"),
     (f"{NORMKD} EXPERIMENT.PLUGINS no_module", "plugin no_module cannot be imported: ModuleNotFoundError"),
     (f"{DIGITS} DATASET.TYPE digit", "DATASET.TYPE: unknown data set 'digit': did you mean digits?"),
+    (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, the number of classes, got 9"),
+    (f"{DIGITS} DATASET.RANDAUGMENT 31", "DATASET.RANDAUGMENT must be in [0, 30], got 31"),
+    (f"{DIGITS} DATASET.CLASSES '[a, a]'", "DATASET.CLASSES must be different names, got ['a', 'a']"),
+    ("reproduce --table 1 --dry-run DATASET.SUBSET 2000", "DATASET.SUBSET would change the result"),
     (f"{DIGITS} DEVICE tpu", "DEVICE … tpu"),
     (f"{DIGITS} DISTILLER.STUDENT resnet21", "DISTILLER.STUDENT: unknown CIFAR model 'resnet21' … resnet20"),
     (

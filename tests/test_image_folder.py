@@ -23,21 +23,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import ROOT, unpacked
 from PIL import Image, PngImagePlugin
 from torchvision import transforms as T
 
-from mdistiller_norm.build import build_dataset
+from mdistiller_norm.build_data import build_dataset
 from mdistiller_norm.cli import execute
 from mdistiller_norm.cli import run as run_program
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.data import Share
 from mdistiller_norm.data.decode import decode, draw_crop, eval_image, train_image
-from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, ImageOptions, image_folder, imagenet, measure
+from mdistiller_norm.data.folder import (
+    MEAN,
+    STD,
+    ImageDataset,
+    ImageOptions,
+    image_folder,
+    imagenet,
+    measure,
+    tiny_imagenet,
+)
 from mdistiller_norm.data.shards import INDEX, webdataset
 from mdistiller_norm.engine.checkpoint import load, save_atomically
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
+from mdistiller_norm.models import build_model
 from mdistiller_norm.run import build_run, train
 
 CPU = torch.device("cpu")
@@ -211,6 +220,10 @@ def test_nested_folders_count_and_hidden_files_do_not(copy: Path) -> None:
     (folder / "z" / "cycle").symlink_to(folder)
     (folder / "b.pgm").write_bytes(encoded(Image.new("L", (8, 8)), "PPM"))
     after = image_folder(copy, SMALL)
+    assert after.summary() == "tiny: 3 classes, 36 + 12 images, 2 hidden ones left out"
+    warnings: list[str] = []
+    after.train_loader(8, 0, CPU, warn=warnings.append)
+    assert warnings == ["2 images of tiny are left out: their names begin with a dot"]
     assert torch.bincount(after.targets).tolist() == [12, 12, 12]
     added = (folder / "b.pgm").read_bytes()
     assert {after.train.read(index) for index in range(12, 24)} == {*kept, added}
@@ -477,10 +490,10 @@ def test_wrong_options_and_missing_folders_are_refused(copy: Path, shards: Path,
     with pytest.raises(DataError, match=r"must contain the classes of DATASET\.CLASSES in the same order"):
         webdataset(shards, replace(SMALL, classes=("b", "a", "c")))
     shutil.rmtree(copy / "val" / first)
-    with pytest.raises(DataError, match=f"val lacks 1 classes, the first is {first}"):
+    with pytest.raises(DataError, match=f"val has no images .* of the class {first}"):
         image_folder(copy, SMALL)
     (copy / "val" / first).mkdir()
-    with pytest.raises(DataError, match=rf"{first} has no images \(.jpeg"):
+    with pytest.raises(DataError, match=rf"has no images \(.jpeg.* of the class {first}"):
         image_folder(copy, SMALL)
     shutil.rmtree(copy / "val")
     with pytest.raises(
@@ -509,21 +522,6 @@ def test_shards_are_written_completely_or_not_at_all(
 
 
 # Networks and runs
-
-
-def test_torchvisions_weights_are_found_by_name(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    given = ["DATASET.VARIANT=imagenet", "DISTILLER.TYPE=KD", "DISTILLER.STUDENT=ResNet18", "SOLVER.EPOCHS=1"]
-    given += ["DISTILLER.TEACHER=ResNet34"]
-    name = "DISTILLER.TEACHER_WEIGHTS=torchvision:ResNet34_Weights.IMAGENET1K_V1"
-    # A file of this name in torchvision's cache is not downloaded; it has three classes in place of a thousand.
-    file = tmp_path / "hub" / "checkpoints" / "resnet34-b627a593.pth"
-    file.parent.mkdir(parents=True)
-    torch.save(torchvision.models.resnet34(num_classes=3).state_dict(), file)
-    result = train(run_config(tree, tmp_path / "out", "named", *given, name))
-    assert result["teacher"]["file"] == str(file)
 
 
 def run_config(tree: Path, out: Path, name: str, *overrides: str):
@@ -580,6 +578,115 @@ def test_teacher_trained_on_other_images_is_reported(
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
     with pytest.raises(CheckpointError, match=f"class 0 is '{first}' in .* and '{second}' here"):
         build("order", f"DATASET.CLASSES=[{second},{first},{third}]")
+
+
+# Tiny-ImageNet, and folders without val
+
+MDISTILLER = """
+EXPERIMENT: {{NAME: "", TAG: "kd,dot,r18,{student}", PROJECT: "dot_tinyimagenet"}}
+DATASET: {{TYPE: "tiny_imagenet", NUM_WORKERS: 16}}
+DISTILLER: {{TYPE: "KD", TEACHER: "ResNet18", STUDENT: "{student}"}}
+SOLVER:
+  {{BATCH_SIZE: 256, EPOCHS: 200, LR: 0.2, LR_DECAY_STAGES: [60, 120, 160], LR_DECAY_RATE: 0.1, WEIGHT_DECAY: 0.0005,
+  MOMENTUM: 0.9, TYPE: "SGD", TRAINER: "dot", DOT: {{DELTA: 0.075}}}}
+"""
+
+
+@pytest.fixture
+def original(copy: Path) -> Path:
+    """The tree in the layout in which Tiny-ImageNet is distributed."""
+    (copy / "val" / "images").mkdir()
+    lines = []
+    for label in sorted(folder.name for folder in (copy / "train").iterdir()):
+        (copy / "train" / label).rename(copy / "images")
+        (copy / "train" / label).mkdir()
+        (copy / "images").rename(copy / "train" / label / "images")
+        for file in sorted((copy / "val" / label).iterdir()):
+            lines.append(f"{file.name}\t{label}\t0\t0\t63\t63\n")
+            file.rename(copy / "val" / "images" / file.name)
+        (copy / "val" / label).rmdir()
+    (copy / "val" / "val_annotations.txt").write_text("".join(reversed(lines)))
+    copy.rename(copy.with_name("tiny-imagenet-200"))
+    return copy.with_name("tiny-imagenet-200")
+
+
+def test_layouts_of_tiny_imagenet_are_equal(tree: Path, original: Path) -> None:
+    options = ImageOptions(workers=0)
+    folders, downloaded = tiny_imagenet(tree, options), tiny_imagenet(original.parent, options)
+    assert downloaded.summary() == "tiny_imagenet: 3 classes, 36 + 12 images"
+    assert (downloaded.image_size, downloaded.variant, downloaded.mean[0]) == ((64, 64), "cifar", 0.4802)
+    assert downloaded.classes == folders.classes
+    assert same(epoch(downloaded), epoch(folders))
+    contents = [
+        sorted((d.test.read(i), int(d.test.targets[i])) for i in range(12)) for d in (folders, downloaded)
+    ]
+    assert contents[0] == contents[1]
+    (original / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(DataError, match="val has neither class folders nor val_annotations"):
+        tiny_imagenet(original, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["MobileNetV2", "ShuffleV2"])
+def test_mdistillers_configs_for_tiny_imagenet_run(original: Path, tmp_path: Path, student: str) -> None:
+    (tmp_path / "run.yaml").write_text(MDISTILLER.format(student=student))
+    torch.save(build_model("ResNet18", 3).state_dict(), tmp_path / "teacher.pth")
+    overrides = [f"DATASET.ROOT={original.parent}", f"LOG.PREFIX={tmp_path}", "DATASET.NUM_WORKERS=0"]
+    overrides += [f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'teacher.pth'}", "SOLVER.EPOCHS=1"]
+    result = train(load_config(tmp_path / "run.yaml", overrides))
+    assert (result["dataset"], result["last"]["epoch"]) == ("tiny_imagenet", 1)
+
+
+def test_folder_without_val_is_split_the_same_everywhere(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copy / "val")
+    split = ["DATASET.VAL_SPLIT=0.25", "SOLVER.EPOCHS=1"]
+    train(run_config(copy, tmp_path, "teacher", *split))
+    kd = ["DISTILLER.TYPE=KD", "DISTILLER.TEACHER=resnet8"]
+    result = train(run_config(copy, tmp_path, "student", *split, *kd))
+    assert result["teacher"]["file"].endswith("distill/teacher/student_last.pt")
+    path = tmp_path / "distill" / "student" / "student_last.pt"
+    capsys.readouterr()
+    assert execute(["eval", "-c", str(path)]) == 0
+    assert f"top-1 {result['last']['top1']:6.2f}" in (shown := capsys.readouterr().out)
+    assert " 9 images of 32x32" in shown
+    assert execute(["compare", str(path.parent), "--json"]) == 0
+    (network,) = json.loads(capsys.readouterr().out)["networks"]
+    assert network["measured_top1"] == pytest.approx(result["best"]["top1"])
+    whole = image_folder(copy, replace(SMALL, val_split=0.25, train=False))
+    assert whole.test.targets.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    with pytest.raises(DataError, match=r"val cannot be read .* without val, set DATASET\.VAL_SPLIT"):
+        image_folder(copy, SMALL)
+
+
+# Augmentation
+
+
+def test_resumed_run_with_mixed_images_and_randaugment_is_bit_identical(tree: Path, run: Path) -> None:
+    given = ["DATASET.MIXUP=0.2", "DATASET.CUTMIX=1", "DATASET.RANDAUGMENT=9", "DISTILLER.TYPE=KD"]
+    given += ["DISTILLER.TEACHER=resnet8", f"DISTILLER.TEACHER_WEIGHTS={run}/distill/whole/student_last.pt"]
+    train(run_config(tree, run, "mixed", *given))
+    train(run_config(tree, run, "mixed_parts", *given, "SOLVER.EPOCHS=1"))
+    train(run_config(tree, run, "mixed_parts", *given, "DATASET.NUM_WORKERS=2"), resume=True)
+    names = ("mixed", "mixed_parts", "whole")
+    mixed, parts, plain = (load(run / "distill" / name / "latest.pt")["trainable"] for name in names)
+    assert all(torch.equal(mixed[key], parts[key]) for key in mixed)
+    assert not torch.equal(mixed["student.conv1.weight"], plain["student.conv1.weight"])
+
+
+def test_randaugment_changes_training_images_only(tree: Path) -> None:
+    plain, augmented = (image_folder(tree, replace(SMALL, randaugment=level)) for level in (0, 9))
+    state = torch.get_rng_state()
+    first, again = epoch(augmented), epoch(augmented)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(first, again)
+    assert not same(first, epoch(augmented, 2))
+    for (images, targets, *_), (others, expected, *_) in zip(first, epoch(plain), strict=True):
+        assert torch.equal(targets, expected)
+        assert not torch.equal(images, others)
+    tests = [next(iter(dataset.eval_loader(12, CPU)))[0] for dataset in (plain, augmented)]
+    assert torch.equal(*tests)
 
 
 # ImageNet's configs

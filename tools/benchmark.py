@@ -27,11 +27,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from mdistiller_norm.build import build_device, build_precision, image_options
+from mdistiller_norm.build import build_device, build_precision
+from mdistiller_norm.build_data import image_options
 from mdistiller_norm.cli import ArgumentParser, run
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import MemoryTrainLoader
-from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, class_folders, data_root, scan
+from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, data_root, files, list_images
 from mdistiller_norm.engine.checkpoint import load_weights
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.logger import environment
@@ -197,7 +198,8 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
         )
     options, size = image_options(node), node.SOLVER.BATCH_SIZE
     options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
-    split = scan(folder, classes := class_folders(folder))
+    images = list_images(folder)
+    split, classes = files(folder, images, tuple(images)), tuple(images)
     ours = ImageDataset("throughput", tuple(classes), split, split, options).train_loader(
         size, 0, torch.device("cpu")
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader
 from mdistiller_norm.data.cifar import cifar10, cifar100
 from mdistiller_norm.data.digits import digits
-from mdistiller_norm.data.folder import image_folder, imagenet
+from mdistiller_norm.data.folder import image_folder, imagenet, tiny_imagenet
 from mdistiller_norm.data.loader import ImageOptions
 from mdistiller_norm.data.memory import MemoryEvalLoader, MemoryTrainLoader, Split, TensorDataset
 from mdistiller_norm.data.plan import Share
@@ -23,6 +23,7 @@ register("cifar100")(lambda root, options: cifar100(root))
 register("digits")(lambda root, options: digits())
 register("imagenet")(imagenet)
 register("image_folder")(image_folder)
+register("tiny_imagenet")(tiny_imagenet)
 register("webdataset")(webdataset)
 
 
@@ -42,11 +43,13 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
         raise DataError(f"data set {name!r} must be a TensorDataset, got a {type(dataset).__name__}")
     if isinstance(dataset, TensorDataset):
         dataset.check()
-    return dataset
+    if options.train and options.val_split:
+        dataset = dataset.hold_out(options.val_split)
+    return dataset.subset(options.subset) if options.train and options.subset else dataset
 
 
 __all__ = [
     "DATASETS", "Dataset", "EvalLoader", "ImageOptions", "MemoryEvalLoader", "MemoryTrainLoader", "Share", "Split",
     "TensorDataset", "TrainLoader", "cifar10", "cifar100", "digits", "image_folder", "imagenet", "open_dataset",
-    "register", "webdataset",
+    "register", "tiny_imagenet", "webdataset",
 ]  # fmt: skip

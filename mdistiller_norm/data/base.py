@@ -70,22 +70,36 @@ class Dataset(ABC):
         return []
 
     def hold_out(self, fraction: float) -> Self:
-        """Replace the test split by a part of the training split, to choose hyper-parameters.
+        """Replace the test split by a part of the training split.
 
         Args:
             fraction: share of the samples of each class, rounded. The chosen samples depend on nothing else.
         """
-        targets = self.targets
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-        held = torch.zeros(len(targets), dtype=torch.bool)
-        for label in range(len(self.classes)):
-            members = order[targets[order] == label]
-            held[members[: round(fraction * len(members))]] = True
+        held = self._choose(lambda label, size: round(fraction * size))
         if not held.any():
             raise ConfigError(f"DATASET.VAL_SPLIT {fraction} holds out no image of any class of {self.name}")
         other = copy.copy(self)
         other.train, other.test = self.train[~held], self.train[held]
         return other
+
+    def subset(self, count: int) -> Self:
+        """Reduce the training split to ``count`` samples, equally many of each class that has enough."""
+        classes = len(self.classes)
+        if count < classes:
+            raise ConfigError(f"DATASET.SUBSET must be >= {classes}, the number of classes, got {count}")
+        other = copy.copy(self)
+        other.train = self.train[self._choose(lambda label, size: (count + classes - 1 - label) // classes)]
+        return other
+
+    def _choose(self, number: Callable[[int, int], int]) -> Tensor:
+        """Choose ``number(label, size)`` training samples of each class of that size; return a mask ``[N]``."""
+        targets = self.targets
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+        chosen = torch.zeros(len(targets), dtype=torch.bool)
+        for label in range(len(self.classes)):
+            members = order[targets[order] == label]
+            chosen[members[: number(label, len(members))]] = True
+        return chosen
 
     @abstractmethod
     def train_loader(
@@ -114,9 +128,11 @@ class TrainLoader(ABC):
         batch_size: samples of this process in a full batch.
         steps: batches of an epoch; the last one may be short.
         views: number of views of an image; None if the augmentation has no finite set of views.
+        on_device: whether the images are stored on the device.
     """
 
     views: int | None = None
+    on_device: bool = False
 
     def __init__(self, samples: int, batch_size: int, seed: int, share: Share = ALONE) -> None:
         self.samples, self.seed, self.share = samples, seed, share

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,47 +46,65 @@ class Files(ImageSplit):
         return f"{self.folder}{os.sep}{os.fsdecode(bytes(self.entries[index]))}"
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the class folders of a split."""
-    hint = f"images belong in {folder}/<class>/"
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}): {hint}") from error
-    if not names:
-        raise DataError(f"{folder} has no class folders: {hint}")
-    if wrong := [_printable(name) for name in names if _printable(name) != name]:
-        raise DataError(f"the class folder {wrong[0]} in {folder} has a name that is not UTF-8: rename it")
-    return names
-
-
 def _printable(name: str) -> str:
+    """Escape the bytes of a file name that are not UTF-8."""
     return name.encode(errors="backslashreplace").decode()
 
 
-def scan(folder: Path, classes: Sequence[str]) -> Files:
-    """List the images of the class folders of a split, nested folders included, sorted by name."""
-    names: list[bytes] = []
-    targets: list[int] = []
-    for number, label in enumerate(classes):
-        found = sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}"))
-        if not found:
-            raise DataError(f"{folder / label} has no images ({', '.join(EXTENSIONS)})")
-        names += map(os.fsencode, found)
-        targets += [number] * len(found)
-    return Files(folder, np.array(names, dtype=bytes), torch.tensor(targets))
+def list_images(folder: Path, classes: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the sorted names of the images of each class folder of a split: of these classes, or of all."""
+    hint = f"images belong in {folder}/<class>/; without val, set DATASET.VAL_SPLIT"
+    try:
+        labels = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}): {hint}") from error
+    if not labels:
+        raise DataError(f"{folder} has no class folders: {hint}")
+    if wrong := [_printable(label) for label in labels if _printable(label) != label]:
+        raise DataError(f"the class folder {wrong[0]} in {folder} has a name that is not UTF-8: rename it")
+    if labels == ["images"]:
+        return _annotated_images(folder)
+    labels = [label for label in labels if label in (classes or labels)]
+    return {label: sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}")) for label in labels}
+
+
+def _annotated_images(folder: Path) -> dict[str, list[str]]:
+    """Return the images of a split in the original layout of Tiny-ImageNet by class."""
+    images = defaultdict(list)
+    try:
+        for line in regular(folder / "val_annotations.txt").read_text().splitlines():
+            image, label, *_ = line.split("\t")
+            images[label].append(f"images{os.sep}{image}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} has neither class folders nor val_annotations.txt ({error})") from error
+    return images
 
 
 def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the images of a folder and of nested and linked folders, but not of links to a parent."""
     real = os.path.realpath(folder)
     for entry in os.scandir(folder) if real not in parents else ():
-        if entry.name[0] == ".":
-            continue
         if entry.is_dir():
             yield from _images(entry.path, f"{prefix}{entry.name}{os.sep}", (*parents, real))
         elif entry.name.lower().endswith(EXTENSIONS):
             yield prefix + entry.name
+
+
+def _is_hidden(name: str) -> bool:
+    return f"{os.sep}." in name
+
+
+def files(folder: Path, images: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Files:
+    """Return the images of a split as numbered classes; hidden files and files in hidden folders are left out."""
+    names: list[bytes] = []
+    targets: list[int] = []
+    for number, label in enumerate(classes):
+        found = [os.fsencode(name) for name in images.get(label, ()) if not _is_hidden(name)]
+        if not found:
+            raise DataError(f"{folder} has no images ({', '.join(EXTENSIONS)}) of the class {label}")
+        names += found
+        targets += [number] * len(found)
+    return Files(folder, np.array(names), torch.tensor(targets))
 
 
 def data_root(root: Path, name: str) -> Path:
@@ -105,14 +124,16 @@ def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageData
         name: name of the data set; its folder's by default.
     """
     root = data_root(root, name)
-    names = ("train", "val") if options.train else ("val",)
-    found = {split: class_folders(root / split) for split in names}
+    from_train = options.val_split > 0 and not (root / "val").is_dir()
+    splits = ("train",) if from_train else ("train", "val") if options.train else ("val",)
+    found = {split: list_images(root / split, options.classes) for split in splits}
     classes = options.classes or tuple(sorted(set().union(*found.values())))
-    for split, folders in found.items():
-        if missing := sorted(set(classes) - set(folders)):
-            raise DataError(f"{root / split} lacks {len(missing)} classes, the first is {missing[0]}")
-    splits = [scan(root / split, classes) for split in found]
-    return ImageDataset(name or root.resolve().name, classes, splits[0], splits[-1], options)
+    parts = [files(root / split, images, classes) for split, images in found.items()]
+    dataset = ImageDataset(name or root.resolve().name, classes, parts[0], parts[-1], options)
+    dataset.hidden = sum(
+        _is_hidden(name) for images in found.values() for label in classes for name in images[label]
+    )
+    return dataset.hold_out(options.val_split) if from_train and not options.train else dataset
 
 
 def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
@@ -125,11 +146,23 @@ def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
     return image_folder(root, replace(options, mean=options.mean or MEAN, std=options.std or STD), "imagenet")
 
 
+def tiny_imagenet(root: Path, options: ImageOptions) -> ImageDataset:
+    """Open Tiny-ImageNet, 64x64 pixels: ``root`` or ``root/tiny-imagenet-200``, as downloaded or with class folders.
+
+    Training images are rotated by up to 20 degrees and mirrored, not cropped, as in mdistiller.
+    """
+    mean, std = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)  # mdistiller's
+    options = replace(options, size=64, resize=64, crop_scale=(1.0, 1.0), rotation=20)
+    options = replace(options, mean=options.mean or mean, std=options.std or std)
+    return image_folder(data_root(root, "tiny-imagenet-200"), options, "tiny_imagenet")
+
+
 class ImageDataset(Dataset):
     """Encoded images, read by worker processes. Mean and standard deviation are measured if they are not given."""
 
     train: ImageSplit
     test: ImageSplit
+    hidden: int = 0  # images that are left out because a name begins with a dot
 
     def __init__(
         self, name: str, classes: tuple[str, ...], train: ImageSplit, test: ImageSplit, options: ImageOptions
@@ -156,9 +189,15 @@ class ImageDataset(Dataset):
                 sizes.append(len(self.train.read(index)))
         return hashlib.sha256(f"{super().fingerprint()} {sizes}".encode()).hexdigest()
 
+    def summary(self) -> str:
+        hidden = f", {self.hidden} hidden ones left out" if self.hidden else ""
+        return f"{super().summary()}{hidden}"
+
     def train_loader(
         self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
     ) -> ImageTrainLoader:
+        if self.hidden:
+            warn(f"{self.hidden} images of {self.name} are left out: their names begin with a dot")
         return ImageTrainLoader(self.train, self.options, batch_size, seed, device, share, warn)
 
     def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> ImageEvalLoader:

@@ -83,6 +83,10 @@ class ImageOptions:
         workers: processes that read images; 0 to read them in the training process.
         max_broken: unreadable training files that are replaced by other samples before the run fails.
         train: whether the training split is needed.
+        val_split: share of the training images to evaluate on instead of the test split.
+        subset: number of training images, equally many of each class; 0 for all.
+        rotation: largest angle of a random rotation of training images, in degrees.
+        randaugment: magnitude of RandAugment (Cubuk et al., 2020) on training images, of 30; 0 for none.
     """
 
     size: int = 224
@@ -95,6 +99,10 @@ class ImageOptions:
     workers: int = 2
     max_broken: int = 10
     train: bool = True
+    val_split: float = 0.0
+    subset: int = 0
+    rotation: float = 0.0
+    randaugment: int = 0
 
 
 class Reader(TorchDataset[Decoded]):
@@ -104,7 +112,14 @@ class Reader(TorchDataset[Decoded]):
     """
 
     def __init__(self, split: ImageSplit, options: ImageOptions) -> None:
+        from torchvision.transforms import v2  # imported before forking, so that workers share it
+
         self.split, self.options = split, options
+        self._transforms: list[Callable[[Tensor], Tensor]] = []
+        if options.rotation:
+            self._transforms.append(v2.RandomRotation(options.rotation))
+        if options.randaugment:
+            self._transforms.append(v2.RandAugment(magnitude=options.randaugment))
 
     def __getitem__(self, task: Task) -> Decoded:
         key, indices = task
@@ -137,7 +152,12 @@ class Reader(TorchDataset[Decoded]):
         if random is None:
             return eval_image(image, self.options.resize, self.options.size)
         crop = draw_crop(random, image.shape[1], image.shape[2], self.options.crop_scale)
-        return train_image(image, crop, self.options.size)
+        view = train_image(image, crop, self.options.size)
+        with torch.random.fork_rng([], enabled=bool(self._transforms)):
+            for transform in self._transforms:
+                torch.default_generator.manual_seed(int(random.integers(2**63)))
+                view = transform(view)
+        return view
 
 
 def _start_worker(number: int, trainer: int) -> None:
@@ -165,8 +185,6 @@ class _Loader:
     def __init__(
         self, split: ImageSplit, options: ImageOptions, tasks: list[Task], device: torch.device
     ) -> None:
-        import torchvision.transforms.v2  # noqa: F401 - before forking, so that workers share it
-
         self.device = device
         self._batches = DataLoader(
             Reader(split, options), batch_size=None, sampler=tasks, num_workers=options.workers,

@@ -111,6 +111,8 @@ class TensorDataset(Dataset):
 class MemoryTrainLoader(TrainLoader):
     """Augmented training batches of a data set, on its device. The last, short batch of an epoch is kept."""
 
+    on_device = True
+
     def __init__(self, dataset: TensorDataset, batch_size: int, seed: int, share: Share = ALONE) -> None:
         super().__init__(len(dataset.train), batch_size, seed, share)
         self.augment = PadCropFlip(dataset.padding, dataset.flip)

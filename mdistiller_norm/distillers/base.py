@@ -71,6 +71,7 @@ class Distiller(nn.Module):
         need: network outputs that the method reads.
         capturable: whether a step can be captured in a CUDA graph; False if it synchronises with the host.
         needs_indices: whether ``Batch.indices`` must be known.
+        needs_labels: whether each image needs one class, which mixed images lack; set where the method is registered.
         teacher_in_train_mode: run the teacher with batch statistics, as OFD's authors do.
         ce_weight: weight of the cross entropy.
         weight: weight of the distillation loss.
@@ -85,6 +86,7 @@ class Distiller(nn.Module):
     need: ClassVar[Need] = Need.LOGITS
     capturable: ClassVar[bool] = True
     needs_indices: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
     teacher_in_train_mode: bool = False
 
     def __init__(
@@ -134,6 +136,8 @@ class LogitDistiller(Distiller):
 class TargetDistiller(Distiller):
     """Method whose ``loss`` reads the logits ``[B, C]`` of student and teacher and the targets ``[B]``."""
 
+    needs_labels = True
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return self.loss(student.logits, teacher.logits, batch.targets, **self.settings)
 
@@ -166,6 +170,7 @@ def register(name: str) -> Callable[[D], D]:
                 raise TypeError(
                     f"distiller {name!r} reads {attribute}: add `need = distillers.Need.{need.name}`"
                 )
+        cls.needs_labels = cls.needs_labels or not {"targets", "indices"}.isdisjoint(read)
         DISTILLERS.register(name)(cls)
         return cls
 

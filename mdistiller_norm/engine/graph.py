@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller_norm.data import EvalLoader, MemoryEvalLoader, MemoryTrainLoader
+from mdistiller_norm.data import EvalLoader, MemoryEvalLoader
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.errors import first_line
@@ -94,7 +94,7 @@ def capture_step(step: TrainStep, setting: str, log: Warn) -> Callable[..., None
         reason = f"{' and '.join(slow)} synchronises with the host in every step"
     elif distributed.together():
         reason = "several processes exchange gradients"
-    elif not isinstance(step.loader, MemoryTrainLoader):
+    elif not step.loader.on_device:
         reason = "the images of this data set come from the host"
     if reason:
         log(f"no CUDA graph: {reason}")

@@ -165,7 +165,9 @@ def _finished_run(
             result = json.loads(regular(path).read_text())
             matches = (result["method"], result["student"], result["dataset"]) == ([], model, dataset)
             node = result["config"]["DATASET"]
-            if matches and not node.get("VAL_SPLIT") and weights.is_file():
+            # A part of the images only if the student is trained on the same part.
+            parts = [node.get(key, 0) in (0, data.get(key)) for key in ("VAL_SPLIT", "SUBSET")]
+            if matches and all(parts) and weights.is_file():
                 same_data = all(node.get(key, value) == value for key, value in data.items())
                 found.append((same_data, weights, float(result["last"]["top1"]), int(result["epochs"])))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
