@@ -19,9 +19,8 @@ from mdistiller_norm.run import train
 from mdistiller_norm.run_folder import run_folder
 from mdistiller_norm.student import positive
 
-WARMUP = (
-    3  # epochs: the gradient of NormKD's loss is large at first, which short trainings do not recover from
-)
+# For small data sets: the gradient of NormKD's loss is large at first, which short trainings do not recover from.
+SMALL_DATA = {"NormKD.WARMUP": 5, "NormKD.LOSS.CE_WEIGHT": 1.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="train/CLASS/*.jpg and val/CLASS/*.jpg, or DATASET.TYPE",
     )
-    add("--method", default="NormKD", help=f"DISTILLER.TYPE (default: NormKD, with NormKD.WARMUP {WARMUP})")
+    add(
+        "--method", default="NormKD", help="DISTILLER.TYPE (default: NormKD, with its setting for small data)"
+    )
     add("--epochs", type=positive, default=30, help="of each training (default: 30)")
     add("--train-teacher", action="store_true", help="train the teacher first, from its initial weights")
     add("--student-alone", action="store_true", help="also train the student without a teacher, to compare")
@@ -101,7 +102,7 @@ def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> 
     }  # fmt: skip
     keys |= {} if is_type else {"DATASET.ROOT": data}
     keys |= {f"DISTILLER.{key}": name for key, name in names.items()}
-    keys |= {"NormKD.WARMUP": WARMUP} if names.get("TYPE") == "NormKD" else {}
+    keys |= SMALL_DATA if names.get("TYPE") == "NormKD" else {}
     own = [f"{key}={value}" for key, value in keys.items()]
     config = load_config(None, [*own, *options.overrides], others=[options.method])
     users = load_config(None, options.overrides, others=[options.method]).sources

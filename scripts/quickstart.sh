@@ -13,7 +13,8 @@ train() { # CONFIG NAME [KEY VALUE ...]
 }
 train vanilla_resnet20 teacher
 train vanilla_resnet8 student_plain # the same SEED: the students start from the same weights and see the same batches
-train normkd student_normkd DISTILLER.TEACHER_WEIGHTS "$teacher"
+# The setting for small data sets and short schedules, see docs/distillers.md.
+train normkd student_normkd DISTILLER.TEACHER_WEIGHTS "$teacher" NormKD.WARMUP 5 NormKD.LOSS.CE_WEIGHT 1.0
 echo
 echo "Accuracy on the 360 test images, weights of the last epoch:"
 python tools/eval.py -c "$teacher" "$out"/digits/student_{plain,normkd}/student_last.pt

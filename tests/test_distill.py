@@ -42,7 +42,7 @@ def test_teacher_student_alone_and_distilled(
     assert export == f"export the student: mdistiller-norm export -c '{run}'"
     assert run.name.startswith("resnet8,NormKD,2 epochs,DATASET.IMAGE_SIZE=32")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["NormKD"]["WARMUP"], config["SOLVER"]["EPOCHS"]) == (3, 2)
+    assert (config["NormKD"]["WARMUP"], config["SOLVER"]["EPOCHS"]) == (5, 2)
     assert main([*command, "--epochs=2", *SMALL]) == 0  # finds the teacher, and all is finished
     *lines, distilled_again, _ = capsys.readouterr().out.splitlines()
     assert distilled_again.split() == distilled.split()

@@ -7,17 +7,16 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Once
+from conftest import Once
 from short_runs import assert_same_state, config, state_of
 
+from mdistiller_norm.cli import execute
 from mdistiller_norm.engine.checkpoint import load, load_weights
 from mdistiller_norm.engine.runtime import STOP_SIGNALS, stop_signals
 from mdistiller_norm.errors import CheckpointError
@@ -25,7 +24,7 @@ from mdistiller_norm.reproduce.ledger import read_ledger
 from mdistiller_norm.run import train
 
 KILLS, CORRUPTIONS = 20, 200
-METRICS = ("epoch", "loss_total", "train_top1", "test_top1", "test_loss")
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 def corrupt(content: bytes, chance: random.Random) -> bytes:
@@ -102,10 +101,28 @@ def test_the_first_signal_is_a_request_and_the_second_exits(number: signal.Signa
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
 
 
-def kill_until_done(start: Callable[[], object], kills: int, longest: float) -> None:
-    """Run a function in forked processes; kill the first ones with SIGKILL after random times."""
+def kill_processes(pid: int) -> None:
+    """Kill a process and its descendants, as in a power failure."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(pid, signal.SIGKILL)
+        for child in map(int, children):
+            kill_processes(child)
+
+
+def last_save(folder: Path) -> int:
+    """Return the time of the newest state in a folder, or -1 while one is being replaced."""
+    try:
+        return max((path.stat().st_mtime_ns for path in folder.rglob("latest.pt")), default=0)
+    except FileNotFoundError:
+        return -1
+
+
+def run_killed(start: Callable[[], object], kills: int, longest: float, folder: Path | None = None) -> None:
+    """Run a function in forked processes; kill the first ones after random times, which begin at a save in a folder."""
     chance = random.Random(0)
     for number in range(kills + 1):
+        before = last_save(folder) if folder else 0
         child = os.fork()
         if child == 0:
             code = 1
@@ -115,8 +132,10 @@ def kill_until_done(start: Callable[[], object], kills: int, longest: float) -> 
             finally:
                 os._exit(code)
         if number < kills:
+            while folder and last_save(folder) == before and not os.waitid(os.P_PID, child, ENDED):
+                time.sleep(0.02)
             time.sleep(chance.uniform(0.0, longest))
-            os.kill(child, signal.SIGKILL)
+            kill_processes(child)
         _, status = os.waitpid(child, 0)
     assert status == 0
 
@@ -126,44 +145,29 @@ def test_a_run_killed_twenty_times_equals_one_that_was_not(tmp_path: Path, teach
     settings = ("DISTILLER.TYPE=NormKD", "DISTILLER.TEACHER_CACHE=lazy", "LOG.CHECKPOINT_STEPS=2", teacher)
     train(config(tmp_path, "whole", *settings, epochs=4))
     killed = config(tmp_path, "killed", *settings, epochs=4)
-    kill_until_done(lambda: train(killed, resume=True), KILLS, longest=1.5)
+    run_killed(lambda: train(killed, resume=True), KILLS, longest=1.5)
     a, b = (state_of(tmp_path, name) for name in ("whole", "killed"))
     assert len(a.pop("parts")) == 1
     b.pop("parts")
     assert_same_state(a, b)
 
 
-def kill_processes(pid: int) -> None:
-    """Kill a process and its descendants, as in a power failure."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    os.kill(pid, signal.SIGKILL)
-    for child in map(int, children):
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            kill_processes(child)
-
-
-def run_whole_and_killed(command: Callable[[str], list[str]]) -> None:
-    """Run a command for ``whole``; then one for ``killed``, whose first starts end after random times."""
-    start, chance = time.monotonic(), random.Random(0)
-    subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
-    duration = time.monotonic() - start
-    for _ in range(KILLS // 2):
-        process = subprocess.Popen(command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0.5, 1.0) * duration)
-        if process.poll() is None:
-            kill_processes(process.pid)
-            process.wait()
-    subprocess.run(command("killed"), cwd=ROOT, check=True, capture_output=True)
-
-
 @pytest.mark.slow
-def test_two_processes_killed_ten_times_equal_a_run_that_was_not(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    train = ["-m", "mdistiller_norm", "train", "--cfg", "configs/digits/vanilla_resnet8.yaml", "--resume"]
-    settings = ["EXPERIMENT.PROJECT=distill", f"LOG.PREFIX={tmp_path}", "SOLVER.BATCH_SIZE=240"]
-    settings += ["SOLVER.EPOCHS=8", "LOG.CHECKPOINT_STEPS=1"]
-    run_whole_and_killed(lambda name: [*launcher, *train, *settings, f"EXPERIMENT.NAME={name}"])
+def test_two_processes_killed_ten_times_equal_ones_that_were_not(tmp_path: Path) -> None:
+    from torch.distributed.launcher.api import (
+        LaunchConfig,
+        elastic_launch,
+    )  # as torchrun, without new imports
+
+    def start(name: str) -> None:
+        launcher = LaunchConfig(
+            1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork"
+        )
+        settings = ("LOG.CHECKPOINT_STEPS=1", "DEVICE=cpu")
+        elastic_launch(launcher, train)(config(tmp_path, name, *settings, epochs=8), True)
+
+    run_killed(lambda: start("whole"), 0, 0)
+    run_killed(lambda: start("killed"), KILLS // 2, 0.1, tmp_path / "distill" / "killed")
     a, b = (state_of(tmp_path, name) for name in ("whole", "killed"))
     assert len(a.pop("parts")) == 1
     b.pop("parts")
@@ -173,16 +177,20 @@ def test_two_processes_killed_ten_times_equal_a_run_that_was_not(tmp_path: Path)
 @pytest.mark.slow
 def test_parallel_runs_of_a_table_killed_ten_times_equal_runs_that_were_not(tmp_path: Path) -> None:
     table = ["--table", "digits", "--methods", "student", "--seeds", "0", "1", "--smoke", "--jobs", "2"]
-    command = [sys.executable, "-m", "mdistiller_norm", "reproduce", *table, "LOG.CHECKPOINT_STEPS=2"]
-    run_whole_and_killed(lambda name: [*command, "--output", str(tmp_path / name)])
-    metrics = []
-    for name in ("whole", "killed"):
-        ledger = read_ledger(tmp_path / name / "smoke" / "results" / "runs", smoke=True)
-        runs = sorted(ledger.all_runs(), key=lambda entry: entry.seed)
-        assert [entry.seed for entry in runs] == [0, 1]
-        assert not ledger.duplicates
-        metrics.append([{k: entry.record["metrics"][k] for k in METRICS} for entry in runs])
-    assert metrics[0] == metrics[1]
+
+    def start(name: str) -> None:
+        assert execute(["reproduce", *table, "--output", str(tmp_path / name), "LOG.CHECKPOINT_STEPS=1"]) == 0
+
+    run_killed(lambda: start("whole"), 0, 0)
+    run_killed(lambda: start("killed"), KILLS // 2, 0.1, tmp_path / "killed")
+    folders = [tmp_path / name / "smoke" / "results" / "runs" for name in ("whole", "killed")]
+    ledgers = [read_ledger(folder, smoke=True) for folder in folders]
+    whole, killed = ({entry.seed: entry.record["metrics"] for entry in each.all_runs()} for each in ledgers)
+    assert whole.keys() == killed.keys() == {0, 1}
+    assert not ledgers[1].duplicates
+    for seed, metrics in whole.items():
+        for name in ("epoch", "loss_total", "train_top1", "test_top1", "test_loss"):
+            assert metrics[name] == killed[seed][name]
 
 
 NO_CHECKPOINTS = {
