@@ -1,7 +1,5 @@
 """Build the parts of a run from its config."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The command ``list``: networks, methods, data sets and packaged configs."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch

@@ -1,7 +1,5 @@
 """The command line ``mdistiller-norm COMMAND ...``; each file in ``tools/`` runs one of its commands."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import io

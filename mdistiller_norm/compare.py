@@ -1,7 +1,5 @@
 """The command ``compare``: size, speed, accuracy and agreement of trained networks."""
 
-from __future__ import annotations
-
 import argparse
 import html
 import json

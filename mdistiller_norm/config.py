@@ -7,8 +7,6 @@ overrides its bases; a base that several files share is applied once, at its fir
 (``SOLVER: {LR: 0.1}``) or dotted (``SOLVER.LR: 0.1``). Values are read as text and converted to their default's type.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

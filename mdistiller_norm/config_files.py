@@ -1,7 +1,5 @@
 """The command ``config``: show a resolved config, copy a packaged one, list the keys."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

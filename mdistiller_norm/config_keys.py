@@ -1,7 +1,5 @@
 """Config keys: their defaults, meanings and checks, and the conversion of text to the type of the default."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

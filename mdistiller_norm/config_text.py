@@ -1,7 +1,5 @@
 """Config files: YAML with bases and merge keys, read as text by dotted key."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command ``distill``: train a teacher and a student on a folder of images, without a config file."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command ``doctor``: describe the installation and test it with 20 steps of NormKD on the digits."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import io

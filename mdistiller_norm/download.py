@@ -1,7 +1,5 @@
 """Resumable downloads with checksums. ``sources.yaml`` lists the known sources and describes their keys."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import re

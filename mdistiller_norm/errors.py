@@ -1,7 +1,5 @@
 """Errors with a message for the user. The command line prints it on one line and exits with code 2."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The command ``eval``: evaluate weights on a test split."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each file is loaded again and compared with the network before it replaces an existing one.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import io

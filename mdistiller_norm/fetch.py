@@ -1,7 +1,5 @@
 """The command ``fetch``: download data sets and teachers to the folders where training searches for them."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

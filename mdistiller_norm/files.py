@@ -1,7 +1,5 @@
 """Files of the package, and atomic writing of files."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

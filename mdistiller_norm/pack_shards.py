@@ -1,7 +1,5 @@
 """The command ``shards``: pack folders of images into tar files."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Import plugins: Python files or modules that register networks, data sets and methods."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os

@@ -1,7 +1,5 @@
 """The command ``predict``: classify image files with a trained network."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

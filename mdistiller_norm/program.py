@@ -1,7 +1,5 @@
 """The program that the user started, for messages and child processes."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A strict dictionary of registered objects: no name twice, and hints for unknown names."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Collection, Iterable
 from types import ModuleType

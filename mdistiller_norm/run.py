@@ -1,7 +1,5 @@
 """The command ``train``: build a run from its config, and train it."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

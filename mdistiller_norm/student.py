@@ -1,7 +1,5 @@
 """Trained networks, loaded with their metadata from weights files and run folders."""
 
-from __future__ import annotations
-
 import argparse
 from itertools import chain
 from pathlib import Path

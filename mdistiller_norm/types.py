@@ -1,7 +1,5 @@
 """Named tuples of tensors that the packages exchange."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

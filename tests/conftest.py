@@ -1,7 +1,5 @@
 """Fixtures and helpers of the tests."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

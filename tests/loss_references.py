@@ -4,8 +4,6 @@ Each takes the students' arrays, the teachers' arrays and the targets. Analytic 
 which gives their exact derivative: the imaginary part of ``f(x + i h d) / h``.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any

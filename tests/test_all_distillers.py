@@ -3,8 +3,6 @@
 ``python tests/test_all_distillers.py`` stores them anew, after a change that is meant to change them.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

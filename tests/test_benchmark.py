@@ -1,7 +1,5 @@
 """The benchmark program: the numbers that it reports, not the speed of this machine."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkpoints: layouts of other projects, refused files, atomic writes, and the search for a teacher."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The comparison of networks: numbers against direct computation, on runs on the digits."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Configs: the shipped YAML files, inheritance, overrides, stored configs and output. Errors: test_errors.py."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

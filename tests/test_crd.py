@@ -1,7 +1,5 @@
 """CRD and its keyed random numbers: sampling, steps against a plain reference, memory, several processes."""
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The fast path on a GPU against the eager one: ``bash scripts/test.sh -m cuda`` runs these tests."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Data sets in memory: CIFAR, the digits, augmentation, and the plan of an epoch."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The command ``distill``: a teacher and students on a folder of images, without a config file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The distiller classes: config keys, pairs of networks, needs, steps without values, and errors."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

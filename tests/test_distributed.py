@@ -1,7 +1,5 @@
 """Training with two processes against one, on the CPU: the same samples, the same weights, the same figures."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The report of an installation."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """DOT's update against its formula in numpy, with parameters that both losses reach, or only one."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Bad input: every command prints one line and exits with code 2."""
 
-from __future__ import annotations
-
 import io
 import os
 import resource

@@ -1,7 +1,5 @@
 """Effect of a compiled or cached teacher on its logits and the losses; ``pytest -s`` prints the figures."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Exported networks against the networks that they are made from, on the digits."""
 
-from __future__ import annotations
-
 import json
 import resource
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Downloads from a server on this machine: interrupted, slow, wrong, missing, and teachers that are then used."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

@@ -1,7 +1,5 @@
 """Random overrides and config files: a config, or an error of one line; no traceback and nothing on disk."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

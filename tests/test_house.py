@@ -1,7 +1,5 @@
 """Limits of the package: files, functions, import cycles and docstrings."""
 
-from __future__ import annotations
-
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path

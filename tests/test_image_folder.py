@@ -1,7 +1,5 @@
 """Image folders and shards: real JPEGs through worker processes, the loaders and training runs."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

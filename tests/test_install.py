@@ -1,7 +1,5 @@
 """The package as it is installed: its data, its extras and a wheel in another folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

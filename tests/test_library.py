@@ -1,7 +1,5 @@
 """The library: distillation in a loop of the user, loading of students, training from a script."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

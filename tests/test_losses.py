@@ -1,7 +1,5 @@
 """The pure losses: values and gradients against float64 references, precision, hard inputs and identities."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable

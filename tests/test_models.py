@@ -1,7 +1,5 @@
 """The networks: parameters, maps, initialisation, tracing, probing and errors."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

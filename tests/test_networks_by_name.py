@@ -1,7 +1,5 @@
 """Networks of timm, torchvision and local folders in the layout of the Hugging Face Hub, built by name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

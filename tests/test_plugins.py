@@ -1,7 +1,5 @@
 """Plugins: networks, data sets and methods registered by files outside the package."""
 
-from __future__ import annotations
-
 import copy
 import json
 import sys

@@ -1,7 +1,5 @@
 """Half precision: the networks under autocast, the losses in float32, fp16 gradients scaled."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

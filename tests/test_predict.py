@@ -1,7 +1,5 @@
 """Predictions of image files, from weights, run folders and exported files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Options of the optimizer and of the losses against their formulas, and the figures that a run logs."""
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report of a ledger: numbers, verdicts and the two documents."""
 
-from __future__ import annotations
-
 import csv
 import re
 from html.parser import HTMLParser

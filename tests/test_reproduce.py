@@ -1,7 +1,5 @@
 """The paper's tables, the configs and runs of their cells, and the command line of ``reproduce``."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

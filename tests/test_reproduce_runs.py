@@ -1,7 +1,5 @@
 """Real runs of a small table, and their ledger. A smoke run has two epochs and takes a few seconds."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """The run folder: lock, saved state, and the conditions of resuming."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

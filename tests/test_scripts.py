@@ -1,7 +1,5 @@
 """The shell scripts: lint, bad arguments, and the commands that they run."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """A training step neither reads a value on the host nor changes anything but its state tensors."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

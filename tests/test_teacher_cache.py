@@ -1,7 +1,5 @@
 """The teacher of a training step: folded, compiled and cached."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import json

@@ -1,7 +1,5 @@
 """Training from the config to the run folder, on real digits."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

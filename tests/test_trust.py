@@ -1,7 +1,5 @@
 """Runs that are killed at random times, and files that are damaged at random places."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

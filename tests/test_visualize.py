@@ -1,7 +1,5 @@
 """The figures: their numbers against direct computation, on networks trained on the digits."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

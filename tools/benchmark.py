@@ -4,8 +4,6 @@ In each round every contestant runs one block of steps, in an order that is reve
 computed within a round, so a machine that changes its speed changes the times but hardly the ratios.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import shlex
 import statistics

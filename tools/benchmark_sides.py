@@ -1,7 +1,5 @@
 """The two sides of ``tools/benchmark.py``: this project's training step and the reference's, timed block by block."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import itertools

@@ -1,7 +1,5 @@
 """Outputs of a network for a whole test split."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The figures of the NormKD paper. Each function returns a figure, the plotted numbers and lines that summarise it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Data sets by name, and their loaders."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Operations on batches of images on the device: CIFAR's random crop and flip, and normalisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ simplejpeg (libjpeg-turbo) decodes JPEGs if it is installed, Pillow all other fi
 uint8 tensors; the result differs from that on Pillow images by at most 2 of 255 levels.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import warnings

@@ -4,8 +4,6 @@
 Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998), and the indices of a stratified split.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

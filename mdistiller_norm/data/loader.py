@@ -4,8 +4,6 @@ A worker builds a whole batch; normalisation is part of the step, on the device.
 function of (seed, epoch, index), so it does not depend on the number of workers and processes.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import signal

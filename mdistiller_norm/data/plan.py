@@ -4,8 +4,6 @@ All of it is a pure function of (seed, epoch, rank). Checkpoints need no generat
 the middle of an epoch too, is bit-identical to an uninterrupted one.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -5,8 +5,6 @@ position of each image, so that images are read in any order, and order and augm
 as with a folder. Shards must be on a file system, or on mounted object storage.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

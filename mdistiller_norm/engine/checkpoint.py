@@ -4,8 +4,6 @@ Weights are read from this project's files and from state dicts of other project
 without the prefixes of DataParallel, torch.compile and Lightning.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import hashlib

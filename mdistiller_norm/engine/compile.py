@@ -1,7 +1,5 @@
 """Compilation of networks with TorchInductor, for runs that are long enough to gain from it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

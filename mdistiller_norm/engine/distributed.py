@@ -1,7 +1,5 @@
 """Training with several processes, described by torch.distributed's environment variables (``RANK`` ...)."""
 
-from __future__ import annotations
-
 import atexit
 import inspect
 import os

@@ -1,7 +1,5 @@
 """Accuracy and loss of a network on a test split."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """CUDA graphs of whole training steps and evaluation passes, recorded once for each shape of the inputs."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from typing import Any

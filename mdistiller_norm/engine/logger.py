@@ -1,7 +1,5 @@
 """Logs of a run: printed lines, ``metrics.jsonl``, TensorBoard scalars, and the environment."""
 
-from __future__ import annotations
-
 import json
 import platform
 import re

@@ -1,7 +1,5 @@
 """Training metrics, accumulated on the device and read only when needed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

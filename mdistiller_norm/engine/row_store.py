@@ -1,7 +1,5 @@
 """Fixed-width rows in a file that processes share, and a copy of them in device memory."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import zlib

@@ -1,7 +1,5 @@
 """Process settings: stop signals, freed memory, CUDA kernels, and the cores and GPUs of parallel runs."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """One training step: a function of tensors without host-device synchronisation."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext

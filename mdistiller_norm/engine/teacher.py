@@ -1,7 +1,5 @@
 """The teacher: frozen, without gradients, outside of everything that is trained or saved."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Callable, Iterator

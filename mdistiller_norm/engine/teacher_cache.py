@@ -5,8 +5,6 @@ Where a data set enumerates its augmentations (CIFAR: 81 crops x 2 orientations)
 the next steps follow from the seed: missing ones are computed before these steps, in full batches.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Search for a teacher's weights, and comparison of their metadata with the data."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

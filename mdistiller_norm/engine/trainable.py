@@ -1,7 +1,5 @@
 """The one module that trains: the student and the distillers' parameters."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 

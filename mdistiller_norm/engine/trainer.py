@@ -1,7 +1,5 @@
 """The training loop: epochs of steps, each followed by an evaluation and a checkpoint."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable
