@@ -687,6 +687,19 @@ def test_randaugment_changes_training_images_only(tree: Path) -> None:
     assert torch.equal(*tests)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_tiny_tiny_imagenet", "resnet18_folder"])
+def test_recipes_train_for_an_epoch(tree: Path, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    overrides = [f"DATASET.ROOT={tree}", f"LOG.PREFIX={tmp_path}", "DATASET.NUM_WORKERS=0", "SOLVER.EPOCHS=2"]
+    teacher = load_config(ROOT / "configs" / "recipes" / f"{name}.yaml").node.DISTILLER.TEACHER
+    torch.save(build_model(teacher, 3, variant="imagenet").state_dict(), tmp_path / "teacher.pth")
+    overrides += [f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'teacher.pth'}"]
+    result = train(load_config(ROOT / "configs" / "recipes" / f"{name}.yaml", overrides))
+    assert result["method"] == ["KD"]
+    assert result["last"]["epoch"] == 2
+
+
 # ImageNet's configs
 
 METHODS = {
