@@ -23,7 +23,7 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.engine.optim import build_sgd
+from mdistiller_norm.engine.optim import build_fused
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.models import build_model
@@ -99,9 +99,7 @@ def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
         return batch._replace(images=batch.images.double())
 
     step.loader.prepare = in_float64
-    optimizer = build_sgd(
-        step.trainable.parameters(), lr=0.002, momentum=0.9, weight_decay=1e-4, nesterov=True
-    )
+    optimizer = build_fused("SGD", step.trainable.parameters(), 0.002, 1e-4, momentum=0.9, nesterov=True)
     teacher = Teacher(step.teacher.network.double(), step.trainable.need) if step.teacher else None
     whole = TrainStep(
         step.loader, teacher, step.trainable, optimizer, step.meters,

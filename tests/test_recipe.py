@@ -14,7 +14,7 @@ from mdistiller_norm.cli import execute
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.meters import TrainMeters
-from mdistiller_norm.engine.optim import Schedule, build_adamw
+from mdistiller_norm.engine.optim import Schedule, build_fused
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import ConfigError
@@ -50,7 +50,7 @@ def test_adamw_from_zeros_is_adamw() -> None:
     networks.append(copy.deepcopy(networks[0]))
     settings = {"lr": 0.1, "weight_decay": 0.3}
     optimizers = [
-        build_adamw(networks[0].parameters(), **settings),
+        build_fused("AdamW", networks[0].parameters(), momentum=0.9, nesterov=True, **settings),
         torch.optim.AdamW(networks[1].parameters(), fused=False, **settings),
     ]
     for _ in range(4):

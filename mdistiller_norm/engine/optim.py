@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,43 +46,38 @@ class Schedule:
         return self.lr * self.decay ** sum(epoch > stage for stage in self.stages)
 
 
-def build_sgd(
-    parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool
-) -> torch.optim.Optimizer:
-    """Build fused SGD with weight decay on every parameter."""
-    options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-    return _build(torch.optim.SGD, parameters, lr, ("momentum_buffer",) if momentum else (), **options)
-
-
-def build_adamw(
-    parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """Build fused AdamW with weight decay on every parameter."""
-    optimizer = _build(
-        torch.optim.AdamW, parameters, lr, ("exp_avg", "exp_avg_sq"), weight_decay=weight_decay
-    )
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # by eager steps
-    for group in optimizer.param_groups:
-        group["capturable"] = group["params"][0].is_cuda
-    for parameter, state in optimizer.state.items():
-        state["step"] = torch.zeros((), device=parameter.device)
-    return optimizer
-
-
-def _build(
-    kind: Callable[..., torch.optim.Optimizer],
+def build_fused(
+    kind: str,
     parameters: Iterable[nn.Parameter],
     lr: float,
-    zeros: Sequence[str],
-    **options: Any,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer with the state of its first step, so that a CUDA graph can record any step."""
+    """Build fused SGD, or AdamW without the last two arguments, with weight decay on every parameter.
+
+    It has the state of its first step, so that a CUDA graph can record any step. On CUDA, the learning rate is a
+    tensor that replayed graphs read.
+    """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    # On CUDA, the learning rate is a tensor that replayed graphs read.
-    rate = torch.tensor(lr, device=trained[0].device) if trained[0].is_cuda else lr
-    optimizer = kind(trained, lr=rate, fused=True, **options)
+    device = trained[0].device
+    on_gpu = device.type == "cuda"
+    options: dict[str, Any] = {"weight_decay": weight_decay, "fused": True}
+    options["lr"] = torch.tensor(lr, device=device) if on_gpu else lr
+    optimizer: torch.optim.Optimizer
+    if kind == "AdamW":
+        warnings.filterwarnings(
+            "ignore", "This instance was constructed with capturable=True"
+        )  # by eager steps
+        optimizer = torch.optim.AdamW(trained, capturable=on_gpu, **options)
+        averages = ["exp_avg", "exp_avg_sq"]
+    else:
+        optimizer = torch.optim.SGD(trained, momentum=momentum, nesterov=nesterov, **options)
+        averages = ["momentum_buffer"] if momentum else []
     for parameter in trained:
-        optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in zeros}
+        optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in averages}
+        if kind == "AdamW":
+            optimizer.state[parameter]["step"] = torch.zeros((), device=device)
     return optimizer
 
 
@@ -111,7 +106,7 @@ class DOT:
         delta: added to one momentum and subtracted from the other.
         momentum: mu.
         weight_decay: of the task's gradient.
-        sgd: the other arguments of :func:`build_sgd`.
+        sgd: the other arguments of :func:`build_fused`.
     """
 
     def __init__(
@@ -146,7 +141,9 @@ class DOT:
             (distill_only, momentum, weight_decay),
         )
         self._optimizers = [
-            build_sgd(group, momentum=mu, weight_decay=decay, **sgd) for group, mu, decay in groups if group
+            build_fused("SGD", group, momentum=mu, weight_decay=decay, **sgd)
+            for group, mu, decay in groups
+            if group
         ]
 
     @property
@@ -197,15 +194,10 @@ def build_optimizer(
     trainer: str,
     delta: float,
     kind: str = "SGD",
-    lr: float,
-    weight_decay: float,
-    **sgd: Any,
+    **options: Any,
 ) -> torch.optim.Optimizer | DOT:
-    """Build DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot, else SGD or AdamW (``kind``)."""
-    if trainer.endswith("dot"):
-        assert teacher is not None  # checked by build_execution
-        batch = loader.prepare(*next(loader.batches(1)))
-        return DOT(trainable, batch, teacher, delta, lr=lr, weight_decay=weight_decay, **sgd)
-    if kind == "AdamW":
-        return build_adamw(trainable.parameters(), lr=lr, weight_decay=weight_decay)
-    return build_sgd(trainable.parameters(), lr=lr, weight_decay=weight_decay, **sgd)
+    """Build DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot, else :func:`build_fused`."""
+    if not trainer.endswith("dot"):
+        return build_fused(kind, trainable.parameters(), **options)
+    assert teacher is not None  # checked by build_execution
+    return DOT(trainable, loader.prepare(*next(loader.batches(1))), teacher, delta, **options)

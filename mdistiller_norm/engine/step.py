@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +103,8 @@ class TrainStep:
         parameters = [parameter for parameter in trial.student.parameters() if parameter.requires_grad]
         device = self.loss_weights.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            parts = trial(
-                batch, self.teacher(batch, *extra) if self.teacher else None, self.loss_weights
-            ).parts
+            outputs = self.teacher(batch, *extra) if self.teacher else None
+            parts = trial(batch, outputs, self.loss_weights).parts
         norms = {}
         for name, loss in (("ce", parts[0]), ("distill", parts[1:].sum())):
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
@@ -126,9 +124,8 @@ class TrainStep:
 
     def state_tensors(self) -> list[Tensor]:
         """Return all tensors that a step writes: weights, statistics, momenta, metrics, the scale of fp16 gradients."""
-        modules: list[nn.Module] = [self.trainable, self.meters]
-        states: list[Any] = [module.state_dict(keep_vars=True) for module in modules]
-        states += [self.optimizer.state_dict(), vars(self.scaler)]
+        modules = (self.trainable, self.meters, self.optimizer)
+        states = [module.state_dict() for module in modules] + [vars(self.scaler)]
         return [leaf.detach() for leaf in tree_leaves(states) if isinstance(leaf, Tensor)]
 
 
