@@ -1,13 +1,16 @@
 """The command line ``mdistiller-norm COMMAND ...``; each file in ``tools/`` runs one of its commands."""
 
 import argparse
+import errno
 import importlib
 import io
 import os
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from mdistiller_norm import __version__
@@ -33,6 +36,12 @@ COMMANDS = {
     "shards": ("pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
 _WITH_OVERRIDES = ("train", "distill", "reproduce")  # KEY VALUE may be placed between the options
+
+
+# Numbers of OSErrors that are reported without a path: of full disks and exhausted resources.
+_LIMITS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENOMEM,
+)  # fmt: skip
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -109,10 +118,19 @@ def _message(error: BaseException) -> str:
                 "short, lower DATASET.NUM_WORKERS; --resume continues a run that has saved a state"
             )
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, OSError) and error.strerror:
-        place = error.filename or "output"
-        return f"{place}: {error.strerror} (the disk may be full, or a folder was removed, renamed or is read-only)"
+    if isinstance(error, OSError) and (error.errno in _LIMITS or _is_users(error.filename)):
+        place, reason = (
+            error.filename or "output",
+            "the disk may be full, or a folder was removed, renamed or is",
+        )
+        return f"{place}: {error.strerror} ({reason} read-only)"
     return str(error) if isinstance(error, UserError) else ""
+
+
+def _is_users(path: object) -> bool:
+    """Whether a path of an error is not in this package or in the installation of Python."""
+    folders = [Path(__file__).parent, *(Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib"))]
+    return isinstance(path, str) and not any(Path(path).resolve().is_relative_to(each) for each in folders)
 
 
 def execute(arguments: Sequence[str]) -> int:

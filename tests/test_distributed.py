@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -258,6 +259,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -
         assert "--resume" in done.stderr
     state = load(folder / "latest.pt")
     assert int(state["meters"]["samples"]) in (48 * state["steps_done"], 0)
+
+
+@pytest.mark.slow
+def test_a_removed_run_folder_is_one_line_of_each_process(tmp_path: Path) -> None:
+    processes = start_pair(*run_arguments(tmp_path, "run", epochs=100))
+    wait_for(tmp_path / "digits" / "run" / "latest.pt", processes[0])
+    shutil.rmtree(tmp_path / "digits")
+    first, second = finish(processes)
+    assert_user_error(first, "digits/run", "No such file or directory")
+    assert_user_error(second, "process 1 of 2")
 
 
 @pytest.mark.slow

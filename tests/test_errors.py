@@ -1,5 +1,6 @@
 """Bad input: every command prints one line and exits with code 2."""
 
+import errno
 import io
 import os
 import resource
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT
 from test_plugins import REGISTER
 
+from mdistiller_norm import cli
 from mdistiller_norm.cli import main
 from mdistiller_norm.data import DATASETS
 from mdistiller_norm.distillers import DISTILLERS
@@ -296,6 +298,15 @@ def test_run_folder_that_is_damaged_during_training(
         check(command_with_plugin((text, f"{override} {short}"), teacher), words, capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+
+
+@pytest.mark.parametrize("path", [None, cli.__file__ + "x", os.__file__ + "x"])
+def test_an_os_error_that_is_a_bug_keeps_its_traceback(path: str | None) -> None:
+    def program() -> int:
+        raise OSError(errno.EINVAL, "a bug", path)
+
+    with pytest.raises(OSError, match="a bug"):
+        cli.run(program)
 
 
 def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from conftest import ROOT, assert_user_error, tool
 from short_runs import config
 
+from mdistiller_norm.cli import main
 from mdistiller_norm.config import load_config
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, load
@@ -127,6 +129,17 @@ def test_what_cannot_be_resumed_is_an_error(
         resume(folder, *overrides)
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in folder.glob("*.*") if path.name in before} == before
+
+
+@pytest.mark.parametrize("content", [b"\0", b"#" * 2**20 + b"#", b"- 1", b"DATASET: {ROOT: [nowhere]}"])
+def test_a_damaged_config_of_a_run_is_one_line_of_eval(
+    run: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(run / "student_best.pt", tmp_path)
+    (tmp_path / "config.yaml").write_bytes(content)
+    code = main(["eval", "-c", str(tmp_path), "-d", "image_folder"])
+    error = capsys.readouterr().err
+    assert (code, error.count("\n"), error[:7]) == (2, 1, "error: ")
 
 
 def test_an_unusable_folder_is_a_config_error(tmp_path: Path) -> None:

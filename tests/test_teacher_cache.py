@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -302,6 +303,29 @@ def test_unusable_caches_are_refused(tmp_path: Path, damage: Callable[[Path], ob
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         open_store(folder)
+
+
+def test_a_read_only_cache_is_read_and_missing_rows_are_computed(tmp_path: Path, teacher: str) -> None:
+    folder, user = Path(tempfile.mkdtemp()), os.geteuid()
+    weights = copy_teacher(teacher, folder)
+    first = run(folder, "first", weights, LAZY).store.folder
+    folder.chmod(0o777)
+    for path in (first, first / "lock", first / "rows.bin"):
+        path.chmod(path.stat().st_mode & 0o555)
+    before = (first / "rows.bin").read_bytes()
+    if user == 0:
+        os.seteuid(65534)  # permissions do not restrict root
+    try:
+        cached = run(folder / "nobody", "cached", weights, LAZY, epochs=2)
+    finally:
+        os.seteuid(user)
+    assert (cached.store.read_only, cached.requested) == (True, 2 * 1437)
+    assert 0 < cached.computed <= 1437
+    assert (first / "rows.bin").read_bytes() == before
+    run(tmp_path, "writable", weights, LAZY, epochs=2)
+    a, b = state_of(folder / "nobody", "cached"), state_of(tmp_path, "writable")
+    assert_same_state(a["trainable"], b["trainable"])
+    shutil.rmtree(folder)
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path, own_teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:

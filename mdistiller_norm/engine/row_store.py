@@ -1,5 +1,6 @@
 """Fixed-width rows in a file that processes share, and a copy of them in device memory."""
 
+import errno
 import fcntl
 import os
 import zlib
@@ -35,6 +36,8 @@ def _checksums(values: Array) -> Array:
 class RowStore:
     """Rows of numbers in one sparse file, shared by the processes of a machine. Each row is written once.
 
+    The rows of a folder that cannot be written are read, and other rows are not stored.
+
     The file holds a checksum for each row, then the rows. A row is valid if its checksum matches, so a row that a
     crash left half written is missing, and no write has to wait for the disk.
     """
@@ -53,13 +56,7 @@ class RowStore:
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._pending: Future[None] | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with self._locked():
-                if not self._file.exists():
-                    more = {"rows": rows, "width": width, "dtype": str(dtype), "layout": self.LAYOUT}
-                    write_json(about | more, folder / "about.json")
-                    with whole_file(self._file) as file:
-                        file.truncate(self._file_bytes)
+            self.read_only = not self._create(about)
             self._checksums: Array = np.memmap(self._file, np.uint32, "r", shape=rows)
             shape = (rows, width)
             self._values: Array = np.memmap(self._file, self._array_dtype, "r", self._header, shape)
@@ -67,6 +64,22 @@ class RowStore:
             raise CheckpointError(
                 f"the teacher cache {folder} cannot be used ({error}): remove it, or set DISTILLER.TEACHER_CACHE off"
             ) from error
+
+    def _create(self, about: dict[str, object]) -> bool:
+        """Create the file unless it exists; return False if it cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                if not self._file.exists():
+                    shape = {"rows": self.rows, "width": self.width, "dtype": str(self.dtype)}
+                    write_json(about | shape | {"layout": self.LAYOUT}, self.folder / "about.json")
+                    with whole_file(self._file) as file:
+                        file.truncate(self._file_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not self._file.exists():
+                raise
+            return False
+        return True
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -117,6 +130,8 @@ class RowStore:
 
     def write_later(self, rows: Array, values: Tensor) -> None:
         """Write rows from any device in a thread, after those of the previous call, whose errors are raised."""
+        if self.read_only:
+            return
         host = values.to("cpu", non_blocking=True)  # into pinned memory if it comes from a GPU
         ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 

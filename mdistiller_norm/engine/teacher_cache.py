@@ -73,6 +73,7 @@ class CachedTeacher(Teacher):
         stored = (
             f"{len(self.store.written()):,} of {self.store.rows:,} rows are stored in {self.store.folder}"
         )
+        stored += " (read-only)" if self.store.read_only else ""
         return f"teacher cache: {stored}; {self.requested:,} were read and {self.computed:,} computed"
 
     def check_outputs(self) -> None:
@@ -122,6 +123,8 @@ class CachedTeacher(Teacher):
 
     def fill(self, epochs: Iterable[Iterable[Raw]]) -> Iterator[None]:
         """Compute the missing rows of these epochs' batches. Yields after each group, so that it can be stopped."""
+        if self.store.read_only:  # the rows could not be kept
+            return
         visited = np.zeros(self.store.rows, bool)
         for raws in epochs:
             visited[self.row_indices(raws).cpu().numpy()] = True
@@ -136,17 +139,19 @@ class CachedTeacher(Teacher):
     def _values(self, rows: Array, on_device: Tensor) -> Tensor:
         """Return the rows ``[n, width]`` as float32 on the teacher's device, computing missing ones."""
         self.requested += len(rows)
-        self._compute_missing(rows)
+        missing, computed = self._compute_missing(rows)
         if self.device_rows:
             return self.device_rows.read(on_device)
-        self.store.flush()
-        return to_device(self.store.read(rows).astype(np.float32), self._device)
+        values = to_device(self.store.read(rows).astype(np.float32), self._device)
+        new = np.isin(rows, missing)
+        values[to_device(new, self._device)] = computed[np.searchsorted(missing, rows[new])].float()
+        return values
 
-    def _compute_missing(self, rows: Array) -> None:
-        """Compute missing rows for the store; ensure that all rows are among the device rows, if used."""
+    def _compute_missing(self, rows: Array) -> tuple[Array, Tensor]:
+        """Compute missing rows for the store and the device rows, if used; return these rows and their values."""
         if self.device_rows:
             rows = self.device_rows.absent(rows)
-        missing = self.store.missing(rows)
+        missing, values = self.store.missing(rows), torch.empty(0, self.store.width, device=self._device)
         if len(missing):
             self.computed += len(missing)
             values = self._run(missing)
@@ -160,6 +165,7 @@ class CachedTeacher(Teacher):
                 self.device_rows.write(missing, values)
         if self.device_rows and len(rows):
             self.device_rows.copy_rows(self.device_rows.absent(rows))
+        return missing, values
 
     def _run(self, rows: Array) -> Tensor:
         """Run the teacher for at least one row; return ``[n, width]`` in the store's dtype."""
