@@ -10,18 +10,9 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
-from mdistiller_norm.data import (
-    DATASETS,
-    ImageOptions,
-    MemoryEvalLoader,
-    MemoryTrainLoader,
-    Share,
-    TensorDataset,
-    cifar100,
-    digits,
-    open_dataset,
-)
+from mdistiller_norm.data import DATASETS, ImageOptions, Share, cifar100, digits, open_dataset
 from mdistiller_norm.data.augment import Normalise, PadCropFlip
+from mdistiller_norm.data.memory import MemoryEvalLoader, MemoryTrainLoader, TensorDataset
 from mdistiller_norm.data.plan import epoch_plan, share_out, smallest_micro_batch
 from mdistiller_norm.download import read_sources
 from mdistiller_norm.errors import ConfigError, DataError

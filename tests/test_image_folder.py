@@ -29,18 +29,9 @@ from mdistiller_norm.build_data import build_dataset
 from mdistiller_norm.cli import execute
 from mdistiller_norm.cli import run as run_program
 from mdistiller_norm.config import dump, load_config
-from mdistiller_norm.data import Share
+from mdistiller_norm.data import ImageOptions, Share, image_folder, imagenet, tiny_imagenet
 from mdistiller_norm.data.decode import decode, draw_crop, eval_image, train_image
-from mdistiller_norm.data.folder import (
-    MEAN,
-    STD,
-    ImageDataset,
-    ImageOptions,
-    image_folder,
-    imagenet,
-    measure,
-    tiny_imagenet,
-)
+from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, measure
 from mdistiller_norm.data.shards import INDEX, webdataset
 from mdistiller_norm.engine.checkpoint import load, save_atomically
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
@@ -455,7 +446,6 @@ CLASSES = r"classes\.txt must contain one class name per line"
     ("damage", "message"),
     [
         (shard(lambda whole, middle: whole[:middle]), TRUNCATED),
-        (shard(lambda whole, middle: whole[: middle + 100]), TRUNCATED),
         (shard(lambda whole, middle: whole[:middle] + bytes(len(whole) - middle)), TRUNCATED),
         (shard(lambda whole, middle: whole[:middle] + b"x" * 512 + whole[middle + 512 :]), TRUNCATED),
         (shard(lambda whole, middle: gzip.compress(whole)), r"000001\.tar cannot be read"),
@@ -464,7 +454,6 @@ CLASSES = r"classes\.txt must contain one class name per line"
         (index(shards=["000000.tar"]), STALE),
         (index(targets=np.full(36, -1)), r"class numbers of .*classes\.txt must be in 0\.\.2, got -1\.\.-1"),
         (index(places=np.empty((0, 3), np.int64), targets=np.empty(0, np.int64)), "train has no shards"),
-        (lambda root: (root / "train" / INDEX).write_bytes(b"PK\x03\x04 cut off"), STALE),
         (lambda root: (root / "classes.txt").write_bytes(b"a\nb\nc\n\n\nd\n"), CLASSES),
     ],
 )
@@ -506,8 +495,6 @@ def test_shards_are_written_completely_or_not_at_all(
 ) -> None:
     with pytest.raises(DataError, match=r"tiny_shards has shards: choose another folder"):
         pack(copy, shards)
-    with pytest.raises(DataError, match=r"/dev/null cannot be written \(.*Not a directory"):
-        pack(copy, Path("/dev/null"))
     limited_files(5000)
     with pytest.raises(DataError, match=r"full cannot be written \(.*File too large\)"):
         pack(copy, tmp_path / "full")

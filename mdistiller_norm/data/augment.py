@@ -21,7 +21,6 @@ class PadCropFlip:
 
     @property
     def views(self) -> int:
-        """Number of views of an image."""
         return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
 
     def __call__(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class ImageSplit(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Name of an image for messages."""
+        """Return the name of an image for messages."""
 
 
 @dataclass(frozen=True)

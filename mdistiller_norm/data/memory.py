@@ -31,15 +31,12 @@ class Split:
         return Split(self.images[rows], self.targets[rows])
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the pixels."""
         return hashlib.sha256(self.images.cpu().contiguous().numpy().data).hexdigest()
 
     def to(self, device: torch.device) -> Split:
-        """Return the split with its tensors on a device."""
         return Split(self.images.to(device), self.targets.to(device))
 
     def check(self, name: str, classes: int) -> None:
-        """Check types, shapes and ranges."""
         images, targets = vars(self).values()  # of any type
         shape = images.shape if isinstance(images, Tensor) and images.dtype == torch.uint8 else ()
         if len(shape) != 4 or shape[3] != 3 or 0 in shape:
@@ -130,7 +127,6 @@ class MemoryTrainLoader(TrainLoader):
             yield order[rows], views[rows], keys[step]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 that identifies the augmented images."""
         mean, std = self._normalise.mean.tolist(), self._normalise.std.tolist()
         content = f"{self.augment} {mean} {std} {self._train.fingerprint()}"
         return hashlib.sha256(content.encode()).hexdigest()
