@@ -10,12 +10,14 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
+from mdistiller_norm.config import load_config
 from mdistiller_norm.data import DATASETS, ImageOptions, Share, cifar100, digits, open_dataset
 from mdistiller_norm.data.augment import Normalise, PadCropFlip
 from mdistiller_norm.data.memory import MemoryEvalLoader, MemoryTrainLoader, TensorDataset
 from mdistiller_norm.data.plan import epoch_plan, share_out, smallest_micro_batch
 from mdistiller_norm.download import read_sources
 from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.run_folder import run_folder
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,10 @@ def test_subset_is_balanced_and_fixed() -> None:
     assert torch.equal(whole.subset(103).train.images, part.train.images)
     with pytest.raises(ConfigError, match=r"DATASET\.SUBSET must be >= 10, the number of classes, got 9"):
         whole.subset(9)
+    for name in ("EXPERIMENT.NAME=quick", "EXPERIMENT.TAG=quick"):
+        assert run_folder(load_config(None, [name, "DATASET.SUBSET=20"])).name.endswith(
+            "quick,DATASET.SUBSET=20"
+        )
 
 
 def test_wrong_names_and_data_sets_are_refused() -> None:

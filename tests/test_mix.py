@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from short_runs import assert_same_state, config, state_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image
 
@@ -36,6 +37,16 @@ def test_mixed_images_and_targets_equal_torchvisions() -> None:
         for ours, whole in ((mixed.images, Image(images)), (mixed.targets, targets)):
             theirs = transform.transform(whole, common | parameters)
             torch.testing.assert_close(ours, theirs.as_subclass(torch.Tensor))
+
+
+def test_mixing_does_not_synchronise() -> None:
+    with FakeTensorMode():  # raises where a value is read
+        images, targets = (
+            torch.empty(4, 3, 8, 8, device="cuda"),
+            torch.empty(4, dtype=torch.int64, device="cuda"),
+        )
+        mixed = mix(Batch(images, *[targets] * 4), torch.empty(5, device="cuda"), 3)
+        assert mixed.targets.shape == (4, 3)
 
 
 def test_draws_are_distributed_and_a_function_of_seed_epoch_step_and_rank() -> None:
