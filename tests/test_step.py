@@ -58,6 +58,8 @@ def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path: Path, teacher
         assert losses.total.shape == ()
         assert losses.parts.shape == (len(step.trainable.loss_names),)
 
+    if torch.__version__ < "2.7":
+        pytest.skip("PyTorch 2.6 initialises CUDA to move parameters to a fake GPU")
     torch.__future__.set_overwrite_module_params_on_conversion(
         True
     )  # real parameters cannot become fake in place
