@@ -93,10 +93,8 @@ class Distiller(nn.Module):
         self, *, ce_weight: float = 1.0, weight: float = 1.0, warmup: int = 0, **settings: Any
     ) -> None:
         super().__init__()
-        self.ce_weight = float(ce_weight)
-        self.weight = float(weight)
-        self.warmup = int(warmup)
-        self.settings = settings
+        self.ce_weight, self.weight = float(ce_weight), float(weight)
+        self.warmup, self.settings = int(warmup), settings
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:

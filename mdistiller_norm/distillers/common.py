@@ -117,7 +117,6 @@ SECOND = 0x94D049BB133111EB - 2**64
 
 
 def _shift(bits: Tensor, count: int) -> Tensor:
-    """Logical shift right."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 

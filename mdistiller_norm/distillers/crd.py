@@ -1,9 +1,7 @@
 """CRD: contrastive learning of embeddings of student and teacher.
 
 Source: Tian et al., "Contrastive Representation Distillation" (ICLR 2020), Eq. 17-19 (NCE objective) and section 3.4
-(memory bank, momentum, embeddings).
-
-The memory is part of the checkpoint and has ``2 * N * DIM`` floats: 49 MiB for CIFAR-100, 1.22 GiB for ImageNet.
+(memory bank, momentum, embeddings). The memory is part of the checkpoint.
 """
 
 import math
@@ -71,7 +69,6 @@ def _weighted_rows(weights: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _chunks(values: Tensor, memory: Tensor, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the values and the gathered rows ``[b, M, D]`` of some anchors at a time."""
     count = min(len(chosen), math.ceil(chosen.numel() * memory.shape[1] / CHUNK))
     for some, rows in zip(values.chunk(count), chosen.chunk(count), strict=True):
         yield some, memory[rows]
@@ -223,7 +220,6 @@ def _batch_sizes(indices: Tensor) -> list[int]:
 
 
 def _gather(tensor: Tensor, sizes: list[int]) -> Tensor:
-    """Concatenate ``[B, ...]`` of all processes, which have these batch sizes."""
     if len(sizes) == 1:
         return tensor
     padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])

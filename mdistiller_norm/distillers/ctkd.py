@@ -3,10 +3,8 @@
 Source: Li et al., "Curriculum Temperature for Knowledge Distillation" (AAAI 2023), global temperature. The gradient of
 the temperature is reversed, so it maximises the loss; the strength of the reversal rises from 0 to 1 along a cosine.
 
-Defaults: the authors' code (zhengli97/CTKD, ``scripts/run_cifar_distill.sh``, for resnet56 -> resnet20): T = 1 + 20 *
-sigmoid(theta) with theta = 1 at the start, full strength from epoch 10, weights 0.1 and 0.9. Sun et al. (CVPR 2024)
-report 73.39 for resnet32x4 -> resnet8x4. As in the code, theta is subject to weight decay, and its gradient includes
-the factor ``T ** 2``.
+Defaults: the authors' code (zhengli97/CTKD, ``scripts/run_cifar_distill.sh``, for resnet56 -> resnet20), where theta is
+1 at the start.
 """
 
 import math

@@ -57,8 +57,7 @@ def dkd_loss(
         student_logits, teacher_logits: ``[B, C]``.
         targets: ``[B]``, int64 class indices.
     """
-    softened = soften(student_logits, teacher_logits, temperature)
-    return decoupled_divergence(softened, targets, alpha, beta)
+    return decoupled_divergence(soften(student_logits, teacher_logits, temperature), targets, alpha, beta)
 
 
 @register("DKD")

@@ -3,9 +3,7 @@
 Source: Wei and Bai, "Dynamic Temperature Knowledge Distillation" (2024, arXiv:2404.12711). The paper measures sharpness
 by the log-sum-exp of the logits; the authors' code (JinYu1998/DTKD), followed here, uses the largest logit. They later
 withdrew the derivation of the temperatures (Eq. 4-5), not the results. If the largest logit is not positive, the code
-divides by a temperature <= 0; here it counts as barely positive, so two such samples get the plain temperature.
-
-Defaults: the authors', also for resnet32x4 -> resnet8x4 (alpha 3, beta 1, T 4, cross entropy 1, warm-up 20 epochs).
+divides by a temperature <= 0; here it counts as barely positive. Defaults: the authors'.
 """
 
 from torch import Tensor

@@ -1,7 +1,6 @@
 """FitNet: regression of one map of the student onto one map of the teacher.
 
-Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), Eq. 3. As in mdistiller the hint is part of the
-loss during the whole training, not a separate first stage.
+Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), Eq. 3.
 """
 
 from typing import Any, Self
@@ -61,8 +60,7 @@ class FitNet(Distiller):
 
     def __init__(self, regressor: nn.Module, layer: int, **weights: Any) -> None:
         super().__init__(**weights)
-        self.regressor = regressor
-        self.layer = layer
+        self.regressor, self.layer = regressor, layer
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:

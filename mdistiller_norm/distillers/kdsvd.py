@@ -1,10 +1,9 @@
 """KDSVD: relations of the leading singular vectors of adjacent stages.
 
 Source: Lee et al., "Self-Supervised Knowledge Distillation Using Singular Value Decomposition" (ECCV 2018). The paper
-and RepDistiller decompose a map as ``[H * W, D]``; mdistiller, followed here, decomposes it as ``[D * H, W]``. Three
-changes: the arbitrary signs of the singular vectors are fixed (the teacher's components have a positive sum, and the
-student's vectors follow the teacher's); the gradient is finite for equal and zero singular values; the larger of two
-maps is averaged to the smaller size.
+and RepDistiller decompose a map as ``[H * W, D]``; mdistiller, followed here, decomposes it as ``[D * H, W]``. Changes:
+the arbitrary signs of the singular vectors are fixed (the teacher's components have a positive sum, and the student's
+vectors follow the teacher's); the gradient is finite for equal and zero singular values.
 """
 
 import itertools
@@ -51,7 +50,6 @@ def _sign(x: Tensor) -> Tensor:
 
 
 def _aligned(student: Tensor, teacher: Tensor) -> Tensor:
-    """For each vector of the teacher the most parallel one of the student, in the same direction."""
     cosines = (student.mT @ teacher).detach()
     best = cosines.abs().argmax(1, keepdim=True)
     chosen = student.gather(2, best.expand(-1, student.shape[1], -1))

@@ -4,8 +4,7 @@ Source: Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024
 logits is multiplied by the squared base temperature instead of each sample's temperature.
 
 Defaults: as published for resnet32x4 -> resnet8x4 (sunshangquan/logit-standardization-KD, ``--base-temp 2 --kd-weight
-9``; KD keeps its cross-entropy weight of 0.1, DKD multiplies alpha and beta by 9): 76.62 for KD, 77.01 for DKD. Their
-code divides by ``sigma + 1e-7``; here a row without spread is uniform, which is the limit.
+9``; KD keeps its cross-entropy weight of 0.1, DKD multiplies alpha and beta by 9).
 """
 
 from torch import Tensor

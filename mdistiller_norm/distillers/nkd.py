@@ -1,11 +1,8 @@
 """NKD: soft cross entropy of the target class, and of the other classes normalised without it.
 
 Source: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized
-Loss and Customized Soft Labels" (ICCV 2023), and the authors' code (yzd-v/cls_KD, ``dis_losses/nkd.py``). The target
-part has no temperature and no logarithm of the teacher, so the loss is not 0 for equal logits.
-
-Defaults: the authors' CIFAR-100 file (ResNet34 -> ResNet18): gamma 3.5, temperature 3; their ImageNet files have gamma
-1.5, temperature 1. They publish none for resnet32x4 -> resnet8x4.
+Loss and Customized Soft Labels" (ICCV 2023), and the authors' code (yzd-v/cls_KD, ``dis_losses/nkd.py``). Defaults: the
+authors' CIFAR-100 file (ResNet34 -> ResNet18); their ImageNet files have gamma 1.5, temperature 1.
 """
 
 from torch import Tensor

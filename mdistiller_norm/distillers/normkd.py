@@ -45,12 +45,9 @@ def norm_dkd_loss(
 ) -> Tensor:
     """``(T_norm * sigma_t)^2 * (alpha * TCKD + beta * NCKD)`` of logits divided by ``T_norm * sigma``, batch mean.
 
-    Args:
-        student_logits, teacher_logits: ``[B, C]``.
-        targets: ``[B]``, int64 class indices.
+    Shapes are those of ``dkd_loss``.
     """
-    softened = soften(student_logits, teacher_logits, t_norm, "std")
-    return decoupled_divergence(softened, targets, alpha, beta)
+    return decoupled_divergence(soften(student_logits, teacher_logits, t_norm, "std"), targets, alpha, beta)
 
 
 @register("NormKD")

@@ -58,8 +58,7 @@ def _connector(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequ
 class OFD(Distiller):
     """Overhaul of feature distillation on the pre-activations of matched stages.
 
-    The teacher's maps are averaged to the student's size; each stage has half the weight of the next deeper one. With
-    ``teacher_train_mode`` a copy of the teacher runs with batch statistics, as the authors do; the loss differs a lot.
+    The teacher's maps are averaged to the student's size; each stage has half the weight of the next deeper one.
     """
 
     defaults = {
@@ -82,8 +81,8 @@ class OFD(Distiller):
     ) -> None:
         super().__init__(**weights)
         self.teacher_in_train_mode = teacher_train_mode
-        widths = zip(channels, (norm.num_features for norm in norms), strict=True)
-        self.connectors = nn.ModuleList(_connector(ins, outs, kernel_size) for ins, outs in widths)
+        pairs = zip(channels, norms, strict=True)
+        self.connectors = nn.ModuleList(_connector(ins, n.num_features, kernel_size) for ins, n in pairs)
         for stage, norm in enumerate(norms):
             self.register_buffer(f"margin{stage}", margins_of(norm))
 
@@ -94,8 +93,7 @@ class OFD(Distiller):
             raise ConfigError(f"OFD.CONNECTOR.KERNEL_SIZE must be odd and >= 1, got {kernel_size}")
         require_preacts(student=pair.student.preacts, teacher=pair.teacher.preacts)
         students, teachers = matched_stages(pair.student.preacts, pair.teacher.preacts)
-        norms: Any = pair.teacher_network.norms_before_relu()  # type: ignore[operator]
-        norms = norms[-len(teachers) :]
+        norms: Any = pair.teacher_network.norms_before_relu()[-len(teachers) :]  # type: ignore[operator]
         # A wrapped network may return no norms at all.
         for maps, norm in zip_longest(teachers, norms):
             if norm is None or norm.num_features != maps.shape[1]:
@@ -107,8 +105,9 @@ class OFD(Distiller):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         students, teachers = matched_stages(student.preacts, teacher.preacts)
         losses = []
-        stages = zip(self.connectors, students, teachers, strict=True)
-        for stage, (connector, source, target) in enumerate(stages):
+        for stage, (connector, source, target) in enumerate(
+            zip(self.connectors, students, teachers, strict=True)
+        ):
             target, margin = pool_to(target, source.shape[-2:]), self.get_buffer(f"margin{stage}")
             losses.append(feat_loss(connector(source), target, margin) / 2 ** (len(students) - 1 - stage))
         return torch.stack(losses).sum()

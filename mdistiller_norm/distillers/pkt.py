@@ -11,7 +11,6 @@ from mdistiller_norm.distillers.common import unit
 
 
 def _neighbours(features: Tensor) -> Tensor:
-    """Cosines of ``[B, D]`` scaled to [0, 1], ``[B, B]``, each row divided by its sum."""
     directions = unit(features, 1)
     similarity = (directions @ directions.T + 1) / 2
     return similarity / similarity.sum(1, keepdim=True)

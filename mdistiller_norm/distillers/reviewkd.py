@@ -22,7 +22,7 @@ LEVELS = (4, 2, 1)
 def hcl_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor]) -> Tensor:
     """Mean squared difference of maps and of their averages on 4x4, 2x2 and 1x1 grids, summed over the maps.
 
-    Each grid smaller than the map has half the weight of the level before it; the weights of a map sum to 1.
+    Each smaller grid has half the weight of the level before it; the weights of a map sum to 1.
 
     Args:
         list_s: fused maps of the student, ``[B, D_i, H_i, W_i]``.
@@ -59,11 +59,7 @@ class AttentionFusion(nn.Module):
         self.attention = nn.Conv2d(2 * mid_channels, 2, 1) if fuse else None
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fuse the student's map with the fused map of the next deeper level, None for the deepest.
-
-        Returns:
-            The map to compare with the teacher's and the fused map for the next level, both of ``size``.
-        """
+        """Return the map to compare with the teacher's and the fused map for the next level, both of ``size``."""
         x = self.inner(x)
         if self.attention is not None and deeper is not None:
             deeper = _resize(deeper, x.shape[-2:])
@@ -109,10 +105,9 @@ class ReviewKD(Distiller):
         super().__init__(**weights)
         self.student_preact = student_preact
         mid_channels = min(512, in_channels[-1])
-        last = len(in_channels) - 1
-        channels = enumerate(zip(in_channels, out_channels, strict=True))
         self.fusions = nn.ModuleList(
-            AttentionFusion(ins, mid_channels, outs, fuse=level < last) for level, (ins, outs) in channels
+            AttentionFusion(ins, mid_channels, outs, fuse=level < len(in_channels) - 1)
+            for level, (ins, outs) in enumerate(zip(in_channels, out_channels, strict=True))
         )
 
     @classmethod
@@ -149,8 +144,7 @@ class ReviewKD(Distiller):
         targets = _levels(teacher.preacts[-count:], teacher.pooled)
         fused: list[Tensor] = []
         deeper = None
-        levels = list(zip(self.fusions, sources, targets, strict=True))
-        for fusion, source, target in reversed(levels):
+        for fusion, source, target in reversed(list(zip(self.fusions, sources, targets, strict=True))):
             out, deeper = fusion(source, deeper, target.shape[-2:])
             fused.insert(0, out)
         return hcl_loss(fused, targets)

@@ -4,9 +4,8 @@ Source: Sun et al., "Knowledge Distillation with Refined Logits" (ICCV 2025). Sa
 confident in the target as the teacher is in its top class, right or wrong. Masked correlation: only classes that the
 teacher ranks below the target are compared. If the teacher is right, this is DKD.
 
-Defaults: the authors' (zju-SWJ/RLD): alpha 1, beta 8, T 4, cross entropy 1, warm-up 20 epochs and temperature 1 for the
-confidence; their file for resnet32x4 -> resnet8x4 does not change them, and they publish 76.64. The paper has one
-temperature (their option ``--same-t``, here ``ALPHA_T`` equal to ``T``).
+Defaults: the authors' (zju-SWJ/RLD). The paper has one temperature (their option ``--same-t``, here ``ALPHA_T`` equal
+to ``T``).
 """
 
 from torch import Tensor

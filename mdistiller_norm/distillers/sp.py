@@ -1,7 +1,6 @@
 """SP: matching of the similarities within a batch.
 
-Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019), Eq. 2-4. Last map only, as in
-mdistiller.
+Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019), Eq. 2-4.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from mdistiller_norm.types import Batch, Outputs
 
 
 def _similarities(maps: Tensor) -> Tensor:
-    """Inner products of the samples of ``[B, ...]``, ``[B, B]``, with rows of length 1."""
     flat = at_least_float32(maps).flatten(1)
     # One scale for the whole batch does not change the result and avoids overflow.
     peak = flat.detach().abs().amax()

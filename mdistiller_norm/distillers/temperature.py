@@ -34,8 +34,7 @@ def constant(logits: Tensor) -> Tensor:
 def std(logits: Tensor) -> Tensor:
     """Return the unbiased standard deviation of each sample (NormKD, Eq. 6); exactly 0 for a constant row."""
     # The shift by the maximum is exact for a constant row of any magnitude.
-    shifted = logits - logits.amax(1, keepdim=True).detach()
-    variance = shifted.var(1, keepdim=True)
+    variance = (logits - logits.amax(1, keepdim=True).detach()).var(1, keepdim=True)
     # The gradient of sqrt is infinite at 0, even in a branch that is masked out.
     return variance.clamp_min(FLOOR**2).sqrt() * (variance > FLOOR**2)
 

@@ -1,8 +1,7 @@
 """VID: prediction of the teacher's maps with a learned variance for each channel.
 
 Source: Ahn et al., "Variational Information Distillation for Knowledge Transfer" (CVPR 2019): negative log likelihood
-of a Gaussian with learned mean and variance, without its constant. mdistiller leaves the variances at their initial
-values (they are not in its optimizer or checkpoints); here they are parameters.
+of a Gaussian with learned mean and variance, without its constant.
 """
 
 import math
@@ -34,10 +33,8 @@ def vid_loss(mean: Tensor, f_t: Tensor, log_scale: Tensor, eps: float = 1e-5) ->
 
 
 def _regressor(channels: int, targets: int) -> nn.Sequential:
-    """Map the student's channels to the teacher's, pixel by pixel."""
-    widths = (channels, targets, targets)
-    first, second, third = (nn.Conv2d(width, targets, 1, bias=False) for width in widths)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+    convs = [nn.Conv2d(width, targets, 1, bias=False) for width in (channels, targets, targets)]
+    return nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
 
 @register("VID")

@@ -103,6 +103,7 @@ def _verify(content: bytes, path: Path) -> None:
     start = content[:512].split()
     if start and all(word.isascii() and word.decode().isprintable() for word in start):
         raise CheckpointError(f"{path} is a text file, not a checkpoint: download the file again")
+    damage = ""
     if signature[2:].startswith(_MARK):
         damage = "its SHA-256 does not match" if signature != _signature(archive) else ""
     elif content.startswith(b"PK"):
@@ -111,8 +112,6 @@ def _verify(content: bytes, path: Path) -> None:
             damage = f"the CRC-32 of {member} does not match" if member else ""
         except Exception as error:  # zipfile raises anything on damaged archives
             damage = f"{first_line(error)}: it may be truncated"
-    else:
-        damage = ""
     if damage:
         raise CheckpointError(f"{path} is damaged ({damage})")
 
@@ -148,8 +147,7 @@ def _match_names(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> di
     found = [name.removesuffix(first[1:]) for name in bare if name.endswith(first)]
     candidates = [state]
     for prefix in ("", "ema.", "student.", *found):
-        named = {name.removeprefix(prefix): v for name, v in bare.items() if name.startswith(prefix)}
-        candidates.append(named)
+        candidates.append({n.removeprefix(prefix): v for n, v in bare.items() if n.startswith(prefix)})
     return max(candidates, key=lambda names: len(names.keys() & expected.keys()))
 
 
@@ -158,6 +156,5 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     try:
         network.load_state_dict(_match_names(weights.state, network.state_dict()))
     except (RuntimeError, ValueError) as error:  # the latter of modules such as torchvision's MNASNet
-        reason = str(error).partition("\n")[2] or str(error)
-        shortened = textwrap.shorten(reason, 300, placeholder=" ...")
-        raise CheckpointError(f"{weights.path} does not fit {name}: {shortened}") from error
+        reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300, placeholder=" ...")
+        raise CheckpointError(f"{weights.path} does not fit {name}: {reason}") from error

@@ -17,8 +17,7 @@ WORTHWHILE_STEPS = 3000  # with fewer, compiling (30 to 120 seconds) costs more 
 
 def compiler_missing(device: torch.device) -> str:
     """Return why nothing can be compiled for this device, or ""."""
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         return "no C++ compiler was found (g++, clang++, or the one named by CXX)"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "the GPU is too old for the compiler"

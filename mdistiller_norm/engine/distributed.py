@@ -130,10 +130,8 @@ def wrap(module: nn.Module) -> nn.Module:
     if not together():
         return module
     # Buffers are not synchronised: batch norms are averaged when they are read, and CRD's memory is updated equally.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    key = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # renamed in 2.14
+    known = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    key = "forward_sync_buffers" if known else "broadcast_buffers"  # renamed in PyTorch 2.14
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **{key: False})  # type: ignore[arg-type]
 
 

@@ -41,8 +41,6 @@ def evaluate(
     """Evaluate a network in eval mode. With several processes, each evaluates a share, and all return the whole.
 
     Args:
-        network: to evaluate.
-        loader: batches of the split.
         autocast: dtype of the forward pass, None for float32.
         forward: captured form of ``network``. Defaults to ``network``, in float32 with folded batch norms.
     """
@@ -51,8 +49,7 @@ def evaluate(
     device = next(network.parameters()).device
     # Accumulated on the device and read once, at the end.
     correct, seen = torch.zeros(2, network.num_classes, dtype=torch.int64, device=device)
-    in_top5 = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    in_top5, loss = torch.zeros(2, dtype=torch.float64, device=device)
     start = time.perf_counter()
     if not forward:
         module = None if autocast else folded(network, Need.LOGITS)
@@ -77,5 +74,5 @@ def evaluate(
     correct, seen, in_top5, loss = map(distributed.all_reduce, (correct, seen, in_top5, loss))
     samples = int(seen.sum())
     top1, top5 = 100 * int(correct.sum()) / samples, 100 * int(in_top5) / samples
-    rate = samples / (time.perf_counter() - start)
-    return Evaluation(top1, top5, float(loss) / samples, samples, rate, (100 * correct.double() / seen).cpu())
+    rate, per_class = samples / (time.perf_counter() - start), (100 * correct.double() / seen).cpu()
+    return Evaluation(top1, top5, float(loss) / samples, samples, rate, per_class)

@@ -21,12 +21,8 @@ class Captured:
     """A function of tensors that replays CUDA graphs, which share their working memory.
 
     Inputs are copied into static buffers. Other tensors that the function reads (weights, the learning rate) must stay
-    at one address. If recording fails, the function runs as it is.
-
-    Args:
-        function: to record.
-        warn: prints a warning if recording fails.
-        state_tensors: returns the tensors that the function writes to.
+    at one address. If recording fails, the function runs as it is. ``state_tensors`` returns the tensors that the
+    function writes to.
     """
 
     def __init__(
@@ -83,19 +79,18 @@ class Captured:
 
 def capture_step(step: TrainStep, setting: str, log: Warn) -> Callable[..., None]:
     """Return the step as a CUDA graph if ``ENGINE.CUDA_GRAPH`` and the device allow it, else the step."""
-    on_gpu, reason = step.loss_weights.is_cuda, ""
+    on_gpu = step.loss_weights.is_cuda
     if setting == "off" or (setting == "auto" and not on_gpu):
         return step
-    if not on_gpu:
-        reason = "there is no CUDA device"
-    elif slow := [name for name, method in step.trainable.distillers.items() if not method.capturable]:
-        reason = f"{' and '.join(slow)} synchronises with the host in every step"
-    elif distributed.together():
-        reason = "several processes exchange gradients"
-    elif not step.loader.on_device:
-        reason = "the images of this data set come from the host"
-    if reason:
-        log(f"no CUDA graph: {reason}")
+    slow = [name for name, method in step.trainable.distillers.items() if not method.capturable]
+    reasons = {
+        "there is no CUDA device": not on_gpu,
+        f"{' and '.join(slow)} synchronises with the host in every step": bool(slow),
+        "several processes exchange gradients": distributed.together(),
+        "the images of this data set come from the host": not step.loader.on_device,
+    }
+    if any(reasons.values()):
+        log(f"no CUDA graph: {next(reason for reason, applies in reasons.items() if applies)}")
         return step
     return Captured(step, log, step.state_tensors)
 

@@ -79,7 +79,6 @@ class RunLog:
             self._writer = SummaryWriter(folder / TENSORBOARD, purge_step=first_step)
 
     def line(self, text: str) -> None:
-        """Print a line and append it to ``worklog.txt``."""
         if self.folder:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -97,13 +96,11 @@ class RunLog:
             self._writer.flush()
 
     def step(self, losses: dict[str, float], step: int) -> None:
-        """Add the running averages of the losses after that many steps to TensorBoard."""
         if self.folder:
             for name, value in losses.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+                self._writer.add_scalar(f"train/loss_{name}", value, step)
 
     def close(self) -> None:
-        """Flush the writer and release the run folder."""
         with self.held:
             if self.folder:
                 self._writer.close()

@@ -22,48 +22,39 @@ class Averages(NamedTuple):
 class TrainMeters(nn.Module):
     """Sums over the samples of an epoch, by the names of ``Losses.parts``. A module for ``state_dict`` and ``to``."""
 
-    sums: Tensor
-    correct: Tensor
-    samples: Tensor
-    step: Tensor
-    first_bad: Tensor
-
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = list(names)
-        self.register_buffer("sums", torch.zeros(len(names), dtype=torch.float64))
-        for name in ("correct", "samples", "step"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("first_bad", torch.full((len(names),), -1, dtype=torch.int64))
+        self.sums = nn.Buffer(torch.zeros(len(names), dtype=torch.float64))
+        counts = (nn.Buffer(torch.zeros((), dtype=torch.int64)) for _ in range(3))
+        self.correct, self.samples, self.step = counts
+        self.first_bad = nn.Buffer(torch.full((len(names),), -1, dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, losses: Losses, targets: Tensor, new_step: bool = True, counted: bool = True) -> None:
         """Add a micro-batch, without host synchronisation.
 
         Args:
-            losses: of the micro-batch.
             targets: classes ``[B]`` or class probabilities ``[B, C]``, of which the largest counts.
             new_step: whether it is the first micro-batch of a step.
             counted: False for samples of another process.
         """
         parts = losses.parts.detach()
-        self.step += new_step
+        self.step.add_(new_step)
         if counted:
             classes = targets if targets.dim() == 1 else targets.argmax(1)
             self.sums.add_(parts, alpha=len(targets))
-            self.correct += (losses.logits.argmax(1) == classes).sum()
-            self.samples += len(targets)
+            self.correct.add_((losses.logits.argmax(1) == classes).sum())
+            self.samples.add_(len(targets))
         turned_bad = ~parts.isfinite() & (self.first_bad < 0)
         torch.where(turned_bad, self.step, self.first_bad, out=self.first_bad)
 
     def reset(self) -> None:
-        """Reset all sums, for a new epoch."""
         for buffer in self.buffers():
             buffer.zero_()
         self.first_bad.fill_(-1)
 
     def all_reduced_state(self) -> dict[str, Tensor]:
-        """Return the state over all processes, each of which must call this."""
         return {
             name: distributed.all_reduce(value, maximum=name in ("step", "first_bad"))
             for name, value in self.state_dict().items()

@@ -18,26 +18,16 @@ from mdistiller_norm.types import Batch
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate of each epoch: a linear warm-up, then steps or a cosine.
+    """Learning rate of each epoch, counted from 1: a linear warm-up, then steps or a cosine."""
 
-    Args:
-        kind: ``step``, or ``cosine``: half a period, to zero after the last epoch.
-        lr: learning rate after the warm-up.
-        epochs: number of epochs of the training.
-        warmup: number of epochs of the warm-up.
-        stages: epochs after each of which the steps multiply the learning rate by ``decay``.
-        decay: factor of a step.
-    """
-
-    kind: str
-    lr: float
+    kind: str  # step, or cosine: half a period, to zero after the last epoch
+    lr: float  # after the warm-up
     epochs: int
-    warmup: int
-    stages: Sequence[int]
+    warmup: int  # epochs
+    stages: Sequence[int]  # epochs after which the steps multiply the rate by decay
     decay: float
 
     def __call__(self, epoch: int) -> float:
-        """Return the learning rate of an epoch, counted from 1."""
         if epoch <= self.warmup:
             return self.lr * epoch / (self.warmup + 1)
         if self.kind == "cosine":
@@ -66,9 +56,8 @@ def build_fused(
     options["lr"] = torch.tensor(lr, device=device) if on_gpu else lr
     optimizer: torch.optim.Optimizer
     if kind == "AdamW":
-        warnings.filterwarnings(
-            "ignore", "This instance was constructed with capturable=True"
-        )  # by eager steps
+        # Eager steps warn.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         optimizer = torch.optim.AdamW(trained, capturable=on_gpu, **options)
         averages = ["exp_avg", "exp_avg_sq"]
     else:
@@ -99,14 +88,7 @@ class DOT:
     the usual momentum. With ``v_task = (mu - delta) v_task + g_task`` and ``v_kd = (mu + delta) v_kd + g_kd``, two
     SGD steps in a row compute ``theta - lr * (v_task + v_kd)``.
 
-    Args:
-        trainable: to train. A copy runs once, to find the parameters that each loss reaches.
-        batch: any training batch, for that run.
-        teacher: likewise.
-        delta: added to one momentum and subtracted from the other.
-        momentum: mu.
-        weight_decay: of the task's gradient.
-        sgd: the other arguments of :func:`build_fused`.
+    A copy of ``trainable`` runs once, on any ``batch``, to find the parameters that each loss reaches.
     """
 
     def __init__(
@@ -148,7 +130,6 @@ class DOT:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all optimizers."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def zero_grad(self) -> None:

@@ -29,8 +29,7 @@ def to_device(array: Array, device: torch.device) -> Tensor:
 
 def _checksums(values: Array) -> Array:
     """Compute the CRC-32 of each row, with the highest bit set: zero marks a row that was never written."""
-    rows = np.ascontiguousarray(values)
-    return np.array([zlib.crc32(row) | 1 << 31 for row in rows], np.uint32)
+    return np.array([zlib.crc32(row) | 1 << 31 for row in np.ascontiguousarray(values)], np.uint32)
 
 
 class RowStore:
@@ -58,8 +57,7 @@ class RowStore:
         try:
             self.read_only = not self._create(about)
             self._checksums: Array = np.memmap(self._file, np.uint32, "r", shape=rows)
-            shape = (rows, width)
-            self._values: Array = np.memmap(self._file, self._array_dtype, "r", self._header, shape)
+            self._values: Array = np.memmap(self._file, self._array_dtype, "r", self._header, (rows, width))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"the teacher cache {folder} cannot be used ({error}): remove it, or set DISTILLER.TEACHER_CACHE off"
@@ -104,12 +102,10 @@ class RowStore:
         return valid
 
     def missing(self, rows: Array) -> Array:
-        """Return the distinct rows that are not valid, in ascending order."""
         distinct = np.unique(rows)
         return np.asarray(distinct[~self.is_valid(distinct)])
 
     def read(self, rows: Array) -> Array:
-        """Return the values ``[n, width]`` of valid rows."""
         return np.asarray(self._values[rows])
 
     def write(self, rows: Array, values: Array) -> None:
@@ -162,18 +158,14 @@ class DeviceRows:
             self.copy_rows(rows[store.is_valid(rows)])
 
     def absent(self, rows: Array) -> Array:
-        """Return those of the rows that are not on the device."""
         return np.asarray(rows[~self._copied[rows]])
 
     def copy_rows(self, rows: Array) -> None:
-        """Copy valid rows of the store."""
         self.write(rows, to_device(self.store.read(rows), self._values.device))
 
     def write(self, rows: Array, values: Tensor) -> None:
-        """Set rows ``[n]`` to values ``[n, width]`` on the device."""
         self._values[to_device(rows, self._values.device)] = values
         self._copied[rows] = True
 
     def read(self, rows: Tensor) -> Tensor:
-        """Return the values ``[n, width]`` of rows as float32."""
         return self._values[rows].float()

@@ -41,13 +41,9 @@ def choose_cuda_kernels(device: torch.device, deterministic: bool) -> None:
 
 
 def slot_environment(device: str, slot: int, at_once: int, processes: int = 1) -> dict[str, str]:
-    """Return environment variables that divide cores and GPUs among parallel runs.
+    """Return environment variables that divide cores and GPUs among ``at_once`` runs of so many ``processes`` each.
 
-    Args:
-        device: ``DEVICE`` of the run; a numbered one is kept.
-        slot: index among the parallel runs.
-        at_once: number of parallel runs.
-        processes: number of processes of a run.
+    A numbered ``device`` is kept.
     """
     environment = {}
     if at_once * processes > 1 and "OMP_NUM_THREADS" not in os.environ:

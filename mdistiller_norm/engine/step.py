@@ -27,9 +27,6 @@ class TrainStep:
     Args:
         loader: prepares a batch from ``raw``.
         teacher: None for plain training.
-        trainable: student and distillers.
-        optimizer: of the parameters of ``trainable``.
-        meters: accumulate the losses.
         scaler: of fp16 gradients; None to not scale.
         forward: ``trainable`` (default) or a DistributedDataParallel around it.
         accumulate: micro-batches of a batch, whose gradients are summed.
@@ -61,7 +58,6 @@ class TrainStep:
         self.scaler.scale(torch.zeros((), device=device))  # creates its tensors before a step is captured
 
     def begin_epoch(self, epoch: int, seed: int) -> None:
-        """Write the values that change with the epoch (counted from 1)."""
         self.loss_weights.copy_(torch.tensor(self.trainable.loss_weights(epoch)))
         for method in self.trainable.methods():
             method.begin_epoch(epoch, seed)
@@ -130,10 +126,8 @@ class TrainStep:
 
 
 def _split(batch: Batch, extra: Raw, count: int) -> list[tuple[Batch, Raw]]:
-    """Split a batch and its extra tensors into parts whose sizes differ by at most one."""
     if count == 1:
         return [(batch, extra)]
-    names = ("images", "targets", "indices", "views")
-    whole = (*(getattr(batch, name) for name in names), *extra)
-    parts = zip(*(tensor.tensor_split(count) for tensor in whole), strict=True)
-    return [(batch._replace(**dict(zip(names, part, strict=False))), part[len(names) :]) for part in parts]
+    *tensors, key = batch
+    parts = zip(*(tensor.tensor_split(count) for tensor in (*tensors, *extra)), strict=True)
+    return [(Batch._make((*part[:4], key)), part[4:]) for part in parts]

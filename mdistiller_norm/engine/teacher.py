@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,6 @@ def weights_hash(network: nn.Module) -> str:
 
 
 class _Forward(nn.Module):
-    """``network.outputs`` as a forward pass, without the maps if they are not needed."""
-
     def __init__(self, network: Network, need: Need) -> None:
         super().__init__()
         self.network, self.need = network, need
@@ -43,11 +41,9 @@ def folded(network: Network, need: Need) -> nn.Module:
     Maps that are not needed are not computed. A network that cannot be traced is copied as it is.
     """
     module: nn.Module = _Forward(copy.deepcopy(network), need).eval()
-    try:
-        module = fuse(module, inplace=True, no_trace=False)
-    except Exception:  # tracing a user's network may raise anything
-        return module.requires_grad_(False)
-    return module.requires_grad_(False).to(memory_format=torch.channels_last)
+    with suppress(Exception):  # tracing a user's network may raise anything
+        module = fuse(module, inplace=True, no_trace=False).to(memory_format=torch.channels_last)
+    return module.requires_grad_(False)
 
 
 class Teacher:
@@ -89,7 +85,6 @@ class Teacher:
         return batches
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
-        """Return the outputs for a batch."""
         return self.run(batch.images)
 
     @contextmanager
@@ -101,7 +96,6 @@ class Teacher:
             yield
 
     def run(self, images: Tensor) -> Outputs:
-        """Return the outputs for images ``[B, 3, H, W]``."""
         with self._context(images.device):
             outputs = self._runs(images)
         if self.need is Need.MAPS:

@@ -38,7 +38,6 @@ class CachedTeacher(Teacher):
     """A teacher that runs only for the rows that its store lacks.
 
     Args:
-        loader: of the training.
         checkpoint: of the teacher; the store is beside it.
         pooled: width D of the pooled feature, which is stored if a method reads it.
         dtype: of the store, fp32 or fp16.
@@ -53,8 +52,7 @@ class CachedTeacher(Teacher):
         super().__init__(*teacher)
         self.loader, self.classes = loader, self.network.num_classes
         assert loader.views is not None
-        self._views = loader.views
-        self._device = next(self.network.parameters()).device
+        self._views, self._device = loader.views, next(self.network.parameters()).device
         self._batch_size = teacher_batch_size(loader, self._device)
         description: dict[str, object] = {
             "teacher": self.hash, "data": loader.fingerprint(), "views": loader.views, "need": self.need.name,
@@ -69,12 +67,11 @@ class CachedTeacher(Teacher):
         self.device_rows: DeviceRows | None = None
 
     def summary(self) -> str:
-        """Describe in a line how many rows are stored, and how many this run used."""
-        stored = (
-            f"{len(self.store.written()):,} of {self.store.rows:,} rows are stored in {self.store.folder}"
+        access = " (read-only)" if self.store.read_only else ""
+        return (
+            f"teacher cache: {len(self.store.written()):,} of {self.store.rows:,} rows are stored in "
+            f"{self.store.folder}{access}; {self.requested:,} were read and {self.computed:,} computed"
         )
-        stored += " (read-only)" if self.store.read_only else ""
-        return f"teacher cache: {stored}; {self.requested:,} were read and {self.computed:,} computed"
 
     def check_outputs(self) -> None:
         """Compare a batch of stored rows with the teacher's outputs, since the network's code may have changed."""
@@ -100,7 +97,6 @@ class CachedTeacher(Teacher):
         return f"the teacher cache {place}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB were free"
 
     def row_indices(self, raws: Iterable[Raw]) -> Tensor:
-        """Return the rows of the samples of all batches, on the device."""
         return torch.cat([raw[0] * self._views + raw[1] for raw in raws])
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
@@ -137,7 +133,6 @@ class CachedTeacher(Teacher):
         self.store.flush()
 
     def _values(self, rows: Array, on_device: Tensor) -> Tensor:
-        """Return the rows ``[n, width]`` as float32 on the teacher's device, computing missing ones."""
         self.requested += len(rows)
         missing, computed = self._compute_missing(rows)
         if self.device_rows:

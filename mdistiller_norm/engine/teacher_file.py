@@ -90,10 +90,9 @@ def find_teacher(
         file = Path(weights)
         if not file.is_file():
             raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
-        for path, entry in chain(*map(_manifest_files, ROOTS)):
-            if path.resolve() == file.resolve():
-                return TeacherFile(file, entry.get("top1"))
-        return TeacherFile(file)
+        listed = chain(*map(_manifest_files, ROOTS))
+        entries = [entry for path, entry in listed if path.resolve() == file.resolve()]
+        return TeacherFile(file, entries[0].get("top1") if entries else None)
     if known := known_teacher(model, dataset):
         return known
     hint = f"set DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
@@ -197,17 +196,15 @@ def check_teacher(
     network: Network, file: TeacherFile, test: EvalLoader, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Evaluate the teacher before training; log its accuracy, and warnings if it is lower than expected."""
-    measured = evaluate(network, test)
-    top1, top5 = measured.top1, measured.top5
-    if not math.isfinite(measured.loss):
+    top1, top5, loss, *_ = evaluate(network, test)
+    if not math.isfinite(loss):
         raise CheckpointError(f"the teacher {file.path} computes NaN or infinite logits")
     log(f"teacher {network.name} from {file.path}: test top-1 {top1:.2f}, top-5 {top5:.2f}")
     chance = 100 / network.num_classes
-    warning = ""
+    if file.warning:
+        log(f"warning: {file.warning}")
     if file.top1 is not None and top1 < file.top1 - 1:
-        warning = f"the teacher's top-1 {top1:.2f} is far below its stated {file.top1:.2f}"
+        log(f"warning: the teacher's top-1 {top1:.2f} is far below its stated {file.top1:.2f}")
     elif top1 < chance + min(chance, (100 - chance) / 10):
-        warning = f"the teacher's top-1 {top1:.2f} is about chance: its weights or the data are wrong"
-    for text in filter(None, (file.warning, warning)):
-        log(f"warning: {text}")
+        log(f"warning: the teacher's top-1 {top1:.2f} is about chance: its weights or the data are wrong")
     return {"name": network.name, "file": str(file.path), "top1": top1, "top5": top5}

@@ -40,18 +40,15 @@ class Trainable(nn.Module):
         ema: float = 0.0,
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.autocast = student, autocast
         self.forward_student: Callable[[Tensor], Outputs] = student.outputs
         self.distillers = nn.ModuleDict(dict(distillers or {}))
-        self.ce_weight = ce_weight
-        self.autocast = autocast
-        self.label_smoothing = label_smoothing
+        self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
         self.ema = copy.deepcopy(student).requires_grad_(False) if ema else None
         self._average = get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
 
     @property
     def loss_names(self) -> list[str]:
-        """Names of the losses, in the order of ``Losses.parts``."""
         return ["ce", *self.distillers]
 
     @property
@@ -69,12 +66,10 @@ class Trainable(nn.Module):
             self._average(averages, values, None)
 
     def methods(self) -> list[Distiller]:
-        """Return the distillers in the order of ``loss_names``."""
         return [method for method in self.distillers.values() if isinstance(method, Distiller)]
 
     @property
     def need(self) -> Need:
-        """The teacher's outputs that the distillers read."""
         return max((method.need for method in self.methods()), default=Need.NOTHING)
 
     def loss_weights(self, epoch: int) -> list[float]:
@@ -82,19 +77,12 @@ class Trainable(nn.Module):
         return [self.ce_weight, *(method.weight * method.ramp(epoch) for method in self.methods())]
 
     def forward(self, batch: Batch, teacher: Outputs | None, loss_weights: Tensor) -> Losses:
-        """Run the student and compute all losses.
-
-        Args:
-            batch: images and targets: classes ``[B]`` or class probabilities ``[B, C]``.
-            teacher: the teacher's outputs for the batch; None for plain training.
-            loss_weights: ``[1 + distillers]``, see :meth:`loss_weights`.
-        """
+        """Run the student and compute all losses, with the weights ``[1 + distillers]`` of :meth:`loss_weights`."""
         student = self.student_outputs(batch.images)
         weighted = torch.stack(self.losses(student, batch, teacher)) * loss_weights
         return Losses(weighted.sum(), weighted, at_least_float32(student.logits.detach()))
 
     def student_outputs(self, images: Tensor) -> Outputs:
-        """Run the student on images ``[B, 3, H, W]`` in the precision of training."""
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             return self.forward_student(images)
 

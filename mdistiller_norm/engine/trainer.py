@@ -49,14 +49,7 @@ class Trainer:
     """Train until the last epoch; write ``latest.pt``, ``best.pt`` and the students to the run folder.
 
     Args:
-        step: one training step.
-        schedule: learning rate of each epoch.
         test: split that is evaluated after each epoch.
-        epochs: number of epochs.
-        folder: existing run folder.
-        log: of the run.
-        provenance: records to save.
-        intervals: of logging and saving.
         run_step: ``step`` (default) or its captured form.
         run_test: captured form of the student for evaluation.
 
@@ -89,17 +82,16 @@ class Trainer:
         self.grad_norms: dict[str, float] = {}  # of the current epoch
         self.parts: list[Record] = [{"from_step": 0, **provenance.environment}]
         self._requested = 0  # number of the signal that requested a stop
-        self._counted_until = 0.0  # time up to which `seconds` counts
-        self._last_read = 0.0
+        self._counted_until = self._last_read = (
+            0.0  # times up to which `seconds` counts, and of the last metrics
+        )
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
         return self.epoch > self.epochs
 
     @property
     def total_steps(self) -> int:
-        """Steps that are done in all epochs."""
         return (self.epoch - 1) * self.step.loader.steps + self.steps_done
 
     def fit(self) -> Record:
@@ -122,7 +114,6 @@ class Trainer:
         return {"last": self.last, "best": self.best, "seconds": self.seconds, "parts": self.parts}
 
     def stop(self, signal_number: int) -> None:
-        """Request to save the state and stop after the current step."""
         self._requested = signal_number
 
     def _stop_if_requested(self) -> None:
@@ -140,10 +131,8 @@ class Trainer:
         averages = step.meters.read(self.epoch, together=True)
         trained = time.perf_counter() - start
         test = self._evaluate()
-        now = time.perf_counter()
-        self.seconds += now - self._counted_until
-        losses = {f"loss_{name}": value for name, value in averages.losses.items()}
-        record = losses | self.grad_norms | {
+        self.seconds += time.perf_counter() - self._counted_until
+        record = {f"loss_{name}": value for name, value in averages.losses.items()} | self.grad_norms | {
             "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1, "test_top5": test.top5,
             "test_loss": test.loss, "data_wait": waited / trained,
             "images_per_second": averages.samples * remaining / trained, "seconds": self.seconds,
@@ -151,7 +140,6 @@ class Trainer:
         self._end_epoch(record, test)
 
     def _train_steps(self) -> float:
-        """Train the remaining steps of the epoch; return the seconds that they waited for data."""
         step, loader, save_steps = self.step, self.step.loader, self.intervals.save_steps
         waited, waiting_since = 0.0, time.perf_counter()
         with tqdm(
@@ -166,8 +154,7 @@ class Trainer:
                 self.run_step(*batch)
                 self.steps_done += 1
                 bar.update()
-                finite = self._log_losses(bar)
-                stop = distributed.all_reduce_max(self._requested if finite else NON_FINITE)
+                stop = distributed.all_reduce_max(self._requested if self._log_losses(bar) else NON_FINITE)
                 if stop == NON_FINITE:
                     step.meters.read(self.epoch, together=True)  # raises in all processes
                 within = self.steps_done < loader.steps
@@ -189,8 +176,7 @@ class Trainer:
             return False
         bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
         if due:
-            losses = {f"loss_{name}": value for name, value in averages.losses.items()}
-            self.log.step(losses, self.total_steps)
+            self.log.step(averages.losses, self.total_steps)
         self._last_read = time.perf_counter()
         return True
 
@@ -209,18 +195,18 @@ class Trainer:
         self.last, self.best = summary, summary if improved else self.best
         self.log.epoch(record)
         losses = [f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
-        lr, best = record["lr"], " | best" if improved else ""
         average = "EMA " if self.step.trainable.ema is not None else ""
         left = timedelta(seconds=round(self.seconds / epoch * (self.epochs - epoch)))
         self.log.line(
             f"epoch {epoch}/{self.epochs}: {' '.join(losses)} | train top-1 {record['train_top1']:.2f} | "
-            f"{average}test top-1 {test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | lr {lr:.10g} | "
-            f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.1%}, ETA {left}{best}"
+            f"{average}test top-1 {test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | "
+            f"lr {record['lr']:.10g} | {record['images_per_second']:.0f} images/s, "
+            f"data wait {record['data_wait']:.1%}, ETA {left}{' | best' * improved}"
         )
         self.epoch, self.steps_done = epoch + 1, 0
         self.step.meters.reset()
-        state, about = self.state(), self.provenance.about | summary
-        student = {"model": self.step.trainable.evaluated.state_dict(), "about": about}
+        state, weights = self.state(), self.step.trainable.evaluated.state_dict()
+        student = {"model": weights, "about": self.provenance.about | summary}
         files = {"best.pt": state, "student_best.pt": student} if improved else {}
         if epoch % self.intervals.keep_epochs == 0:
             files[f"student_{epoch}.pt"] = student
@@ -257,7 +243,6 @@ class Trainer:
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Resume from :meth:`state`."""
         optimizer = self.step.optimizer
         self.step.trainable.load_state_dict(state["trainable"])
         rates = [group["lr"] for group in optimizer.param_groups]

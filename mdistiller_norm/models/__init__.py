@@ -84,9 +84,8 @@ def build_model(
         raise ConfigError(
             f"model {name!r} requires DATASET.VARIANT {others[0]}; models of {variant}: {known}"
         )
-    builder = models[name]
     try:
-        network = builder(num_classes)
+        network = models[name](num_classes)
     except (OSError, TypeError) as error:  # a file of pretrained weights, or a base class without num_classes
         raise ConfigError(f"model {name!r} cannot be built: {first_line(error)}") from error
     if not isinstance(network, Network):
@@ -100,12 +99,8 @@ def probe(network: Network, image_size: Sequence[int] = (32, 32)) -> Outputs:
 
     The forward pass runs on a copy in eval mode; the network and the random generators are not changed.
 
-    Args:
-        network: on any device.
-        image_size: height and width in pixels.
-
     Raises:
-        ConfigError: the network does not support this image size.
+        ConfigError: the network does not support this image size (height, width).
     """
     shadow = copy.deepcopy(network).to("meta").eval()
     dtype = next(shadow.parameters()).dtype
@@ -113,9 +108,8 @@ def probe(network: Network, image_size: Sequence[int] = (32, 32)) -> Outputs:
         with torch.no_grad():
             return shadow.outputs(torch.empty(2, 3, *image_size, dtype=dtype, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
-        size = "x".join(str(side) for side in image_size)
-        reason = first_line(error)
-        raise ConfigError(f"model {network.name!r} cannot take images of {size} pixels: {reason}") from error
+        problem = f"cannot take images of {'x'.join(map(str, image_size))} pixels: {first_line(error)}"
+        raise ConfigError(f"model {network.name!r} {problem}") from error
 
 
 def count_macs(network: Network, image_size: Sequence[int]) -> int:

@@ -26,8 +26,7 @@ class Network(nn.Module, abc.ABC):
 
     def __init__(self, num_classes: int, norms: Sequence[str | None] = ()) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.name = type(self).__name__
+        self.num_classes, self.name = num_classes, type(self).__name__
         self.pretrained: dict[str, Any] = {}
         self._norms = tuple(norms)
 
@@ -44,7 +43,6 @@ class Network(nn.Module, abc.ABC):
         return tuple(self.get_submodule(name) if name else None for name in self._norms)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of ``images`` ``[B, 3, H, W]``."""
         return self.outputs(images).logits
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def build_external(name: str, num_classes: int, image_size: Size, pretrained: bo
     except ConfigError:
         raise
     except Exception as error:  # the libraries raise any type, also for failed downloads
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError(f"model {name!r} cannot be built ({reason})") from error
+        kind = type(error).__name__
+        raise ConfigError(f"model {name!r} cannot be built ({kind}: {first_line(error)})") from error
 
 
 def _unknown(name: str, known: Iterable[str]) -> ConfigError:
@@ -46,8 +47,6 @@ def _unknown(name: str, known: Iterable[str]) -> ConfigError:
 
 
 class _TimmNetwork(Wrapped):
-    """Network of timm with the maps of ``forward_intermediates``."""
-
     def run_module(self, images: Tensor) -> tuple[Any, Sequence[Tensor]]:
         module: Any = self.module
         final, maps = module.forward_intermediates(images)
@@ -93,8 +92,7 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
     if architecture in ("googlenet", "inception_v3"):
         options["transform_input"] = pretrained or bool(tag)  # their weights expect another normalisation
     module = models.get_model(architecture, weights=None, **options)
-    layers = [key for key, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
-    classifier = layers[-1]
+    *_, classifier = (key for key, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
     network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
     if pretrained:
         weights = models.get_model_weights(architecture)[tag or "DEFAULT"]
@@ -104,11 +102,10 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
                 state[key] = own[key]
         module.load_state_dict(state)
         images, classes = weights.transforms(), len(weights.meta["categories"])
-        network.pretrained = {"num_classes": classes, "mean": images.mean, "std": images.std}
-        network.pretrained |= {
-            "image_size": images.crop_size * 2,
+        network.pretrained = {
+            "num_classes": classes, "mean": images.mean, "std": images.std, "image_size": images.crop_size * 2,
             "interpolation": images.interpolation.value,
-        }
+        }  # fmt: skip
     return network
 
 
@@ -117,17 +114,14 @@ def _stages(module: nn.Module, classifier: str) -> tuple[str, ...]:
     shadow = copy.deepcopy(module).to("meta").eval()
     ends: dict[int, str] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: object, output: Any) -> None:
-            shape = tuple(getattr(output, "shape", ()))
-            if len(shape) == 4 and shape[2] == shape[3] > 1:
-                ends[shape[2]] = name
-
-        return hook
+    def keep(name: str, module: nn.Module, args: object, output: Any) -> None:
+        shape = tuple(getattr(output, "shape", ()))
+        if len(shape) == 4 and shape[2] == shape[3] > 1:
+            ends[shape[2]] = name
 
     for name, child in shadow.named_modules():  # deeper ones are inside of blocks
         if name and name.count(".") < 2 and name.split(".")[0] != classifier.split(".")[0]:
-            child.register_forward_hook(keep(name))
+            child.register_forward_hook(partial(keep, name))
     try:
         with torch.no_grad():
             shadow(torch.empty(1, 3, 224, 224, device="meta"))

@@ -88,9 +88,8 @@ class MobileNetV2(Network):
         self.blocks = nn.ModuleList()
         channels = V2_STEM
         for expansion, width, depth, stride in V2_GROUPS:
-            blocks = [InvertedResidual(channels, width, stride, expansion)]
-            blocks += [InvertedResidual(width, width, 1, expansion) for _ in range(depth - 1)]
-            self.blocks.append(nn.Sequential(*blocks))
+            rest = (InvertedResidual(width, width, 1, expansion) for _ in range(depth - 1))
+            self.blocks.append(nn.Sequential(InvertedResidual(channels, width, stride, expansion), *rest))
             channels = width
         self.conv2 = nn.Sequential(*_conv_bn_relu(channels, V2_HEAD, 1))
         linear = nn.Linear(V2_HEAD, num_classes)

@@ -53,7 +53,6 @@ class ResNet(Network):
     for the stem of a CIFAR network, which is after its ReLU in both (as in mdistiller).
 
     Args:
-        num_classes: number of classes.
         depths: number of blocks of each stage.
         widths: inner channels of the blocks of each stage.
         stem_width: channels of the stem.
@@ -104,8 +103,7 @@ class ResNet(Network):
             features.append(x)
             preacts.append(preact)
         pooled = x.mean((2, 3))
-        logits = self.get_submodule(self.classifier)(pooled)
-        return Outputs(logits, tuple(features), tuple(preacts), pooled)
+        return Outputs(self.get_submodule(self.classifier)(pooled), tuple(features), tuple(preacts), pooled)
 
 
 # CIFAR with three stages: the depth in the name is 6 * blocks + 2; "x4" networks are four times as wide.

@@ -20,7 +20,6 @@ DEPTHS = (4, 8, 4)
 
 
 def _shuffle(x: Tensor, groups: int) -> Tensor:
-    """Move channel ``g * (D / groups) + d`` to ``d * groups + g``."""
     return torch.unflatten(x, 1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -50,8 +49,7 @@ class GroupedBlock(nn.Module):
         out: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)
         if self.groups > 1:
             out = _shuffle(out, self.groups)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
+        out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)), inplace=True)))
         if self.first:
             return torch.cat((out, F.avg_pool2d(x, 3, stride=2, padding=1)), dim=1)
         out += x
@@ -71,11 +69,9 @@ class DownBlock(nn.Module):
         self.conv5, self.bn5 = conv_bn(half, half, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        left = self.bn1(self.conv1(x))
-        left = self.bn2(self.conv2(left))
+        left = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         right = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        right = self.bn4(self.conv4(right))
-        right = self.bn5(self.conv5(right))
+        right = self.bn5(self.conv5(self.bn4(self.conv4(right))))
         return _interleave(left, right)
 
 
@@ -92,8 +88,7 @@ class SplitBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=1)
         right = F.relu(self.bn1(self.conv1(right)), inplace=True)
-        right = self.bn2(self.conv2(right))
-        right = self.bn3(self.conv3(right))
+        right = self.bn3(self.conv3(self.bn2(self.conv2(right))))
         return _interleave(left, right)
 
 
@@ -106,7 +101,6 @@ class ShuffleNet(Network):
     Weights use PyTorch's default initialisation.
 
     Args:
-        num_classes: number of classes.
         first: creates the first block of a stage from its input and output channels.
         rest: creates the other blocks.
         widths: output channels of the stages.

@@ -17,13 +17,11 @@ from mdistiller_norm.types import Outputs
 WIDTHS = (64, 128, 256, 512, 512)
 
 
-def _block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
-    """Repeat 3x3 convolution, BN and ReLU ``depth`` times; omit the last ReLU."""
+def _block(ins: int, outs: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels)]
-        layers += [nn.ReLU(inplace=True)]
-        in_channels = out_channels
+        layers += [nn.Conv2d(ins, outs, 3, padding=1), nn.BatchNorm2d(outs), nn.ReLU(inplace=True)]
+        ins = outs
     return nn.Sequential(*layers[:-1])
 
 
@@ -39,11 +37,8 @@ class VGG(Network):
     """Five blocks with max-pooling after the first three, and after the fourth for images of 64 pixels.
 
     ``features`` are the ends of the blocks after the ReLU and before pooling; ``preacts`` are the same maps before the
-    ReLU, except for the first block, which is after it in both (as in mdistiller).
-
-    Args:
-        num_classes: number of classes.
-        depths: number of convolutions per block.
+    ReLU, except for the first block, which is after it in both (as in mdistiller). ``depths`` are the numbers of
+    convolutions of the blocks.
     """
 
     def __init__(self, num_classes: int, *, depths: Sequence[int]) -> None:

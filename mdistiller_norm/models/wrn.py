@@ -30,8 +30,7 @@ class PreactBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         preact = self.bn1(x)
         activation = F.relu(preact)
-        out = F.relu(self.bn2(self.conv1(activation)), inplace=True)
-        out = self.conv2(out)
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activation)), inplace=True))
         out += x if self.convShortcut is None else self.convShortcut(activation)
         return out, preact
 
@@ -61,7 +60,6 @@ class WideResNet(Network):
     batch norm runs once per forward pass.
 
     Args:
-        num_classes: number of classes.
         depth: ``6 * blocks + 4``.
         widen: multiplies the channels 16, 32 and 64 of the groups.
     """
@@ -85,8 +83,8 @@ class WideResNet(Network):
         group3, preact2 = self.block3(group2)
         preact3 = self.bn1(group3)
         pooled = F.relu(preact3).mean((2, 3))
-        logits = self.fc(pooled)
-        return Outputs(logits, (stem, group1, group2, group3), (stem, preact1, preact2, preact3), pooled)
+        features, preacts = (stem, group1, group2, group3), (stem, preact1, preact2, preact3)
+        return Outputs(self.fc(pooled), features, preacts, pooled)
 
 
 for _depth, _widen in ((16, 1), (16, 2), (40, 1), (40, 2)):
