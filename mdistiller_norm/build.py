@@ -11,13 +11,7 @@ import torch
 from yacs.config import CfgNode
 
 from mdistiller_norm.config import method_names
-from mdistiller_norm.data import (
-    Dataset,
-    EvalLoader,
-    MemoryTrainLoader,
-    Share,
-    TrainLoader,
-)  # fmt: skip
+from mdistiller_norm.data import Dataset, EvalLoader, MemoryTrainLoader, Share, TrainLoader
 from mdistiller_norm.data.folder import ImageDataset
 from mdistiller_norm.data.plan import smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
@@ -25,16 +19,14 @@ from mdistiller_norm.engine import distributed, teacher_file
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.meters import TrainMeters
-from mdistiller_norm.engine.optim import DOT, Schedule, build_optimizer
+from mdistiller_norm.engine.optim import DOT, build_optimizer
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher, teacher_batch_size
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.engine.trainer import Intervals
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import find_config
-from mdistiller_norm.models import build_model, has_weights, probe
-from mdistiller_norm.models.base import Network
+from mdistiller_norm.models import Network, build_model, has_weights, probe
 from mdistiller_norm.models.preprocessed import preprocessed
 from mdistiller_norm.program import command
 
@@ -77,10 +69,8 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
     if solver.SYNC_BN and device.type != "cuda":
         raise ConfigError(f"SOLVER.SYNC_BN requires a GPU, got {device}")
     if solver.BATCH_SIZE % (world * solver.ACCUMULATE):
-        parts = f"SOLVER.ACCUMULATE {solver.ACCUMULATE} and the number of processes, {world}"
-        raise ConfigError(
-            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be a multiple of the product of {parts}"
-        )
+        parts = f"SOLVER.ACCUMULATE {solver.ACCUMULATE} x {world} processes"
+        raise ConfigError(f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be a multiple of {parts}")
     conflicts = {
         "DISTILLER.TYPE NONE": cfg.DISTILLER.TYPE == "NONE", "SOLVER.PRECISION fp16": autocast is torch.float16,
         "SOLVER.TYPE AdamW": solver.TYPE == "AdamW", "SOLVER.CLIP_GRAD": solver.CLIP_GRAD > 0,
@@ -117,10 +107,8 @@ def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check
         with torch.no_grad():
             shadow(torch.empty(1, 3, *dataset.image_size, device="meta"))
     except ValueError as error:
-        raise ConfigError(
-            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of the {samples} images for a micro-batch, and a batch "
-            f"norm of {student.name} requires more: change BATCH_SIZE or ACCUMULATE"
-        ) from error
+        reason = f"leaves one of the {samples} images for a micro-batch: too few for a batch norm of {student.name}"
+        raise ConfigError(f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} {reason}") from error
 
 
 def _network(
@@ -243,17 +231,6 @@ def _no_cache_reason(distillers: Mapping[str, Distiller], loader: TrainLoader) -
     return ""
 
 
-def build_schedule(solver: Any) -> Schedule:
-    """Return the learning rate of each epoch."""
-    stages, decay = tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE
-    return Schedule(solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, stages, decay)
-
-
-def build_intervals(log: Any) -> Intervals:
-    """Return the intervals of logging and saving."""
-    return Intervals(log.TENSORBOARD_FREQ, log.CHECKPOINT_STEPS, log.SAVE_CHECKPOINT_FREQ, log.GRAD_NORMS)
-
-
 def build_step(
     cfg: Any,
     student: Network,
@@ -280,8 +257,7 @@ def build_step(
     )  # fmt: skip
     if compiled:
         trainable.forward_student = compile_student(student, log, twice=isinstance(optimizer, DOT))
-    meters = TrainMeters(trainable.loss_names).to(device)
-    wrapped = distributed.wrap(trainable)
     return TrainStep(
-        loader, teacher, trainable, optimizer, meters, scaler, wrapped, solver.ACCUMULATE, solver.CLIP_GRAD
-    )
+        loader, teacher, trainable, optimizer, TrainMeters(trainable.loss_names).to(device), scaler,
+        distributed.wrap(trainable), solver.ACCUMULATE, solver.CLIP_GRAD,
+    )  # fmt: skip

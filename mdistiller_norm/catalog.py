@@ -42,18 +42,14 @@ def _distillers(pattern: str) -> Rows:
     yield "name", "reads", "method"
     for name, method in DISTILLERS.items():
         if matches(name, pattern):
-            reads = method.need.name.lower() + ", indices" * method.needs_indices
-            yield name, reads, _summary(method)
+            yield name, method.need.name.lower() + ", indices" * method.needs_indices, _summary(method)
 
 
 def _datasets(pattern: str) -> Rows:
     yield "name", "content"
     for name, opener in data.DATASETS.items():
-        if matches(name, pattern):
-            yield (
-                name,
-                _summary(getattr(data, name, opener)),
-            )  # the package's functions have the names of the types
+        if matches(name, pattern):  # the package's functions have the names of the types
+            yield name, _summary(getattr(data, name, opener))
 
 
 def _configs(pattern: str) -> Rows:
@@ -74,9 +70,9 @@ KINDS = {"models": _models, "distillers": _distillers, "datasets": _datasets, "c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``list``."""
     parser.epilog = f"example: {parser.prog} configs cifar100/normkd"
-    pattern = "part of the name, or a pattern with wildcards"
-    parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument("pattern", nargs="?", default="", help=pattern)
+    add = parser.add_argument
+    add("kind", choices=list(KINDS))
+    add("pattern", nargs="?", default="", help="part of the name, or a pattern with wildcards")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -19,8 +19,7 @@ from mdistiller_norm.build import build_device, placed
 from mdistiller_norm.catalog import columns
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import write_text
-from mdistiller_norm.models import count_macs
-from mdistiller_norm.models.base import Network
+from mdistiller_norm.models import Network, count_macs
 from mdistiller_norm.reproduce.ledger import identity
 from mdistiller_norm.reproduce.stats import mean_std, paired_difference
 from mdistiller_norm.run_folder import RESULT
@@ -29,27 +28,17 @@ from mdistiller_norm.student import Student, add_student_arguments, load_student
 Record = dict[str, Any]
 # Header of a column -> key of a record and format.
 NETWORKS = {
-    "name": ("name", ""),
-    "network": ("network", ""),
-    "method": ("method", ""),
-    "parameters": ("parameters", ","),
-    "MB": ("megabytes", ".2f"),
-    "MACs": ("macs", ","),
-    "n": ("n", ""),
-    "last top-1": ("last", ""),
-    "best top-1": ("best", ""),
-    "measured top-1": ("measured_top1", ".2f"),
-    "ms (batch 1)": ("latency_ms", ".2f"),
+    "name": ("name", ""), "network": ("network", ""), "method": ("method", ""),
+    "parameters": ("parameters", ","), "MB": ("megabytes", ".2f"), "MACs": ("macs", ","),
+    "n": ("n", ""), "last top-1": ("last", ""), "best top-1": ("best", ""),
+    "measured top-1": ("measured_top1", ".2f"), "ms (batch 1)": ("latency_ms", ".2f"),
     "images/s (batch 64)": ("images_per_second", ".0f"),
-}
+}  # fmt: skip
 PAIRS = {
-    "compared with {first}": ("second", ""),
-    "top-1 difference (last epoch)": ("difference", ""),
-    "agreement %": ("agreement", ".2f"),
-    "only this one correct": ("only_second", ""),
-    "only {first} correct": ("only_first", ""),
-    "McNemar p": ("p", ".3g"),
-}
+    "compared with {first}": ("second", ""), "top-1 difference (last epoch)": ("difference", ""),
+    "agreement %": ("agreement", ".2f"), "only this one correct": ("only_second", ""),
+    "only {first} correct": ("only_first", ""), "McNemar p": ("p", ".3g"),
+}  # fmt: skip
 _PAGE = """<meta charset="utf-8">
 <style>td {padding: 0.2em 0.8em; font-family: sans-serif} tr:first-child {font-weight: bold}</style>
 """
@@ -58,12 +47,8 @@ _PAGE = """<meta charset="utf-8">
 def mcnemar(first: Tensor, second: Tensor) -> Record:
     """Test whether two networks are equally accurate on the same images with McNemar's exact test.
 
-    Args:
-        first: bool ``[N]``, images that the first network classifies correctly.
-        second: bool ``[N]``, those of the second network.
-
-    Returns:
-        Numbers of images that only one of them classifies correctly, and the two-sided p-value.
+    ``first`` and ``second`` are bool ``[N]``, the images that each classifies correctly. Return the numbers of images
+    that only one of them classifies correctly, and the two-sided p-value.
     """
     a, b = int((first & ~second).sum()), int((second & ~first).sum())
     tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1))
@@ -76,8 +61,8 @@ def measure_speed(network: Network, size: Sequence[int], device: torch.device) -
     images, threads = torch.rand(64, 3, *size, device=device), torch.get_num_threads()
 
     def median_seconds(batch: Tensor) -> float:
-        timed = Timer("network(batch)", globals={"network": network, "batch": batch}, num_threads=threads)
-        return timed.blocked_autorange(min_run_time=0.3).median
+        timer = Timer("network(batch)", globals={"network": network, "batch": batch}, num_threads=threads)
+        return timer.blocked_autorange(min_run_time=0.3).median
 
     with torch.inference_mode():
         one, many = median_seconds(images[:1]), median_seconds(images)
@@ -99,31 +84,29 @@ def group_runs(paths: Iterable[Path]) -> dict[str, list[tuple[Path, Record]]]:
 
 def describe(label: str, student: Student, results: Sequence[Record]) -> Record:
     """Return the size of a network and the accuracies of its runs."""
-    tensors = student.network.state_dict().values()
+    network = student.network
     return {
-        "name": label,
-        "network": student.about["name"],
+        "name": label, "network": student.about["name"],
         "method": "+".join(results[0]["method"]) or "none" if results else None,
-        "parameters": sum(parameter.numel() for parameter in student.network.parameters()),
-        "megabytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
-        "macs": count_macs(student.network, student.about["image_size"]),
-        "n": len(results),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "megabytes": sum(tensor.nbytes for tensor in network.state_dict().values()) / 1e6,
+        "macs": count_macs(network, student.about["image_size"]), "n": len(results),
         "last": mean_std(result["last"]["top1"] for result in results),
         "best": mean_std(result["best"]["top1"] for result in results),
         "last_by_seed": {result["seed"]: result["last"]["top1"] for result in results},
-    }
+    }  # fmt: skip
 
 
 def compare_pair(first: Record, second: Record, outputs: Sequence[Collected | None]) -> Record:
     """Return the paired difference of two networks over common seeds, their agreement and McNemar's test."""
     pair: Record = dict.fromkeys(("agreement", "only_first", "only_second", "p"))
-    pair |= {"first": first["name"], "second": second["name"]}
-    pair["difference"] = paired_difference(second["last_by_seed"], first["last_by_seed"])
+    difference = paired_difference(second["last_by_seed"], first["last_by_seed"])
+    pair |= {"first": first["name"], "second": second["name"], "difference": difference}
     a, b = outputs
     if a and b:
-        predictions = a.logits.argmax(1), b.logits.argmax(1)
-        pair["agreement"] = 100 * float((predictions[0] == predictions[1]).double().mean())
-        pair |= mcnemar(predictions[0] == a.targets, predictions[1] == b.targets)
+        x, y = a.logits.argmax(1), b.logits.argmax(1)
+        agreement = 100 * float((x == y).double().mean())
+        pair |= {"agreement": agreement, **mcnemar(x == a.targets, y == b.targets)}
     return pair
 
 
@@ -138,7 +121,7 @@ def table(layout: Mapping[str, tuple[str, str]], records: Sequence[Record]) -> l
 
 def _as_html(rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>\n"
+    return "<table>\n" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>\n"
 
 
 def _as_json(record: Record) -> Record:
@@ -148,10 +131,10 @@ def _as_json(record: Record) -> Record:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``compare``."""
     parser.epilog = f"example: {parser.prog} output/digits/student_plain output/digits/student_normkd"
-    paths = "run folders or weights; the first one is the reference"
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=paths)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the tables as a page")
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH", help="run folders or weights; first the reference")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--html", type=Path, metavar="FILE", help="also write the tables as a page")
     add_student_arguments(parser, batch_size=250)
 
 
@@ -166,9 +149,8 @@ def main(options: argparse.Namespace) -> int:
         student = load_student(runs[0][0], options.model, options.dataset, options.root)
         record = describe(label, student, [result for _, result in runs if result])
         record |= measure_speed(student.network, student.about["image_size"], device)
-        found = None
-        if student.dataset:
-            found = collect(student.network, student.dataset, label, options.batch_size, device)
+        data, size = student.dataset, options.batch_size
+        found = collect(student.network, data, label, size, device) if data else None
         outputs.append(found)
         networks.append(record | {"measured_top1": found.top1 if found else None})
     check_same_classes([found for found in outputs if found])

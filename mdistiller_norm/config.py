@@ -1,10 +1,7 @@
 """Configuration: defaults, then YAML files with ``_BASE_`` inheritance, then ``KEY VALUE`` overrides.
 
-The keys are a superset of those of mdistiller and of its NormKD fork, so their YAML files load unchanged.
-
-``_BASE_: ../base.yaml`` (or a list) names files relative to the file. Later bases override earlier ones and the file
-overrides its bases; a base that several files share is applied once, at its first place. Keys are nested
-(``SOLVER: {LR: 0.1}``) or dotted (``SOLVER.LR: 0.1``). Values are read as text and converted to their default's type.
+A base that several files share is applied once, at its first place. Values are read as text and converted to their
+default's type.
 """
 
 import math
@@ -70,8 +67,8 @@ def load_config(
     """
     settings = {} if path is None else read_file(find_config(path), set())
     settings |= _parse_overrides(overrides)
-    names, source = settings.get("EXPERIMENT.PLUGINS", ("", ""))
-    names = check_value("EXPERIMENT.PLUGINS", names, {"EXPERIMENT.PLUGINS": ""}, source)
+    text, source = settings.get("EXPERIMENT.PLUGINS", ("", ""))
+    names = check_value("EXPERIMENT.PLUGINS", text, {"EXPERIMENT.PLUGINS": ""}, source)
     names = [name for name in ([names] if isinstance(names, str) else names) if name]
     if names and plugins == "refuse":
         raise ConfigError(f"{source}: --no-plugins refuses EXPERIMENT.PLUGINS {', '.join(names)}")
@@ -148,7 +145,6 @@ def _parse_overrides(overrides: Sequence[str]) -> Settings:
 
 
 def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[str], skipped: bool) -> None:
-    """Check values that depend on each other or on the registered methods."""
     used = method_names(node)
     types = f"DISTILLER.TYPE ({sources['DISTILLER.TYPE']})"
     for name in used:
@@ -165,7 +161,5 @@ def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[
         raise ConfigError(f"SOLVER.MOMENTUM must be > 0 with NESTEROV ({sources['SOLVER.NESTEROV']}), {got}")
     delta = solver.DOT.DELTA
     if solver.TRAINER.endswith("dot") and not 0 <= delta < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
-        where = sources["SOLVER.DOT.DELTA"]
-        raise ConfigError(
-            f"SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must be in (0, 1), {got} and {delta:g} ({where})"
-        )
+        got += f" and {delta:g} ({sources['SOLVER.DOT.DELTA']})"
+        raise ConfigError(f"SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must be in (0, 1), {got}")

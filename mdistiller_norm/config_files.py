@@ -49,8 +49,7 @@ def copy(name: str, to: Path) -> Path:
 
     def packaged(match: re.Match[str]) -> str:
         bases = [find_config(base, source.parent) for base in match[1].strip("[]").split(", ")]
-        names = [str(base.relative_to(CONFIGS).with_suffix("")) for base in bases]
-        return f"_BASE_: [{', '.join(names)}]"
+        return f"_BASE_: [{', '.join(str(base.relative_to(CONFIGS).with_suffix('')) for base in bases)}]"
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(re.sub(r"^_BASE_: (.+)$", packaged, source.read_text(encoding="utf-8"), flags=re.M), target)
@@ -62,8 +61,8 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     rows = []
     for key, default in leaves(default_config()):
         if key in KEYS:
-            _, meaning, (requirement, _) = KEYS[key]
-            meaning += f" ({requirement})" if requirement != "anything" else ""
+            _, meaning, requirement = KEYS[key]
+            meaning += f" ({requirement})" if requirement else ""
         else:
             method, _, rest = key.partition(".")
             meaning = DISTILLERS[method].meanings.get(rest) or COMMON_MEANINGS.get(key.rpartition(".")[2], "")

@@ -38,7 +38,6 @@ class TextLoader(yaml.BaseLoader):
 
 
 def _replace(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
-    """Replace whole keys and sections."""
     names = {key.split(".")[0] for key in by}
     return {key: value for key, value in settings.items() if key.split(".")[0] not in names} | by
 

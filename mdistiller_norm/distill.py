@@ -23,21 +23,12 @@ SMALL_DATA = {"NormKD.WARMUP": 5, "NormKD.LOSS.CE_WEIGHT": 1.0}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``distill``."""
-    parser.epilog = (
-        f"example: {parser.prog} --teacher ResNet34 --student ResNet18 --data birds --train-teacher"
-    )
+    parser.epilog = f"example: {parser.prog} --teacher ResNet34 --student ResNet18 --data birds"
     add = parser.add_argument
     add("--teacher", required=True, metavar="NAME", help="model name, such as ResNet34 or timm:convnext_atto")
     add("--student", required=True, metavar="NAME", help="model name")
-    add(
-        "--data",
-        required=True,
-        metavar="FOLDER",
-        help="train/CLASS/*.jpg and val/CLASS/*.jpg, or DATASET.TYPE",
-    )
-    add(
-        "--method", default="NormKD", help="DISTILLER.TYPE (default: NormKD, with its setting for small data)"
-    )
+    add("--data", required=True, metavar="FOLDER", help="train/CLASS/* and val/CLASS/*, or DATASET.TYPE")
+    add("--method", default="NormKD", help="DISTILLER.TYPE (default: NormKD, set up for small data)")
     add("--epochs", type=positive, default=30, help="of each training (default: 30)")
     add("--train-teacher", action="store_true", help="train the teacher first, from its initial weights")
     add("--student-alone", action="store_true", help="also train the student without a teacher, to compare")
@@ -57,9 +48,9 @@ def main(options: argparse.Namespace) -> int:
     distilled = _config(options, f"{student},{options.method}", names)
     dataset = build_dataset(distilled.node)
     build_student(student, dataset, 0)  # an unknown name is an error before the teacher is trained
-    runs = {"student alone": alone} if options.student_alone else {}
+    runs = {"teacher": plain} if options.train_teacher else {}
+    runs |= {"student alone": alone} if options.student_alone else {}
     if options.train_teacher:
-        runs = {"teacher": plain} | runs
         distilled = _config(options, f"{student},{options.method}", names | {"TEACHER_WEIGHTS": str(weights)})
     else:
         try:
@@ -67,9 +58,8 @@ def main(options: argparse.Namespace) -> int:
         except CheckpointError as error:
             raise CheckpointError(f"{error}, or add --train-teacher") from error
     runs |= {"distilled": distilled}
-    results = {
-        role: train(config, True, ["python", *options.command], dataset) for role, config in runs.items()
-    }
+    command_line = ["python", *options.command]
+    results = {role: train(config, True, command_line, dataset) for role, config in runs.items()}
     given = results["distilled"]["teacher"]
     rows = [("", "model", "top-1 (last)", "top-1 (best)", "weights")]
     if not options.train_teacher:
@@ -83,13 +73,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _model_name(name: str) -> str:
-    """Return a registered name whose case may differ, or the name."""
     registered = {other.lower(): other for models in VARIANTS.values() for other in models}
     return registered.get(name.lower(), name)
 
 
 def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> Config:
-    """Return the config of a run; its folder is named after the tag and the overrides of the user."""
     data, epochs = Path(options.data), options.epochs
     is_type = options.data in DATASETS and not data.exists()
     stages = sorted({epochs * part // 8 for part in (5, 6, 7)} - {0, epochs})
@@ -103,8 +91,5 @@ def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> 
     keys |= SMALL_DATA if names.get("TYPE") == "NormKD" else {}
     own = [f"{key}={value}" for key, value in keys.items()]
     config = load_config(None, [*own, *options.overrides], others=[options.method])
-    users = load_config(None, options.overrides, others=[options.method]).sources
-    sources = {
-        key: users[key] if source == "command line" else source for key, source in config.sources.items()
-    }
-    return Config(config.node, sources)
+    # The folder is named after the tag and the overrides of the user.
+    return Config(config.node, load_config(None, options.overrides, others=[options.method]).sources)

@@ -31,9 +31,9 @@ DATA = (*FOLDERS.values(), "imagenet")  # folders in --root
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``doctor``."""
-    root = "folder of the data sets (default: data)"
-    parser.add_argument("--root", type=Path, default=Path("data"), help=root)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -51,8 +51,10 @@ def diagnose(root: Path) -> dict[str, Any]:
         "environment": environment(device),
         "optional": {name: installed.get(name) for name in OPTIONAL},
         "compiler": compiler_missing(device) or "found",
-        "data": {"digits": "in the package"}
-        | {name: str(root / name) for name in DATA if (root / name).exists()},
+        "data": {
+            "digits": "in the package",
+            **{name: str(root / name) for name in DATA if (root / name).exists()},
+        },
         "checkpoints": _checkpoints(),
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free in {Path.cwd()}",
         "self_test": self_test(),
@@ -60,7 +62,6 @@ def diagnose(root: Path) -> dict[str, Any]:
 
 
 def _checkpoints() -> list[str]:
-    """Return the teachers that training can find, without those of finished runs."""
     found = []
     for root in {root.resolve() for root in ROOTS}:
         for entry in read_manifest(root / MANIFEST):
@@ -72,18 +73,13 @@ def _checkpoints() -> list[str]:
 def self_test() -> dict[str, Any]:
     """Train a teacher and, with NormKD, a student for 20 steps each in a temporary folder."""
     start, output = time.perf_counter(), io.StringIO()
-    short = [
-        "SOLVER.EPOCHS=1",
-        "SOLVER.BATCH_SIZE=72",
-        "SOLVER.LR_DECAY_STAGES=[]",
-        "DISTILLER.TEACHER=resnet8",
-    ]
+    solver = ["SOLVER.EPOCHS=1", "SOLVER.BATCH_SIZE=72", "SOLVER.LR_DECAY_STAGES=[]"]
     try:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(output):
-            teacher = f"DISTILLER.TEACHER_WEIGHTS={folder}/digits/teacher/student_last.pt"
+            weights = f"DISTILLER.TEACHER_WEIGHTS={folder}/digits/teacher/student_last.pt"
             for name, file in (("teacher", "digits/vanilla_resnet8"), ("student", "digits/normkd")):
-                place = [f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", teacher]
-                train(load_config(file, [*short, *place]))
+                place = [f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}"]
+                train(load_config(file, [*solver, *place, "DISTILLER.TEACHER=resnet8", weights]))
     except Exception as error:  # a broken installation may raise anything
         return {"passed": False, "error": first_line(error), "output": output.getvalue().splitlines()[-5:]}
     return {"passed": True, "seconds": round(time.perf_counter() - start, 1)}

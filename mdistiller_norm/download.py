@@ -102,8 +102,7 @@ def _download(source: Source, part: Path) -> None:
     for url in source.urls:
         try:
             _transfer_all(url, part)
-            reason = source.mismatch(part)
-            if not reason:
+            if not (reason := source.mismatch(part)):
                 return
             part.write_bytes(b"")
         except _NETWORK_ERRORS as error:
@@ -114,8 +113,7 @@ def _download(source: Source, part: Path) -> None:
 
 
 def _transfer_all(url: str, part: Path) -> None:
-    """Transfer the rest of a file, reconnecting as long as data arrives."""
-    failures = 0
+    failures = 0  # in a row
     while True:
         start = part.stat().st_size
         try:
@@ -132,10 +130,9 @@ def _transfer_all(url: str, part: Path) -> None:
 
 
 def _transfer(url: str, part: Path, start: int) -> None:
-    """Append the bytes from ``start`` on; start from 0 if the server does not support ranges."""
-    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    response = urlopen(request, timeout=TIMEOUT)
-    with response, part.open("ab" if response.status == 206 else "wb") as file:
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+    with response, part.open("ab" if response.status == 206 else "wb") as file:  # 206: it supports ranges
         size = file.tell() + int(response.headers["Content-Length"] or 0)
         options: Any = {"initial": file.tell(), "unit": "B", "unit_scale": True, "disable": None}
         with tqdm(desc=url.rpartition("/")[2], total=size or None, **options) as bar:
@@ -147,7 +144,6 @@ def _transfer(url: str, part: Path, start: int) -> None:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """Unpack a folder of a tar archive atomically, and delete the archive."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack_") as folder:
         try:
             with tarfile.open(archive) as tar:

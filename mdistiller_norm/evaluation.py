@@ -39,8 +39,7 @@ def main(options: argparse.Namespace) -> int:
         network, used = open_checkpoint(path, options.model, options.dataset, options.root, dataset)
         result = evaluate(placed(network, device), used.eval_loader(options.batch_size, device), autocast)
         if not math.isfinite(result.loss):
-            reason = "it diverged or is damaged"
-            raise CheckpointError(f"{path} gives NaN or infinite logits on {used.name}: {reason}")
+            raise CheckpointError(f"{path} diverged or is damaged: NaN or infinite logits on {used.name}")
         print(
             f"{network.name:12} {used.name}  top-1 {result.top1:6.2f}  top-5 {result.top5:6.2f}  "
             f"loss {result.loss:7.4f}  {result.samples} images of {'x'.join(map(str, used.image_size))}, "
@@ -53,7 +52,6 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | None) -> str:
-    """Return the file of a checkpoint name; mdistiller calls the published weights of a teacher ``pretrain``."""
     if name.startswith(TORCHVISION):
         return str(published(name.removeprefix(TORCHVISION)).path)
     if name != "pretrain" or Path(name).exists():

@@ -1,7 +1,4 @@
-"""The command ``export``: write a trained network as a file that does not need this package.
-
-Each file is loaded again and compared with the network before it replaces an existing one.
-"""
+"""The command ``export``: write a trained network as a file that does not need this package."""
 
 import argparse
 import importlib
@@ -26,12 +23,8 @@ Forward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-4  # of a logit, relative to the largest of its batch: other kernels sum in another order
 ABOUT = "about.json"  # name of the metadata in a .pt2 and in ONNX
 SUFFIXES = {
-    ".pt2": "pt2",
-    ".onnx": "onnx",
-    ".pth": "state_dict",
-    ".safetensors": "safetensors",
-    ".pt": "state_dict",
-}
+    ".pt2": "pt2", ".onnx": "onnx", ".pth": "state_dict", ".safetensors": "safetensors", ".pt": "state_dict",
+}  # fmt: skip
 EXECUTABLE = ("pt2", "onnx")  # formats that contain the network, not only its weights
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 _CARD = """---
@@ -58,9 +51,11 @@ def export(
 ) -> list[str]:
     """Write a network, load the file again, compare both, and return lines about the file.
 
+    On failure an existing file is kept.
+
     Args:
         student: the network.
-        path: file to write; on failure an existing file is kept.
+        path: file to write.
         form: format, a value of :data:`SUFFIXES`.
         with_normalisation: include the normalisation, so that the input are pixels in [0, 1].
         count: number of test images to compare on.
@@ -95,6 +90,7 @@ def export(
     return [f"{path}: {about['name']}, {len(about['classes'])} classes, input {about['input']}", *lines]
 
 
+@torch.no_grad()
 def check(forward: Forward, student: Student, count: int) -> list[str]:
     """Compare an export, a function of normalised images, with its network; return the largest differences in lines."""
     size, generator = student.about["image_size"], torch.Generator().manual_seed(0)
@@ -103,18 +99,15 @@ def check(forward: Forward, student: Student, count: int) -> list[str]:
         loader = student.dataset.eval_loader(count, torch.device("cpu"))
         kinds[student.about["dataset"]] = next(iter(loader))[0]
     for kind, images in kinds.items():
-        largest = 0.0
+        differences = []
         for batch in (images[:1], images):
-            with torch.no_grad():
-                expected = student.network(batch)
-                difference = float((forward(batch) - expected).abs().max())
-            if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-                raise CheckpointError(
-                    f"nothing is written: logits of the exported network differ by {difference:.2g} on {kind} images"
-                )
-            largest = max(largest, difference)
-        sizes = f"batches of 1 and {len(images)}"
-        lines.append(f"largest difference of a logit: {largest:.2g} on {kind} images, {sizes}")
+            expected = student.network(batch)
+            differences.append(float((forward(batch) - expected).abs().max()))
+            if not differences[-1] <= TOLERANCE * max(1.0, float(expected.abs().max())):
+                reason = f"logits of the exported network differ by {differences[-1]:.2g} on {kind} images"
+                raise CheckpointError(f"nothing is written: {reason}")
+        where = f"on {kind} images, batches of 1 and {len(images)}"
+        lines.append(f"largest difference of a logit: {max(differences):.2g} {where}")
     return lines if student.dataset else [*lines, f"checked on random images only: {student.missing}"]
 
 
@@ -131,13 +124,14 @@ def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
         return bytes(save(tensors, {"about": json.dumps(about)}))
     example = torch.zeros(2, 3, *about["image_size"])  # a batch of 1 would become a constant
     shapes = ({0: torch.export.Dim("batch", min=1)},)
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
         if form == "pt2":
             torch.export.save(program, content, extra_files={ABOUT: json.dumps(about)})
             return content.getvalue()
-        onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        onnx: Any = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        )
     except Exception as error:  # any error of a user's network; its cause names the operation
         reason = f"{about['name']} cannot be exported ({first_line(error.__cause__ or error)})"
         raise ConfigError(f"{reason}; use --format state_dict") from error
@@ -164,8 +158,9 @@ def read(path: Path, form: str, about: Metadata | None = None) -> tuple[Forward,
 
         return run, json.loads(session.get_modelmeta().custom_metadata_map[ABOUT])
     assert about is not None
-    size, classes = tuple(about["image_size"]), len(about["classes"])
-    network = build_model(about["name"], classes, variant=about["variant"], image_size=size)
+    network = build_model(
+        about["name"], len(about["classes"]), variant=about["variant"], image_size=tuple(about["image_size"])
+    )
     if form == "state_dict":
         load_into(network, load_weights(path), about["name"])
     else:
@@ -183,8 +178,8 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
     about = student.about
     folder.mkdir(parents=True, exist_ok=True)
     lines = export(student, folder / "model.safetensors", "safetensors", count=count)
-    facts: Metadata = {"architecture": about["name"], "num_classes": len(about["classes"])}
-    write_json(facts | about, folder / "config.json")
+    classes = len(about["classes"])
+    write_json({"architecture": about["name"], "num_classes": classes, **about}, folder / "config.json")
     header: dict[str, Any] = {
         "library_name": "mdistiller_norm", "pipeline_tag": "image-classification", "datasets": [about["dataset"]],
         "tags": ["knowledge-distillation", *result.get("method", [])],
@@ -203,21 +198,18 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
             "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}],
         }
         header["model-index"] = [{"name": about["name"], "results": [entry]}]
-    texts = {"header": yaml.safe_dump(header, sort_keys=False), "description": description}
-    size, classes = tuple(about["image_size"]), len(about["classes"])
-    card = _CARD.format(**about | texts | {"count": classes, "image_size": size})
-    write_text(card, folder / "README.md")
+    values = about | {"count": classes, "image_size": tuple(about["image_size"]), "description": description}
+    write_text(_CARD.format(header=yaml.safe_dump(header, sort_keys=False), **values), folder / "README.md")
     return [*lines, f"wrote config.json and README.md in {folder}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``export``."""
-    parser.epilog = (
-        f"example: {parser.prog} -c output/digits/student_normkd --format onnx --with-normalisation"
-    )
+    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd --format onnx"
     add, forms = parser.add_argument, list(dict.fromkeys(SUFFIXES.values()))
-    weights = "checkpoint, or run folder (its best epoch)"
-    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help=weights)
+    add(
+        "-c", "--ckpt", required=True, type=Path, metavar="PATH", help="checkpoint or run folder (best epoch)"
+    )
     add("-o", "--out", type=Path, metavar="FILE", help="default: beside the checkpoint")
     add("--format", choices=forms, help="default: by the suffix of -o, else pt2")
     add("--push-folder", type=Path, metavar="FOLDER", help="write a folder for the Hugging Face Hub instead")

@@ -10,8 +10,6 @@ from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, add_to_
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.registry import suggest
 
-Teacher = tuple[Path, str, str]  # file, model and data set
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``fetch``."""
@@ -35,8 +33,8 @@ def main(options: argparse.Namespace) -> int:
     return 0 if all(results) else 1
 
 
-def fetch(source: Source, root: Path) -> list[Teacher]:
-    """Download a source and return the teachers in it."""
+def fetch(source: Source, root: Path) -> list[tuple[Path, str, str]]:
+    """Download a source; return file, model and data set of the teachers in it."""
     folder = root if source.to == "data" else Path(source.to)
     if source.model and folder != MANIFEST.parent:
         raise ConfigError(f"sources of weights must have to: {MANIFEST.parent}, got {source.to}")
@@ -51,7 +49,6 @@ def fetch(source: Source, root: Path) -> list[Teacher]:
 
 
 def _evaluate(path: Path, model: str, dataset: str, root: Path) -> bool:
-    """Run the command ``eval`` if the data exists; return False if it fails."""
     if dataset in FOLDERS and not (root / FOLDERS[dataset]).is_dir():  # would be downloaded
         print(f"{model}: not evaluated, {root} contains no {FOLDERS[dataset]}: {path}")
         return True

@@ -21,13 +21,9 @@ from mdistiller_norm.types import Batch, Outputs
 
 
 def load(path: str | Path) -> tuple[Network, dict[str, Any]]:
-    """Load a trained network and its metadata.
+    """Load a trained network from a ``student_*.pt`` file, or from the ``student_best.pt`` of a run folder.
 
-    Args:
-        path: a ``student_*.pt`` file, or a run folder for its ``student_best.pt``.
-
-    Returns:
-        The network in eval mode and its metadata (``name``, ``classes``, ``mean``, ``std``, ``image_size`` ...).
+    Return it in eval mode, with its metadata (``name``, ``classes``, ``mean``, ``std``, ``image_size`` ...).
     """
     student = load_student(Path(path), with_data=False)
     return student.network, student.about
@@ -36,15 +32,10 @@ def load(path: str | Path) -> tuple[Network, dict[str, Any]]:
 def train(
     config: str | Path, overrides: Mapping[str, Any] | None = None, resume: bool = False
 ) -> dict[str, Any]:
-    """Train a run from its config file.
+    """Train a run from its config file, with ``overrides`` such as ``{"SOLVER.EPOCHS": 2}``.
 
-    Args:
-        config: path of the file.
-        overrides: values by key, such as ``{"SOLVER.EPOCHS": 2}``.
-        resume: continue from ``latest.pt`` in the run folder, if it exists.
-
-    Returns:
-        Content of ``result.json``: ``last`` and ``best`` (epoch, top1, top5, loss) and the facts of the run.
+    With ``resume``, continue from ``latest.pt`` in the run folder, if it exists. Return the content of ``result.json``:
+    ``last`` and ``best`` (epoch, top1, top5, loss) and the facts of the run.
     """
     from mdistiller_norm import run  # imports TensorBoard
 
@@ -87,11 +78,14 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         names = [method] if isinstance(method, str) else list(method)
-        settings = _settings({method: keys} if isinstance(method, str) else keys)
+        own = _settings({method: keys} if isinstance(method, str) else keys)
         node = load_config(
-            None, [f"DISTILLER.TYPE={json.dumps(names)}", "EXPERIMENT.NAME=library", *settings]
+            None, [f"DISTILLER.TYPE={json.dumps(names)}", "EXPERIMENT.NAME=library", *own]
         ).node
-        networks = [_as_network(module, image_size) for module in (student, teacher)]
+        networks = [
+            module if isinstance(module, Network) else _LogitNetwork(module, image_size)
+            for module in (student, teacher)
+        ]
         shapes = [_shapes(network, image_size) for network in networks]
         known = torch.zeros(0, dtype=torch.int64) if targets is None else targets
         pair = Pair(shapes[0], shapes[1], networks[1], known, networks[0].num_classes)
@@ -136,8 +130,8 @@ class Distillation(nn.Module):
         key = torch.full((), self._step, device=device)
         batch = Batch(images, targets, unknown if indices is None else indices, unknown, key)
         self._step += 1
-        kind = device.type
-        self.trainable.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        enabled = torch.is_autocast_enabled(device.type)
+        self.trainable.autocast = torch.get_autocast_dtype(device.type) if enabled else None
         with torch.no_grad():
             outputs = self._teacher[0].outputs(images)
         loss_weights = torch.tensor(self.trainable.loss_weights(epoch), device=device)
@@ -154,8 +148,7 @@ class _LogitNetwork(Network):
     """A module from images to logits, without features."""
 
     def __init__(self, module: nn.Module, image_size: tuple[int, int]) -> None:
-        parameter = next(module.parameters())
-        training = module.training
+        parameter, training = next(module.parameters()), module.training
         with torch.no_grad():
             images = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
             logits = module.eval()(images)
@@ -168,10 +161,6 @@ class _LogitNetwork(Network):
     def outputs(self, images: Tensor) -> Outputs:
         logits = self.module(images)
         return Outputs(logits, (), (), logits.new_empty(len(logits), 0))
-
-
-def _as_network(module: nn.Module, image_size: tuple[int, int]) -> Network:
-    return module if isinstance(module, Network) else _LogitNetwork(module, image_size)
 
 
 def _shapes(network: Network, image_size: tuple[int, int]) -> Outputs:

@@ -14,17 +14,11 @@ from mdistiller_norm.registry import PLUGINS
 
 
 def import_plugin(name: str, beside: Path = Path()) -> str:
-    """Import a plugin, unless this process has imported it already.
+    """Import a plugin, unless this process has imported it already; return its name from the working directory.
 
     Args:
         name: a file (``.py`` or with a slash), which can import the modules in its folder, or a module.
         beside: folder in which a file is searched first, before the working directory.
-
-    Returns:
-        The name of the same plugin from the working directory.
-
-    Raises:
-        ConfigError: the plugin does not exist, or raises an error, for example since it registers an existing name.
     """
     file = None
     if name.endswith(".py") or "/" in name:
@@ -61,7 +55,6 @@ def _import_file(file: Path) -> None:
 
 
 def _reason(error: BaseException, file: Path | None) -> str:
-    """Return the message of an error and its line in the plugin."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)

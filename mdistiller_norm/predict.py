@@ -50,17 +50,16 @@ def predict(
     values, indices = probabilities.topk(min(top, probabilities.shape[1]))
     readable = [entry for entry in entries if "error" not in entry]
     for entry, row, numbers in zip(readable, values.tolist(), indices.tolist(), strict=True):
-        pairs = zip(numbers, row, strict=True)
-        entry["classes"] = [{"class": about["classes"][number], "probability": p} for number, p in pairs]
+        names = [about["classes"][number] for number in numbers]
+        entry["classes"] = [{"class": n, "probability": p} for n, p in zip(names, row, strict=True)]
     return entries
 
 
 def find_images(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield the image files in the given order, folders replaced by all images in them."""
     for path in paths:
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        inside = (file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        found = sorted(inside) if path.is_dir() else [path]
         if not found or not path.exists():
             raise DataError(f"{path} does not exist or has no images ({', '.join(EXTENSIONS)})")
         yield from found
@@ -69,8 +68,8 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``predict``."""
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd photos/ --top 3"
-    add, weights = parser.add_argument, "weights, run folder, .pt2 or .onnx file"
-    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help=weights)
+    add = parser.add_argument
+    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="weights, run folder, .pt2 or .onnx")
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of images")
     add("--top", type=positive, default=5, metavar="N", help="number of classes of each image (default: 5)")
     add("--json", action="store_true", help="print a JSON list")
@@ -80,12 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print the top classes of each image; return 1 if an image cannot be read."""
     paths = list(find_images(options.images))
-    form = SUFFIXES.get(options.ckpt.suffix, "")
+    device, form = torch.device("cpu"), SUFFIXES.get(options.ckpt.suffix, "")
     if form in EXECUTABLE:
-        device = torch.device("cpu")
         if not options.ckpt.is_file():
             raise DataError(f"{options.ckpt} does not exist")
-        with needs_extra("onnx", f"{options.ckpt}"):
+        with needs_extra("onnx", str(options.ckpt)):
             forward, about = read(options.ckpt, form)
     else:
         device = build_device(options.device)

@@ -19,9 +19,9 @@ def nearest(name: str, candidates: Iterable[str]) -> list[str]:
 
 def not_registered(name: str) -> str:
     """Return a hint if a plugin defines an object of this name, which it then did not register."""
-    files = [plugin.__file__ for plugin in PLUGINS if name in vars(plugin)]
+    file = next((plugin.__file__ for plugin in PLUGINS if name in vars(plugin)), "")
     hint = "is not registered: decorate it (methods: @distillers.register)"
-    return f"{name} in {files[0]} {hint}" if files else ""
+    return f"{name} in {file} {hint}" if file else ""
 
 
 def suggest(name: str, candidates: Collection[str]) -> str:
@@ -32,11 +32,7 @@ def suggest(name: str, candidates: Collection[str]) -> str:
 
 
 class Registry(dict[str, T]):
-    """Registered objects by name.
-
-    Args:
-        kind: kind of the objects, for messages ("model", "distiller").
-    """
+    """Registered objects by name; ``kind`` names their kind in messages ("model", "distiller")."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -17,10 +17,11 @@ from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.graph import capture_network, capture_step
 from mdistiller_norm.engine.logger import Record, environment
+from mdistiller_norm.engine.optim import Schedule
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
-from mdistiller_norm.engine.trainer import Provenance, Trainer
+from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
@@ -54,33 +55,24 @@ def main(options: argparse.Namespace) -> int:
 def _launcher() -> list[str]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # set by torchrun
         return ["python"]
-    nodes, processes = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    nodes = os.environ["GROUP_WORLD_SIZE"]
     where = ["--standalone"] if nodes == "1" else ["--nnodes", nodes]
-    return ["torchrun", *where, "--nproc-per-node", processes]
+    return ["torchrun", *where, "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
 
 
 class Run(NamedTuple):
-    """A run that is ready to train.
-
-    Attributes:
-        trainer: trains it.
-        folder: stores it; locked until ``trainer.log`` is closed.
-        facts: content of ``result.json`` without the accuracies.
-    """
+    """A run that is ready to train."""
 
     trainer: Trainer
-    folder: RunFolder
-    facts: Record
+    folder: RunFolder  # locked until ``trainer.log`` is closed
+    facts: Record  # content of ``result.json`` without the accuracies
 
 
 def build_run(config: Config, resume: bool = False, command: str = "", dataset: Dataset | None = None) -> Run:
     """Build a training run; all input is checked before the first step.
 
-    Args:
-        config: resolved.
-        resume: continue from ``latest.pt`` in the run folder, if it exists.
-        command: command line, for the record.
-        dataset: an open data set to use instead of ``DATASET.TYPE``.
+    With ``resume``, continue from ``latest.pt`` in the run folder, if it exists. The record contains ``command``.
+    ``dataset`` is an open data set to use instead of ``DATASET.TYPE``.
     """
     cfg = config.node
     device, autocast, warning = build.build_execution(cfg)
@@ -102,7 +94,8 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
     loader = build_data.build_loader(cfg, dataset, device, share, lambda text: log(f"warning: {text}"))
     steps = cfg.SOLVER.EPOCHS * loader.steps
-    to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if folder.steps_done < steps else 0)
+    done = folder.state["total_steps"] if folder.state else 0
+    to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if done < steps else 0)
     if reason and (trained or cfg.ENGINE.COMPILE == "all"):
         log(reason)
     teacher: Teacher | None = None
@@ -112,30 +105,29 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
         teacher, teacher_record = build.build_teacher_runner(
             cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", log
         )  # fmt: skip
-    step = build.build_step(
-        cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
-    )
-    versions, precision = environment(device), build.PRECISIONS[autocast]
-    facts, provenance = _records(cfg, dataset, distillers, teacher_record, precision, versions)
+    compiled = to_compile == "all"
+    step = build.build_step(cfg, student, distillers, loader, teacher, autocast, device, compiled, log)
+    precision = build.PRECISIONS[autocast]
+    facts, provenance = _records(cfg, dataset, distillers, teacher_record, precision, environment(device))
     facts |= {"config": yaml.safe_load(config_yaml), "command": command}
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
-    schedule, graph = build.build_schedule(cfg.SOLVER), cfg.ENGINE.CUDA_GRAPH
+    solver, graph = cfg.SOLVER, cfg.ENGINE.CUDA_GRAPH
+    stages, decay = tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE
     trainer = Trainer(
-        step, schedule, test, cfg.SOLVER.EPOCHS, folder.path, folder.log, provenance,
-        build.build_intervals(cfg.LOG),
+        step, Schedule(solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, stages, decay),
+        test, solver.EPOCHS, folder.path, folder.log, provenance,
+        Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.GRAD_NORMS),
         capture_step(step, graph, log), capture_network(step.trainable.evaluated, test, graph, log),
     )  # fmt: skip
     folder.restore(trainer)
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
-        epochs = range(trainer.epoch, cfg.SOLVER.EPOCHS + 1)
-        trainer.prefetch = teacher.fill(loader.batches(epoch) for epoch in epochs)
+        trainer.prefetch = teacher.fill(map(loader.batches, range(trainer.epoch, solver.EPOCHS + 1)))
     return Run(trainer, folder, facts)
 
 
 def _records(
     cfg: Any, dataset: Dataset, methods: Mapping[str, Distiller], teacher: Record, precision: str, versions: Record
 ) -> tuple[Record, Provenance]:  # fmt: skip
-    """Return the facts for ``result.json``, and the records that are saved with the state."""
     facts = {
         "method": list(methods), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
         "dataset": dataset.name, "data": dataset.fingerprint(), "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
@@ -153,8 +145,7 @@ def _records(
         "teacher": teacher.get("hash", ""), "data": facts["data"], "precision": precision,
         "precision of the teacher's answers": "fp16" if teacher.get("cache") == "fp16" else "as computed",
     }  # fmt: skip
-    trained_by = versions | {key: facts[key] for key in ("precision", "processes")}
-    return facts, Provenance(about, identity, trained_by)
+    return facts, Provenance(about, identity, versions | {k: facts[k] for k in ("precision", "processes")})
 
 
 def _log_summary(

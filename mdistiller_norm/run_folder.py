@@ -22,8 +22,7 @@ from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.files import open_lock, write_json, write_text
 
-# Keys that do not change the computation. Hashes of the data and the teacher and the precision in use are compared
-# instead (identity).
+# Keys that do not change the computation; hashes of data and teacher and the precision in use are compared instead.
 NEUTRAL = (
     "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
     "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "ENGINE.", "DISTILLER.TEACHER_CACHE", "DISTILLER.TEACHER_WEIGHTS",
@@ -70,30 +69,20 @@ class RunFolder:
         resumed = distributed.all_reduce_max(int(folder is not None and folder.state is not None))
         return folder or cls(path, config_yaml, load(path / LATEST) if resumed else None, RunLog(None))
 
-    @property
-    def steps_done(self) -> int:
-        """Steps that are done in all epochs."""
-        return int(self.state["total_steps"]) if self.state else 0
-
     def restore(self, trainer: Trainer) -> None:
         """Load the saved state, if any, into the trainer, and store the config."""
         if self.state:
-            saved, current = self.state["identity"], trainer.provenance.identity
-            changed = [
-                f"{name} ({value[:12]}, now {current[name][:12]})"
-                for name, value in saved.items()
-                if value != current.get(name, value)
-            ]
-            if changed:
+            saved, now = self.state["identity"], trainer.provenance.identity
+            names = [name for name, value in saved.items() if value != now.get(name, value)]
+            if changed := [f"{name} ({saved[name][:12]}, now {now[name][:12]})" for name in names]:
                 raise ConfigError(f"{self.path} cannot be resumed with another {', '.join(changed)}")
             try:
                 trainer.load_state(self.state)
             except (RuntimeError, ValueError, LookupError) as error:
-                reason = str(error).splitlines()[-1].strip()
-                raise CheckpointError(
-                    f"the state in {self.path} does not fit this run ({reason}): a network or method of a plugin has "
-                    "changed, or the state is damaged"
-                ) from error
+                text = (
+                    f"the state in {self.path} does not fit this run ({str(error).splitlines()[-1].strip()})"
+                )
+                raise CheckpointError(f"{text}: a plugin has changed, or the state is damaged") from error
             self.state = None  # frees its memory
         if not trainer.finished and distributed.is_first():
             write_text(self.config_yaml, self.path / CONFIG)
@@ -122,16 +111,15 @@ def _open_first(path: Path, cfg: Any, config_yaml: str, resume: bool) -> RunFold
     # os.path.exists returns False if the name is too long.
     exists = any(os.path.exists(path / name) for name in (LATEST, PREVIOUS, RESULT))
     if exists and not (resume or _was_restarted(path)):
-        hint = "add --resume to continue it, or set EXPERIMENT.NAME for a new one"
-        raise ConfigError(f"{path} holds a run: {hint}")
+        raise ConfigError(f"{path} holds a run: add --resume to continue it, or set another EXPERIMENT.NAME")
     try:
         with ExitStack() as resources:
             resources.enter_context(_lock(path))
             if exists:
                 state, warnings[0] = _load_state(path, cfg, config_yaml)
             if cfg.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
-                settings, names = yaml.safe_load(config_yaml), (cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.TAG)
-                warnings.append(start_wandb(path, *names, settings, resources))
+                settings, experiment = yaml.safe_load(config_yaml), cfg.EXPERIMENT
+                warnings.append(start_wandb(path, experiment.PROJECT, experiment.TAG, settings, resources))
             first_epoch, first_step = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
             log = RunLog(path, first_epoch, first_step)
             log.held = resources.pop_all()
@@ -148,7 +136,6 @@ def _open_first(path: Path, cfg: Any, config_yaml: str, resume: bool) -> RunFold
 
 
 def _was_restarted(path: Path) -> bool:
-    """Whether the launcher that started the run has restarted this process."""
     try:
         return distributed.restarted() and (path / _LOCK).read_text() == distributed.launcher()
     except (OSError, ValueError):
@@ -156,7 +143,6 @@ def _was_restarted(path: Path) -> bool:
 
 
 def _lock(path: Path) -> IO[str]:
-    """Create the folder and lock it for this process until the returned file is closed."""
     path.mkdir(parents=True, exist_ok=True)
     lock = open_lock(path / _LOCK)
     try:
@@ -173,26 +159,18 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _load_state(path: Path, cfg: Any, config_yaml: str) -> tuple[Record, str]:
-    """Load the state, with a warning if it is the previous one; check that it belongs to a run of this config."""
     stored, unused = read_settings(path / CONFIG), {*DISTILLERS}.difference(method_names(cfg))
     defaults, current = (yaml.load(text, TextLoader) for text in (dump(default_config()), config_yaml))
-    changed = [
-        key
-        for key, text in current.items()
-        if stored.get(key, defaults[key]) != text
-        and not (_is_neutral(key, cfg) or key.split(".")[0] in unused)
-    ]
-    if changed:
+    different = [key for key, text in current.items() if stored.get(key, defaults[key]) != text]
+    if changed := [k for k in different if not (_is_neutral(k, cfg) or k.split(".")[0] in unused)]:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")
     state, warning = _read_state(path)
-    if (done := state["epoch"] - 1) > cfg.SOLVER.EPOCHS:
-        finished = f"{done}, the finished epochs of {path}"
-        raise ConfigError(f"SOLVER.EPOCHS must be >= {finished}, got {cfg.SOLVER.EPOCHS}")
+    if (done := state["epoch"] - 1) > (epochs := cfg.SOLVER.EPOCHS):
+        raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the finished epochs of {path}, got {epochs}")
     return state, warning
 
 
 def _read_state(path: Path) -> tuple[Record, str]:
-    """Load the state, or, with a warning, the previous one if the state is missing or damaged."""
     problems = []
     for name in (LATEST, PREVIOUS):
         try:

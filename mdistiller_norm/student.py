@@ -11,13 +11,11 @@ from mdistiller_norm.data.cifar import FOLDERS as CIFAR_FOLDERS
 from mdistiller_norm.data.folder import data_root
 from mdistiller_norm.engine.checkpoint import Weights, load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
-from mdistiller_norm.models import PREFIXES, VARIANTS, build_model
-from mdistiller_norm.models.base import Network
+from mdistiller_norm.models import PREFIXES, VARIANTS, Network, build_model
 from mdistiller_norm.plugins import import_plugin
 from mdistiller_norm.run_folder import CONFIG
 
 Metadata = dict[str, Any]
-
 _REQUIRED = ("name", "variant", "dataset", "classes", "mean", "std", "image_size")
 _PREPROCESSING = {"crop": "center", "interpolation": "bilinear, antialiased", "channels": "RGB"}
 
@@ -51,14 +49,12 @@ def positive(text: str) -> int:
 
 def find_weights(path: Path) -> Path:
     """Return the weights file of a run folder (the best epoch), or of a path that may lack ``.pt``."""
-    if path.is_dir():
-        path = path / "student_best"
+    path = path / "student_best" if path.is_dir() else path
     with_suffix = path.with_name(f"{path.name}.pt")
     return with_suffix if with_suffix.is_file() and not path.exists() else path
 
 
-def find_root(path: Path, root: Path | None) -> Path:
-    """Return the folder of the data sets: ``root``, else that of the run of a weights file, else ``data``."""
+def _find_root(path: Path, root: Path | None) -> Path:
     config = path.parent / CONFIG
     if root is None and config.is_file():
         return Path(str(read_settings(config).get("DATASET.ROOT", "data")))
@@ -78,7 +74,7 @@ def open_checkpoint(
     """
     path = find_weights(Path(path))
     weights = load_weights(path)
-    dataset = _open_data(weights, model, kind, find_root(path, root), dataset)
+    dataset = _open_data(weights, model, kind, _find_root(path, root), dataset)
     return _build(weights, model, _facts(dataset)), dataset
 
 
@@ -91,7 +87,7 @@ def load_student(
     ``with_data``, and CIFAR-100 is not downloaded.
     """
     path = find_weights(path)
-    weights, root = load_weights(path), find_root(path, root)
+    weights, root = load_weights(path), _find_root(path, root)
     about, dataset, missing = weights.about, None, "not requested"
     complete = about.keys() >= {*_REQUIRED}
     kind = kind or about.get("type", "")
@@ -107,7 +103,10 @@ def load_student(
                 raise
             missing = str(error)
     network = _build(weights, model, about)
-    return Student(network, _metadata(about, network), dataset, missing)
+    kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
+    from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
+    resize = about.get("resize", 256) if from_files else about["image_size"][0]
+    return Student(network, kept | _PREPROCESSING | {"resize": resize}, dataset, missing)
 
 
 def _open_data(
@@ -120,8 +119,8 @@ def _open_data(
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
     built_in = name.startswith(PREFIXES) or name in chain(*VARIANTS.values())
     if about.get("plugins") and not (built_in and (dataset is not None or kind in DATASETS)):
-        plugins = f"registered by a plugin: add --plugin {' '.join(about['plugins'])}"
-        raise CheckpointError(f"{weights.path} is {name} on {kind}, {plugins}")
+        hint = f"add --plugin {' '.join(about['plugins'])}"
+        raise CheckpointError(f"{weights.path} is {name} on {kind}, registered by a plugin: {hint}")
     if dataset is not None:
         return dataset
     known: dict[str, Any] = {key: about[key] for key in ("resize", "variant", "val_split") if key in about}
@@ -142,11 +141,3 @@ def _build(weights: Weights, model: str, about: Metadata) -> Network:
     network = build_model(name, count, variant=about["variant"], image_size=size)
     load_into(network, weights, f"{name} with {count} classes")
     return network.eval()
-
-
-def _metadata(about: Metadata, network: Network) -> Metadata:
-    """Return the facts of a weights file and the preprocessing of its images."""
-    kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
-    from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
-    resize = about.get("resize", 256) if from_files else about["image_size"][0]
-    return kept | _PREPROCESSING | {"resize": resize}
