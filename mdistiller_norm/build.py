@@ -76,9 +76,9 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
         "SOLVER.TYPE AdamW": solver.TYPE == "AdamW", "SOLVER.CLIP_GRAD": solver.CLIP_GRAD > 0,
         f"SOLVER.ACCUMULATE {solver.ACCUMULATE}": solver.ACCUMULATE > 1, f"{world} processes": world > 1,
     }  # fmt: skip
-    if solver.TRAINER.endswith("dot") and any(conflicts.values()):
-        found = ", ".join(name for name, present in conflicts.items() if present)
-        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} does not support {found}")
+    found = [name for name, present in conflicts.items() if present]
+    if solver.TRAINER.endswith("dot") and found:
+        raise ConfigError(f"SOLVER.TRAINER {solver.TRAINER} does not support {', '.join(found)}")
     return device, autocast, warning
 
 
@@ -107,16 +107,19 @@ def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check
         with torch.no_grad():
             shadow(torch.empty(1, 3, *dataset.image_size, device="meta"))
     except ValueError as error:
-        reason = f"leaves one of the {samples} images for a micro-batch: too few for a batch norm of {student.name}"
-        raise ConfigError(f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} {reason}") from error
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of the {samples} images for a micro-batch, too few for "
+            f"a batch norm of {student.name}"
+        ) from error
 
 
 def _network(
     key: str, name: str, dataset: Dataset, size: tuple[int, ...] | None, pretrained: bool = False
 ) -> Network:
-    count, variant = len(dataset.classes), dataset.variant
     try:
-        return build_model(name, count, variant=variant, image_size=size, pretrained=pretrained)
+        return build_model(
+            name, len(dataset.classes), variant=dataset.variant, image_size=size, pretrained=pretrained
+        )
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 
@@ -124,9 +127,8 @@ def _network(
 def train_command(kind: str, model: str) -> str:
     """Return the command that trains a network as a teacher on a data set of that ``DATASET.TYPE``."""
     file = f"configs/{kind}/vanilla{'_' if kind == 'digits' else '/'}{model}.yaml"
-    if find_config(file).is_file():
-        return f"{command('train')} --cfg {file}"
-    return f"{command('train')} --cfg FILE DISTILLER.TYPE NONE DISTILLER.STUDENT {model}"
+    other = f"FILE DISTILLER.TYPE NONE DISTILLER.STUDENT {model}"
+    return f"{command('train')} --cfg {file if find_config(file).is_file() else other}"
 
 
 def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.TeacherFile]:
@@ -141,8 +143,9 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
         return preprocessed(network, network.pretrained, seen), file
     network = _network("DISTILLER.TEACHER", name, dataset, dataset.image_size)
     keys = ("CLASSES", "IMAGE_SIZE", "MEAN", "STD", "VAL_SPLIT", "SUBSET")
-    data, epochs = {key: cfg.DATASET[key] for key in keys}, cfg.SOLVER.EPOCHS
-    file = teacher_file.find_teacher(name, dataset.name, weights_from, runs, command, epochs, data)
+    file = teacher_file.find_teacher(
+        name, dataset.name, weights_from, runs, command, cfg.SOLVER.EPOCHS, {k: cfg.DATASET[k] for k in keys}
+    )
     weights = load_weights(file.path)
     trained_on, renamed = weights.about.get("dataset", dataset.name), ""
     if trained_on != dataset.name:
@@ -163,13 +166,12 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
     """Return the methods of ``DISTILLER.TYPE`` by name."""
     size = dataset.image_size
     pair = Pair(probe(student, size), probe(teacher, size), teacher, dataset.targets, len(dataset.classes))
+    lacking = student.name if not pair.student.features else "" if pair.teacher.features else teacher.name
     distillers = {}
     for name in method_names(cfg):
-        for network, outputs in ((student, pair.student), (teacher, pair.teacher)):
-            if DISTILLERS[name].need is Need.MAPS and not outputs.features:
-                others = ", ".join(other for other, cls in DISTILLERS.items() if cls.need < Need.MAPS)
-                reason = f"which {network.name} lacks; without maps: {others}"
-                raise ConfigError(f"{name} requires feature maps, {reason}")
+        if lacking and DISTILLERS[name].need is Need.MAPS:
+            others = ", ".join(other for other, cls in DISTILLERS.items() if cls.need < Need.MAPS)
+            raise ConfigError(f"{name} requires feature maps, which {lacking} lacks; without maps: {others}")
         try:
             distillers[name] = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)
         except ConfigError as error:
@@ -187,14 +189,12 @@ def build_teacher_runner(
     test: EvalLoader,
     image_size: tuple[int, int],
     autocast: torch.dtype | None,
+    device: torch.device,
     compiled: bool,
     log: Log,
 ) -> tuple[Teacher, dict[str, Any]]:
     """Evaluate the teacher; return it as a step uses it, run in every step or cached, with a record of it."""
-    network, file = trained
-    device = next(network.parameters()).device
-    need = max(method.need for method in distillers.values())
-    train_mode = any(method.teacher_in_train_mode for method in distillers.values())
+    network, file = placed(trained[0], device), trained[1]
     cache = "" if cfg.DISTILLER.TEACHER_CACHE == "off" else cfg.DISTILLER.TEACHER_CACHE_PRECISION
     if cache and (reason := _no_cache_reason(distillers, loader)):
         log(f"no teacher cache: {reason}")
@@ -207,12 +207,14 @@ def build_teacher_runner(
         # Created outside inference mode: an inference tensor would cause a second compilation in the first step.
         example = torch.zeros(size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
         compiler = partial(compile_teacher, example=example, warn=log)
-    arguments = (network, need, autocast, train_mode, compiler)
+    arguments = (
+        network, max(method.need for method in distillers.values()), autocast,
+        any(method.teacher_in_train_mode for method in distillers.values()), compiler,
+    )  # fmt: skip
     if not cache or not isinstance(loader, MemoryTrainLoader):
         live = Teacher(*arguments)
         return live, record | {"hash": live.hash}
-    cache_path = file.cache_path(Path(cfg.LOG.PREFIX))
-    teacher = CachedTeacher(loader, cache_path, pooled, cache, *arguments)
+    teacher = CachedTeacher(loader, file.cache_path(Path(cfg.LOG.PREFIX)), pooled, cache, *arguments)
     teacher.check_outputs()
     if line := teacher.hold_on_device():
         log(line)
@@ -250,7 +252,6 @@ def build_step(
     ).to(device)
     if solver.SYNC_BN and distributed.together():
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)  # type: ignore[no-untyped-call]
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
     optimizer = build_optimizer(  # DOT copies the student: before compiling
         trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA, kind=solver.TYPE, lr=solver.LR,
         momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
@@ -258,6 +259,7 @@ def build_step(
     if compiled:
         trainable.forward_student = compile_student(student, log, twice=isinstance(optimizer, DOT))
     return TrainStep(
-        loader, teacher, trainable, optimizer, TrainMeters(trainable.loss_names).to(device), scaler,
-        distributed.wrap(trainable), solver.ACCUMULATE, solver.CLIP_GRAD,
+        loader, teacher, trainable, optimizer, TrainMeters(trainable.loss_names).to(device),
+        torch.amp.GradScaler(device.type, enabled=autocast is torch.float16), distributed.wrap(trainable),
+        solver.ACCUMULATE, solver.CLIP_GRAD,
     )  # fmt: skip

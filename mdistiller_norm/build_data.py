@@ -1,23 +1,13 @@
 """Build the data of a run from its config."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mdistiller_norm.config import method_names
-from mdistiller_norm.data import (
-    DATASETS,
-    Dataset,
-    ImageOptions,
-    Share,
-    TensorDataset,
-    TrainLoader,
-    open_dataset,
-)
-from mdistiller_norm.data.base import Warn
+from mdistiller_norm.data import DATASETS, Dataset, ImageOptions, Share, TensorDataset, open_dataset
+from mdistiller_norm.data.base import TrainLoader, Warn
 from mdistiller_norm.data.mix import MixedLoader
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
@@ -49,7 +39,7 @@ def check_augmentation(cfg: Any, dataset: Dataset) -> None:
     hard = [name for name in method_names(cfg) if DISTILLERS[name].needs_labels]
     if mixing and hard:
         raise ConfigError(
-            f"{' and '.join(mixing)} cannot be used with {', '.join(hard)}: each image needs one class"
+            f"{' and '.join(mixing)} cannot be used with {', '.join(hard)}: an image needs one class"
         )
     if used and cfg.DISTILLER.TEACHER_CACHE != "off":
         raise ConfigError(f"{' and '.join(used)} cannot be used with DISTILLER.TEACHER_CACHE")

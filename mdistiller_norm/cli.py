@@ -36,8 +36,6 @@ COMMANDS = {
     "shards": ("pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
 }
 _WITH_OVERRIDES = ("train", "distill", "reproduce")  # KEY VALUE may be placed between the options
-
-
 # Numbers of OSErrors that are reported without a path: of full disks and exhausted resources.
 _LIMITS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENOMEM,
@@ -52,11 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, print its errors (see :func:`run`) and return its exit code.
-
-    Args:
-        arguments: the command and its arguments; default: those of the process.
-    """
+    """Run a command with its arguments (default: those of the process); return the exit code of :func:`run`."""
     code = run(lambda: execute(sys.argv[1:] if arguments is None else arguments))
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from mdistiller_norm.engine import distributed
@@ -68,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(program: Callable[[], int]) -> int:
     """Call a program and print its error on one line.
 
-    Returns:
-        The exit code: 1 if the output was closed, 2 for an error, 128 + the number of the signal that stopped it.
+    Return the exit code: 1 if the output was closed, 2 for an error, 128 + the number of the signal that stopped it.
     """
     _prepare_streams()
     try:
@@ -80,14 +73,10 @@ def run(program: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except Interrupted as stop:
-        print(
-            f"{stop}; the state is saved; to continue, repeat the command (train: with --resume)",
-            file=sys.stderr,
-        )
+        print(f"{stop}; the state is saved: repeat the command (train: with --resume)", file=sys.stderr)
         return 128 + stop.signal_number
     except (UserError, OSError, RuntimeError) as error:
-        message = _message(error)
-        if not message:
+        if not (message := _message(error)):
             raise
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # rank 0 reports an error of all ranks, after which torchrun ends the others
@@ -109,7 +98,6 @@ def _prepare_streams() -> None:
 
 
 def _message(error: BaseException) -> str:
-    """Return the message for a user, or an empty string for an unexpected error."""
     cause: BaseException | None = error
     while cause is not None:  # PyTorch raises it in a signal handler, so it may cause any other error
         if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker (pid"):
@@ -119,16 +107,12 @@ def _message(error: BaseException) -> str:
             )
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError) and (error.errno in _LIMITS or _is_users(error.filename)):
-        place, reason = (
-            error.filename or "output",
-            "the disk may be full, or a folder was removed, renamed or is",
-        )
-        return f"{place}: {error.strerror} ({reason} read-only)"
+        reason = "the disk may be full, or a folder was removed, renamed or is read-only"
+        return f"{error.filename or 'output'}: {error.strerror} ({reason})"
     return str(error) if isinstance(error, UserError) else ""
 
 
 def _is_users(path: object) -> bool:
-    """Whether a path of an error is not in this package or in the installation of Python."""
     folders = [Path(__file__).parent, *(Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib"))]
     return isinstance(path, str) and not any(Path(path).resolve().is_relative_to(each) for each in folders)
 
@@ -140,9 +124,7 @@ def execute(arguments: Sequence[str]) -> int:
         UserError: the input is wrong.
         Interrupted: a signal stopped the command after it had saved its state.
     """
-    parser = ArgumentParser(
-        prog="mdistiller-norm", description="Knowledge distillation for image classifiers."
-    )
+    parser = ArgumentParser("mdistiller-norm", description="Knowledge distillation for image classifiers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, text) in COMMANDS.items():
@@ -155,5 +137,4 @@ def execute(arguments: Sequence[str]) -> int:
     module.add_arguments(parser)
     options = parser.parse_intermixed_args(rest) if name in _WITH_OVERRIDES else parser.parse_args(rest)
     options.command = [*python_arguments(name), *rest]
-    code: int = module.main(options)
-    return code
+    return int(module.main(options))

@@ -84,25 +84,23 @@ def group_runs(paths: Iterable[Path]) -> dict[str, list[tuple[Path, Record]]]:
 
 def describe(label: str, student: Student, results: Sequence[Record]) -> Record:
     """Return the size of a network and the accuracies of its runs."""
-    network = student.network
     return {
         "name": label, "network": student.about["name"],
         "method": "+".join(results[0]["method"]) or "none" if results else None,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "megabytes": sum(tensor.nbytes for tensor in network.state_dict().values()) / 1e6,
-        "macs": count_macs(network, student.about["image_size"]), "n": len(results),
+        "parameters": sum(parameter.numel() for parameter in student.network.parameters()),
+        "megabytes": sum(tensor.nbytes for tensor in student.network.state_dict().values()) / 1e6,
+        "macs": count_macs(student.network, student.about["image_size"]), "n": len(results),
         "last": mean_std(result["last"]["top1"] for result in results),
         "best": mean_std(result["best"]["top1"] for result in results),
         "last_by_seed": {result["seed"]: result["last"]["top1"] for result in results},
     }  # fmt: skip
 
 
-def compare_pair(first: Record, second: Record, outputs: Sequence[Collected | None]) -> Record:
+def compare_pair(first: Record, second: Record, a: Collected | None, b: Collected | None) -> Record:
     """Return the paired difference of two networks over common seeds, their agreement and McNemar's test."""
     pair: Record = dict.fromkeys(("agreement", "only_first", "only_second", "p"))
     difference = paired_difference(second["last_by_seed"], first["last_by_seed"])
     pair |= {"first": first["name"], "second": second["name"], "difference": difference}
-    a, b = outputs
     if a and b:
         x, y = a.logits.argmax(1), b.logits.argmax(1)
         agreement = 100 * float((x == y).double().mean())
@@ -114,8 +112,8 @@ def table(layout: Mapping[str, tuple[str, str]], records: Sequence[Record]) -> l
     """Return a header and a row for each record as text, with a dash for missing values."""
     rows = [[header.format(**records[0]) for header in layout]]
     for record in records:
-        cells = [(record[key], style) for key, style in layout.values()]
-        rows.append(["-" if value is None else format(value, style) for value, style in cells])
+        cells = layout.values()
+        rows.append(["-" if record[key] is None else format(record[key], style) for key, style in cells])
     return rows
 
 
@@ -155,7 +153,7 @@ def main(options: argparse.Namespace) -> int:
         networks.append(record | {"measured_top1": found.top1 if found else None})
     check_same_classes([found for found in outputs if found])
     rest = zip(networks[1:], outputs[1:], strict=True)
-    pairs = [compare_pair(networks[0], record, [outputs[0], found]) for record, found in rest]
+    pairs = [compare_pair(networks[0], record, outputs[0], found) for record, found in rest]
     tables = [table(NETWORKS, networks), *([table(PAIRS, pairs)] if pairs else [])]
     if options.html:
         write_text(_PAGE + "<br>\n".join(map(_as_html, tables)), options.html)

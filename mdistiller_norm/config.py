@@ -147,9 +147,9 @@ def _parse_overrides(overrides: Sequence[str]) -> Settings:
 def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[str], skipped: bool) -> None:
     used = method_names(node)
     types = f"DISTILLER.TYPE ({sources['DISTILLER.TYPE']})"
-    for name in used:
-        if name not in DISTILLERS and not skipped:
-            raise ConfigError(f"{types}: unknown distiller {name!r}: {suggest(name, ['NONE', *DISTILLERS])}")
+    name = next((name for name in used if name not in DISTILLERS), "")
+    if name and not skipped:
+        raise ConfigError(f"{types}: unknown distiller {name!r}: {suggest(name, ['NONE', *DISTILLERS])}")
     for key, source in sources.items():
         section = key.split(".")[0]
         if source == _COMMAND_LINE and section in DISTILLERS and section not in (*used, *others):

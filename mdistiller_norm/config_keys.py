@@ -142,12 +142,11 @@ def check_value(key: str, value: Any, defaults: Mapping[str, Any], source: str) 
     requirement = KEYS[key][2] if key in KEYS else _METHOD_KEYS.get(key.rpartition(".")[2], "")
     is_list = isinstance(default, list)
     item = [*default, _ITEMS.get(key)][0] if is_list else default
-    result: Any
     try:
         if (is_list or key in _ONE_OR_SEVERAL) and isinstance(value, str) and _BRACKETS.fullmatch(value):
             value = yaml.load(f"[{value.strip()[1:-1]}]", TextLoader)
         if is_list or (key in _ONE_OR_SEVERAL and value and isinstance(value, list)):
-            result = [_convert(each, item) for each in ([None] if isinstance(value, str) else value)]
+            result: Any = [_convert(each, item) for each in ([None] if isinstance(value, str) else value)]
         else:
             result = _convert(value, default)
         names = requirement.removeprefix("one of ")
@@ -159,8 +158,7 @@ def check_value(key: str, value: Any, defaults: Mapping[str, Any], source: str) 
         got = value if isinstance(value, str) and value else reprlib.repr(value)
         raise ConfigError(f"{source}: {key} must be {requirement}, got {got}")
     if key in _PATHS:
-        expand = os.path.expanduser
-        result = expand(result) if isinstance(result, str) else [expand(path) for path in result]
+        result = os.path.expanduser(result) if isinstance(result, str) else [*map(os.path.expanduser, result)]
     return result
 
 

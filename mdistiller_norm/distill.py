@@ -41,25 +41,21 @@ def main(options: argparse.Namespace) -> int:
     plain = _config(options, f"teacher,{teacher}", {"STUDENT": teacher})
     alone = _config(options, f"{student},alone", {"STUDENT": student})
     names = {"TYPE": options.method, "TEACHER": teacher, "STUDENT": student}
-    weights, trained = run_folder(plain) / "student_last.pt", run_folder(plain) / "result.json"
-    if not options.train_teacher:
-        external = "pretrained" if teacher.startswith(PREFIXES) else ""
-        names["TEACHER_WEIGHTS"] = str(weights) if trained.is_file() else external
+    names["TEACHER_WEIGHTS"] = str(run_folder(plain) / "student_last.pt")
+    if not options.train_teacher and not (run_folder(plain) / "result.json").is_file():
+        names["TEACHER_WEIGHTS"] = "pretrained" if teacher.startswith(PREFIXES) else ""
     distilled = _config(options, f"{student},{options.method}", names)
     dataset = build_dataset(distilled.node)
     build_student(student, dataset, 0)  # an unknown name is an error before the teacher is trained
     runs = {"teacher": plain} if options.train_teacher else {}
     runs |= {"student alone": alone} if options.student_alone else {}
-    if options.train_teacher:
-        distilled = _config(options, f"{student},{options.method}", names | {"TEACHER_WEIGHTS": str(weights)})
-    else:
+    if not options.train_teacher:
         try:
             build_teacher(distilled.node, dataset)
         except CheckpointError as error:
             raise CheckpointError(f"{error}, or add --train-teacher") from error
     runs |= {"distilled": distilled}
-    command_line = ["python", *options.command]
-    results = {role: train(config, True, command_line, dataset) for role, config in runs.items()}
+    results = {role: train(run, True, ["python", *options.command], dataset) for role, run in runs.items()}
     given = results["distilled"]["teacher"]
     rows = [("", "model", "top-1 (last)", "top-1 (best)", "weights")]
     if not options.train_teacher:

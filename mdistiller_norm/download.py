@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -48,7 +47,6 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Name of the downloaded file."""
         return self.urls[0].rpartition("/")[2]
 
     def mismatch(self, path: Path) -> str:
@@ -130,12 +128,16 @@ def _transfer_all(url: str, part: Path) -> None:
 
 
 def _transfer(url: str, part: Path, start: int) -> None:
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
-    with response, part.open("ab" if response.status == 206 else "wb") as file:  # 206: it supports ranges
-        size = file.tell() + int(response.headers["Content-Length"] or 0)
-        options: Any = {"initial": file.tell(), "unit": "B", "unit_scale": True, "disable": None}
-        with tqdm(desc=url.rpartition("/")[2], total=size or None, **options) as bar:
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with (
+        urlopen(request, timeout=TIMEOUT) as response,
+        part.open("ab" if response.status == 206 else "wb") as file,  # 206: the server supports ranges
+    ):
+        done, name = file.tell(), url.rpartition("/")[2]
+        size = done + int(response.headers["Content-Length"] or 0)
+        with tqdm(
+            desc=name, total=size or None, initial=done, unit="B", unit_scale=True, disable=None
+        ) as bar:
             while chunk := response.read(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))

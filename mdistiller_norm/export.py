@@ -112,7 +112,7 @@ def check(forward: Forward, student: Student, count: int) -> list[str]:
 
 
 def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
-    """Return the content of a file; PyTorch's writers of files abort the process if the disk is full."""
+    # In memory: PyTorch's writers of files abort the process if the disk is full.
     content = io.BytesIO()
     if form == "state_dict":
         torch.save({"model": module.state_dict()}, content)
@@ -192,12 +192,11 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
             f"Trained {methods} for {result['epochs']} epochs with seed {result['seed']}. Test top-1 of epoch "
             f"{best['epoch']}, the best: {best['top1']:.2f}; of the last epoch: {last['top1']:.2f}."
         )
-        entry = {
+        header["model-index"] = [{"name": about["name"], "results": [{
             "task": {"type": "image-classification"},
             "dataset": {"name": about["dataset"], "type": about["dataset"]},
             "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}],
-        }
-        header["model-index"] = [{"name": about["name"], "results": [entry]}]
+        }]}]  # fmt: skip
     values = about | {"count": classes, "image_size": tuple(about["image_size"]), "description": description}
     write_text(_CARD.format(header=yaml.safe_dump(header, sort_keys=False), **values), folder / "README.md")
     return [*lines, f"wrote config.json and README.md in {folder}"]
@@ -223,26 +222,28 @@ def main(options: argparse.Namespace) -> int:
     source = find_weights(options.ckpt)
     form: str = options.format or (SUFFIXES.get(options.out.suffix, "") if options.out else "pt2")
     path: Path = options.out or source.with_suffix(next(s for s, name in SUFFIXES.items() if name == form))
-    if options.push_folder:
-        form, path = "safetensors", options.push_folder / "model.safetensors"
-        if options.out or options.format:
-            raise ConfigError("--push-folder cannot be combined with -o or --format")
-    elif path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"-o {path} must be a file in an existing folder")
-    if SUFFIXES.get(path.suffix) != form:
-        raise ConfigError(f"-o {path} must end in the suffix of its format: {', '.join(SUFFIXES)}")
-    if form not in EXECUTABLE and options.with_normalisation:
-        raise ConfigError("--with-normalisation requires --format pt2 or onnx: the others have weights only")
-    if path.resolve() == source.resolve() or (path.exists() and not options.force):
-        raise ConfigError(f"{path} exists: choose another path, or replace it with --force")
+    hub = options.push_folder
+    if hub:
+        form, path = "safetensors", hub / "model.safetensors"
+    problems = {
+        "--push-folder cannot be combined with -o or --format": hub and (options.out or options.format),
+        f"-o {path} must be a file in an existing folder": not hub and (path.is_dir() or not path.parent.is_dir()),
+        f"-o {path} must end in the suffix of its format: {', '.join(SUFFIXES)}": SUFFIXES.get(path.suffix) != form,
+        "--with-normalisation requires --format pt2 or onnx: the others have weights only":
+            options.with_normalisation and form not in EXECUTABLE,
+        f"{path} exists: choose another path, or replace it with --force":
+            path.resolve() == source.resolve() or (path.exists() and not options.force),
+    }  # fmt: skip
+    if found := [message for message, holds in problems.items() if holds]:
+        raise ConfigError(found[0])
     with needs_extra(form, f"--format {form}"):
         for package in _PACKAGES.get(form, ()):
             importlib.import_module(package)
     student = load_student(source, options.model, options.dataset, options.root)
-    if options.push_folder:
+    if hub:
         file = source.parent / RESULT
         result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        lines = write_hub_folder(student, options.push_folder, result, options.batch_size)
+        lines = write_hub_folder(student, hub, result, options.batch_size)
     else:
         lines = export(student, path, form, options.with_normalisation, options.batch_size)
     print("\n".join(lines))

@@ -1,12 +1,10 @@
 """Distillation in a training loop of the user, and loading of trained students."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +23,7 @@ def load(path: str | Path) -> tuple[Network, dict[str, Any]]:
 
     Return it in eval mode, with its metadata (``name``, ``classes``, ``mean``, ``std``, ``image_size`` ...).
     """
-    student = load_student(Path(path), with_data=False)
-    return student.network, student.about
+    return load_student(Path(path), with_data=False)[:2]
 
 
 def train(
@@ -98,10 +95,9 @@ class Distillation(nn.Module):
                 raise ConfigError(f"{name} requires the classes of the training set: pass targets")
             distillers[name] = cls.from_config(node[name], pair)
         self.trainable = Trainable(networks[0], distillers, max(d.ce_weight for d in distillers.values()))
-        frozen = networks[1].eval().requires_grad_(False)
-        if any(distiller.teacher_in_train_mode for distiller in distillers.values()):
-            frozen = copy.deepcopy(frozen).train()
-        self._teacher = [frozen]  # in a list, to not be a submodule
+        frozen, train_mode = networks[1].eval(), any(d.teacher_in_train_mode for d in distillers.values())
+        frozen.requires_grad_(False)
+        self._teacher = [copy.deepcopy(frozen).train() if train_mode else frozen]  # a list: no submodule
         self._epoch, self._step = 0, 0
 
     def forward(
@@ -134,19 +130,17 @@ class Distillation(nn.Module):
         self.trainable.autocast = torch.get_autocast_dtype(device.type) if enabled else None
         with torch.no_grad():
             outputs = self._teacher[0].outputs(images)
-        loss_weights = torch.tensor(self.trainable.loss_weights(epoch), device=device)
-        losses = self.trainable(batch, outputs, loss_weights)
+        weights = self.trainable.loss_weights(epoch)
+        losses = self.trainable(batch, outputs, torch.tensor(weights, device=device))
         return losses.total, dict(zip(self.trainable.loss_names, losses.parts.detach(), strict=True))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distillation:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._teacher[0]._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 
 class _LogitNetwork(Network):
-    """A module from images to logits, without features."""
-
     def __init__(self, module: nn.Module, image_size: tuple[int, int]) -> None:
         parameter, training = next(module.parameters()), module.training
         with torch.no_grad():

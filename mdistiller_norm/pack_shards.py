@@ -24,8 +24,7 @@ def main(options: argparse.Namespace) -> int:
     """Check all images and pack them."""
     dataset = image_folder(options.root, ImageOptions(mean=MEAN, std=STD, workers=max(options.workers, 0)))
     if broken := list_unreadable(dataset):
-        hint = "(listed above): replace or remove them"
-        raise DataError(f"{options.root}: {len(broken)} images cannot be read {hint}")
+        raise DataError(f"{options.root}: {len(broken)} images cannot be read (listed above): replace them")
     for name, count in pack(dataset, options.out, options.per_shard).items():
         print(f"{count} shards in {options.out / name}")
     return 0

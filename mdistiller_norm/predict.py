@@ -91,8 +91,7 @@ def main(options: argparse.Namespace) -> int:
         forward, about = placed(student.network, device), student.about
     found: list[Entry] = []
     for start in range(0, len(paths), options.batch_size):
-        batch = paths[start : start + options.batch_size]
-        for entry in predict(forward, about, batch, options.top, device):
+        for entry in predict(forward, about, paths[start : start + options.batch_size], options.top, device):
             found.append(entry)
             if "error" in entry:
                 print(f"error: {entry['image']} cannot be read ({entry['error']})", file=sys.stderr)

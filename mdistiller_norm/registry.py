@@ -20,8 +20,7 @@ def nearest(name: str, candidates: Iterable[str]) -> list[str]:
 def not_registered(name: str) -> str:
     """Return a hint if a plugin defines an object of this name, which it then did not register."""
     file = next((plugin.__file__ for plugin in PLUGINS if name in vars(plugin)), "")
-    hint = "is not registered: decorate it (methods: @distillers.register)"
-    return f"{name} in {file} {hint}" if file else ""
+    return f"{name} in {file} is not registered: decorate it (methods: @distillers.register)" if file else ""
 
 
 def suggest(name: str, candidates: Collection[str]) -> str:

@@ -19,7 +19,6 @@ from mdistiller_norm.engine.graph import capture_network, capture_step
 from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.optim import Schedule
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
-from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
 from mdistiller_norm.models.base import Network
@@ -81,13 +80,12 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build.build_distillers(cfg, student, trained[0], dataset) if trained else {}
-    config_yaml = dump(cfg)
     choose_cuda_kernels(device, cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
     build.check_data(cfg, student, dataset, share, check_test=trained is None)
-    folder = RunFolder.open(config, config_yaml, resume)
+    folder = RunFolder.open(config, dump(cfg), resume)
     log = folder.log.line
     if warning:
         log(f"warning: {warning}")
@@ -98,24 +96,21 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if done < steps else 0)
     if reason and (trained or cfg.ENGINE.COMPILE == "all"):
         log(reason)
-    teacher: Teacher | None = None
-    teacher_record: Record = {}
-    if trained:
-        build.placed(trained[0], device)
-        teacher, teacher_record = build.build_teacher_runner(
-            cfg, trained, distillers, loader, test, dataset.image_size, autocast, to_compile != "none", log
-        )  # fmt: skip
-    compiled = to_compile == "all"
-    step = build.build_step(cfg, student, distillers, loader, teacher, autocast, device, compiled, log)
-    precision = build.PRECISIONS[autocast]
-    facts, provenance = _records(cfg, dataset, distillers, teacher_record, precision, environment(device))
-    facts |= {"config": yaml.safe_load(config_yaml), "command": command}
+    teacher, teacher_record = build.build_teacher_runner(
+        cfg, trained, distillers, loader, test, dataset.image_size, autocast, device, to_compile != "none", log
+    ) if trained else (None, {})  # fmt: skip
+    step = build.build_step(
+        cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
+    )
+    facts, provenance = _records(cfg, dataset, distillers, teacher_record, autocast, environment(device))
+    facts |= {"config": yaml.safe_load(folder.config_yaml), "command": command}
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
     solver, graph = cfg.SOLVER, cfg.ENGINE.CUDA_GRAPH
-    stages, decay = tuple(solver.LR_DECAY_STAGES), solver.LR_DECAY_RATE
     trainer = Trainer(
-        step, Schedule(solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, stages, decay),
-        test, solver.EPOCHS, folder.path, folder.log, provenance,
+        step, Schedule(
+            solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, tuple(solver.LR_DECAY_STAGES),
+            solver.LR_DECAY_RATE,
+        ), test, solver.EPOCHS, folder.path, folder.log, provenance,
         Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.GRAD_NORMS),
         capture_step(step, graph, log), capture_network(step.trainable.evaluated, test, graph, log),
     )  # fmt: skip
@@ -126,13 +121,15 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
 
 
 def _records(
-    cfg: Any, dataset: Dataset, methods: Mapping[str, Distiller], teacher: Record, precision: str, versions: Record
+    cfg: Any, dataset: Dataset, methods: Mapping[str, Distiller], teacher: Record, autocast: torch.dtype | None,
+    versions: Record,
 ) -> tuple[Record, Provenance]:  # fmt: skip
     facts = {
         "method": list(methods), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
         "dataset": dataset.name, "data": dataset.fingerprint(), "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
         "extra_parameters": sum(method.extra_parameters() for method in methods.values()),
-        "precision": precision, "processes": distributed.process_share().world, "environment": versions,
+        "precision": build.PRECISIONS[autocast], "processes": distributed.process_share().world,
+        "environment": versions,
     }  # fmt: skip
     about = {
         "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
@@ -142,7 +139,7 @@ def _records(
     }  # fmt: skip
     about |= {"ema": cfg.SOLVER.EMA} if cfg.SOLVER.EMA else {}
     identity = {
-        "teacher": teacher.get("hash", ""), "data": facts["data"], "precision": precision,
+        "teacher": teacher.get("hash", ""), "data": facts["data"], "precision": facts["precision"],
         "precision of the teacher's answers": "fp16" if teacher.get("cache") == "fp16" else "as computed",
     }  # fmt: skip
     return facts, Provenance(about, identity, versions | {k: facts[k] for k in ("precision", "processes")})

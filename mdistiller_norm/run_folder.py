@@ -1,7 +1,5 @@
 """The folder of a run: its path, its lock and its saved state."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -40,8 +38,8 @@ def run_folder(config: Config) -> Path:
         from_command = config.sources[key] == "command line" and not _is_neutral(key, cfg)
         if (from_command and not cfg.EXPERIMENT.NAME) or (key == "DATASET.SUBSET" and value):
             name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
-    name = name.encode(errors="backslashreplace").decode()  # TensorBoard requires UTF-8
-    return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name)
+    # TensorBoard requires UTF-8.
+    return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name.encode(errors="backslashreplace").decode())
 
 
 def _is_neutral(key: str, cfg: Any) -> bool:
@@ -62,7 +60,7 @@ class RunFolder:
     log: RunLog  # writes to the folder in the first process
 
     @classmethod
-    def open(cls, config: Config, config_yaml: str, resume: bool) -> RunFolder:
+    def open(cls, config: Config, config_yaml: str, resume: bool) -> "RunFolder":
         """Create the folder of a new run or load the state of one to resume. A collective operation."""
         path = run_folder(config)
         folder = _open_first(path, config.node, config_yaml, resume) if distributed.is_first() else None
@@ -118,8 +116,8 @@ def _open_first(path: Path, cfg: Any, config_yaml: str, resume: bool) -> RunFold
             if exists:
                 state, warnings[0] = _load_state(path, cfg, config_yaml)
             if cfg.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
-                settings, experiment = yaml.safe_load(config_yaml), cfg.EXPERIMENT
-                warnings.append(start_wandb(path, experiment.PROJECT, experiment.TAG, settings, resources))
+                names = (cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.TAG)
+                warnings.append(start_wandb(path, *names, yaml.safe_load(config_yaml), resources))
             first_epoch, first_step = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
             log = RunLog(path, first_epoch, first_step)
             log.held = resources.pop_all()

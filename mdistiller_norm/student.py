@@ -119,8 +119,9 @@ def _open_data(
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
     built_in = name.startswith(PREFIXES) or name in chain(*VARIANTS.values())
     if about.get("plugins") and not (built_in and (dataset is not None or kind in DATASETS)):
-        hint = f"add --plugin {' '.join(about['plugins'])}"
-        raise CheckpointError(f"{weights.path} is {name} on {kind}, registered by a plugin: {hint}")
+        raise CheckpointError(
+            f"{weights.path} is {name} on {kind}, registered by a plugin: add --plugin {' '.join(about['plugins'])}"
+        )
     if dataset is not None:
         return dataset
     known: dict[str, Any] = {key: about[key] for key in ("resize", "variant", "val_split") if key in about}
