@@ -1,8 +1,7 @@
 """AT: matching of spatial attention maps.
 
 Source: Zagoruyko and Komodakis, "Paying More Attention to Attention" (ICLR 2017), section 3.1: the map of a stage is
-the mean of ``|x| ** p`` over the channels, normalised to length 1. As in mdistiller the loss is the mean squared
-difference of the maps, summed over the stages, not the norm of Eq. 2.
+the mean of ``|x| ** p`` over the channels, normalised to length 1.
 """
 
 from collections.abc import Sequence

@@ -34,8 +34,7 @@ def decoupled_divergence(softened: Softened, targets: Tensor, alpha: float, beta
     """Average ``weight * (alpha * TCKD + beta * NCKD)`` of softened logits over the batch.
 
     The target logit is removed by index, and the two-class part is a log-sigmoid of ``z_target - logsumexp(z_rest)``:
-    exact and finite for any finite logits. (The usual code takes the logarithm of a probability that underflows, and
-    masks the target by adding -1000.) For two classes NCKD is 0.
+    exact and finite for any finite logits.
     """
     odds_s, others_s = split_target(softened.student, targets)
     odds_t, others_t = split_target(softened.teacher, targets)

@@ -6,7 +6,6 @@ Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), Eq. 3.
 from typing import Any, Self
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
 from mdistiller_norm.distillers.common import BatchNorm, shapes
@@ -16,7 +15,7 @@ from mdistiller_norm.types import Batch, Outputs
 
 def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     """Mean squared difference of a regressed map of the student and a map of the teacher of equal shape."""
-    return F.mse_loss(at_least_float32(f_s), at_least_float32(f_t))
+    return nn.functional.mse_loss(at_least_float32(f_s), at_least_float32(f_t))
 
 
 def make_regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
@@ -32,9 +31,8 @@ def make_regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
         ConfigError: the student's map is smaller, and not by half.
     """
     (channels, *source), (hints, *target) = student.shape[1:], teacher.shape[1:]
-    convolution: nn.Module
     if source == [2 * side for side in target]:
-        convolution = nn.Conv2d(channels, hints, 3, stride=2, padding=1)
+        convolution: nn.Module = nn.Conv2d(channels, hints, 3, stride=2, padding=1)
     elif [2 * side for side in source] == target:
         convolution = nn.ConvTranspose2d(channels, hints, 4, stride=2, padding=1)
     elif source[0] >= target[0] and source[1] >= target[1]:

@@ -52,8 +52,7 @@ def _sign(x: Tensor) -> Tensor:
 def _aligned(student: Tensor, teacher: Tensor) -> Tensor:
     cosines = (student.mT @ teacher).detach()
     best = cosines.abs().argmax(1, keepdim=True)
-    chosen = student.gather(2, best.expand(-1, student.shape[1], -1))
-    return chosen * _sign(cosines.gather(1, best))
+    return student.gather(2, best.expand(-1, student.shape[1], -1)) * _sign(cosines.gather(1, best))
 
 
 def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int = 1) -> Tensor:

@@ -1,8 +1,7 @@
 """NormKD and DKD+NormKD: KD and DKD with a temperature for each sample, the standard deviation of its logits.
 
 Source: Chi et al., "NormKD: Normalized Logits for Knowledge Distillation" (2023), Eq. 5-7, Algorithm 1 and, for the
-other statistics, Table 8. DKD+NormKD: section 4; the paper has no formula, this is the published code's: the standard
-deviation is over all classes and shared by both parts of DKD.
+other statistics, Table 8. DKD+NormKD: section 4 and the published code.
 """
 
 from torch import Tensor

@@ -1,8 +1,7 @@
 """NST: matching of the distributions of the channels' activation patterns.
 
 Source: Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer" (2017): squared maximum
-mean discrepancy of the channels, each a unit vector over the pixels, with the polynomial kernel ``(x . y) ** 2``. The
-sum over all stages and the averaging of larger maps are mdistiller's.
+mean discrepancy of the channels, each a unit vector over the pixels, with the polynomial kernel ``(x . y) ** 2``.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """PKT: matching of the similarities within a batch as probability distributions.
 
 Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer" (ECCV 2018), with the
-cosine kernel. The mean over all pairs instead of the sum, and the small constant, are those of the authors' code.
+cosine kernel. Mean and constant: the authors' code.
 """
 
 from torch import Tensor

@@ -113,9 +113,8 @@ class ReviewKD(Distiller):
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:
         require_preacts(teacher=pair.teacher.preacts)
-        students = pair.student.features
+        students = pair.student.preacts if node.STU_PREACT else pair.student.features
         if node.STU_PREACT:
-            students = pair.student.preacts
             require_preacts(student=students)
         teachers = pair.teacher.preacts[1:]
         count = min(len(students), len(teachers))

@@ -13,8 +13,7 @@ from mdistiller_norm.distillers.base import PooledDistiller, at_least_float32, r
 def _relations(points: Tensor, squared: bool, eps: float) -> tuple[Tensor, Tensor]:
     """Distances ``[B, B]`` divided by their mean over those above 0, and cosines ``[B, B, B]`` at the first sample.
 
-    Both are computed from differences, not from a Gram matrix, so a common offset costs no precision. Samples closer
-    than ``eps`` in square count as equal: no direction and no gradient.
+    Samples closer than ``eps`` in square count as equal: no direction and no gradient.
     """
     points = at_least_float32(points).flatten(1)
     difference = points[None, :] - points[:, None]

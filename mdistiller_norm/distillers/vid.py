@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
 from mdistiller_norm.distillers.common import matched_stages, same_size
@@ -27,7 +26,7 @@ def vid_loss(mean: Tensor, f_t: Tensor, log_scale: Tensor, eps: float = 1e-5) ->
         log_scale: ``[D]``; the variance of a channel is ``softplus(log_scale) + eps``.
         eps: smallest variance.
     """
-    variance = (F.softplus(at_least_float32(log_scale)) + eps).view(1, -1, 1, 1)
+    variance = (nn.functional.softplus(at_least_float32(log_scale)) + eps).view(1, -1, 1, 1)
     error = at_least_float32(mean) - at_least_float32(f_t)
     return 0.5 * (error.square() / variance + variance.log()).mean()
 

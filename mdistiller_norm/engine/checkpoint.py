@@ -1,8 +1,4 @@
-"""Checkpoints: written atomically with a SHA-256, verified and read without running code.
-
-Weights are read from this project's files and from state dicts of other projects: bare or under a usual key, with or
-without the prefixes of DataParallel, torch.compile and Lightning.
-"""
+"""Checkpoints: written atomically with a SHA-256, verified and read without running code."""
 
 import argparse
 import collections
@@ -64,8 +60,7 @@ def save_atomically(content: Any, path: Path, keep: Path | None = None) -> None:
         with whole_file(path, keep) as file:
             torch.save(content, buffer)
             archive = buffer.getbuffer()[:-2]  # without the length of the empty comment
-            file.write(archive)
-            file.write(_signature(archive))
+            file.writelines((archive, _signature(archive)))
     except OSError as error:
         intact = "; its previous version is intact" if path.exists() else ""
         raise CheckpointError(f"{path} could not be written ({error.strerror or error}){intact}") from error
@@ -126,7 +121,7 @@ class Weights:
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Read the weights of a network from any of the known layouts."""
+    """Read the weights of a network: of this project, or a state dict, bare or under a usual key."""
     path = Path(path)
     content = load(path)
     if not isinstance(content, Mapping):

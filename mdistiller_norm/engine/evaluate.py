@@ -61,8 +61,7 @@ def evaluate(
     for images, targets in loader:
         # Without autocast's cache: a captured graph would keep the cached copies of old weights.
         with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-            logits = forward(images)
-        logits = at_least_float32(logits)
+            logits = at_least_float32(forward(images))
         ranked = logits.topk(min(5, network.num_classes), dim=1).indices == targets[:, None]
         correct.index_add_(0, targets, ranked[:, 0].long())
         seen.index_add_(0, targets, torch.ones_like(targets))

@@ -87,7 +87,6 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def epoch(self, record: Record) -> None:
-        """Append the metrics of an epoch to ``metrics.jsonl`` and, by epoch, to TensorBoard."""
         if self.folder:
             _append_line(self._metrics, json.dumps(record))
             for name, value in record.items():

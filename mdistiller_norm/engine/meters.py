@@ -39,14 +39,13 @@ class TrainMeters(nn.Module):
             new_step: whether it is the first micro-batch of a step.
             counted: False for samples of another process.
         """
-        parts = losses.parts.detach()
         self.step.add_(new_step)
         if counted:
             classes = targets if targets.dim() == 1 else targets.argmax(1)
-            self.sums.add_(parts, alpha=len(targets))
+            self.sums.add_(losses.parts, alpha=len(targets))
             self.correct.add_((losses.logits.argmax(1) == classes).sum())
             self.samples.add_(len(targets))
-        turned_bad = ~parts.isfinite() & (self.first_bad < 0)
+        turned_bad = ~losses.parts.isfinite() & (self.first_bad < 0)
         torch.where(turned_bad, self.step, self.first_bad, out=self.first_bad)
 
     def reset(self) -> None:

@@ -50,15 +50,13 @@ def build_fused(
     tensor that replayed graphs read.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    device = trained[0].device
-    on_gpu = device.type == "cuda"
-    options: dict[str, Any] = {"weight_decay": weight_decay, "fused": True}
-    options["lr"] = torch.tensor(lr, device=device) if on_gpu else lr
-    optimizer: torch.optim.Optimizer
+    device, on_gpu = trained[0].device, trained[0].is_cuda
+    rate = torch.tensor(lr, device=device) if on_gpu else lr
+    options: dict[str, Any] = {"weight_decay": weight_decay, "fused": True, "lr": rate}
     if kind == "AdamW":
         # Eager steps warn.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-        optimizer = torch.optim.AdamW(trained, capturable=on_gpu, **options)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, capturable=on_gpu, **options)
         averages = ["exp_avg", "exp_avg_sq"]
     else:
         optimizer = torch.optim.SGD(trained, momentum=momentum, nesterov=nesterov, **options)
@@ -136,19 +134,19 @@ class DOT:
         """Do nothing: :meth:`step` replaces the gradients."""
 
     def backward(self, parts: Tensor) -> None:
-        """Keep the weighted losses ``[1 + distillers]`` of a batch for :meth:`step`."""
         self._parts = parts
 
     def step(self) -> None:
-        """Differentiate the task's and the methods' losses separately and update the parameters."""
         task = torch.autograd.grad(self._parts[0], self._task, retain_graph=True)
         distill = torch.autograd.grad(self._parts[1:].sum(), self._distill)
         del self._parts  # frees the graph
         by_task, by_distill, *others = self._optimizers
-        _set_gradients(self._task, task)
-        by_task.step()
-        _set_gradients(self._distill, distill)
-        by_distill.step()
+        updates = (by_task, self._task, task), (by_distill, self._distill, distill)
+        for optimizer, parameters, gradients in updates:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                same = gradient.stride() == parameter.stride()  # as fused SGD requires
+                parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
+            optimizer.step()
         for optimizer in others:  # of parameters that one loss reaches
             optimizer.step()
 
@@ -158,13 +156,6 @@ class DOT:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for optimizer, saved in zip(self._optimizers, state["sgd"], strict=True):
             optimizer.load_state_dict(saved)
-
-
-def _set_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Set gradients in the memory layout of their parameters, which fused SGD requires."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        same = gradient.stride() == parameter.stride()
-        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 def build_optimizer(

@@ -90,7 +90,6 @@ class RowStore:
         return np.flatnonzero(self._checksums)
 
     def is_valid(self, rows: Array) -> Array:
-        """Return for each of the rows ``[n]`` whether it is stored and intact."""
         if self._file.exists() and self._file.stat().st_size < self._file_bytes:
             # Reading the memory map would kill the process.
             raise CheckpointError(

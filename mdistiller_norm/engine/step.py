@@ -63,7 +63,6 @@ class TrainStep:
             method.begin_epoch(epoch, seed)
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
-        """Append the outputs of a cached teacher to the inputs of each step."""
         return self.teacher.with_teacher_outputs(batches) if self.teacher else batches
 
     def __call__(self, *raw: Tensor) -> None:

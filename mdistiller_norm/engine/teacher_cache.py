@@ -1,9 +1,4 @@
-"""Exact cache of a teacher's outputs.
-
-Where a data set enumerates its augmentations (CIFAR: 81 crops x 2 orientations), the teacher is a fixed function of
-(image, view), and its logits are row ``index * views + view`` of a store beside the teacher's checkpoint. The rows of
-the next steps follow from the seed: missing ones are computed before these steps, in full batches.
-"""
+"""Exact cache of a teacher's outputs: row ``index * views + view`` of a store is for an image and its augmentation."""
 
 import hashlib
 import json
@@ -58,9 +53,8 @@ class CachedTeacher(Teacher):
             "teacher": self.hash, "data": loader.fingerprint(), "views": loader.views, "need": self.need.name,
             "precision": str(self.autocast or torch.float32),
         }  # fmt: skip
-        key = json.dumps([description, dtype, RowStore.LAYOUT], sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()
-        folder = checkpoint.parent / f"{checkpoint.name}.cache" / digest[:12]
+        key = json.dumps([description, dtype, RowStore.LAYOUT], sort_keys=True).encode()
+        folder = checkpoint.parent / f"{checkpoint.name}.cache" / hashlib.sha256(key).hexdigest()[:12]
         width = self.classes + (pooled if self.need is Need.POOLED else 0)
         self.store = RowStore(folder, description, loader.samples * loader.views, width, DTYPES[dtype])
         self.requested = self.computed = 0  # rows
@@ -104,8 +98,8 @@ class CachedTeacher(Teacher):
         groups = [raws[first : first + PREFETCH_STEPS] for first in range(0, len(raws), PREFETCH_STEPS)]
         counts = [sum(len(raw[0]) for raw in group) for group in groups]
         rows = self.row_indices(raws)
-        host_rows = rows.cpu()  # the one host-device synchronisation of an epoch
-        parts = rows.split_with_sizes(counts), host_rows.split_with_sizes(counts)
+        # The one host-device synchronisation of an epoch.
+        parts = rows.split_with_sizes(counts), rows.cpu().split_with_sizes(counts)
         for group, on_device, on_host in zip(groups, *parts, strict=True):
             values = self._values(on_host.numpy(), on_device)
             sizes = [len(raw[0]) for raw in group]
@@ -169,8 +163,7 @@ class CachedTeacher(Teacher):
         for first in range(0, len(rows), size):
             # Repeats fill the last batch: with one shape, a compiled teacher is compiled once.
             filled = to_device(np.resize(rows[first : first + size], size), self._device)
-            batch = self.loader.prepare(filled // self._views, filled % self._views, key)
-            outputs = self.run(batch.images)
+            outputs = self.run(self.loader.prepare(filled // self._views, filled % self._views, key).images)
             parts = [outputs.logits, outputs.pooled] if self.store.width > self.classes else [outputs.logits]
             results.append(torch.cat([part.float() for part in parts], 1))
         return torch.cat(results)[: len(rows)].to(self.store.dtype)

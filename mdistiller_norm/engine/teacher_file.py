@@ -187,9 +187,10 @@ def check_preprocessing(
     different = ", ".join(
         f"{key} {list(about[key])} (here {list(expected[key])})" for key in differences(about, expected)
     )
-    if not different:
-        return ""
-    return f"{weights.path} was trained on images with another {different}: the images are converted for it"
+    warning = (
+        f"{weights.path} was trained on images with another {different}: the images are converted for it"
+    )
+    return warning if different else ""
 
 
 def check_teacher(

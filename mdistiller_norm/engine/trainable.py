@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller_norm.distillers.base import Distiller, Need, at_least_float32
@@ -18,11 +17,8 @@ class Trainable(nn.Module):
     """Student and distillers: the module that the optimizer, DistributedDataParallel and checkpoints see.
 
     Args:
-        student: the network to train.
         distillers: by name; none for plain training. Their losses are summed, with one cross entropy.
-        ce_weight: weight of the cross entropy.
         autocast: dtype of the student's forward pass, None for float32. Losses are computed in at least float32.
-        label_smoothing: of the cross entropy.
         ema: decay of an exponential moving average of the student's weights; 0 for none.
 
     Attributes:
@@ -57,7 +53,6 @@ class Trainable(nn.Module):
         return self.student if self.ema is None else self.ema
 
     def update_average(self) -> None:
-        """Add the student's parameters and batch norm statistics after a step to their moving average."""
         if self.ema is not None:
             averages, values = (
                 [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
@@ -90,7 +85,11 @@ class Trainable(nn.Module):
         """Return the unweighted losses in the order of ``loss_names``, each a scalar."""
         with torch.autocast(batch.images.device.type, enabled=False):
             student = _at_least_float32(student, self.need)
-            losses = [F.cross_entropy(student.logits, batch.targets, label_smoothing=self.label_smoothing)]
+            losses = [
+                nn.functional.cross_entropy(
+                    student.logits, batch.targets, label_smoothing=self.label_smoothing
+                )
+            ]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
                 for name, method in self.distillers.items():

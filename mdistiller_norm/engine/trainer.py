@@ -218,8 +218,9 @@ class Trainer:
         # The losses do not cover the last update.
         tensors = chain(self.step.trainable.parameters(), self.step.trainable.student.buffers())
         if not all(tensor.isfinite().all() for tensor in tensors):
-            place = f"step {self.steps_done} of epoch {self.epoch}"
-            raise NonFiniteLossError(f"the weights or batch norms became NaN or infinite at {place}")
+            raise NonFiniteLossError(
+                f"the weights or batch norms became NaN or infinite at step {self.steps_done} of epoch {self.epoch}"
+            )
         distributed.average_batch_norms(self.step.trainable)
         now = time.perf_counter()
         self.seconds, self._counted_until = self.seconds + now - self._counted_until, now

@@ -15,7 +15,6 @@ class Network(nn.Module, abc.ABC):
     """Image classifier that returns its intermediate feature maps.
 
     Args:
-        num_classes: number of classes C.
         norms: names of the batch norms for :meth:`norms_before_relu`, None for an entry without one.
 
     Attributes:
@@ -65,8 +64,7 @@ class Stage(nn.Sequential):
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Create a convolution without bias, padded so that stride 1 keeps the size."""
-    padding = kernel // 2
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=padding, groups=groups, bias=False)
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def conv_bn(

@@ -58,10 +58,8 @@ class _TimmNetwork(Wrapped):
 def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool) -> Network:
     import timm
 
-    of_timm = ":" not in name  # not of the Hub or a folder
-    if of_timm and not (timm.is_model_pretrained(name) if "." in name else timm.is_model(name)):
-        known = timm.list_models() + timm.list_pretrained()
-        raise _unknown(f"timm:{name}", [f"timm:{each}" for each in known])
+    if ":" not in name and not (timm.is_model_pretrained(name) if "." in name else timm.is_model(name)):
+        raise _unknown(f"timm:{name}", [f"timm:{n}" for n in timm.list_models() + timm.list_pretrained()])
     module: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     cfg = module.pretrained_cfg
     if image_size and cfg.get("fixed_input_size") and tuple(cfg["input_size"][1:]) != image_size:
@@ -71,8 +69,9 @@ def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool)
     classifier = next((name for name, child in module.named_modules() if child is head), "")
     kind = _TimmNetwork if hasattr(module, "forward_intermediates") else Wrapped
     network = kind(module, num_classes, classifier=classifier)
-    network.pretrained = {key: cfg[key] for key in ("num_classes", "mean", "std", "interpolation")}
-    network.pretrained["image_size"] = cfg["input_size"][1:]
+    network.pretrained = {"image_size": cfg["input_size"][1:]} | {
+        key: cfg[key] for key in ("num_classes", "mean", "std", "interpolation")
+    }
     return network
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Outputs
@@ -48,7 +47,7 @@ class Preprocessed(Network):
 
     def outputs(self, images: Tensor) -> Outputs:
         images = images * self.scale + self.shift
-        images = F.interpolate(images, self.size, mode=self.mode, antialias=True)
+        images = nn.functional.interpolate(images, self.size, mode=self.mode, antialias=True)
         return self.network.outputs(images)
 
     def norms_before_relu(self) -> tuple[nn.Module | None, ...]:

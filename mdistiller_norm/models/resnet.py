@@ -53,10 +53,7 @@ class ResNet(Network):
     for the stem of a CIFAR network, which is after its ReLU in both (as in mdistiller).
 
     Args:
-        depths: number of blocks of each stage.
         widths: inner channels of the blocks of each stage.
-        stem_width: channels of the stem.
-        bottleneck: use bottlenecks.
         large_images: use ImageNet's stem (7x7, stride 2, max-pooling) instead of CIFAR's (3x3, stride 1).
         projection: parameter name of the projections.
         classifier: parameter name of the classifier.
@@ -75,9 +72,8 @@ class ResNet(Network):
         classifier: str = "fc",
     ) -> None:
         stages = [f"layer{number}" for number in range(1, len(depths) + 1)]
-        last = "bn3" if bottleneck else "bn2"
-        norms = [f"{stage}.{depth - 1}.{last}" for stage, depth in zip(stages, depths, strict=True)]
-        super().__init__(num_classes, [None, *norms])
+        ends = [f"{stage}.{depth - 1}" for stage, depth in zip(stages, depths, strict=True)]
+        super().__init__(num_classes, [None, *(f"{end}.bn{3 if bottleneck else 2}" for end in ends)])
         self.stages, self.classifier, self.large_images = stages, classifier, large_images
         kernel, stride = (7, 2) if large_images else (3, 1)
         self.conv1, self.bn1 = conv_bn(3, stem_width, kernel, stride)

@@ -19,12 +19,7 @@ STEM, GROUPS = 24, 3
 DEPTHS = (4, 8, 4)
 
 
-def _shuffle(x: Tensor, groups: int) -> Tensor:
-    return torch.unflatten(x, 1, (groups, -1)).transpose(1, 2).flatten(1, 2)
-
-
 def _interleave(left: Tensor, right: Tensor) -> Tensor:
-    """Concatenate two halves and shuffle them, in one copy: left 0, right 0, left 1, right 1, ..."""
     return torch.stack((left, right), dim=2).flatten(1, 2)
 
 
@@ -47,8 +42,8 @@ class GroupedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        if self.groups > 1:
-            out = _shuffle(out, self.groups)
+        if self.groups > 1:  # shuffle
+            out = torch.unflatten(out, 1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
         out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)), inplace=True)))
         if self.first:
             return torch.cat((out, F.avg_pool2d(x, 3, stride=2, padding=1)), dim=1)

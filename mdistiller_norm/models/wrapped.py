@@ -40,8 +40,7 @@ class Wrapped(Network):
                 near = nearest(name, names) or [name for name, _ in module.named_children()]
                 kind = type(module).__name__
                 raise ConfigError(f"{kind} has no submodule {name!r}: did you mean {' or '.join(near)}?")
-        self.module = module
-        self._classifier, self._features = classifier, tuple(features)
+        self.module, self._classifier, self._features = module, classifier, tuple(features)
         self.register_load_state_dict_pre_hook(_add_module_prefix)  # type: ignore[no-untyped-call]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
