@@ -108,13 +108,16 @@ def _message(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError) and (error.errno in _LIMITS or _is_users(error.filename)):
         reason = "the disk may be full, or a folder was removed, renamed or is read-only"
-        return f"{error.filename or 'output'}: {error.strerror} ({reason})"
+        place = os.fsdecode(error.filename) if _is_users(error.filename) else "output"
+        return f"{place}: {error.strerror} ({reason})"
     return str(error) if isinstance(error, UserError) else ""
 
 
 def _is_users(path: object) -> bool:
+    if not isinstance(path, str | bytes):
+        return False
     folders = [Path(__file__).parent, *(Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib"))]
-    return isinstance(path, str) and not any(Path(path).resolve().is_relative_to(each) for each in folders)
+    return not any(Path(os.fsdecode(path)).resolve().is_relative_to(folder) for folder in folders)
 
 
 def execute(arguments: Sequence[str]) -> int:
