@@ -90,9 +90,7 @@ def placed(network: Network, device: torch.device) -> Network:
 def build_student(name: str, dataset: Dataset, seed: int) -> Network:
     """Return the student with its initial weights: a function of the seed, or pretrained if its name selects them."""
     torch.manual_seed(seed)
-    student = _network("DISTILLER.STUDENT", name, dataset, dataset.image_size, has_weights(name))
-    probe(student, dataset.image_size)
-    return student
+    return _network("DISTILLER.STUDENT", name, dataset, dataset.image_size, has_weights(name))
 
 
 def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check_test: bool) -> None:
@@ -117,9 +115,12 @@ def _network(
     key: str, name: str, dataset: Dataset, size: tuple[int, ...] | None, pretrained: bool = False
 ) -> Network:
     try:
-        return build_model(
+        network = build_model(
             name, len(dataset.classes), variant=dataset.variant, image_size=size, pretrained=pretrained
         )
+        if size:  # None: the size of the pretrained weights
+            probe(network, (size[0], size[1]))
+        return network
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 

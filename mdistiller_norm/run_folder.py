@@ -5,12 +5,14 @@ import json
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from mdistiller_norm.config import Config, default_config, dump, leaves, method_names
+from mdistiller_norm.config import Config, default_config, dump, method_names
 from mdistiller_norm.config_text import TextLoader, read_settings
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
@@ -34,8 +36,9 @@ def run_folder(config: Config) -> Path:
     """Return ``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``; overrides of the computation are appended to the TAG."""
     cfg = config.node
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    for key, value in leaves(cfg):
-        from_command = config.sources[key] == "command line" and not _is_neutral(key, cfg)
+    for key, source in config.sources.items():
+        value = reduce(getitem, key.split("."), cfg)
+        from_command = source == "command line" and not _is_neutral(key, cfg)
         if (from_command and not cfg.EXPERIMENT.NAME) or (key == "DATASET.SUBSET" and value):
             name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
     # TensorBoard requires UTF-8.
