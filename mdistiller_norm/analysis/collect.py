@@ -26,8 +26,7 @@ class Collected(NamedTuple):
 
     @property
     def top1(self) -> float:
-        """Accuracy in percent."""
-        return float((self.logits.argmax(1) == self.targets).double().mean()) * 100
+        return float((self.logits.argmax(1) == self.targets).double().mean()) * 100  # percent
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -39,10 +39,9 @@ def save(figure: Figure, data: dict[str, Any] | None, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=160)
     figure.savefig(svg, metadata={"Date": None})
-    if data is None:
-        return [png, svg]
-    numbers.write_text(json.dumps(data) + "\n", encoding="utf-8")
-    return [png, svg, numbers]
+    if data is not None:
+        numbers.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    return [png, svg] if data is None else [png, svg, numbers]
 
 
 def correlation_matrix(logits: Tensor, normalise: bool = False) -> Tensor:
@@ -59,10 +58,7 @@ def correlation_matrix(logits: Tensor, normalise: bool = False) -> Tensor:
 
 
 def draw_correlation(teacher: Collected, students: Sequence[Collected]) -> Drawing:
-    """Draw correlation matrices of the classes' logits, students minus teacher (Fig. 5).
-
-    Each student has a column, with the raw logits above the normalised ones.
-    """
+    """Draw the classes' correlations, students minus teacher: raw logits above normalised ones (Fig. 5)."""
     check_same_classes([teacher, *students])
     lines: list[str] = []
     panels: list[dict[str, Any]] = []
@@ -101,12 +97,7 @@ def _draw_histograms(axis: Axes, rows: dict[str, list[float]]) -> None:
 
 
 def draw_softening(
-    network: Collected,
-    *,
-    sample: int,
-    temperatures: Sequence[float],
-    fixed: float,
-    t_norm: float,
+    network: Collected, *, sample: int, temperatures: Sequence[float], fixed: float, t_norm: float
 ) -> Drawing:
     """Draw the effect of the temperature on a teacher's logits (Fig. 1 and 3).
 
@@ -126,22 +117,19 @@ def draw_softening(
     lines = [spread, f"{counted} of {len(std)} samples"]
     figure, (first, second, third) = new_figure(1, 3, 4.2, 3.4)
     figure.suptitle(f"{network.name}, top-1 {network.top1:.2f}", fontsize=10)
-
     used = {f"T = {value:g}": value for value in temperatures}
     used[f"NormKD, T = {t_norm:g} * {std[sample]:.2f}"] = float(by_sample[sample])
     softened = {name: (logits[sample] / value).tolist() for name, value in used.items()}
     target = network.classes[int(network.targets[sample])]
     _draw_histograms(first, softened)
-    first.set_title(f"Softened logits of test sample {sample} (class {target})")
-    first.set_xlabel("logit / temperature (bars: number of classes)")
-
+    title = f"Softened logits of test sample {sample} (class {target})"
+    first.set(title=title, xlabel="logit / temperature (bars: number of classes)")
     second.hist(std.numpy(), _BINS, alpha=0.7)
     equal = fixed / t_norm  # the std with which NormKD's temperature is the fixed one
     for position, style in ((equal / TOLERANCE, ":"), (equal, "-"), (equal * TOLERANCE, ":")):
         second.axvline(position, color="black", ls=style, lw=1)
     second.set_title(f"{counted}\nof {len(std)} samples (by more than {TOLERANCE:g} times)")
     second.set(xlabel=f"std of a sample's logits (line: T / T_norm = {equal:g})", ylabel="samples")
-
     entropies = {
         f"T = {fixed:g}": entropy(logits / fixed).tolist(),
         f"NormKD, T_norm = {t_norm:g}": entropy(logits / by_sample[:, None]).tolist(),
@@ -167,10 +155,8 @@ def draw_tsne(networks: Sequence[Collected], *, classes: int, samples: int, seed
     Source: van der Maaten and Hinton, "Visualizing Data using t-SNE" (2008).
 
     Args:
-        networks: outputs for the same data set.
         classes: number of classes; 0 for all.
         samples: maximum number of samples N; the perplexity is 30, or ``(N - 1) / 3`` if that is smaller.
-        seed: of the choice of the samples and of the embedding.
     """
     check_same_classes(networks)
     if min(samples, classes, seed) < 0 or seed >= 2**32:
@@ -182,9 +168,7 @@ def draw_tsne(networks: Sequence[Collected], *, classes: int, samples: int, seed
     targets = networks[0].targets[chosen].numpy()
     present = len(set(targets.tolist()))
     if len(chosen) < 8 or not 2 <= present < len(chosen):
-        raise ConfigError(
-            f"t-SNE needs more samples or classes than {len(chosen)} samples of {present} classes"
-        )
+        raise ConfigError(f"t-SNE needs more than {len(chosen)} samples of {present} classes")
     tsne = TSNE(perplexity=min(30.0, (len(chosen) - 1) / 3), init="pca", random_state=seed)
     palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
     figure, axes = new_figure(1, len(networks), 3.6, 3.8)
@@ -197,12 +181,11 @@ def draw_tsne(networks: Sequence[Collected], *, classes: int, samples: int, seed
             color = palette(number if len(names) <= 20 else number / len(names))
             x, y = points[targets == number].T
             axis.scatter(x, y, s=6, color=color, linewidths=0, label=label)
-        line = f"{network.name}: top-1 {network.top1:.2f}, silhouette {silhouette:.3f}"
-        axis.set(xticks=[], yticks=[], title=line.replace(": ", "\n"))
+        lines.append(f"{network.name}: top-1 {network.top1:.2f}, silhouette {silhouette:.3f}")
+        axis.set(xticks=[], yticks=[], title=lines[-1].replace(": ", "\n"))
         axis.grid(False)
         axis.spines[:].set_visible(False)
         entries.append({"name": network.name, "silhouette": silhouette, "points": points.tolist()})
-        lines.append(line)
     if len(names) <= 20:
         shown = axes[0].get_legend_handles_labels()
         figure.legend(*shown, loc="outside lower center", ncols=5, markerscale=2)

@@ -16,23 +16,15 @@ from mdistiller_norm.registry import Registry
 
 DATASETS: Registry[Callable[[Path, ImageOptions], Dataset]] = Registry("data set")
 register = DATASETS.register  # decorator that registers a function under a DATASET.TYPE
-register("cifar10")(lambda root, options: cifar10(root))
-register("cifar100")(lambda root, options: cifar100(root))
-register("digits")(lambda root, options: digits())
-register("imagenet")(imagenet)
-register("image_folder")(image_folder)
-register("tiny_imagenet")(tiny_imagenet)
-register("webdataset")(webdataset)
+DATASETS.update(
+    cifar10=lambda root, options: cifar10(root), cifar100=lambda root, options: cifar100(root),
+    digits=lambda root, options: digits(), imagenet=imagenet, image_folder=image_folder,
+    tiny_imagenet=tiny_imagenet, webdataset=webdataset,
+)  # fmt: skip
 
 
 def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
-    """Open a registered data set.
-
-    Args:
-        name: ``DATASET.TYPE``.
-        root: ``DATASET.ROOT``.
-        options: the other ``DATASET`` keys.
-    """
+    """Open a registered data set: ``DATASET.TYPE`` in ``DATASET.ROOT``."""
     try:
         dataset: object = DATASETS[name](root, options)
     except OSError as error:  # a plugin's files

@@ -24,21 +24,14 @@ class PadCropFlip:
         return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
 
     def __call__(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
-        """Return one view of each indexed image, ``[B, H, W, 3]``.
-
-        Args:
-            images: ``[N, H, W, 3]``, a whole split. Only the batch is padded, to save memory.
-            indices: ``[B]`` int64.
-            views: ``[B]`` int64.
-        """
+        """Return one view of each indexed image, ``[B, H, W, 3]``; ``indices`` and ``views`` are ``[B]`` int64."""
         height, width = images.shape[1:3]
         padded = functional.pad(images[indices], (0, 0, *[self.padding] * 4))
         offsets, flips = 2 * self.padding + 1, 2 if self.flip else 1
         offset, mirrored = views // flips, (views % flips)[:, None]
         rows = (offset // offsets)[:, None] + torch.arange(height, device=views.device)
         column = torch.arange(width, device=views.device)
-        column = torch.where(mirrored == 1, width - 1 - column, column)
-        columns = (offset % offsets)[:, None] + column
+        columns = (offset % offsets)[:, None] + torch.where(mirrored == 1, width - 1 - column, column)
         sample = torch.arange(len(padded), device=views.device)
         return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
 

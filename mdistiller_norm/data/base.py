@@ -52,29 +52,17 @@ class Dataset(ABC):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that identifies the training split, from at least the classes and targets."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
-        digest.update(self.targets.numpy().data)
-        return digest.hexdigest()
+        return hashlib.sha256("\0".join(self.classes).encode() + self.targets.numpy().tobytes()).hexdigest()
 
     def summary(self) -> str:
-        """Describe the data set in one line."""
         return f"{self.name}: {len(self.classes)} classes, {len(self.train)} + {len(self.test)} images"
 
     def unreadable(self, train: bool = True, share: Share = ALONE) -> list[str]:
-        """Read this process's share of the files; return the name of each unreadable one and the reason.
-
-        Args:
-            train: read both splits; otherwise the test split only.
-            share: rank and number of processes.
-        """
+        """Read this process's share of the test files and, with ``train``, of all; return the unreadable ones."""
         return []
 
     def hold_out(self, fraction: float) -> Self:
-        """Replace the test split by a part of the training split.
-
-        Args:
-            fraction: share of the samples of each class, rounded. The chosen samples depend on nothing else.
-        """
+        """Replace the test split by a fixed fraction of the training samples of each class, rounded."""
         held = self._choose(lambda label, size: round(fraction * size))
         if not held.any():
             raise ConfigError(f"DATASET.VAL_SPLIT {fraction} holds out no image of any class of {self.name}")
@@ -92,7 +80,7 @@ class Dataset(ABC):
         return other
 
     def _choose(self, number: Callable[[int, int], int]) -> Tensor:
-        """Choose ``number(label, size)`` training samples of each class of that size; return a mask ``[N]``."""
+        # A mask [N] of number(label, size) training samples of each class of that size.
         targets = self.targets
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
         chosen = torch.zeros(len(targets), dtype=torch.bool)
@@ -121,8 +109,6 @@ class TrainLoader(ABC):
     Args:
         samples: size of the training split.
         batch_size: samples of one step over all processes.
-        seed: seed of order and augmentation.
-        share: rank and number of processes.
 
     Attributes:
         batch_size: samples of this process in a full batch.
@@ -141,7 +127,6 @@ class TrainLoader(ABC):
         self.steps = -(-samples // batch_size)
 
     def part(self, step: int) -> Part:
-        """Return this process's part of a step's batch (counted from 0)."""
         first = step * self.global_batch_size
         return share_out(first, min(self.global_batch_size, self.samples - first), self.share)
 
@@ -165,8 +150,7 @@ class EvalLoader(ABC):
             yield self._normalise(images), targets
 
     def __len__(self) -> int:
-        """Number of samples over all processes."""
-        return self._samples
+        return self._samples  # over all processes
 
     @abstractmethod
     def batches(self) -> Iterator[tuple[Tensor, ...]]:

@@ -23,8 +23,7 @@ T = TypeVar("T")
 
 
 class _Recorded:
-    """Placeholder of a numpy object in a CIFAR file: records arguments and state, and constructs nothing."""
-
+    # Placeholder of a numpy object in a CIFAR file: records arguments and state, and constructs nothing.
     def __init__(self, *arguments: Any) -> None:
         self.arguments, self.state = arguments, ()
 
@@ -37,8 +36,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds lists, dicts, strings, numbers and recorded arrays; imports and calls nothing that a file names."""
-
+    # Builds lists, dicts, strings, numbers and recorded arrays; imports and calls nothing that a file names.
     allowed = {"_reconstruct": _Recorded, "ndarray": _Recorded, "dtype": _Recorded, "encode": _encode}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -84,11 +82,7 @@ def cifar100(root: str | Path) -> TensorDataset:
 
 
 def cifar10(root: str | Path) -> TensorDataset:
-    """Load CIFAR-10: 50,000 + 10,000 images of 32x32 pixels in 10 classes.
-
-    Args:
-        root: folder with ``cifar-10-batches-py/{data_batch_1,...,test_batch,batches.meta}``, likewise.
-    """
+    """Load CIFAR-10, 10 classes, from ``cifar-10-batches-py/{data_batch_1,...}``; otherwise as CIFAR-100."""
     folder = _folder(Path(root), "cifar10")
     parts = [_read(folder / f"data_batch_{number}", _split) for number in range(1, 6)]
     train = Split(torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts]))
@@ -97,7 +91,6 @@ def cifar10(root: str | Path) -> TensorDataset:
 
 
 def _folder(root: Path, name: str) -> Path:
-    """Return the folder of a data set; download it if it is missing."""
     folder = root / FOLDERS[name]
     try:
         if not folder.exists():

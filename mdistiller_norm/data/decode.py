@@ -46,8 +46,7 @@ def decode(content: bytes) -> Tensor:
             warnings.simplefilter("ignore")  # about readable images, in every worker and without their names
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 pixels = np.array(_to_8_bits(image).convert("RGB"))
-    except UnidentifiedImageError as error:
-        # Pillow's message contains an address.
+    except UnidentifiedImageError as error:  # its message contains an address
         raise ValueError(f"not an image of the formats {', '.join(FORMATS)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -63,11 +62,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def draw_crop(random: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> Crop:
     """Draw a crop, distributed as torchvision's RandomResizedCrop and RandomHorizontalFlip.
 
-    Args:
-        random: generator to draw from.
-        height: height of the image.
-        width: width of the image.
-        scale: smallest and largest fraction of the image's area; aspect ratios are between 3:4 and 4:3.
+    ``scale`` is the smallest and largest fraction of the image's area; aspect ratios are between 3:4 and 4:3.
     """
     flip = bool(random.random() < 0.5)
     areas = height * width * random.uniform(*scale, ATTEMPTS)

@@ -23,5 +23,4 @@ def digits() -> TensorDataset:
     pixels = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].repeat(1, 1, 1, 3)
     whole = Split(pixels, source["targets"].long())
     train, test = whole[source["train"].long()], whole[source["test"].long()]
-    classes, mean, std = tuple("0123456789"), (0.3054,) * 3, (0.3760,) * 3
-    return TensorDataset("digits", train, test, classes, mean, std, padding=4, flip=False)
+    return TensorDataset("digits", train, test, tuple("0123456789"), (0.3054,) * 3, (0.3760,) * 3, flip=False)

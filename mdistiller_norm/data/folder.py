@@ -47,8 +47,7 @@ class Files(ImageSplit):
 
 
 def _printable(name: str) -> str:
-    """Escape the bytes of a file name that are not UTF-8."""
-    return name.encode(errors="backslashreplace").decode()
+    return name.encode(errors="backslashreplace").decode()  # escapes bytes that are not UTF-8
 
 
 def list_images(folder: Path, classes: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -62,14 +61,13 @@ def list_images(folder: Path, classes: Sequence[str] = ()) -> dict[str, list[str
         raise DataError(f"{folder} has no class folders: {hint}")
     if wrong := [_printable(label) for label in labels if _printable(label) != label]:
         raise DataError(f"the class folder {wrong[0]} in {folder} has a name that is not UTF-8: rename it")
-    if labels == ["images"]:
+    if labels == ["images"]:  # Tiny-ImageNet as it is distributed
         return _annotated_images(folder)
     labels = [label for label in labels if label in (classes or labels)]
     return {label: sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}")) for label in labels}
 
 
 def _annotated_images(folder: Path) -> dict[str, list[str]]:
-    """Return the images of a split in the original layout of Tiny-ImageNet by class."""
     images = defaultdict(list)
     try:
         for line in regular(folder / "val_annotations.txt").read_text().splitlines():
@@ -81,8 +79,7 @@ def _annotated_images(folder: Path) -> dict[str, list[str]]:
 
 
 def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the images of a folder and of nested and linked folders, but not of links to a parent."""
-    real = os.path.realpath(folder)
+    real = os.path.realpath(folder)  # links may lead to a parent
     for entry in os.scandir(folder) if real not in parents else ():
         if entry.is_dir():
             yield from _images(entry.path, f"{prefix}{entry.name}{os.sep}", (*parents, real))
@@ -109,20 +106,12 @@ def files(folder: Path, images: Mapping[str, Sequence[str]], classes: Sequence[s
 
 def data_root(root: Path, name: str) -> Path:
     """Return ``root``, or its folder ``name`` if only that one contains splits."""
-    for folder in (root, root / name):
-        if (folder / "train").is_dir() or (folder / "val").is_dir():
-            return folder
-    return root
+    folders = (root, root / name)
+    return next((path for path in folders if (path / "train").is_dir() or (path / "val").is_dir()), root)
 
 
 def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageDataset:
-    """Open a data set of image files, ``root/{train,val}/<class>/*``.
-
-    Args:
-        root: folder of the data set, or the parent of a folder ``name``.
-        options: how the images are read.
-        name: name of the data set; its folder's by default.
-    """
+    """Open a data set of image files, ``root/{train,val}/<class>/*`` or in the folder ``name`` of ``root``."""
     root = data_root(root, name)
     from_train = options.val_split > 0 and not (root / "val").is_dir()
     splits = ("train",) if from_train else ("train", "val") if options.train else ("val",)
@@ -168,8 +157,9 @@ class ImageDataset(Dataset):
         self, name: str, classes: tuple[str, ...], train: ImageSplit, test: ImageSplit, options: ImageOptions
     ) -> None:
         if options.resize < options.size:
-            key = "DATASET.RESIZE must be >= DATASET.IMAGE_SIZE"
-            raise ConfigError(f"{key} {options.size}, got {options.resize}")
+            raise ConfigError(
+                f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {options.size}, got {options.resize}"
+            )
         if bool(options.mean) != bool(options.std):
             raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither to measure them on images")
         self.name, self.classes, self.train, self.test = name, classes, train, test
@@ -190,8 +180,7 @@ class ImageDataset(Dataset):
         return hashlib.sha256(f"{super().fingerprint()} {sizes}".encode()).hexdigest()
 
     def summary(self) -> str:
-        hidden = f", {self.hidden} hidden ones left out" if self.hidden else ""
-        return f"{super().summary()}{hidden}"
+        return super().summary() + (f", {self.hidden} hidden ones left out" if self.hidden else "")
 
     def train_loader(
         self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print

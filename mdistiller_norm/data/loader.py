@@ -1,7 +1,6 @@
 """Batches of encoded images, decoded by worker processes.
 
-A worker builds a whole batch; normalisation is part of the step, on the device. The augmentation of a sample is a
-function of (seed, epoch, index), so it does not depend on the number of workers and processes.
+The augmentation of a sample is a function of (seed, epoch, index), whatever the number of workers and processes.
 """
 
 import copy
@@ -68,21 +67,13 @@ class ImageSplit(ABC):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How the images of a folder are read.
+    """How the images of a folder are read: the ``DATASET`` keys of a config, with two more.
 
     Attributes:
         size: height and width of a network's input.
-        resize: length of the shorter side before the centre crop of a test image.
-        crop_scale: smallest and largest fraction of the area that a random crop keeps.
-        mean: mean of each channel, of pixels in [0, 1]; empty to use the data set's constants or to measure it.
-        std: standard deviation of each channel; likewise.
-        classes: names of the class folders in the order of the class numbers; empty for all of them, sorted.
+        mean: mean of each channel, of pixels in [0, 1]; empty for the data set's constants, else measured.
         variant: "cifar" or "imagenet" networks; "auto" chooses the latter for images above 64 pixels.
-        workers: processes that read images; 0 to read them in the training process.
-        max_broken: unreadable training files that are replaced by other samples before the run fails.
         train: whether the training split is needed.
-        val_split: share of the training images to evaluate on instead of the test split.
-        subset: number of training images, equally many of each class; 0 for all.
         rotation: largest angle of a random rotation of training images, in degrees.
         randaugment: magnitude of RandAugment (Cubuk et al., 2020) on training images, of 30; 0 for none.
     """
@@ -159,10 +150,7 @@ class Reader(TorchDataset[Decoded]):
 
 
 def _start_worker(number: int, trainer: int) -> None:
-    """Ignore signals to the process group: the training process handles them, and needs its workers to finish.
-
-    Workers end with the loader, with the training process, or by a SIGTERM that the training process sends.
-    """
+    # The training process handles signals to the group and needs its workers to finish: only its SIGTERM ends them.
     sys.excepthook = lambda *error: None  # multiprocessing would print that the training process has ended
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
@@ -178,8 +166,7 @@ def _exit_on_sigterm(trainer: int) -> None:
 
 
 class _Loader:
-    """Decoded batches of a list of tasks, copied to a device. The list may change between two iterations."""
-
+    # Decoded batches of a list of tasks, which may change between two iterations, copied to a device.
     def __init__(
         self, split: ImageSplit, options: ImageOptions, tasks: list[Task], device: torch.device
     ) -> None:
@@ -191,7 +178,6 @@ class _Loader:
         )  # fmt: skip
 
     def read(self, report: Callable[[list[str]], None]) -> Iterator[Tensors]:
-        """Yield images, targets and indices of each task; call ``report`` with the unreadable files."""
         try:
             for *batch, broken in self._batches:
                 report(broken)
@@ -199,10 +185,8 @@ class _Loader:
         except RuntimeError as error:
             if "</torch_" not in str(error):  # a file of shared memory
                 raise
-            raise DataError(
-                "the shared memory (/dev/shm) is too small for the batches of the workers: enlarge it (docker run "
-                "--shm-size 8g), or lower SOLVER.BATCH_SIZE or DATASET.NUM_WORKERS; 0 workers need none"
-            ) from error
+            hint = "use docker run --shm-size 8g, or lower DATASET.NUM_WORKERS (0 workers need none)"
+            raise DataError(f"the shared memory (/dev/shm) is too small for the batches: {hint}") from error
 
 
 def _eval_tasks(samples: int, batch_size: int, share: Share) -> list[Task]:
@@ -213,9 +197,8 @@ def _eval_tasks(samples: int, batch_size: int, share: Share) -> list[Task]:
 def unreadable(split: ImageSplit, options: ImageOptions, share: Share = ALONE) -> list[str]:
     """Read the files of a split; return the name of each unreadable one and the reason."""
     broken: list[str] = []
-    for _ in _Loader(split, options, _eval_tasks(len(split), 64, share), torch.device("cpu")).read(
-        broken.extend
-    ):
+    loader = _Loader(split, options, _eval_tasks(len(split), 64, share), torch.device("cpu"))
+    for _ in loader.read(broken.extend):
         pass
     return broken
 
@@ -234,7 +217,6 @@ class ImageTrainLoader(TrainLoader):
         self._normalise = Normalise(options.mean, options.std, device)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Tensors]:
-        """Yield images ``[B, size, size, 3]`` uint8, targets ``[B]``, indices ``[B]`` and the key of each batch."""
         order, _, key = epoch_plan(self.seed, epoch, self.samples, 1)
         steps = range(first_step, self.steps)
         self._tasks[:] = [(key, order[self.part(step).rows].tolist()) for step in steps]
@@ -245,13 +227,11 @@ class ImageTrainLoader(TrainLoader):
         for name in broken:
             if name not in self._broken:
                 self._broken.add(name)
-                count = len(self._broken)
-                self._warn(f"{name} cannot be read: another sample takes its place ({count} so far)")
+                so_far = f"({len(self._broken)} so far)"
+                self._warn(f"{name} cannot be read: another sample takes its place {so_far}")
         if len(self._broken) > self._max_broken:
-            raise DataError(
-                f"{len(self._broken)} training images cannot be read, the last is {broken[-1]}: list them with "
-                "--check-data, and repair them or raise DATASET.MAX_BROKEN"
-            )
+            hint = "list them with --check-data, or raise DATASET.MAX_BROKEN"
+            raise DataError(f"{len(self._broken)} training images cannot be read, also {broken[-1]}: {hint}")
 
     def prepare(self, *raw: Tensor) -> Batch:
         images, targets, indices, key = raw

@@ -62,8 +62,6 @@ class TensorDataset(Dataset):
     """A data set in memory, as uint8 tensors.
 
     Attributes:
-        train: training split.
-        test: split that accuracy is measured on.
         padding: zero pixels added on each side before a random crop of the original size.
         flip: whether half of the training images are mirrored.
     """
@@ -79,7 +77,6 @@ class TensorDataset(Dataset):
     variant: str = "cifar"
 
     def check(self) -> None:
-        """Check types, shapes and ranges; several wrong ones would train without an error, on wrong data."""
         if not all(isinstance(label, str) for label in self.classes):
             raise DataError(f"{self.name}: classes must be strings, got {self.classes!r}")
         for values in (self.mean, self.std):
@@ -118,7 +115,6 @@ class MemoryTrainLoader(TrainLoader):
         self._normalise = Normalise(dataset.mean, dataset.std, self._device)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """Yield indices ``[B]``, views ``[B]`` and the key of each batch."""
         order, views, key = epoch_plan(self.seed, epoch, self.samples, self.augment.views)
         order, views = order.to(self._device), views.to(self._device)
         keys = torch.arange(self.steps, device=self._device) + key
@@ -141,8 +137,7 @@ class MemoryEvalLoader(EvalLoader):
     """Normalised test batches of a data set, on its device."""
 
     def __init__(self, dataset: TensorDataset, batch_size: int, share: Share = ALONE) -> None:
-        device = dataset.test.targets.device
-        super().__init__(len(dataset.test), Normalise(dataset.mean, dataset.std, device))
+        super().__init__(len(dataset.test), Normalise(dataset.mean, dataset.std, dataset.test.targets.device))
         rows = eval_share(len(dataset.test), share)
         self._share, self._batch_size = dataset.test[rows.start : rows.stop], batch_size
 

@@ -4,8 +4,6 @@ Sources: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun e
 to Train Strong Classifiers with Localizable Features" (2019).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,11 +21,8 @@ class MixedLoader(TrainLoader):
     Box and weight of a batch are a function of (seed, epoch, step, rank).
 
     Args:
-        loader: loader of images and classes.
         mixup: parameter of the symmetric beta distribution of MixUp's weights; 0 for no MixUp.
         cutmix: the same for CutMix. With both, each batch uses one of them with equal probability.
-        classes: number of classes C.
-        device: device of the batches.
     """
 
     def __init__(
@@ -47,7 +42,6 @@ class MixedLoader(TrainLoader):
         return mix(self._loader.prepare(*raw[:-1]), raw[-1], self._classes)
 
     def _draw(self, epoch: int) -> Tensor:
-        """Return the box and the weight of each step, as :func:`mix` reads them, ``[steps, 5]``."""
         random = np.random.default_rng([self.seed, epoch, self.share.rank, 1])
         mixup, cutmix = self._alphas
         cut = random.random(self.steps) < (cutmix > 0) / ((mixup > 0) + (cutmix > 0))
@@ -71,11 +65,9 @@ def mix(batch: Batch, drawn: Tensor, classes: int) -> Batch:
     """
     height, width = batch.images.shape[2:]
     top, left, bottom, right, weight = drawn
-    row = torch.arange(height, device=drawn.device)[:, None]
-    column = torch.arange(width, device=drawn.device)
-    inside = (
-        (row >= top * height) & (row < bottom * height) & (column >= left * width) & (column < right * width)
-    )
+    y = torch.arange(height, device=drawn.device)[:, None]
+    x = torch.arange(width, device=drawn.device)
+    inside = (y >= top * height) & (y < bottom * height) & (x >= left * width) & (x < right * width)
     weights = torch.where(inside, weight, 1.0)
     targets = functional.one_hot(batch.targets, classes).to(weights)
     images = batch.images.roll(1, 0).lerp(batch.images, weights.to(batch.images))

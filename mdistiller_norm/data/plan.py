@@ -1,7 +1,6 @@
 """Order, augmentation and random key of an epoch, and each process's share of it.
 
-All of it is a pure function of (seed, epoch, rank). Checkpoints need no generator state, and a run that is resumed, in
-the middle of an epoch too, is bit-identical to an uninterrupted one.
+All of it is a pure function of (seed, epoch, rank): checkpoints need no generator state.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,7 @@
 """Shards: the images of a data set in few large tar files, for file systems with a limited number of files.
 
 The files have WebDataset's format (``<key>.jpg`` and ``<key>.cls``, the class number as text). An index holds the
-position of each image, so that images are read in any order, and order and augmentation are a function of (seed, epoch)
-as with a folder. Shards must be on a file system, or on mounted object storage.
+position of each image, so that images are read in any order, as from a folder.
 """
 
 import io
@@ -69,8 +68,7 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
 def open_shards(folder: Path) -> Shards:
     """List the images of all shards of a folder, from its index or, without one, from the headers of the tar files."""
     shards = sorted(path.name for path in folder.glob("*.tar"))
-    read = _read_index if (folder / INDEX).is_file() else _scan
-    positions, targets = read(folder, shards)
+    positions, targets = (_read_index if (folder / INDEX).is_file() else _scan)(folder, shards)
     if not len(targets):
         raise DataError(f"{folder} has no shards (*.tar) with images: create them with {command('shards')}")
     return Shards(folder, shards, positions, targets)
@@ -86,8 +84,7 @@ def _read_index(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDA
             raise ValueError("it was written for others")
         return positions, targets.astype(np.int64)
     except Exception as error:  # a damaged archive may raise any exception
-        hint = f"({error}): remove it to scan them"
-        raise DataError(f"{folder / INDEX} does not match the shards {hint}") from error
+        raise DataError(f"{folder / INDEX} does not match the shards ({error}): remove it") from error
 
 
 def _scan(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -104,7 +101,6 @@ def _scan(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _scan_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """Return position and size of the images, and the class numbers, by key."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     with tarfile.open(regular(path), "r:") as tar:  # not compressed: images are read by position
@@ -127,16 +123,7 @@ def _scan_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int]]
 
 
 def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
-    """Write a data set as shards for :func:`webdataset`, completely or not at all.
-
-    Args:
-        dataset: data set to write; its files are copied without decoding them.
-        folder: folder to create; it must not contain shards.
-        per_shard: images per shard.
-
-    Returns:
-        The number of shards of each split.
-    """
+    """Write the files of a data set as shards, completely or not at all; return their number for each split."""
     if (folder / "train").exists() or (folder / "val").exists():
         raise DataError(f"{folder} has shards: choose another folder, or remove them")
     unfinished = folder / ".unfinished_shards"
@@ -157,8 +144,8 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
 
 
 def _write_split(split: ImageSplit, folder: Path, per_shard: int) -> int:
-    """Write shards and index in a random order, so that reading them in sequence is a shuffle."""
     folder.mkdir(parents=True)
+    # A random order, so that reading the shards in sequence is a shuffle.
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).tolist()
     for first in range(0, len(order), per_shard):
         number = first // per_shard

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from mdistiller_norm.reproduce.ledger import Entry
 
 _TEXT = "#010203"  # replaced by the text colour of the page, which is light or dark
-_COLOURS = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)
-_SVG = {"svg.fonttype": "none", "svg.hashsalt": "report"}
-_STYLE: Any = _COLOURS | _SVG | {"font.size": 8, "legend.framealpha": 0}
+_STYLE: Any = {
+    "text.color": _TEXT, "axes.labelcolor": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT, "font.size": 8,
+    "legend.framealpha": 0, "svg.fonttype": "none", "svg.hashsalt": "report",
+}  # fmt: skip
 
 
 def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Markup:

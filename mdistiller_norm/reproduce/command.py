@@ -37,9 +37,10 @@ from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``reproduce``."""
-    codes = "0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130 or 143 stopped by a signal"
-    example = f"{parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3"
-    parser.epilog = f"example: {example}. Exit codes: {codes}."
+    parser.epilog = (
+        f"example: {parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3. Exit codes: "
+        "0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130 or 143 stopped by a signal."
+    )
     add, seeds = parser.add_argument, parser.add_mutually_exclusive_group()
     seeds.add_argument("--trials", type=int, default=3, help="runs per cell, with seeds 0, 1, ... (3)")
     seeds.add_argument("--seeds", nargs="+", default=[], help="seeds, instead of --trials")
@@ -63,8 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--launcher", choices=["here", "slurm", "submitit-local"], default="here")
     add("--output", default="output", metavar="DIR", help="folder of the run folders (default: output)")
     add("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
-    overrides = "config keys that do not change the result, such as DEVICE"
-    add("overrides", nargs="*", metavar="KEY VALUE", help=overrides)
+    add(
+        "overrides", nargs="*", metavar="KEY VALUE", help="keys that do not change the result, such as DEVICE"
+    )
 
 
 def parse_duration(text: str) -> float:
@@ -109,18 +111,17 @@ def main(options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     folder.mkdir(parents=True, exist_ok=True)  # before the first training
+    here = runner.Runner(todo, folder, options.jobs, options.processes)
     if options.launcher == "here":
-        deadline = started + options.budget - min(10.0, options.budget / 10)  # running jobs need time to save
-        here = runner.Runner(todo, folder, options.jobs, options.processes)
-        outcomes, signals = here.run(deadline), here.signals
+        # Running jobs need time to save.
+        outcomes = here.run(started + options.budget - min(10.0, options.budget / 10))
     else:
         cluster = "slurm" if options.launcher == "slurm" else "local"
         outcomes = submit(todo, folder, cluster, options.slurm, options.processes)
-        signals = []
     _print_cells(cells, read_ledger(folder, options.smoke), options)
     code = _print_outcomes(todo, outcomes, finished) if todo else 0
     print(f"report: {command('report')} --results {results}{' --smoke' if options.smoke else ''}")
-    return 128 + signals[0] if signals else code
+    return 128 + here.signals[0] if here.signals else code
 
 
 def _move_overrides(options: argparse.Namespace) -> None:
@@ -259,8 +260,9 @@ def _print_cells(cells: Sequence[Cell], ledger: Ledger, options: argparse.Namesp
         found = [entry.record for entry in ledger.of(cell_identity(cell, options.smoke)).values()]
         last, best = (mean_std(record[which]["top1"] for record in found) for which in ("last", "best"))
         if last:
-            text = f"  {cell.name}: last top-1 {last}, best {best} (n = {last.n}){held_out}"
-            rows.append((last.mean, text))
+            rows.append(
+                (last.mean, f"  {cell.name}: last top-1 {last}, best {best} (n = {last.n}){held_out}")
+            )
     for _, text in sorted(rows, reverse=True) if options.sweep else rows:
         print(text)
 
@@ -271,7 +273,6 @@ def _print_outcomes(todo: Sequence[Job], outcomes: runner.Outcomes, finished: Se
     print(f"{counts[runner.DONE]} done, {failed} failed, {blocked} waiting for a teacher")
     if queued:
         print(f"{counted(queued, 'run')} queued on Slurm; add --dry-run to list finished and pending runs")
-    left = [job for job in todo if outcomes.get(job.key, runner.STOPPED) == runner.STOPPED]
-    if left:
+    if left := [job for job in todo if outcomes.get(job.key, runner.STOPPED) == runner.STOPPED]:
         print(f"{counted(len(left), 'run')} left{_time(left, finished)}; run the same command to continue")
     return 1 if failed or blocked else 3 if left or queued else 0

@@ -50,19 +50,19 @@ class Entry:
 
     @property
     def teacher_hash(self) -> str:
-        """First 10 digits of the SHA-256 of the teacher's weights; empty for plain training."""
+        # First 10 digits; empty for plain training.
         return str((self.record["teacher"] or {}).get("hash", ""))[:10]
 
     @property
     def precision(self) -> str:
-        """Precision used in training, which may differ from the config's: not every device supports all."""
+        # May differ from the config's: not every device supports all.
         used = str(self.record.get("precision", self.record["config"]["SOLVER"]["PRECISION"]))
         cache = (self.record["teacher"] or {}).get("cache")
         return f"{used}, teacher cache in fp16" if cache == "fp16" != used else used
 
     @property
     def milliseconds(self) -> float:
-        """Time of a training step, from the median speed of the epochs."""
+        # Of a training step, from the median speed of the epochs.
         speed = statistics.median(self.record["metrics"]["images_per_second"])
         return float(1000 * self.record["config"]["SOLVER"]["BATCH_SIZE"] / speed)
 
@@ -88,7 +88,6 @@ class Ledger:
         return max((runs for (name, _), runs in self.runs.items() if name == identity), key=len, default={})
 
     def has(self, identity: str, seed: int, teacher_hash: str = "") -> bool:
-        """Whether a run has finished, with that teacher if a hash is given."""
         return any(
             name == identity and teacher.startswith(teacher_hash) and seed in runs
             for (name, teacher), runs in self.runs.items()
@@ -106,20 +105,16 @@ class Ledger:
 def identity(tree: Mapping[str, Any]) -> str:
     """Return a hash of everything in a resolved config that determines the result, except the seed.
 
-    Runs with the same identity fill the same cell. Keys about storage and execution, the nodes of unused methods and
-    values equal to the defaults are left out; records from before a key was added therefore stay valid.
+    Values equal to the defaults are left out, so that records from before a key was added stay valid.
     """
     used = method_names(tree)
+    left_out = (*NOT_IDENTIFYING, *(f"{name}." for name in DISTILLERS if name not in used))
     defaults = dict(leaves(default_config())) | {key: default for key, (default, _) in REMOVED.items()}
     kept = {}
     for key, value in leaves(tree):
-        section = key.split(".")[0]
-        unused = section in DISTILLERS and section not in used
-        if unused or key.startswith(NOT_IDENTIFYING) or (key == "DISTILLER.TEACHER" and not used):
+        if key.startswith(left_out) or (key == "DISTILLER.TEACHER" and not used):
             continue
-        value = list(value) if isinstance(value, tuple) else value
-        if key == "DISTILLER.TYPE":
-            value = used
+        value = used if key == "DISTILLER.TYPE" else list(value) if isinstance(value, tuple) else value
         if key not in defaults or value != defaults[key]:
             kept[key] = value
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
@@ -128,8 +123,7 @@ def identity(tree: Mapping[str, Any]) -> str:
 def signed_record(record: Record) -> Record:
     """Return a record with the SHA-256 of its content as ``sha256``."""
     content = {key: value for key, value in record.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return content | {"sha256": digest}
+    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def _check_types(record: Record, section: str) -> None:

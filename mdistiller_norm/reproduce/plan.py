@@ -1,7 +1,5 @@
 """From table cells to jobs: configs, teachers, order and estimated time."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics
@@ -9,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -45,7 +43,7 @@ class Job:
     folder: Path
     smoke: bool
     cells: tuple[str, ...] = ()
-    teacher: Job | None = None
+    teacher: Self | None = None
     rank: int = 0  # jobs of lower ranks run first
 
     @property
@@ -54,11 +52,11 @@ class Job:
 
     @property
     def progress(self) -> str:
-        done = len(read_metrics(self.folder / "metrics.jsonl"))
-        return f"{done} of {self.config['SOLVER']['EPOCHS']} epochs done"
+        epochs = self.config["SOLVER"]["EPOCHS"]
+        return f"{len(read_metrics(self.folder / 'metrics.jsonl'))} of {epochs} epochs done"
 
     def teacher_hash(self) -> str:
-        """Return the hash of the teacher's weights as in records, or an empty string if they do not exist here."""
+        # As in records; empty if the weights do not exist here.
         path, model = Path(self.config["DISTILLER"]["TEACHER_WEIGHTS"]), self.config["DISTILLER"]["TEACHER"]
         return _weights_hash(path, model, self.config["DATASET"]["TYPE"]) if path.is_file() else ""
 
@@ -156,8 +154,7 @@ class _Planner:
         name = " ".join([f"[seed {seed}] {experiment.PROJECT}/{experiment.TAG}", *settings])
         key, folder = (identity(config.node), seed), run_folder(config)
         if key in self._finished and not (folder / "result.json").is_file():
-            # Trained in another precision, for example: a second teacher would split its students.
-            folder = self._finished[key]
+            folder = self._finished[key]  # in another precision: a second teacher would split the students
         job = Job(name, config.node, file, overrides, key, folder, self.smoke, **fields)
         if known := self.jobs.get(key):
             job = dataclasses.replace(known, cells=tuple(dict.fromkeys((*known.cells, *job.cells))))
@@ -171,7 +168,6 @@ def make_plan(
     """Plan the runs that fill some cells, each once, and the teachers that they need.
 
     Teachers come first, then all cells of a seed before the next seed; ``queue`` sorts by :func:`value_rank` before.
-    ``extra`` are overrides that do not change the result. Teachers with published weights need no job.
     """
     _check_extra(extra)
     planner = _Planner(output, smoke, extra)
@@ -192,10 +188,7 @@ def forward_flops(model: str, dataset: str) -> float:
 
 
 def training_flops(tree: Mapping[str, Any]) -> float:
-    """Return the operations of a training: three forward passes of the student and one of the teacher per image.
-
-    Returns 0 for data sets that are not in a table and for unknown networks.
-    """
+    """Return the operations of three forward passes of the student and one of the teacher per image; 0 if unknown."""
     student, teacher, dataset, _ = _speed_key(tree)
     try:
         flops = 3 * forward_flops(student, dataset) + (forward_flops(teacher, dataset) if teacher else 0.0)
@@ -212,10 +205,7 @@ def _speed_key(tree: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 
 def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
-    """Return the remaining seconds of a job and their source, or None without comparable runs.
-
-    ``finished`` are runs on the same device with the same number of processes.
-    """
+    """Return the remaining seconds of a job and their source, or None without ``finished`` runs on such a device."""
     key, epochs = _speed_key(job.config), job.config["SOLVER"]["EPOCHS"]
     done = read_metrics(job.folder / "metrics.jsonl")
     left = max(epochs - len(done), 0)

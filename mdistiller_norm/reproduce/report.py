@@ -1,14 +1,12 @@
 """The report of a ledger: tables, claims and teachers as Markdown and HTML, runs as CSV."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from mdistiller_norm.config import leaves
 from mdistiller_norm.errors import ConfigError, needs_extra
@@ -40,21 +38,18 @@ class CellView:
     teacher_top1: float | None = None  # of a teacher without runs, as measured by its students' runs
 
     def top1(self, which: str) -> dict[int, float]:
-        """Return the top-1 of the ``best`` or ``last`` epoch by seed."""
         return {seed: float(entry.record[which]["top1"]) for seed, entry in self.runs.items()}
 
     def mean(self, which: str) -> MeanStd | None:
-        """Return mean and standard deviation of the top-1 of the ``best`` or ``last`` epoch."""
         return mean_std(self.top1(which).values())
 
-    def minus(self, other: CellView, which: str) -> PairedDifference | None:
+    def minus(self, other: Self, which: str) -> PairedDifference | None:
         """Return the paired difference of two rows; None without common seeds with the same teacher."""
         teachers = {entry.teacher_hash for entry in (*self.runs.values(), *other.runs.values())} - {""}
         return stats.paired_difference(self.top1(which), other.top1(which)) if len(teachers) < 2 else None
 
     @property
     def difference(self) -> float | None:
-        """Mean top-1 of the best epochs minus the paper's number."""
         best, paper = self.mean("best"), self.cell.paper.get("top1")
         return best.mean - paper if best and paper is not None else None
 
@@ -81,15 +76,12 @@ class TableView(NamedTuple):
 
     @property
     def measured(self) -> int:
-        """The number of cells with runs."""
         return sum(bool(cell.runs) for cell in self.cells.values())
 
     def column(self, column: Column) -> dict[str, CellView]:
-        """Return the cells of a column by row key."""
         return {row.key: self.cells[row.key, column.key] for row in self.table.rows}
 
     def delta(self, delta: Delta, column: Column) -> tuple[float | None, PairedDifference | None]:
-        """Return the paper's and the measured difference of two rows in their best epochs."""
         first, second = (self.cells[row, column.key] for row in (delta.row, delta.minus))
         papers, printed = [cell.cell.paper.get("top1") for cell in (first, second)], None
         if delta.printed:
@@ -185,9 +177,11 @@ def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
         last, best = first.minus(second, "last"), first.minus(second, "best")
         if claim.peak and not all(cell.runs for cell in cells.values()):
             last = best = None
-        rows = f"{first.cell.row.name} {stats.MINUS} {second.cell.row.name}"
-        found = {"where": f"{view.table.name}, {column.name}", "rows": rows, "last": last, "best": best}
-        comparisons.append(found | {"verdict": last.verdict if last else stats.UNTESTED})
+        comparisons.append({
+            "where": f"{view.table.name}, {column.name}", "last": last, "best": best,
+            "rows": f"{first.cell.row.name} {stats.MINUS} {second.cell.row.name}",
+            "verdict": last.verdict if last else stats.UNTESTED,
+        })  # fmt: skip
     verdicts = {comparison["verdict"] for comparison in comparisons}
     return {"claim": claim, "comparisons": comparisons, "verdict": verdict(verdicts)}
 
@@ -205,9 +199,10 @@ def render(report: Record, template: str) -> str:
         import jinja2
 
         from mdistiller_norm.reproduce.charts import mean_chart, run_charts
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.undefined = jinja2.StrictUndefined
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
     functions = cell_command, counted, duration, environment_text, mean_chart, run_charts, mean_std, signed
     environment.globals |= {function.__name__: function for function in functions} | {"program": command}
     text = environment.get_template(template).render(report=report).rstrip() + "\n"
@@ -255,7 +250,6 @@ def write_report(results: Path, out: Path, smoke: bool = False, with_csv: bool =
 
 def main(options: argparse.Namespace) -> int:
     """Write the report; returns the exit code."""
-    default = Path(options.output, "smoke", "results") if options.smoke else Path("results")
-    results = Path(options.results or default)
+    results = Path(options.results or (Path(options.output, "smoke/results") if options.smoke else "results"))
     write_report(results, Path(options.out or results), options.smoke, options.export == "csv")
     return 0

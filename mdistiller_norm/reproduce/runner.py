@@ -68,11 +68,10 @@ class Execution:
         self._stopping, self._kill_at = False, float("inf")
 
     def start(self) -> bool:
-        """Start the training; returns False while another process holds the lock."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
+            return False  # another process holds the lock
         if self._add_to_ledger():
             return True
         launcher = f"-m torch.distributed.run {_TORCHRUN} {self.processes}" if self.processes > 1 else ""
@@ -80,14 +79,10 @@ class Execution:
         command = [*launcher.split(), *python_arguments("train"), "--cfg", config, "--resume"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *command, *self.job.overrides],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | dict(self.environment),
-                start_new_session=True,
+                [sys.executable, *command, *self.job.overrides], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, env=os.environ | dict(self.environment), start_new_session=True,
                 pass_fds=[self._lock.fileno()],
-            )
+            )  # fmt: skip
         return True
 
     def poll(self) -> str:
@@ -108,7 +103,6 @@ class Execution:
         return outcome
 
     def stop(self, kill: bool = False) -> None:
-        """Send SIGTERM; with ``kill``, SIGKILL follows after a grace period, for example in a long evaluation."""
         if self.process and not self._stopping:
             self._stopping = True
             if kill:
@@ -116,7 +110,6 @@ class Execution:
             self.process.terminate()
 
     def text(self, outcome: str) -> str:
-        """Return a description of the outcome, or of the progress if it is empty."""
         if outcome == DONE and self.record:
             last, best = (self.record[which]["top1"] for which in ("last", "best"))
             took = f"done in {duration(time.monotonic() - self.started)}"
@@ -147,8 +140,10 @@ class Execution:
         job, starter = self.job, "python" if self.processes == 1 else f"torchrun {_TORCHRUN} {self.processes}"
         words = [starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]
         error = f"{self._error()} ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
-        facts = {"smoke": job.smoke, "config_file": job.config_file, "seed": job.key[1]}
-        record = failed_record(error, self._output()[-20:], job.config, command=" ".join(words), **facts)
+        record = failed_record(
+            error, self._output()[-20:], job.config, command=" ".join(words), smoke=job.smoke,
+            config_file=job.config_file, seed=job.key[1],
+        )  # fmt: skip
         write_record(record, self.folder)
 
 
@@ -163,10 +158,7 @@ class Runner:
         self._locked: set[JobKey] = set()
 
     def run(self, deadline: float) -> Outcomes:
-        """Run until all jobs have ended, ``time.monotonic()`` reaches the deadline, or SIGINT or SIGTERM arrives.
-
-        Returns the outcomes of jobs that were started or whose teacher has not finished.
-        """
+        """Run until all jobs have ended, ``time.monotonic()`` reaches the deadline, or SIGINT or SIGTERM arrives."""
         stopping = False
         with stop_signals(self.signals.append, (signal.SIGINT, signal.SIGTERM)):
             try:

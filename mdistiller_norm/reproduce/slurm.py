@@ -11,14 +11,8 @@ from mdistiller_norm.errors import ConfigError, first_line, needs_extra
 from mdistiller_norm.reproduce.plan import Job, JobKey
 from mdistiller_norm.reproduce.runner import BLOCKED, DONE, FAILED, QUEUED, Execution, Outcomes
 
-_ERRORS = (
-    OSError,
-    RuntimeError,
-    NameError,
-    TypeError,
-    ValueError,
-    yaml.YAMLError,
-)  # of submitit, sbatch and YAML
+# Of submitit, sbatch and YAML.
+_ERRORS = (OSError, RuntimeError, NameError, TypeError, ValueError, yaml.YAMLError)
 
 
 class ClusterTask:
@@ -29,18 +23,16 @@ class ClusterTask:
         self._execution: Execution | None = None
 
     def __call__(self) -> None:
-        """Run the job; raises if it does not finish, so that Slurm does not start the students of its teacher."""
         self._execution = Execution(self.job, self.folder, self.processes, {})
         while not self._execution.start():
             time.sleep(1)
         while not (outcome := self._execution.poll()):
             time.sleep(0.2)
-        if outcome != DONE:
+        if outcome != DONE:  # Slurm must not start its students
             raise RuntimeError(self._execution.text(outcome))
 
     def checkpoint(self) -> Any:
-        """Save and resubmit; submitit calls it before the job is preempted."""
-        import submitit
+        import submitit  # which calls this before it preempts the job
 
         if self._execution:
             self._execution.stop(kill=True)
@@ -52,13 +44,9 @@ class ClusterTask:
 def submit(
     jobs: Sequence[Job], folder: Path, cluster: str, options: Sequence[str], processes: int
 ) -> Outcomes:
-    """Submit jobs to ``slurm`` with dependencies on their teachers, or run them in local processes (``local``).
-
-    ``options`` are ``NAME=VALUE`` arguments of submitit's ``AutoExecutor.update_parameters``.
-    """
+    """Submit jobs to ``slurm`` with dependencies on their teachers, or run them in local processes (``local``)."""
     with needs_extra("slurm", "--launcher slurm"):
         import submitit
-
     outcomes, submitted = Outcomes(), dict[JobKey, Any]()
     parameters: dict[str, Any] = {"name": "mdistiller_norm", "timeout_min": 24 * 60}
     try:
@@ -70,10 +58,9 @@ def submit(
         for job in jobs:
             teacher = submitted.get(job.teacher.key) if job.teacher else None
             if cluster == "slurm":
-                needs = {"kill_on_invalid_dep": "yes"}
-                if teacher:
-                    needs["dependency"] = f"afterok:{teacher.job_id}"
-                executor.update_parameters(slurm_additional_parameters=extra | needs)
+                after = {"dependency": f"afterok:{teacher.job_id}"} if teacher else {}
+                needs = extra | {"kill_on_invalid_dep": "yes"} | after
+                executor.update_parameters(slurm_additional_parameters=needs)
             elif teacher and teacher.exception():  # waits for the teacher
                 outcomes[job.key] = BLOCKED
                 continue

@@ -31,8 +31,7 @@ class MeanStd(NamedTuple):
 class PairedDifference(NamedTuple):
     """Mean difference over ``n`` common seeds with the 95% interval of the mean by Student's t.
 
-    The interval is None with fewer than 3 seeds, and if all differences are equal: on a small test set that is a
-    coincidence, and the interval would have no width.
+    The interval is None with fewer than 3 seeds, and if all differences are equal, a coincidence on a small test set.
     """
 
     n: int

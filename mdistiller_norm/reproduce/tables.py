@@ -55,11 +55,10 @@ class Delta(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table with its cells by (row key, column key).
+    """A table with its cells by (row key, column key); ``id`` is a number for the paper's tables.
 
-    ``id`` is ``1`` to ``9`` for the paper's tables and a word for this project's studies. ``teacher`` is the config
-    that trains a column's teacher, with ``{teacher}`` as placeholder (empty: published weights). ``own_teacher`` is
-    true if it is trained even if weights are published.
+    ``teacher`` is the config that trains a column's teacher, with ``{teacher}`` as placeholder (empty: published
+    weights). ``own_teacher`` is true if it is trained even if weights are published.
     """
 
     id: str
@@ -82,22 +81,18 @@ class Table(NamedTuple):
         return f"Table {self.id}" if self.in_paper else f"Table “{self.id}”"
 
     def teacher_config(self, column: Column) -> str:
-        """Return the config that trains a column's teacher."""
         return self.teacher.format(**column._asdict())
 
 
 class Claim(NamedTuple):
-    """A claim: ``row`` is better than ``than`` in every column, or the best row is one of ``peak``.
-
-    ``own`` marks claims about this project's studies.
-    """
+    """A claim: ``row`` is better than ``than`` in every column, or the best row is one of ``peak``."""
 
     text: str
     tables: Sequence[str]
     row: str = ""
     than: str = ""
     peak: Sequence[str] = ()
-    own: bool = False
+    own: bool = False  # about this project's studies
 
 
 def _table(entry: dict[str, Any]) -> Table:
