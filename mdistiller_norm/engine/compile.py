@@ -54,11 +54,8 @@ def compile_teacher(
 def compile_student(
     network: Network, warn: Callable[[str], None], twice: bool = False
 ) -> Callable[[Tensor], Outputs]:
-    """Compile ``network.outputs`` for training; run it uncompiled, with a warning, if that fails.
-
-    ``twice`` allows differentiating each pass more than once, as in DOT.
-    """
-    if twice:
+    """Compile ``network.outputs`` for training; run it uncompiled, with a warning, if that fails."""
+    if twice:  # each pass is differentiated twice, as in DOT
         # Otherwise a backward pass may overwrite tensors that the next one reads. PyTorch reads this setting when it
         # compiles and, for programs from its cache on disk, in every backward pass.
         functorch.donated_buffer = False

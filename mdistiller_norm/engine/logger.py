@@ -70,8 +70,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, first_epoch: int = 1, first_step: int = 0) -> None:
-        self.folder = folder
-        self.held = ExitStack()  # holds the lock of the run folder, until the log is closed
+        self.folder, self.held = folder, ExitStack()  # the lock of the folder, until the log is closed
         if folder:
             self._metrics = folder / "metrics.jsonl"
             kept = [record for record in read_metrics(self._metrics) if record["epoch"] < first_epoch]

@@ -49,8 +49,7 @@ class RowStore:
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
         self.row_bytes = width * dtype.itemsize
         self._array_dtype = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
-        self._file = folder / "rows.bin"
-        self._header = rows * 4  # bytes of the checksums
+        self._file, self._header = folder / "rows.bin", rows * 4  # the bytes of the checksums
         self._file_bytes = self._header + rows * self.row_bytes
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._pending: Future[None] | None = None

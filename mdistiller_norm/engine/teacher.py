@@ -72,8 +72,7 @@ class Teacher:
         compiler: Callable[[nn.Module], Callable[[Tensor], Outputs]] | None = None,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.hash = weights_hash(network)
-        self.need, self.autocast = need, autocast
+        self.hash, self.need, self.autocast = weights_hash(network), need, autocast
         module = _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
         self._runs: Callable[[Tensor], Outputs] = module
         if compiler and not train_mode:

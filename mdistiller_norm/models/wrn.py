@@ -13,10 +13,7 @@ from mdistiller_norm.types import Outputs
 
 
 class PreactBlock(nn.Module):
-    """Two times BN, ReLU and 3x3 convolution, plus the identity; returns the output and ``bn1(x)``.
-
-    If the number of channels changes, the identity is a 1x1 convolution of the first ReLU's output.
-    """
+    """Two times BN, ReLU and 3x3 convolution, plus the identity or a projection; returns the output and ``bn1(x)``."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
