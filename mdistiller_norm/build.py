@@ -69,8 +69,10 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
     if solver.SYNC_BN and device.type != "cuda":
         raise ConfigError(f"SOLVER.SYNC_BN requires a GPU, got {device}")
     if solver.BATCH_SIZE % (world * solver.ACCUMULATE):
-        parts = f"SOLVER.ACCUMULATE {solver.ACCUMULATE} x {world} processes"
-        raise ConfigError(f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be a multiple of {parts}")
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be a multiple of SOLVER.ACCUMULATE {solver.ACCUMULATE} x the "
+            f"number of processes {world}"
+        )
     conflicts = {
         "DISTILLER.TYPE NONE": cfg.DISTILLER.TYPE == "NONE", "SOLVER.PRECISION fp16": autocast is torch.float16,
         "SOLVER.TYPE AdamW": solver.TYPE == "AdamW", "SOLVER.CLIP_GRAD": solver.CLIP_GRAD > 0,
@@ -247,10 +249,10 @@ def build_step(
 ) -> TrainStep:
     """Return the training step of a student and its methods."""
     solver = cfg.SOLVER
-    ce_weight = max((method.ce_weight for method in distillers.values()), default=1.0)
     trainable = Trainable(
-        placed(student, device), distillers, ce_weight, autocast, solver.LABEL_SMOOTHING, solver.EMA
-    ).to(device)
+        placed(student, device), distillers, max((method.ce_weight for method in distillers.values()), default=1.0),
+        autocast, solver.LABEL_SMOOTHING, solver.EMA,
+    ).to(device)  # fmt: skip
     if solver.SYNC_BN and distributed.together():
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)  # type: ignore[no-untyped-call]
     optimizer = build_optimizer(  # DOT copies the student: before compiling

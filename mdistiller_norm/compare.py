@@ -147,8 +147,8 @@ def main(options: argparse.Namespace) -> int:
         student = load_student(runs[0][0], options.model, options.dataset, options.root)
         record = describe(label, student, [result for _, result in runs if result])
         record |= measure_speed(student.network, student.about["image_size"], device)
-        data, size = student.dataset, options.batch_size
-        found = collect(student.network, data, label, size, device) if data else None
+        data = student.dataset
+        found = collect(student.network, data, label, options.batch_size, device) if data else None
         outputs.append(found)
         networks.append(record | {"measured_top1": found.top1 if found else None})
     check_same_classes([found for found in outputs if found])

@@ -40,8 +40,10 @@ def main(options: argparse.Namespace) -> int:
     teacher, student = (_model_name(name) for name in (options.teacher, options.student))
     plain = _config(options, f"teacher,{teacher}", {"STUDENT": teacher})
     alone = _config(options, f"{student},alone", {"STUDENT": student})
-    names = {"TYPE": options.method, "TEACHER": teacher, "STUDENT": student}
-    names["TEACHER_WEIGHTS"] = str(run_folder(plain) / "student_last.pt")
+    names = {
+        "TYPE": options.method, "TEACHER": teacher, "STUDENT": student,
+        "TEACHER_WEIGHTS": str(run_folder(plain) / "student_last.pt"),
+    }  # fmt: skip
     if not options.train_teacher and not (run_folder(plain) / "result.json").is_file():
         names["TEACHER_WEIGHTS"] = "pretrained" if teacher.startswith(PREFIXES) else ""
     distilled = _config(options, f"{student},{options.method}", names)

@@ -64,8 +64,10 @@ def diagnose(root: Path) -> dict[str, Any]:
 def _checkpoints() -> list[str]:
     found = []
     for root in {root.resolve() for root in ROOTS}:
-        folder, entries = root / MANIFEST.parent, read_manifest(root / MANIFEST)
-        found += [f"{each['model']} on {each['dataset']}: {folder / each['file']}" for each in entries]
+        found += [
+            f"{entry['model']} on {entry['dataset']}: {root / MANIFEST.parent / entry['file']}"
+            for entry in read_manifest(root / MANIFEST)
+        ]
         found += map(str, sorted((root / PEER_TEACHERS).glob("*/*.pth")))
     return found
 

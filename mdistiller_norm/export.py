@@ -104,10 +104,12 @@ def check(forward: Forward, student: Student, count: int) -> list[str]:
             expected = student.network(batch)
             differences.append(float((forward(batch) - expected).abs().max()))
             if not differences[-1] <= TOLERANCE * max(1.0, float(expected.abs().max())):
-                reason = f"logits of the exported network differ by {differences[-1]:.2g} on {kind} images"
-                raise CheckpointError(f"nothing is written: {reason}")
-        where = f"on {kind} images, batches of 1 and {len(images)}"
-        lines.append(f"largest difference of a logit: {max(differences):.2g} {where}")
+                raise CheckpointError(
+                    f"nothing is written: logits of the export differ by {differences[-1]:.2g} on {kind} images"
+                )
+        lines.append(
+            f"largest difference of a logit: {max(differences):.2g} on {kind} images, batches of 1 and {len(images)}"
+        )
     return lines if student.dataset else [*lines, f"checked on random images only: {student.missing}"]
 
 

@@ -130,8 +130,9 @@ class Distillation(nn.Module):
         self.trainable.autocast = torch.get_autocast_dtype(device.type) if enabled else None
         with torch.no_grad():
             outputs = self._teacher[0].outputs(images)
-        weights = self.trainable.loss_weights(epoch)
-        losses = self.trainable(batch, outputs, torch.tensor(weights, device=device))
+        losses = self.trainable(
+            batch, outputs, torch.tensor(self.trainable.loss_weights(epoch), device=device)
+        )
         return losses.total, dict(zip(self.trainable.loss_names, losses.parts.detach(), strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

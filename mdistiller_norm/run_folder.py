@@ -89,9 +89,8 @@ class RunFolder:
             write_text(self.config_yaml, self.path / CONFIG)
 
     def start(self, environment: Record) -> None:
-        """Write the environment and remove the result of an earlier, shorter run."""
         if distributed.is_first():
-            (self.path / RESULT).unlink(missing_ok=True)
+            (self.path / RESULT).unlink(missing_ok=True)  # of an earlier, shorter run
             write_json(environment, self.path / "environment.json")
 
     def write_result(self, result: Record) -> Record:
@@ -154,8 +153,7 @@ def _lock(path: Path) -> IO[str]:
     except OSError:  # a file system without locks
         pass
     lock.truncate(0)
-    lock.write(distributed.launcher())
-    lock.flush()
+    print(distributed.launcher(), end="", file=lock, flush=True)
     return lock
 
 
