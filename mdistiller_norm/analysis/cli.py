@@ -45,16 +45,17 @@ def main(options: argparse.Namespace) -> int:
     device = build_device(options.device)
 
     def outputs(path: Path, name: str, model: str) -> Collected:
-        network, dataset = open_checkpoint(path, model, options.dataset, options.root)
-        return collect(network, dataset, name, options.batch_size, device)
+        student = open_checkpoint(path, model, options.dataset, options.root)
+        return collect(*student, name, options.batch_size, device)
 
     paths = [find_weights(path) for path in options.ckpt]
     names = options.names or short_names(paths)
     networks = [outputs(path, name, options.model) for path, name in zip(paths, names, strict=True)]
     with mpl.rc_context(figures.STYLE):
         if options.figure == "tsne":
-            chosen = {"classes": options.classes, "samples": options.samples, "seed": options.seed}
-            figure, data, lines = figures.draw_tsne(networks, **chosen)
+            figure, data, lines = figures.draw_tsne(
+                networks, classes=options.classes, samples=options.samples, seed=options.seed
+            )
         elif options.figure == "correlation":
             path = find_weights(options.teacher)
             teacher = outputs(path, short_names([path])[0], options.teacher_model)

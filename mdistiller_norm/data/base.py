@@ -106,11 +106,8 @@ class TrainLoader(ABC):
     ``batches`` yields the raw tensors of a batch (indices, or decoded images). ``prepare`` turns them into a batch
     inside the training step, on the device, where it can be compiled or captured with the rest of the step.
 
-    Args:
-        samples: size of the training split.
-        batch_size: samples of one step over all processes.
-
     Attributes:
+        global_batch_size: samples of one step over all processes.
         batch_size: samples of this process in a full batch.
         steps: batches of an epoch; the last one may be short.
         views: number of views of an image; None if the augmentation has no finite set of views.

@@ -72,9 +72,7 @@ def _class_names(content: dict[str, Any]) -> tuple[str, ...]:
 def cifar100(root: str | Path) -> TensorDataset:
     """Load CIFAR-100: 50,000 + 10,000 images of 32x32 pixels in 100 classes.
 
-    Args:
-        root: folder with ``cifar-100-python/{train,test,meta}``, which is downloaded if it is missing. An existing
-            folder is checked by its content, not by checksums, so the images may be in any order.
+    ``root/cifar-100-python`` is downloaded if it is missing, else checked by its content, with images in any order.
     """
     folder = _folder(Path(root), "cifar100")
     train, test = _read(folder / "train", _split), _read(folder / "test", _split)

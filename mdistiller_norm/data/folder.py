@@ -30,6 +30,7 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", 
 # torchvision's constants, with which its published weights were trained.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+_HIDDEN = f"{os.sep}."  # in the name of a hidden file, or of a file in a hidden folder
 MEASURED = 1000  # images that mean and standard deviation are measured on
 
 
@@ -87,16 +88,12 @@ def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator
             yield prefix + entry.name
 
 
-def _is_hidden(name: str) -> bool:
-    return f"{os.sep}." in name
-
-
 def files(folder: Path, images: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Files:
     """Return the images of a split as numbered classes; hidden files and files in hidden folders are left out."""
     names: list[bytes] = []
     targets: list[int] = []
     for number, label in enumerate(classes):
-        found = [os.fsencode(name) for name in images.get(label, ()) if not _is_hidden(name)]
+        found = [os.fsencode(name) for name in images.get(label, ()) if _HIDDEN not in name]
         if not found:
             raise DataError(f"{folder} has no images ({', '.join(EXTENSIONS)}) of the class {label}")
         names += found
@@ -120,7 +117,7 @@ def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageData
     parts = [files(root / split, images, classes) for split, images in found.items()]
     dataset = ImageDataset(name or root.resolve().name, classes, parts[0], parts[-1], options)
     dataset.hidden = sum(
-        _is_hidden(name) for images in found.values() for label in classes for name in images[label]
+        _HIDDEN in name for split in found.values() for label in classes for name in split[label]
     )
     return dataset.hold_out(options.val_split) if from_train and not options.train else dataset
 
@@ -129,7 +126,6 @@ def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
     """Open ImageNet (ILSVRC 2012): ``root/{train,val}/<wnid>/*`` or ``root/imagenet/{train,val}/<wnid>/*``.
 
     Class numbers follow the sorted names of the folders, as in torchvision's weights.
-
     Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge" (2015).
     """
     return image_folder(root, replace(options, mean=options.mean or MEAN, std=options.std or STD), "imagenet")
@@ -140,9 +136,10 @@ def tiny_imagenet(root: Path, options: ImageOptions) -> ImageDataset:
 
     Training images are rotated by up to 20 degrees and mirrored, not cropped, as in mdistiller.
     """
-    mean, std = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)  # mdistiller's
-    options = replace(options, size=64, resize=64, crop_scale=(1.0, 1.0), rotation=20)
-    options = replace(options, mean=options.mean or mean, std=options.std or std)
+    options = replace(
+        options, size=64, resize=64, crop_scale=(1.0, 1.0), rotation=20,
+        mean=options.mean or (0.4802, 0.4481, 0.3975), std=options.std or (0.2302, 0.2265, 0.2262),
+    )  # fmt: skip
     return image_folder(data_root(root, "tiny-imagenet-200"), options, "tiny_imagenet")
 
 

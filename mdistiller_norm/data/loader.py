@@ -227,11 +227,14 @@ class ImageTrainLoader(TrainLoader):
         for name in broken:
             if name not in self._broken:
                 self._broken.add(name)
-                so_far = f"({len(self._broken)} so far)"
-                self._warn(f"{name} cannot be read: another sample takes its place {so_far}")
+                self._warn(
+                    f"{name} cannot be read: another sample takes its place ({len(self._broken)} so far)"
+                )
         if len(self._broken) > self._max_broken:
-            hint = "list them with --check-data, or raise DATASET.MAX_BROKEN"
-            raise DataError(f"{len(self._broken)} training images cannot be read, also {broken[-1]}: {hint}")
+            raise DataError(
+                f"{len(self._broken)} training images cannot be read, also {broken[-1]}: list them with "
+                "--check-data, or raise DATASET.MAX_BROKEN"
+            )
 
     def prepare(self, *raw: Tensor) -> Batch:
         images, targets, indices, key = raw

@@ -53,15 +53,9 @@ class MixedLoader(TrainLoader):
 
 
 def mix(batch: Batch, drawn: Tensor, classes: int) -> Batch:
-    """Blend each image with the next one of the batch, and their targets in proportion.
+    """Blend each image ``[3, H, W]`` with the next one of the batch, and their targets ``[B, C]`` in proportion.
 
-    Args:
-        batch: images ``[B, 3, H, W]`` and classes ``[B]``.
-        drawn: top, left, bottom and right of a box as fractions of the image, and the weight of an image in the box.
-        classes: number of classes C.
-
-    Returns:
-        The batch with targets ``[B, C]``.
+    ``drawn`` are top, left, bottom and right of a box as fractions of the image, and the weight of an image in the box.
     """
     height, width = batch.images.shape[2:]
     top, left, bottom, right, weight = drawn

@@ -64,9 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--launcher", choices=["here", "slurm", "submitit-local"], default="here")
     add("--output", default="output", metavar="DIR", help="folder of the run folders (default: output)")
     add("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
-    add(
-        "overrides", nargs="*", metavar="KEY VALUE", help="keys that do not change the result, such as DEVICE"
-    )
+    add("overrides", nargs="*", metavar="KEY VALUE", help="keys that do not change results, such as DEVICE")
 
 
 def parse_duration(text: str) -> float:

@@ -69,19 +69,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The records of a folder.
-
-    Attributes:
-        runs: finished runs by (identity, teacher's hash) and seed.
-        duplicates: further runs of a seed.
-        failures: the latest failure of each run that has not finished since.
-        left_out: broken files with the reason.
-    """
+    """The records of a folder; ``runs`` are the finished ones by (identity, teacher's hash) and seed."""
 
     runs: dict[tuple[str, str], dict[int, Entry]] = field(default_factory=dict)
-    duplicates: list[Entry] = field(default_factory=list)
-    failures: list[Entry] = field(default_factory=list)
-    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    duplicates: list[Entry] = field(default_factory=list)  # further runs of a seed
+    failures: list[Entry] = field(default_factory=list)  # the latest of each run that has not finished since
+    left_out: list[tuple[Path, str]] = field(default_factory=list)  # broken files with the reason
 
     def of(self, identity: str) -> dict[int, Entry]:
         """Return the runs of an identity by seed; of several teachers, those with the teacher of most runs."""

@@ -141,9 +141,10 @@ class _Planner:
             teacher = self._add_job(table.teacher_config(cell.column), (), (), TEACHER_SEED, rank=rank)
             weights = teacher.weights
         more = (f"DISTILLER.TEACHER_WEIGHTS={weights}",) if weights else ()
-        fields = {"cells": (cell.name,), "teacher": teacher, "rank": rank}
         for seed in [TEACHER_SEED] if is_teacher else seeds:
-            self._add_job(cell.config, cell.overrides, more, seed, **fields)
+            self._add_job(
+                cell.config, cell.overrides, more, seed, cells=(cell.name,), teacher=teacher, rank=rank
+            )
 
     def _add_job(
         self, file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any
@@ -216,8 +217,7 @@ def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
         return _START + left * statistics.median(same), "finished runs of the same networks"
     comparable = [run for run in finished if run["config"]["SOLVER"]["PRECISION"] == key[-1]]
     rates = [training_flops(run["config"]) / max(run["seconds"], 1e-3) for run in comparable]
-    rate = max(rates, default=0.0) or math.inf
-    seconds = training_flops(job.config) * left / epochs / rate
+    seconds = training_flops(job.config) * left / epochs / (max(rates, default=0.0) or math.inf)
     return (_START + seconds, "operation counts") if seconds else None
 
 

@@ -91,7 +91,6 @@ class TableView(NamedTuple):
         return printed, first.minus(second, "best")
 
     def warnings(self, column: Column) -> list[str]:
-        """Return the origin of a public teacher, and each property that differs between a column's students."""
         cells, lines = self.column(column).values(), []
         runs = [entry for cell in cells if cell.cell.row.key != "teacher" for entry in cell.runs.values()]
         for digits in sorted({entry.teacher_hash for entry in runs} & TEACHERS.keys()):
