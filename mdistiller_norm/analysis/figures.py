@@ -113,8 +113,10 @@ def draw_softening(
     by_sample = t_norm * std.clamp_min(1e-6)
     over, under = int((fixed > TOLERANCE * by_sample).sum()), int((fixed < by_sample / TOLERANCE).sum())
     counted = f"T = {fixed:g} over-softens {over} and under-softens {under}"
-    spread = f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}"
-    lines = [spread, f"{counted} of {len(std)} samples"]
+    lines = [
+        f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}",
+        f"{counted} of {len(std)} samples",
+    ]
     figure, (first, second, third) = new_figure(1, 3, 4.2, 3.4)
     figure.suptitle(f"{network.name}, top-1 {network.top1:.2f}", fontsize=10)
     used = {f"T = {value:g}": value for value in temperatures}
@@ -122,14 +124,19 @@ def draw_softening(
     softened = {name: (logits[sample] / value).tolist() for name, value in used.items()}
     target = network.classes[int(network.targets[sample])]
     _draw_histograms(first, softened)
-    title = f"Softened logits of test sample {sample} (class {target})"
-    first.set(title=title, xlabel="logit / temperature (bars: number of classes)")
+    first.set(
+        title=f"Softened logits of test sample {sample} (class {target})",
+        xlabel="logit / temperature (bars: number of classes)",
+    )
     second.hist(std.numpy(), _BINS, alpha=0.7)
     equal = fixed / t_norm  # the std with which NormKD's temperature is the fixed one
     for position, style in ((equal / TOLERANCE, ":"), (equal, "-"), (equal * TOLERANCE, ":")):
         second.axvline(position, color="black", ls=style, lw=1)
-    second.set_title(f"{counted}\nof {len(std)} samples (by more than {TOLERANCE:g} times)")
-    second.set(xlabel=f"std of a sample's logits (line: T / T_norm = {equal:g})", ylabel="samples")
+    second.set(
+        title=f"{counted}\nof {len(std)} samples (by more than {TOLERANCE:g} times)",
+        xlabel=f"std of a sample's logits (line: T / T_norm = {equal:g})",
+        ylabel="samples",
+    )
     entropies = {
         f"T = {fixed:g}": entropy(logits / fixed).tolist(),
         f"NormKD, T_norm = {t_norm:g}": entropy(logits / by_sample[:, None]).tolist(),

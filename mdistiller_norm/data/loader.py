@@ -185,8 +185,10 @@ class _Loader:
         except RuntimeError as error:
             if "</torch_" not in str(error):  # a file of shared memory
                 raise
-            hint = "use docker run --shm-size 8g, or lower DATASET.NUM_WORKERS (0 workers need none)"
-            raise DataError(f"the shared memory (/dev/shm) is too small for the batches: {hint}") from error
+            raise DataError(
+                "the shared memory (/dev/shm) is too small for the batches: use docker run --shm-size 8g, or lower "
+                "DATASET.NUM_WORKERS (0 workers need none)"
+            ) from error
 
 
 def _eval_tasks(samples: int, batch_size: int, share: Share) -> list[Task]:

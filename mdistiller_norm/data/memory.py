@@ -81,8 +81,9 @@ class TensorDataset(Dataset):
             raise DataError(f"{self.name}: classes must be strings, got {self.classes!r}")
         for values in (self.mean, self.std):
             if np.shape(values) != (3,) or not 0 <= min(values) <= max(values) <= 1 or not min(self.std):
-                got = f"{self.mean} and {self.std}"
-                raise DataError(f"{self.name}: mean and std must be 3 values in [0, 1], std > 0, got {got}")
+                raise DataError(
+                    f"{self.name}: mean and std must be 3 values in [0, 1], std > 0, got {self.mean} and {self.std}"
+                )
         self.train.check(f"{self.name}: training", len(self.classes))
         self.test.check(f"{self.name}: test", len(self.classes))
 
@@ -124,8 +125,7 @@ class MemoryTrainLoader(TrainLoader):
 
     def fingerprint(self) -> str:
         mean, std = self._normalise.mean.tolist(), self._normalise.std.tolist()
-        content = f"{self.augment} {mean} {std} {self._train.fingerprint()}"
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(f"{self.augment} {mean} {std} {self._train.fingerprint()}".encode()).hexdigest()
 
     def prepare(self, *raw: Tensor) -> Batch:
         indices, views, key = raw

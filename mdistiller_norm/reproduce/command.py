@@ -104,8 +104,10 @@ def main(options: argparse.Namespace) -> int:
     finished = _comparable_runs(ledger, options)
     if options.dry_run:
         _print_jobs(jobs, todo, finished)
-    counts = f"{len(jobs) - len(todo)} done, {len(todo)} to run"
-    print(f"{counted(len(jobs), 'run')}: {counts}{_time(todo, finished)}", flush=True)
+    print(
+        f"{counted(len(jobs), 'run')}: {len(jobs) - len(todo)} done, {len(todo)} to run{_time(todo, finished)}",
+        flush=True,
+    )
     if options.dry_run:
         return 0
     folder.mkdir(parents=True, exist_ok=True)  # before the first training
@@ -229,8 +231,12 @@ def _updated_ledger(jobs: Sequence[Job], folder: Path, options: argparse.Namespa
 
 def _comparable_runs(ledger: Ledger, options: argparse.Namespace) -> list[Record]:
     device = environment(build_device(load_config(None, options.overrides).node.DEVICE))["device"]
-    found = [entry.record for entry in ledger.all_runs() if entry.record["environment"]["device"] == device]
-    return [record for record in found if record.get("processes", 1) == options.processes]
+    return [
+        entry.record
+        for entry in ledger.all_runs()
+        if entry.record["environment"]["device"] == device
+        and entry.record.get("processes", 1) == options.processes
+    ]
 
 
 def _print_jobs(jobs: Sequence[Job], todo: Sequence[Job], finished: Sequence[Record]) -> None:

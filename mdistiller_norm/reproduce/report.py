@@ -219,8 +219,12 @@ def write_csv(report: Record, path: Path) -> None:
         rows.writerow(["file", "cells", "ms_per_batch", "precision", *columns])
         for entry in sorted(report["runs"], key=lambda entry: entry.path.name):
             values = dict(leaves(entry.record)) | {"method": "+".join(entry.record["method"]) or "none"}
-            filled = "; ".join(cells.get(entry.path, []))
-            head = [entry.path.name, filled, entry.milliseconds, entry.precision]
+            head = [
+                entry.path.name,
+                "; ".join(cells.get(entry.path, [])),
+                entry.milliseconds,
+                entry.precision,
+            ]
             rows.writerow(head + [values.get(key, "") for key in columns.values()])
 
 

@@ -76,10 +76,13 @@ class Execution:
             return True
         launcher = f"-m torch.distributed.run {_TORCHRUN} {self.processes}" if self.processes > 1 else ""
         config = str(find_config(self.job.config_file))
-        command = [*launcher.split(), *python_arguments("train"), "--cfg", config, "--resume"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *command, *self.job.overrides], stdin=subprocess.DEVNULL, stdout=log,
+                [
+                    sys.executable, *launcher.split(), *python_arguments("train"), "--cfg", config, "--resume",
+                    *self.job.overrides,
+                ],
+                stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, env=os.environ | dict(self.environment), start_new_session=True,
                 pass_fds=[self._lock.fileno()],
             )  # fmt: skip

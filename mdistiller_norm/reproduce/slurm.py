@@ -67,8 +67,9 @@ def submit(
             submitted[job.key] = executor.submit(ClusterTask(job, folder, processes))
             print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
     except _ERRORS as error:
-        problem = f"--launcher {cluster}: {first_line(error)} ({len(submitted)} jobs submitted)"
-        raise ConfigError(problem) from error
+        raise ConfigError(
+            f"--launcher {cluster}: {first_line(error)} ({len(submitted)} jobs submitted)"
+        ) from error
     for key, task in submitted.items():
         outcomes[key] = QUEUED if cluster == "slurm" else FAILED if task.exception() else DONE
     return outcomes

@@ -57,8 +57,9 @@ def mean_std(values: Iterable[float]) -> MeanStd | None:
     numbers = list(values)
     if not numbers:
         return None
-    std = statistics.stdev(numbers) if len(numbers) > 1 else None
-    return MeanStd(len(numbers), statistics.fmean(numbers), std)
+    return MeanStd(
+        len(numbers), statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
+    )
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference | None:
