@@ -1,6 +1,5 @@
 """Build the parts of a run from its config."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,8 @@ import torch
 from yacs.config import CfgNode
 
 from mdistiller_norm.config import method_names
-from mdistiller_norm.data import Dataset, EvalLoader, MemoryTrainLoader, Share, TrainLoader
+from mdistiller_norm.data import Dataset, EvalLoader, MemoryTrainLoader, TrainLoader
 from mdistiller_norm.data.folder import ImageDataset
-from mdistiller_norm.data.plan import smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
 from mdistiller_norm.engine import distributed, teacher_file
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
@@ -24,7 +22,7 @@ from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher, teacher_batch_size
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
+from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
 from mdistiller_norm.files import find_config
 from mdistiller_norm.models import Network, build_model, has_weights, probe
 from mdistiller_norm.models.preprocessed import preprocessed
@@ -95,24 +93,6 @@ def build_student(name: str, dataset: Dataset, seed: int) -> Network:
     return _network("DISTILLER.STUDENT", name, dataset, dataset.image_size, has_weights(name))
 
 
-def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check_test: bool) -> None:
-    """Check the test images (if no teacher is evaluated on them), and the student if a micro-batch has one image."""
-    solver, samples = cfg.SOLVER, len(dataset.targets)
-    if check_test and (broken := dataset.unreadable(train=False, share=share)):
-        raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
-    if smallest_micro_batch(samples, solver.BATCH_SIZE, share, solver.ACCUMULATE) > 1:
-        return
-    shadow = copy.deepcopy(student).to("meta").train()
-    try:
-        with torch.no_grad():
-            shadow(torch.empty(1, 3, *dataset.image_size, device="meta"))
-    except ValueError as error:
-        raise ConfigError(
-            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of the {samples} images for a micro-batch, too few for "
-            f"a batch norm of {student.name}"
-        ) from error
-
-
 def _network(
     key: str, name: str, dataset: Dataset, size: tuple[int, ...] | None, pretrained: bool = False
 ) -> Network:
@@ -140,11 +120,12 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
     seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
     weights_from = cfg.DISTILLER.TEACHER_WEIGHTS
-    if weights_from == "pretrained":
-        network = _network("DISTILLER.TEACHER", name, dataset, None, pretrained=True)
+    pretrained = weights_from == "pretrained"
+    size = None if pretrained else dataset.image_size
+    network = _network("DISTILLER.TEACHER", name, dataset, size, pretrained)
+    if pretrained:
         file = teacher_file.pretrained_teacher(network, dataset.classes, seen, runs, command)
         return preprocessed(network, network.pretrained, seen), file
-    network = _network("DISTILLER.TEACHER", name, dataset, dataset.image_size)
     keys = ("CLASSES", "IMAGE_SIZE", "MEAN", "STD", "VAL_SPLIT", "SUBSET")
     file = teacher_file.find_teacher(
         name, dataset.name, weights_from, runs, command, cfg.SOLVER.EPOCHS, {k: cfg.DATASET[k] for k in keys}
@@ -156,9 +137,9 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
         same_classes = list(weights.about.get("classes", ())) == list(dataset.classes)
         if not (same_classes and isinstance(dataset, ImageDataset)):  # a folder may have been renamed
             raise CheckpointError(renamed)
-    size = tuple(weights.about.get("image_size") or dataset.image_size)
-    if size != dataset.image_size:
-        network = _network("DISTILLER.TEACHER", name, dataset, size)
+    trained_size = tuple(weights.about.get("image_size") or dataset.image_size)
+    if trained_size != dataset.image_size:
+        network = _network("DISTILLER.TEACHER", name, dataset, trained_size)
     load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
     warnings = [file.warning, renamed, teacher_file.check_preprocessing(weights, dataset.classes, seen)]
     file = replace(file, warning="; ".join(filter(None, warnings)))

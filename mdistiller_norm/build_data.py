@@ -1,16 +1,19 @@
 """Build the data of a run from its config."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mdistiller_norm.config import method_names
 from mdistiller_norm.data import DATASETS, Dataset, ImageOptions, Share, TensorDataset, open_dataset
 from mdistiller_norm.data.base import TrainLoader, Warn
 from mdistiller_norm.data.mix import MixedLoader
-from mdistiller_norm.distillers import DISTILLERS
-from mdistiller_norm.errors import ConfigError
+from mdistiller_norm.data.plan import smallest_micro_batch
+from mdistiller_norm.distillers import Distiller
+from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.models import Network
 from mdistiller_norm.registry import suggest
 
 
@@ -32,11 +35,11 @@ def build_dataset(cfg: Any) -> Dataset:
     return open_dataset(data.TYPE, Path(data.ROOT), options)
 
 
-def check_augmentation(cfg: Any, dataset: Dataset) -> None:
+def check_augmentation(cfg: Any, dataset: Dataset, distillers: Mapping[str, Distiller]) -> None:
     """Check that the methods, the data set and the teacher cache support the augmentation."""
     mixing = [f"DATASET.{key}" for key in ("MIXUP", "CUTMIX") if cfg.DATASET[key]]
     used = mixing + ["DATASET.RANDAUGMENT"] * bool(cfg.DATASET.RANDAUGMENT)
-    hard = [name for name in method_names(cfg) if DISTILLERS[name].needs_labels]
+    hard = [name for name, method in distillers.items() if method.needs_labels]
     if mixing and hard:
         raise ConfigError(
             f"{' and '.join(mixing)} cannot be used with {', '.join(hard)}: an image needs one class"
@@ -45,6 +48,24 @@ def check_augmentation(cfg: Any, dataset: Dataset) -> None:
         raise ConfigError(f"{' and '.join(used)} cannot be used with DISTILLER.TEACHER_CACHE")
     if cfg.DATASET.RANDAUGMENT and isinstance(dataset, TensorDataset):
         raise ConfigError(f"DATASET.RANDAUGMENT requires image files, {dataset.name} is in memory")
+
+
+def check_data(cfg: Any, student: Network, dataset: Dataset, share: Share, check_test: bool) -> None:
+    """Check the test images (if no teacher is evaluated on them), and the student if a micro-batch has one image."""
+    solver, samples = cfg.SOLVER, len(dataset.targets)
+    if check_test and (broken := dataset.unreadable(train=False, share=share)):
+        raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
+    if smallest_micro_batch(samples, solver.BATCH_SIZE, share, solver.ACCUMULATE) > 1:
+        return
+    shadow = copy.deepcopy(student).to("meta").train()
+    try:
+        with torch.no_grad():
+            shadow(torch.empty(1, 3, *dataset.image_size, device="meta"))
+    except ValueError as error:
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} leaves one of the {samples} images for a micro-batch, too few for "
+            f"a batch norm of {student.name}"
+        ) from error
 
 
 def build_loader(cfg: Any, dataset: Dataset, device: torch.device, share: Share, warn: Warn) -> TrainLoader:

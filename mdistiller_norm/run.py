@@ -76,7 +76,6 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     cfg = config.node
     device, autocast, warning = build.build_execution(cfg)
     dataset = dataset or build_data.build_dataset(cfg)
-    build_data.check_augmentation(cfg, dataset)
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build.build_distillers(cfg, student, trained[0], dataset) if trained else {}
@@ -84,7 +83,8 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     share = distributed.start(device, cfg.SOLVER.TIMEOUT)
     if share.rank:
         torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
-    build.check_data(cfg, student, dataset, share, check_test=trained is None)
+    build_data.check_augmentation(cfg, dataset, distillers)
+    build_data.check_data(cfg, student, dataset, share, check_test=trained is None)
     folder = RunFolder.open(config, dump(cfg), resume)
     log = folder.log.line
     if warning:
@@ -99,12 +99,12 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
     teacher, teacher_record = build.build_teacher_runner(
         cfg, trained, distillers, loader, test, dataset.image_size, autocast, device, to_compile != "none", log
     ) if trained else (None, {})  # fmt: skip
-    step = build.build_step(
-        cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
-    )
     facts, provenance = _records(cfg, dataset, distillers, teacher_record, autocast, environment(device))
     facts |= {"config": yaml.safe_load(folder.config_yaml), "command": command}
     _log_summary(cfg, dataset, student, loader.steps, facts, log)
+    step = build.build_step(
+        cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
+    )
     solver, graph = cfg.SOLVER, cfg.ENGINE.CUDA_GRAPH
     trainer = Trainer(
         step, Schedule(
