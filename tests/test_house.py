@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LINES = 12_000  # of the package
+LINES = 11_800  # of the package
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 330, 60, 10
 FILES = sorted((ROOT / "mdistiller_norm").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tsne.add_argument("--samples", type=int, default=2000, help="number of test images (default: 2000)")
     tsne.add_argument("--classes", type=int, default=0, metavar="N", help="only the first N classes")
     tsne.add_argument("--seed", type=int, default=0)
+    tsne.add_argument("--perplexity", type=float, default=30.0)
     correlation = commands.add_parser("correlation", help="class correlations minus the teacher's (Fig. 5)")
     correlation.add_argument("-t", "--teacher", required=True, type=Path, help="weights of the teacher")
     correlation.add_argument("-tm", "--teacher-model", default="", help="model name of the teacher")
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     logits.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
     logits.add_argument("--fixed", type=float, default=4.0, help="temperature of the whole set (default: 4)")
     logits.add_argument("--t-norm", type=float, default=2.0, help="T_norm of NormKD (default: 2)")
+    logits.add_argument("--tolerance", type=float, default=1.25, help="factor that counts as too much")
     for sub in (tsne, correlation, logits):
         add, count = sub.add_argument, 1 if sub is logits else "+"
         add("-c", "--ckpt", nargs=count, required=True, type=Path, metavar="PATH", help="weights or runs")
@@ -54,8 +56,9 @@ def main(options: argparse.Namespace) -> int:
     with mpl.rc_context(figures.STYLE):
         if options.figure == "tsne":
             figure, data, lines = figures.draw_tsne(
-                networks, classes=options.classes, samples=options.samples, seed=options.seed
-            )
+                networks, classes=options.classes, samples=options.samples, seed=options.seed,
+                perplexity=options.perplexity,
+            )  # fmt: skip
         elif options.figure == "correlation":
             path = find_weights(options.teacher)
             teacher = outputs(path, short_names([path])[0], options.teacher_model)
@@ -63,7 +66,7 @@ def main(options: argparse.Namespace) -> int:
         else:
             figure, data, lines = figures.draw_softening(
                 networks[0], sample=options.sample, temperatures=options.temperatures, fixed=options.fixed,
-                t_norm=options.t_norm,
+                t_norm=options.t_norm, tolerance=options.tolerance,
             )  # fmt: skip
         stem = options.out or Path("output", "figures", options.figure)
         lines += [f"wrote {path}" for path in figures.save(figure, data if options.data else None, stem)]

@@ -22,7 +22,6 @@ STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "svg.hashsalt": "mdistiller_norm",
 }  # fmt: skip
-TOLERANCE = 1.25  # factor above which a temperature is too high or too low
 _BINS = 40
 Drawing = tuple[Figure, dict[str, Any], list[str]]
 
@@ -97,21 +96,21 @@ def _draw_histograms(axis: Axes, rows: dict[str, list[float]]) -> None:
 
 
 def draw_softening(
-    network: Collected, *, sample: int, temperatures: Sequence[float], fixed: float, t_norm: float
-) -> Drawing:
+    network: Collected, *, sample: int, temperatures: Sequence[float], fixed: float, t_norm: float, tolerance: float
+) -> Drawing:  # fmt: skip
     """Draw the effect of the temperature on a teacher's logits (Fig. 1 and 3).
 
     NormKD's temperature of a sample is ``t_norm * std`` of its logits. A fixed temperature over-softens a sample if it
-    is more than 1.25 times that, and under-softens it if it is less than that divided by 1.25.
+    is more than ``tolerance`` times that, and under-softens it if it is less than that divided by ``tolerance``.
     ``temperatures`` are for the single sample, ``fixed`` is for all samples.
     """
     if not 0 <= sample < len(network.logits):
         raise ConfigError(f"--sample must be in 0..{len(network.logits) - 1}, got {sample}")
-    if not all(0 < value < math.inf for value in (*temperatures, fixed, t_norm)):
-        raise ConfigError("--temperatures, --fixed and --t-norm must be > 0")
+    if not all(0 < value < math.inf for value in (*temperatures, fixed, t_norm, tolerance - 1)):
+        raise ConfigError("--temperatures, --fixed and --t-norm must be > 0, and --tolerance > 1")
     logits, std = network.logits.double(), network.logits.double().std(1)
     by_sample = t_norm * std.clamp_min(1e-6)
-    over, under = int((fixed > TOLERANCE * by_sample).sum()), int((fixed < by_sample / TOLERANCE).sum())
+    over, under = int((fixed > tolerance * by_sample).sum()), int((fixed < by_sample / tolerance).sum())
     counted = f"T = {fixed:g} over-softens {over} and under-softens {under}"
     lines = [
         f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}",
@@ -130,10 +129,10 @@ def draw_softening(
     )
     second.hist(std.numpy(), _BINS, alpha=0.7)
     equal = fixed / t_norm  # the std with which NormKD's temperature is the fixed one
-    for position, style in ((equal / TOLERANCE, ":"), (equal, "-"), (equal * TOLERANCE, ":")):
+    for position, style in ((equal / tolerance, ":"), (equal, "-"), (equal * tolerance, ":")):
         second.axvline(position, color="black", ls=style, lw=1)
     second.set(
-        title=f"{counted}\nof {len(std)} samples (by more than {TOLERANCE:g} times)",
+        title=f"{counted}\nof {len(std)} samples (by more than {tolerance:g} times)",
         xlabel=f"std of a sample's logits (line: T / T_norm = {equal:g})",
         ylabel="samples",
     )
@@ -155,7 +154,9 @@ def draw_softening(
     return figure, data, lines
 
 
-def draw_tsne(networks: Sequence[Collected], *, classes: int, samples: int, seed: int) -> Drawing:
+def draw_tsne(
+    networks: Sequence[Collected], *, classes: int, samples: int, seed: int, perplexity: float
+) -> Drawing:
     """Draw a t-SNE of the pooled features of the same test samples for each network (Fig. 4).
 
     The summary has the mean silhouette of the classes in the *features*: distances in a t-SNE embedding mean little.
@@ -163,11 +164,12 @@ def draw_tsne(networks: Sequence[Collected], *, classes: int, samples: int, seed
 
     Args:
         classes: number of classes; 0 for all.
-        samples: maximum number of samples N; the perplexity is 30, or ``(N - 1) / 3`` if that is smaller.
+        samples: maximum number of samples N.
+        perplexity: of the t-SNE, at most ``(N - 1) / 3``.
     """
     check_same_classes(networks)
-    if min(samples, classes, seed) < 0 or seed >= 2**32:
-        raise ConfigError("--samples, --classes and --seed (< 2**32) must be positive")
+    if min(samples, classes, seed) < 0 or seed >= 2**32 or not 0 < perplexity < math.inf:
+        raise ConfigError("--samples, --classes, --seed (< 2**32) and --perplexity must be positive")
     names = networks[0].classes[: classes or None]
     candidates = torch.nonzero(networks[0].targets < len(names)).squeeze(1)
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
@@ -176,7 +178,7 @@ def draw_tsne(networks: Sequence[Collected], *, classes: int, samples: int, seed
     present = len(set(targets.tolist()))
     if len(chosen) < 8 or not 2 <= present < len(chosen):
         raise ConfigError(f"t-SNE needs more than {len(chosen)} samples of {present} classes")
-    tsne = TSNE(perplexity=min(30.0, (len(chosen) - 1) / 3), init="pca", random_state=seed)
+    tsne = TSNE(perplexity=min(perplexity, (len(chosen) - 1) / 3), init="pca", random_state=seed)
     palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
     figure, axes = new_figure(1, len(networks), 3.6, 3.8)
     entries, lines = [], []
