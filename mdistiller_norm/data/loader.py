@@ -67,13 +67,21 @@ class ImageSplit(ABC):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How the images of a folder are read: the ``DATASET`` keys of a config, with two more.
+    """How the images of a folder are read.
 
     Attributes:
         size: height and width of a network's input.
+        resize: length of the shorter side before the centre crop of a test image.
+        crop_scale: smallest and largest fraction of the area that a random crop keeps.
         mean: mean of each channel, of pixels in [0, 1]; empty for the data set's constants, else measured.
+        std: standard deviation of each channel; likewise.
+        classes: names of the class folders in the order of the class numbers; empty for all of them, sorted.
         variant: "cifar" or "imagenet" networks; "auto" chooses the latter for images above 64 pixels.
+        workers: processes that read images; 0 to read them in the training process.
+        max_broken: unreadable training files that are replaced by other samples before the run fails.
         train: whether the training split is needed.
+        val_split: share of the training images to evaluate on instead of the test split.
+        subset: number of training images, equally many of each class; 0 for all.
         rotation: largest angle of a random rotation of training images, in degrees.
         randaugment: magnitude of RandAugment (Cubuk et al., 2020) on training images, of 30; 0 for none.
     """
@@ -234,7 +242,7 @@ class ImageTrainLoader(TrainLoader):
                 )
         if len(self._broken) > self._max_broken:
             raise DataError(
-                f"{len(self._broken)} training images cannot be read, also {broken[-1]}: list them with "
+                f"{len(self._broken)} training images cannot be read, the last is {broken[-1]}: list them with "
                 "--check-data, or raise DATASET.MAX_BROKEN"
             )
 

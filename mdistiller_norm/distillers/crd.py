@@ -52,6 +52,7 @@ def nce_slope(scores: Tensor, log_z: Tensor, samples: int) -> Tensor:
 
 
 def _similarities(anchors: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
+    """Inner products of each anchor ``[B, D]`` with its rows ``chosen`` ``[B, M]`` of the memory ``[N, D]``."""
     if len(memory) <= DENSE_SAMPLES:
         return (anchors @ memory.T).gather(1, chosen)
     products = [torch.bmm(rows, some[:, :, None]) for some, rows in _chunks(anchors, memory, chosen)]
@@ -59,6 +60,7 @@ def _similarities(anchors: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _weighted_rows(weights: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
+    """Sum of each anchor's rows, weighted by ``weights`` ``[B, M]``; the rows of one anchor are distinct."""
     if len(memory) <= DENSE_SAMPLES:
         dense = torch.zeros(len(chosen), len(memory), dtype=weights.dtype, device=weights.device)
         return dense.scatter_(1, chosen, weights) @ memory
@@ -67,6 +69,7 @@ def _weighted_rows(weights: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _chunks(values: Tensor, memory: Tensor, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the values and the gathered rows ``[b, M, D]`` of some anchors at a time."""
     count = min(len(chosen), math.ceil(chosen.numel() * memory.shape[1] / CHUNK))
     for some, rows in zip(values.chunk(count), chosen.chunk(count), strict=True):
         yield some, memory[rows]

@@ -44,7 +44,9 @@ def norm_dkd_loss(
 ) -> Tensor:
     """``(T_norm * sigma_t)^2 * (alpha * TCKD + beta * NCKD)`` of logits divided by ``T_norm * sigma``, batch mean.
 
-    Shapes are those of ``dkd_loss``.
+    Args:
+        student_logits, teacher_logits: ``[B, C]``.
+        targets: ``[B]``, int64 class indices.
     """
     return decoupled_divergence(soften(student_logits, teacher_logits, t_norm, "std"), targets, alpha, beta)
 

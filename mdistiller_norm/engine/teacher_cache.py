@@ -1,4 +1,9 @@
-"""Exact cache of a teacher's outputs: row ``index * views + view`` of a store is for an image and its augmentation."""
+"""Exact cache of a teacher's outputs.
+
+Where a data set enumerates its augmentations (CIFAR: 81 crops x 2 orientations), the teacher is a fixed function of
+(image, view), and its logits are row ``index * views + view`` of a store beside the teacher's checkpoint. The rows of
+the next steps follow from the seed: missing ones are computed before these steps, in full batches.
+"""
 
 import hashlib
 import json

@@ -72,7 +72,13 @@ class Trainable(nn.Module):
         return [self.ce_weight, *(method.weight * method.ramp(epoch) for method in self.methods())]
 
     def forward(self, batch: Batch, teacher: Outputs | None, loss_weights: Tensor) -> Losses:
-        """Run the student and compute all losses, with the weights ``[1 + distillers]`` of :meth:`loss_weights`."""
+        """Run the student and compute all losses.
+
+        Args:
+            batch: images and targets: classes ``[B]`` or class probabilities ``[B, C]``.
+            teacher: the teacher's outputs for the batch; None for plain training.
+            loss_weights: ``[1 + distillers]``, see :meth:`loss_weights`.
+        """
         student = self.student_outputs(batch.images)
         weighted = torch.stack(self.losses(student, batch, teacher)) * loss_weights
         return Losses(weighted.sum(), weighted, at_least_float32(student.logits.detach()))

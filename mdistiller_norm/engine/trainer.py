@@ -82,9 +82,8 @@ class Trainer:
         self.grad_norms: dict[str, float] = {}  # of the current epoch
         self.parts: list[Record] = [{"from_step": 0, **provenance.environment}]
         self._requested = 0  # number of the signal that requested a stop
-        self._counted_until = self._last_read = (
-            0.0  # times up to which `seconds` counts, and of the last metrics
-        )
+        self._counted_until = 0.0  # time up to which `seconds` counts
+        self._last_read = 0.0  # time of the last metrics
 
     @property
     def finished(self) -> bool:
