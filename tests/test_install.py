@@ -123,7 +123,7 @@ def test_models_are_listed_with_parameters_and_macs(facts: Path, capsys: pytest.
 
 def test_methods_data_sets_and_configs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     methods = {name: reads for name, reads, _ in output_of("list distillers", capsys)}
-    assert (methods["NormKD"], methods["CRD"], methods["AT"]) == ("logits", "pooled", "maps")
+    assert (methods["NormKD"], methods["CRD"], methods["AT"]) == ("logits", "pooled, indices", "maps")
     assert output_of("list datasets digits", capsys)[1][1].startswith("Return 1,797 grey 8x8 images")
     listed = output_of("list configs digits/normkd", capsys)
     assert listed[1][0] == "digits/normkd"
