@@ -177,7 +177,7 @@ def draw_tsne(
     targets = networks[0].targets[chosen].numpy()
     present = len(set(targets.tolist()))
     if len(chosen) < 8 or not 2 <= present < len(chosen):
-        raise ConfigError(f"t-SNE needs more than {len(chosen)} samples of {present} classes")
+        raise ConfigError(f"t-SNE needs 8 samples and 2 classes, got {len(chosen)} and {present}")
     tsne = TSNE(perplexity=min(perplexity, (len(chosen) - 1) / 3), init="pca", random_state=seed)
     palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
     figure, axes = new_figure(1, len(networks), 3.6, 3.8)
