@@ -7,4 +7,4 @@ source scripts/venv.sh test
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n "${TEST_PROCESSES:-2}" "$@" # each test process uses one thread
+python -m pytest -n "${TEST_PROCESSES:-2}" --dist worksteal "$@" # each test process uses one thread

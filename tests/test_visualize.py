@@ -139,7 +139,7 @@ def test_bad_options(networks: tuple[str, str], tmp_path: Path) -> None:
         ("logits", "--sample", "360", "must be in 0..359"),
         ("logits", "--fixed", "nan", "must be > 0"),
         ("logits", "-c", str(tmp_path / "diverged.pt"), "diverged gives NaN"),
-        ("tsne", "--classes", "1", "of 1 classes"),
+        ("tsne", "--classes", "1", "2 classes, got 36 and 1"),
         ("tsne", "--seed", "-1", "must be positive"),
         ("tsne", "--names", "a", "b", "must have a name for each of the 1 files"),
     ):
