@@ -138,16 +138,20 @@ def run_killed(start: Callable[[], object], kills: int, longest: float, folder: 
     assert status == 0
 
 
+def assert_killed_run_equals_whole_one(folder: Path) -> None:
+    a, b = (state_of(folder, name) for name in ("whole", "killed"))
+    assert len(a.pop("parts")) == 1
+    b.pop("parts")
+    assert_same_state(a, b)
+
+
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_equals_one_that_was_not(tmp_path: Path, teacher: str) -> None:
     settings = ("DISTILLER.TYPE=NormKD", "DISTILLER.TEACHER_CACHE=lazy", "LOG.CHECKPOINT_STEPS=2", teacher)
     train(config(tmp_path, "whole", *settings, epochs=4))
     killed = config(tmp_path, "killed", *settings, epochs=4)
     run_killed(lambda: train(killed, resume=True), KILLS, longest=1.5)
-    a, b = (state_of(tmp_path, name) for name in ("whole", "killed"))
-    assert len(a.pop("parts")) == 1
-    b.pop("parts")
-    assert_same_state(a, b)
+    assert_killed_run_equals_whole_one(tmp_path)
 
 
 @pytest.mark.slow
@@ -166,10 +170,7 @@ def test_two_processes_killed_ten_times_equal_ones_that_were_not(tmp_path: Path)
 
     run_killed(lambda: start("whole"), 0, 0)
     run_killed(lambda: start("killed"), KILLS // 2, 0.1, tmp_path / "distill" / "killed")
-    a, b = (state_of(tmp_path, name) for name in ("whole", "killed"))
-    assert len(a.pop("parts")) == 1
-    b.pop("parts")
-    assert_same_state(a, b)
+    assert_killed_run_equals_whole_one(tmp_path)
 
 
 @pytest.mark.slow

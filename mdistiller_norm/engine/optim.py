@@ -137,6 +137,7 @@ class DOT:
         self._parts = parts
 
     def step(self) -> None:
+        """Update the parameters from the losses of :meth:`backward`."""
         task = torch.autograd.grad(self._parts[0], self._task, retain_graph=True)
         distill = torch.autograd.grad(self._parts[1:].sum(), self._distill)
         del self._parts  # frees the graph

@@ -99,6 +99,7 @@ class CachedTeacher(Teacher):
         return torch.cat([raw[0] * self._views + raw[1] for raw in raws])
 
     def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+        """Yield the batches of an epoch with the stored rows of their samples appended."""
         raws = list(batches)  # only indices and views
         groups = [raws[first : first + PREFETCH_STEPS] for first in range(0, len(raws), PREFETCH_STEPS)]
         counts = [sum(len(raw[0]) for raw in group) for group in groups]

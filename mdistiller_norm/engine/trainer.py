@@ -243,6 +243,7 @@ class Trainer:
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Resume from :meth:`state`."""
         optimizer = self.step.optimizer
         self.step.trainable.load_state_dict(state["trainable"])
         rates = [group["lr"] for group in optimizer.param_groups]
