@@ -22,12 +22,13 @@ from mdistiller_norm.files import find_config
 from mdistiller_norm.plugins import import_plugin
 from mdistiller_norm.registry import suggest
 
-_COMMAND_LINE = "command line"
+# Sources of overrides: the commands, and `train` and `Distillation` of the library.
+OVERRIDES = ("command line", "overrides", "arguments")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A frozen tree, and the source of each dotted key: ``default``, the path of a file or ``command line``."""
+    """A frozen tree, and the source of each dotted key: ``default``, the path of a file or one of ``OVERRIDES``."""
 
     node: CfgNode
     sources: Mapping[str, str]
@@ -52,6 +53,7 @@ def load_config(
     overrides: Sequence[str] = (),
     others: Sequence[str] = (),
     plugins: Literal["import", "refuse", "skip"] = "import",
+    origin: str = OVERRIDES[0],
 ) -> Config:
     """Load the defaults, then a YAML file with its bases, then overrides.
 
@@ -61,12 +63,13 @@ def load_config(
         others: methods besides those of ``DISTILLER.TYPE`` whose keys the overrides may set.
         plugins: import those of the config, refuse a config with plugins, or skip them: the keys of their methods are
             then kept as text.
+        origin: source of the overrides, one of ``OVERRIDES``.
 
     Raises:
         ConfigError: a file, key or value is invalid, or an override is for a method that is not used.
     """
     settings = {} if path is None else read_file(find_config(path), set())
-    settings |= _parse_overrides(overrides)
+    settings |= _parse_overrides(overrides, origin)
     text, source = settings.get("EXPERIMENT.PLUGINS", ("", ""))
     names = check_value("EXPERIMENT.PLUGINS", text, {"EXPERIMENT.PLUGINS": ""}, source)
     names = [name for name in ([names] if isinstance(names, str) else names) if name]
@@ -132,15 +135,15 @@ def leaves(tree: Mapping[str, Any], sections: bool = False, prefix: str = "") ->
             yield from leaves(value, sections, f"{prefix}{name}.")
 
 
-def _parse_overrides(overrides: Sequence[str]) -> Settings:
+def _parse_overrides(overrides: Sequence[str], origin: str) -> Settings:
     settings: Settings = {}
     items = iter(overrides)
     for item in items:
         key, equals, value = item.partition("=")
         text = value if equals else next(items, None)
         if text is None:
-            raise ConfigError(f"{_COMMAND_LINE}: {key} has no value: overrides are KEY VALUE pairs")
-        settings[key] = (text, _COMMAND_LINE)
+            raise ConfigError(f"{origin}: {key} has no value: overrides are KEY VALUE pairs")
+        settings[key] = (text, origin)
     return settings
 
 
@@ -152,7 +155,7 @@ def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[
         raise ConfigError(f"{types}: unknown distiller {name!r}: {suggest(name, ['NONE', *DISTILLERS])}")
     for key, source in sources.items():
         section = key.split(".")[0]
-        if source == _COMMAND_LINE and section in DISTILLERS and section not in (*used, *others):
+        if source in OVERRIDES and section in DISTILLERS and section not in (*used, *others):
             raise ConfigError(f"{source}: {key} has no effect: {types} is {', '.join(used) or 'NONE'}")
     if not (node.EXPERIMENT.NAME or node.EXPERIMENT.TAG):
         raise ConfigError(f"EXPERIMENT.NAME or TAG ({sources['EXPERIMENT.TAG']}) must not be empty")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller_norm.config import load_config
-from mdistiller_norm.distillers import DISTILLERS, Need, Pair
+from mdistiller_norm.distillers import DISTILLERS, Need, Pair, build_distiller
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import Network, probe
@@ -36,7 +36,7 @@ def train(
     """
     from mdistiller_norm import run  # imports TensorBoard
 
-    return run.train(load_config(config, _settings(overrides or {})), resume)
+    return run.train(load_config(config, _settings(overrides or {}), origin="overrides"), resume)
 
 
 class Distillation(nn.Module):
@@ -76,9 +76,8 @@ class Distillation(nn.Module):
         super().__init__()
         names = [method] if isinstance(method, str) else list(method)
         own = _settings({method: keys} if isinstance(method, str) else keys)
-        node = load_config(
-            None, [f"DISTILLER.TYPE={json.dumps(names)}", "EXPERIMENT.NAME=library", *own]
-        ).node
+        own += [f"DISTILLER.TYPE={json.dumps(names)}", "EXPERIMENT.NAME=library"]
+        node = load_config(None, own, origin="arguments").node
         networks = [
             module if isinstance(module, Network) else _LogitNetwork(module, image_size)
             for module in (student, teacher)
@@ -93,7 +92,7 @@ class Distillation(nn.Module):
                 raise ConfigError(f"{name} requires features: use networks of create_model or models.Wrapped")
             if cls.needs_indices and targets is None:
                 raise ConfigError(f"{name} requires the classes of the training set: pass targets")
-            distillers[name] = cls.from_config(node[name], pair)
+            distillers[name] = build_distiller(name, node, pair)
         self.trainable = Trainable(networks[0], distillers, max(d.ce_weight for d in distillers.values()))
         frozen, train_mode = networks[1].eval(), any(d.teacher_in_train_mode for d in distillers.values())
         frozen.requires_grad_(False)

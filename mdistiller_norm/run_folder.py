@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from mdistiller_norm.config import Config, default_config, dump, method_names
+from mdistiller_norm.config import OVERRIDES, Config, default_config, dump, method_names
 from mdistiller_norm.config_text import TextLoader, read_settings
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
@@ -38,7 +38,7 @@ def run_folder(config: Config) -> Path:
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
     for key, source in config.sources.items():
         value = reduce(getitem, key.split("."), cfg)
-        from_command = source == "command line" and not _is_neutral(key, cfg)
+        from_command = source in OVERRIDES and not _is_neutral(key, cfg)
         if (from_command and not cfg.EXPERIMENT.NAME) or (key == "DATASET.SUBSET" and value):
             name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
     # TensorBoard requires UTF-8.

@@ -89,7 +89,7 @@ def test_the_parameters_of_a_method_train_with_the_student() -> None:
     ("method", "keys", "words"),
     [
         ("NormKDD", {}, "NormKD"),
-        ("NormKD", {"T": 2.0}, "unknown key NormKD.T"),
+        ("NormKD", {"T": 2.0}, "^arguments: unknown key NormKD.T"),
         ("NormKD", {"TEMPERATURE_NORM": "hot"}, "NormKD.TEMPERATURE_NORM must be a finite number, got hot"),
         ("AT", {}, "AT requires features"),
     ],
@@ -97,6 +97,13 @@ def test_the_parameters_of_a_method_train_with_the_student() -> None:
 def test_mistakes_raise_config_errors(method: str, keys: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         mdn.Distillation(method, plain_network(), plain_network(), **keys)  # type: ignore[arg-type]
+
+
+def test_errors_of_train_name_its_argument() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^overrides: unknown key SOLVER\.EPOCH: did you mean SOLVER\.EPOCHS"
+    ):
+        mdn.train("digits/normkd", {"SOLVER.EPOCH": 2})
 
 
 def test_crd_requires_targets_and_indices() -> None:
