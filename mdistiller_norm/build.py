@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from yacs.config import CfgNode
 
 from mdistiller_norm.config import method_names
 from mdistiller_norm.data import Dataset, EvalLoader, MemoryTrainLoader, TrainLoader
 from mdistiller_norm.data.folder import ImageDataset
-from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair
+from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair, build_distiller
 from mdistiller_norm.engine import distributed, teacher_file
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
@@ -137,6 +136,8 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
         same_classes = list(weights.about.get("classes", ())) == list(dataset.classes)
         if not (same_classes and isinstance(dataset, ImageDataset)):  # a folder may have been renamed
             raise CheckpointError(renamed)
+    if file.images:  # of torchvision's weights, which have no metadata
+        weights = replace(weights, about=file.images)
     trained_size = tuple(weights.about.get("image_size") or dataset.image_size)
     if trained_size != dataset.image_size:
         network = _network("DISTILLER.TEACHER", name, dataset, trained_size)
@@ -156,10 +157,7 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
         if lacking and DISTILLERS[name].need is Need.MAPS:
             others = ", ".join(other for other, cls in DISTILLERS.items() if cls.need < Need.MAPS)
             raise ConfigError(f"{name} requires feature maps, which {lacking} lacks; without maps: {others}")
-        try:
-            distillers[name] = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)
-        except ConfigError as error:
-            raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
+        distillers[name] = build_distiller(name, cfg, pair)
     if not any(method.ce_weight or method.weight for method in distillers.values()):
         raise ConfigError(f"{' and '.join(distillers)}: CE_WEIGHT and the other weights must not all be 0")
     return distillers

@@ -197,6 +197,23 @@ USED_PLUGINS = [
     (method("None"), "Own: forward must return a scalar … NoneType"),
     (method("student.logits.mean(1)"), "Own: forward must return a scalar … shape [12]"),
     (method("teacher.logits.mean()"), "Own: the loss must have a gradient"),
+    (
+        (
+            "class Own(distillers.Distiller):\n    from_config = classmethod(lambda cls, node, pair: None)\n"
+            "distillers.register('Own')(Own)\n",
+            "DISTILLER.TYPE=Own",
+        ),
+        "Own: from_config must return a Distiller, got NoneType",
+    ),
+    (
+        (
+            "class Few(data.Dataset):\n    targets = torch.zeros(3).long()\n    image_size = 32, 32\n"
+            "    classes = 'a',\n    train_loader = eval_loader = None\n"
+            "data.register('few')(lambda root, options: Few())\n",
+            "DATASET.TYPE=few DATASET.SUBSET=2",
+        ),
+        "data set 'few' cannot be divided by DATASET.VAL_SPLIT or SUBSET: 'Few' object has no attribute 'train'",
+    ),
     (data_set("train = (images / 255, targets)"), "own_data … float32 [12, 8, 8, 3]"),
     (data_set("test = (images.permute(0, 3, 1, 2), targets)"), "uint8 [12, 3, 8, 8]"),
     (data_set("train = (images, targets.int())"), "own_data … int32 [12]"),

@@ -33,9 +33,13 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
         raise DataError(f"data set {name!r} must be a TensorDataset, got a {type(dataset).__name__}")
     if isinstance(dataset, TensorDataset):
         dataset.check()
-    if options.train and options.val_split:
-        dataset = dataset.hold_out(options.val_split)
-    return dataset.subset(options.subset) if options.train and options.subset else dataset
+    try:
+        if options.train and options.val_split:
+            dataset = dataset.hold_out(options.val_split)
+        return dataset.subset(options.subset) if options.train and options.subset else dataset
+    except (AttributeError, TypeError) as error:  # of a plugin's splits
+        problem = f"cannot be divided by DATASET.VAL_SPLIT or SUBSET: {first_line(error)}"
+        raise DataError(f"data set {name!r} {problem}") from error
 
 
 __all__ = [

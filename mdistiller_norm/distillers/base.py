@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.registry import Registry
@@ -173,6 +174,17 @@ def register(name: str) -> Callable[[D], D]:
         return cls
 
     return add
+
+
+def build_distiller(name: str, cfg: Any, pair: Pair) -> Distiller:
+    """Build a registered method from its node in a config."""
+    try:
+        method: object = DISTILLERS[name].from_config(cfg.get(name, CfgNode()), pair)
+    except ConfigError as error:
+        raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
+    if not isinstance(method, Distiller):
+        raise ConfigError(f"{name}: from_config must return a Distiller, got {type(method).__name__}")
+    return method
 
 
 def loss_weights(node: Any) -> dict[str, Any]:
