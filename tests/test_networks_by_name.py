@@ -9,11 +9,14 @@ from conftest import unpacked
 from torchvision.models import ResNet18_Weights, resnet18
 
 import mdistiller_norm as mdn
+from mdistiller_norm.build import build_teacher
 from mdistiller_norm.cli import main
+from mdistiller_norm.config import load_config
+from mdistiller_norm.data import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS, Need
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.models import build_model, probe
-from mdistiller_norm.models.preprocessed import preprocessed
+from mdistiller_norm.models.preprocessed import Preprocessed, preprocessed
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 CHANNELS = {  # of the maps: a stem, or the first map twice, then the stages
@@ -124,6 +127,17 @@ def test_the_teacher_sees_the_preprocessing_of_its_library(name: str) -> None:
         found = preprocessed(network, network.pretrained, ours)((crops - mean) / std)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert preprocessed(network, ours, ours) is network
+
+
+@pytest.mark.usefixtures("weights_of_torchvision")
+def test_the_images_are_converted_for_published_weights() -> None:
+    name = "DISTILLER.TEACHER_WEIGHTS=torchvision:ResNet18_Weights.IMAGENET1K_V1"
+    split = Split(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    dataset = TensorDataset("own", split, split, tuple(map(str, range(1000))), (0.5,) * 3, (0.25,) * 3)
+    cfg = load_config(None, ["DISTILLER.TEACHER=torchvision:resnet18", name]).node
+    network, file = build_teacher(cfg, dataset)
+    assert (type(network), network.size) == (Preprocessed, (224, 224))
+    assert "was trained on images with another image_size [224, 224] (here [32, 32]), mean" in file.warning
 
 
 PAIRS = [("resnet8", "timm:test_vit"), ("timm:test_vit", "resnet8"), ("timm:test_vit", "timm:test_vit")]

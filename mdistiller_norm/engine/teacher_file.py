@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.errors import CheckpointError, first_line
 from mdistiller_norm.files import PACKAGE, PROJECT, regular, write_text
 from mdistiller_norm.models.base import Network
+from mdistiller_norm.models.external import expected_images
 from mdistiller_norm.models.preprocessed import differences
 
 MANIFEST = Path("checkpoints/manifest.yaml")
@@ -33,6 +34,9 @@ class TeacherFile:
     path: Path
     top1: float | None = None  # accuracy in percent that the manifest, the run or torchvision states
     warning: str = ""  # why it may not be the intended teacher
+    images: dict[str, Any] = field(
+        default_factory=dict
+    )  # that torchvision states: size, mean, std, interpolation
 
     def cache_path(self, runs: Path) -> Path:
         """Return the path beside which its outputs are cached: in ``runs`` for a file of the installed package."""
@@ -149,7 +153,8 @@ def published(name: str) -> TeacherFile:
             weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"torchvision's weights {name} are not available ({error})") from error
-    return TeacherFile(path, weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1"))
+    top1 = weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
+    return TeacherFile(path, top1, images=expected_images(weights))
 
 
 def _finished_run(
