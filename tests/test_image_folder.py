@@ -29,7 +29,7 @@ from mdistiller_norm.build_data import build_dataset
 from mdistiller_norm.cli import execute
 from mdistiller_norm.cli import run as run_program
 from mdistiller_norm.config import dump, load_config
-from mdistiller_norm.data import ImageOptions, Share, image_folder, imagenet, tiny_imagenet
+from mdistiller_norm.data import ImageOptions, Share, image_folder, imagenet, open_dataset, tiny_imagenet
 from mdistiller_norm.data.decode import decode, draw_crop, eval_image, train_image
 from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, measure
 from mdistiller_norm.data.shards import INDEX, webdataset
@@ -643,6 +643,14 @@ def test_folder_without_val_is_split_the_same_everywhere(
     assert whole.test.targets.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     with pytest.raises(DataError, match=r"val cannot be read .* without val, set DATASET\.VAL_SPLIT"):
         image_folder(copy, SMALL)
+    pack(copy, tmp_path / "packed")
+    assert "has no folder val: train on the shards with DATASET.VAL_SPLIT" in capsys.readouterr().out
+    options = replace(SMALL, val_split=0.25)
+    assert (
+        open_dataset("webdataset", tmp_path / "packed", options).summary()
+        == "packed: 3 classes, 27 + 9 images"
+    )
+    assert webdataset(tmp_path / "packed", replace(options, train=False)).summary().endswith("27 + 9 images")
 
 
 # Augmentation

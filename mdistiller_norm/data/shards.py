@@ -49,7 +49,9 @@ class Shards(ImageSplit):
 def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     """Open shards, ``root/{train,val}/*.tar`` and ``root/classes.txt``, normalised as ImageNet by default."""
     root = data_root(root, "webdataset")
-    splits = [open_shards(root / split) for split in ("train", "val") if options.train or split == "val"]
+    from_train = options.val_split > 0 and not (root / "val").is_dir()
+    names = ("train",) if from_train else ("train", "val") if options.train else ("val",)
+    splits = [open_shards(root / name) for name in names]
     path = root / CLASSES
     try:
         classes = tuple(regular(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
@@ -62,7 +64,8 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     for split in splits:
         check_range(split.targets, len(classes), f"{split.folder}: class numbers of {path}")
     options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
-    return ImageDataset(root.resolve().name, classes, splits[0], splits[-1], options)
+    dataset = ImageDataset(root.resolve().name, classes, splits[0], splits[-1], options)
+    return dataset.hold_out(options.val_split) if from_train and not options.train else dataset
 
 
 def open_shards(folder: Path) -> Shards:
@@ -129,10 +132,8 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
     unfinished = folder / ".unfinished_shards"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-        counts = {
-            name: _write_split(split, unfinished / name, per_shard)
-            for name, split in (("train", dataset.train), ("val", dataset.test))
-        }
+        splits = {"train": dataset.train} | ({} if dataset.test is dataset.train else {"val": dataset.test})
+        counts = {name: _write_split(split, unfinished / name, per_shard) for name, split in splits.items()}
         (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for path in unfinished.iterdir():
             path.rename(folder / path.name)
