@@ -15,27 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 RUNS = [path for path in CONFIGS if "/_base_/" not in path]
 
-PAIRS = {
-    "res56_res20": ("resnet56", "resnet20"),
-    "res110_res32": ("resnet110", "resnet32"),
-    "res32x4_res8x4": ("resnet32x4", "resnet8x4"),
-    "wrn40_2_wrn_16_2": ("wrn_40_2", "wrn_16_2"),
-    "wrn40_2_wrn_40_1": ("wrn_40_2", "wrn_40_1"),
-    "vgg13_vgg8": ("vgg13", "vgg8"),
-    "res32x4_shuv1": ("resnet32x4", "ShuffleV1"),
-    "wrn40_2_shuv1": ("wrn_40_2", "ShuffleV1"),
-    "vgg13_mv2": ("vgg13", "MobileNetV2"),
-    "res50_mv2": ("ResNet50", "MobileNetV2"),
-    "res32x4_shuv2": ("resnet32x4", "ShuffleV2"),
-}
-# Folder of configs/cifar100 -> DISTILLER.TYPE, and the row's name in the paper.
-METHODS = {
-    "kd": ("KD", "KD"),
-    "dkd": ("DKD", "DKD"),
-    "normkd": ("NormKD", "NormKD"),
-    "dkd_normkd": ("NormKD_W_DKD", "DKD+NormKD"),
-}
-
 # A file of mdistiller's kind: no _BASE_, no NESTEROV, an int where the default is a float.
 PEER_FILE = """
 EXPERIMENT: {NAME: "", TAG: "NormKD,res50,mobilenetv1", PROJECT: "imagenet_baselines"}
@@ -99,78 +78,6 @@ def test_runs_name_their_command_and_write_to_different_folders():
     assert [place for place, count in places.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("method", METHODS)
-def test_pair_has_the_papers_protocol(method, pair, facts):
-    teacher, student = PAIRS[pair]
-    kind, row_name = METHODS[method]
-    (row,) = [
-        row
-        for row in json.loads((facts / "protocol.json").read_text())["paper_pair_rows"]
-        if (row["dataset"], row["method"], row["teacher"], row["student"])
-        == ("cifar100", row_name, teacher, student)
-    ]
-    node = load_config(ROOT / f"configs/cifar100/{method}/{pair}.yaml").node
-    assert values(node, "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT") == (
-        kind,
-        teacher,
-        student,
-    )
-    solver = node.SOLVER
-    assert values(solver, "LR", "LR_DECAY_STAGES", "LR_DECAY_RATE") == (
-        row["lr_for_this_pair(paper rule)"], row["stages"], row["decay"],
-    )  # fmt: skip
-    assert values(solver, "BATCH_SIZE", "EPOCHS") == (row["batch"], row["epochs"])
-    assert values(solver, "WEIGHT_DECAY", "MOMENTUM", "NESTEROV") == (row["wd"], row["momentum"], True)
-    ours = plain(node[kind])
-    assert ours == ours | row["method_params"]
-    tables = json.loads((facts / "paper_tables.json").read_text())
-    name = f"{teacher}_{student}"
-    (number,) = [
-        table["rows"][row_name][table["pairs"].index(name)]
-        for table in (tables["table2"], tables["table3"])
-        if name in table["pairs"]
-    ]
-    assert f"# Paper: {number:.2f} top-1" in (ROOT / f"configs/cifar100/{method}/{pair}.yaml").read_text()
-
-
-def test_every_teacher_and_student_has_a_vanilla_config():
-    for model in {model for pair in PAIRS.values() for model in pair}:
-        node = load_config(ROOT / f"configs/cifar100/vanilla/{model}.yaml").node
-        lr = 0.01 if model.startswith(("Shuffle", "Mobile")) else 0.05
-        assert values(node, "DISTILLER.TYPE", "DISTILLER.STUDENT", "SOLVER.LR") == ("NONE", model, lr)
-
-
-def test_ablations_cover_tables_1_6_and_8(facts):
-    tables = json.loads((facts / "paper_tables.json").read_text())
-    folder = ROOT / "configs/cifar100/ablation"
-
-    def found(table: str, kind: str, key: str) -> dict:
-        """Map the values of a table to the text of their files."""
-        files = sorted((folder / table).glob("*.yaml"))
-        values = [load_config(file).node[kind][key] for file in files]
-        assert len(files) == len(tables[table]["rows"])
-        return {str(value): file.read_text() for value, file in zip(values, files, strict=True)}
-
-    temperatures = found("table1", "KD", "TEMPERATURE")
-    for row in tables["table1"]["rows"]:
-        several = [float(t) for t in row["temperatures"]]
-        assert f"{row['top1']:.2f} top-1" in temperatures[str(several if len(several) > 1 else several[0])]
-    scales = found("table6", "NormKD", "TEMPERATURE_NORM")
-    for row in tables["table6"]["rows"]:
-        assert f"{row['top1']:.2f} top-1" in scales[str(row["T_norm"])]
-    statistics = found("table8", "NormKD", "STATISTIC")
-    for row, name in zip(tables["table8"]["rows"], ("max", "range"), strict=True):
-        assert f"{row['top1']:.2f} top-1" in statistics[name]
-
-
-def test_digits_configs_are_short_and_share_a_project():
-    for name in ("vanilla_resnet20", "vanilla_resnet8", "kd", "normkd", "dkd", "dkd_normkd"):
-        node = load_config(ROOT / f"configs/digits/{name}.yaml").node
-        assert (node.DATASET.TYPE, node.EXPERIMENT.PROJECT) == ("digits", "digits")
-        assert node.SOLVER.LR_DECAY_STAGES[-1] < node.SOLVER.EPOCHS <= 60
-
-
 # Defaults
 
 
@@ -178,17 +85,8 @@ def test_defaults_are_a_superset_of_mdistillers(facts, tmp_path):
     theirs = json.loads((facts / "config_defaults.json").read_text())["NormKD"]
     ours = default_config()
     known = {name: node for name, node in theirs.items() if name in ours}
-    assert {
-        "EXPERIMENT",
-        "DATASET",
-        "DISTILLER",
-        "SOLVER",
-        "LOG",
-        "KD",
-        "NormKD",
-        "NormKD_W_DKD",
-        "DKD",
-    } <= set(known)
+    sections = {"EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG", "KD", "NormKD", "NormKD_W_DKD", "DKD"}
+    assert sections <= set(known)
     assert set(theirs) - set(known) <= set(theirs) - set(DISTILLERS)
     node = load_config(write(tmp_path, "theirs.yaml", yaml.safe_dump(known))).node
     for section, values in known.items():
@@ -206,12 +104,14 @@ def test_every_method_has_its_node_and_every_common_key_a_help_text():
     assert all(text for _, text, _ in KEYS.values())
 
 
-def test_default_trees_are_independent():
+def test_default_trees_are_independent_and_those_of_an_empty_file(tmp_path):
     first = default_config()
     first.SOLVER.LR_DECAY_STAGES.append(1)
     first.KD.LOSS.CE_WEIGHT = 7.0
     assert default_config().SOLVER.LR_DECAY_STAGES == [150, 180, 210]
     assert default_config().KD.LOSS.CE_WEIGHT == DISTILLERS["KD"].defaults["LOSS"]["CE_WEIGHT"] != 7.0
+    empty = write(tmp_path, "run.yaml", "# nothing\n")
+    assert load_config(empty).node == load_config().node == default_config()
 
 
 def test_file_of_mdistillers_kind_loads_unchanged(tmp_path):
@@ -330,12 +230,6 @@ def test_values_have_the_types_of_their_defaults(tmp_path):
     assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on", "3")
 
 
-def test_empty_file_is_the_defaults(tmp_path):
-    assert (
-        load_config(write(tmp_path, "run.yaml", "# nothing\n")).node == load_config().node == default_config()
-    )
-
-
 # Output
 
 
@@ -358,21 +252,3 @@ def test_show_prints_values_with_their_sources_and_only_nodes_in_use(tmp_path):
     assert "KD" not in shown
     assert shown["SOLVER"]["LR_DECAY_STAGES"] == [150, 180, 210]
     assert len({line.index("#") for line in text.splitlines() if "#" in line}) == 1
-
-
-def test_dump_keeps_awkward_values(tmp_path):
-    awkward = [
-        "EXPERIMENT.NAME", "5e-4: # [x]", "EXPERIMENT.TAG", "ü" * 200, "DATASET.ROOT", "true", "SOLVER.LR", "1e-12",
-    ]  # fmt: skip
-    several = ["DISTILLER.TYPE", "KD", "KD.TEMPERATURE", "[1, 2]", "SOLVER.LR_DECAY_STAGES", "[]"]
-    config = load_config(None, [*awkward, *several])
-    assert config.node.EXPERIMENT.NAME == "5e-4: # [x]"
-    path = tmp_path / "dump.yaml"
-    path.write_text(dump(config.node), encoding="utf-8")
-    assert load_config(path).node == config.node
-
-
-def test_config_is_frozen():
-    config = load_config()
-    with pytest.raises(AttributeError):
-        config.node.SOLVER.LR = 1.0

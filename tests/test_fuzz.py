@@ -75,6 +75,9 @@ def test_files_that_may_not_be_yaml(content: bytes) -> None:
 
 @fuzz
 @given(st.sampled_from([key for key in KEYS if key != "EXPERIMENT.PLUGINS"]), TEXT)
+@example("EXPERIMENT.NAME", "5e-4: # [x]")
+@example("EXPERIMENT.TAG", "\u00fc" * 200)
+@example("DATASET.ROOT", "true")
 def test_a_loaded_config_is_dumped_and_loaded_unchanged(key: str, value: str) -> None:
     with contextlib.suppress(ConfigError):
         node = load_config(None, [key, value]).node
