@@ -27,7 +27,7 @@ from mdistiller_norm.engine.trainer import Trainer
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import CIFAR_MODELS, build_model
 from mdistiller_norm.models.base import Network
-from mdistiller_norm.reproduce.ledger import Entry, finished_record
+from mdistiller_norm.reproduce.ledger import finished_run
 from mdistiller_norm.run import build_run, train
 from mdistiller_norm.types import Outputs
 
@@ -223,8 +223,7 @@ def test_resuming_with_another_rounding_is_refused(tmp_path: Path, own_teacher: 
     runs = {"half": [LAZY, FP16], "off": [FP16]}  # without a cache, the precision has no effect
     for name, overrides in runs.items():
         train(config(tmp_path, name, NORMKD, own_teacher, *overrides, epochs=1))
-    record = finished_record(tmp_path / "distill" / "half")
-    assert Entry(tmp_path, record, "").precision == "fp32, teacher cache in fp16"
+    assert finished_run(tmp_path / "distill" / "half").precision == "fp32, teacher cache in fp16"
     for name, other in (("half", "off"), ("off", "half")):
         with pytest.raises(ConfigError, match="another precision of the teacher's"):
             train(config(tmp_path, name, NORMKD, own_teacher, *runs[other]), resume=True)

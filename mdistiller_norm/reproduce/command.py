@@ -11,28 +11,24 @@ from pathlib import Path
 import torch
 
 from mdistiller_norm.build import build_device
-from mdistiller_norm.config import default_config, load_config
+from mdistiller_norm.config import load_config
 from mdistiller_norm.engine.checkpoint import load_weights, save_atomically
 from mdistiller_norm.engine.logger import environment
-from mdistiller_norm.engine.teacher_file import MANIFEST, add_to_manifest, read_manifest
+from mdistiller_norm.engine.teacher_file import MANIFEST, add_to_manifest
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.program import command
-from mdistiller_norm.registry import nearest
+from mdistiller_norm.registry import suggest
 from mdistiller_norm.reproduce import runner
-from mdistiller_norm.reproduce.ledger import (
-    Entry,
-    Ledger,
-    Record,
-    finished_record,
-    identity,
-    read_ledger,
-    write_record,
-)
+from mdistiller_norm.reproduce.ledger import Ledger, Record, finished_run, read_ledger, write_record
 from mdistiller_norm.reproduce.plan import Job, cell_identity, counted, duration, estimate, make_plan
 from mdistiller_norm.reproduce.report import write_report
 from mdistiller_norm.reproduce.slurm import submit
 from mdistiller_norm.reproduce.stats import mean_std
 from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
+from mdistiller_norm.student import positive
+
+# KEY or KEY=VALUE of a config.
+_OVERRIDE = re.compile(r"(?:SEED|DEVICE|[A-Z]\w*\.[A-Z][\w.]*)(?:=.*)?", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130 or 143 stopped by a signal."
     )
     add, seeds = parser.add_argument, parser.add_mutually_exclusive_group()
-    seeds.add_argument("--trials", type=int, default=3, help="runs per cell, with seeds 0, 1, ... (3)")
+    seeds.add_argument("--trials", type=positive, default=3, help="runs per cell, with seeds 0, 1, ... (3)")
     seeds.add_argument("--seeds", nargs="+", default=[], help="seeds, instead of --trials")
     for name, metavar, text in (
         ("--table", "ID", ", ".join(TABLES)),
@@ -53,18 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--publish", "FOLDER", "add runs, their fp16 weights in checkpoints/, and write the report"),
     ):
         add(name, nargs="+", default=[], metavar=metavar, help=text)
-    add("--queue", action="store_true", help="most informative cells first (default: all CIFAR-100 tables)")
-    add("--sweep", default="", metavar="KEY=A,B", help="run each value of a key, test on held-out images")
-    add("--val-split", type=float, default=0.1, help="share of the images that a sweep holds out (0.1)")
+    add("--queue", action="store_true", help="most informative cells first (of all CIFAR-100 tables)")
+    add("--sweep", default="", metavar="KEY=A,B", help="try values of a key on held-out images")
+    add("--val-split", type=float, default=0.1, help="share of the images held out by a sweep (0.1)")
     add("--dry-run", action="store_true", help="list finished and pending runs without running them")
     add("--budget", type=parse_duration, default=math.inf, help="stop after 9m, 1h30m, ...")
-    add("--jobs", type=int, default=1, help="number of runs at a time on this machine")
-    add("--processes", type=int, default=1, help="processes per run, by torchrun, one GPU each")
-    add("--smoke", action="store_true", help="test everything with two epochs per run, kept separately")
+    add("--jobs", type=positive, default=1, help="number of runs at a time on this machine")
+    add("--processes", type=positive, default=1, help="processes per run, by torchrun, one GPU each")
+    add("--smoke", action="store_true", help="test with two epochs per run, kept separately")
     add("--launcher", choices=["here", "slurm", "submitit-local"], default="here")
-    add("--output", default="output", metavar="DIR", help="folder of the run folders (default: output)")
+    add("--output", default="output", metavar="DIR", help="parent of the run folders (default: output)")
     add("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="keys that do not change results, such as DEVICE")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="keys without effect on results, such as DEVICE")
 
 
 def parse_duration(text: str) -> float:
@@ -87,7 +83,7 @@ def main(options: argparse.Namespace) -> int:
     if options.add or options.publish:
         _add_runs([*options.add, *options.publish], folder, options.smoke)
         for run in options.publish:
-            print(f"published {publish(Path(run), MANIFEST.parent)}")
+            print(f"published {publish(Path(run))}")
         if options.publish:
             write_report(results, results, options.smoke)
         return 0
@@ -104,10 +100,8 @@ def main(options: argparse.Namespace) -> int:
     finished = _comparable_runs(ledger, options)
     if options.dry_run:
         _print_jobs(jobs, todo, finished)
-    print(
-        f"{counted(len(jobs), 'run')}: {len(jobs) - len(todo)} done, {len(todo)} to run{_time(todo, finished)}",
-        flush=True,
-    )
+    done = len(jobs) - len(todo)
+    print(f"{counted(len(jobs), 'run')}: {done} done, {len(todo)} to run{_time(todo, finished)}")
     if options.dry_run:
         return 0
     folder.mkdir(parents=True, exist_ok=True)  # before the first training
@@ -116,7 +110,7 @@ def main(options: argparse.Namespace) -> int:
         # Running jobs need time to save.
         outcomes = here.run(started + options.budget - min(10.0, options.budget / 10))
     else:
-        cluster = "slurm" if options.launcher == "slurm" else "local"
+        cluster = options.launcher.removeprefix("submitit-")
         outcomes = submit(todo, folder, cluster, options.slurm, options.processes)
     _print_cells(cells, read_ledger(folder, options.smoke), options)
     code = _print_outcomes(todo, outcomes, finished) if todo else 0
@@ -126,22 +120,17 @@ def main(options: argparse.Namespace) -> int:
 
 def _move_overrides(options: argparse.Namespace) -> None:
     # Config keys may follow the values of a list option, as in --seeds 0 1 DEVICE cpu.
-    tree = default_config()
-    keys = [rf"{name}\.[\w.]*" if isinstance(tree[name], dict) else name for name in tree]
-    key = re.compile(rf"(?:{'|'.join(keys)})(?:=.*)?", re.DOTALL)
     for name in ("table", "pairs", "methods", "seeds", "slurm", "add", "publish"):
         values = getattr(options, name)
-        first = next((i for i, value in enumerate(values) if key.fullmatch(value)), len(values))
+        first = next((i for i, word in enumerate(values) if _OVERRIDE.fullmatch(word)), len(values))
         options.overrides += values[first:]
         setattr(options, name, values[:first])
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    numbers, here = (options.trials, options.jobs, options.processes), options.launcher == "here"
-    limited = options.jobs > 1 or options.budget < math.inf
+    here, limited = options.launcher == "here", options.jobs > 1 or options.budget < math.inf
     for wrong, message in (
         (not all(map(str.isdecimal, options.seeds)), "--seeds must be integers >= 0"),
-        (min(numbers) < 1 or max(numbers) > 1000, "--trials, --jobs and --processes must be in 1 .. 1000"),
         (here and options.slurm, "--slurm requires --launcher slurm or submitit-local"),
         (limited and not here, "--jobs and --budget require --launcher here; see --slurm"),
         (not 0 < options.val_split <= 0.5, "--val-split must be > 0 and <= 0.5"),
@@ -155,17 +144,20 @@ def select_cells(
 ) -> list[Cell]:
     """Return the cells of some tables, rows and columns; a row or column has to exist in one of the tables."""
     if not tables and queue:
-        tables = [table.id for table in TABLES.values() if table.in_paper and table.dataset == "cifar100"]
+        paper = [table for table in TABLES.values() if table.in_paper]
+        tables = [table.id for table in paper if table.dataset == "cifar100"]
     if not tables or set(tables) - set(TABLES):
-        raise ConfigError(f"--table must be among {', '.join(TABLES)}, got {', '.join(tables) or 'none'}")
+        got = ", ".join(tables) or "none"
+        raise ConfigError(f"--table must be among {', '.join(TABLES)}, got {got}")
     cells = [cell for name in tables for cell in TABLES[name].cells.values()]
-    known_rows, known_columns = [cell.row.key for cell in cells], [cell.column.key for cell in cells]
+    known_rows = dict.fromkeys(cell.row.key for cell in cells)
+    known_columns = dict.fromkeys(cell.column.key for cell in cells)
     for option, names, known in (("--methods", rows, known_rows), ("--pairs", columns, known_columns)):
-        if unknown := [name for name in names if name not in known]:
-            near = " or ".join(nearest(unknown[0], known) or dict.fromkeys(known))
-            raise ConfigError(f"{option}: no {unknown[0]!r} in these tables; did you mean {near}?")
-    rows, columns = rows or known_rows, columns or known_columns
-    return [cell for cell in cells if cell.row.key in rows and cell.column.key in columns]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{option}: no {name!r} in these tables: {suggest(name, known)}")
+    chosen = [cell for cell in cells if not rows or cell.row.key in rows]
+    return [cell for cell in chosen if not columns or cell.column.key in columns]
 
 
 def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[Cell]:
@@ -173,7 +165,7 @@ def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[C
     key, _, text = setting.partition("=")
     values = text.split(",")
     if not key or not all(values):
-        raise ConfigError(f"--sweep must be KEY=A,B,C such as NormKD.TEMPERATURE_NORM=1,2, got {setting!r}")
+        raise ConfigError(f"--sweep must be KEY=A,B,C such as KD.TEMPERATURE=2,4, got {setting!r}")
     swept = []
     for cell in cells:
         for value in values if cell.row.key != "teacher" else ():
@@ -185,33 +177,35 @@ def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[C
 
 def _add_runs(runs: Sequence[str], folder: Path, smoke: bool) -> None:
     ledger = read_ledger(folder, smoke)
-    for record in [finished_record(Path(run), smoke=smoke) for run in runs]:
-        known = ledger.of(identity(record["config"])).get(record["seed"])
+    for run in [finished_run(Path(run), smoke=smoke) for run in runs]:
+        known = ledger.of(run.identity).get(run.record["seed"])
         # The record of a copied folder differs in its time and in the name of the config file.
-        if known and known.record["metrics"] == record["metrics"]:
+        if known and known.record["metrics"] == run.record["metrics"]:
             print(f"already in the ledger: {known.path}")
         else:
-            print(f"added {write_record(record, folder)}")
+            print(f"added {write_record(run.record, folder)}")
 
 
-def publish(run: Path, folder: Path) -> Path:
+def publish(folder: Path) -> Path:
     """Write the last epoch's weights of a run of the paper's tables in fp16 and their manifest entry."""
-    record = finished_record(run)
+    run = finished_run(folder)
     cells = [cell for table in TABLES.values() if table.in_paper for cell in table.cells.values()]
-    if identity(record["config"]) not in map(cell_identity, cells):
-        raise ConfigError(f"{run} does not fill a cell of the paper's tables")
+    if run.identity not in map(cell_identity, cells):
+        raise ConfigError(f"{folder} does not fill a cell of the paper's tables")
+    record = run.record
     words = [record["student"], record["dataset"], *record["method"], f"seed{record['seed']}"]
-    path, manifest = folder / ("_".join(words) + ".pt"), folder / MANIFEST.name
-    if path.exists() or any(entry["file"] == path.name for entry in read_manifest(manifest)):
-        raise ConfigError(f"{path} exists: remove it and its entry in {manifest} to publish another run")
-    weights = load_weights(run / "student_last.pt")
-    for name, value in weights.state.items():  # vectors (batch norms, biases) may exceed the range of fp16
+    path = MANIFEST.with_name("_".join(words) + ".pt")
+    if path.exists():
+        raise ConfigError(f"{path} exists: remove it and its entry in {MANIFEST} to publish another")
+    weights = load_weights(folder / "student_last.pt")
+    for name, value in weights.state.items():
+        # Vectors (batch norms, biases) may exceed the range of fp16.
         if value.dtype == torch.float32 and value.ndim > 1:
             weights.state[name] = value.half()
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     save_atomically({"model": weights.state, "about": weights.about}, path)
     add_to_manifest(
-        manifest, path, model=record["student"], dataset=record["dataset"], method="+".join(record["method"]),
+        MANIFEST, path, model=record["student"], dataset=record["dataset"], method="+".join(record["method"]),
         epochs=record["epochs"], top1=round(record["last"]["top1"], 2), command=record["command"],
         commit=record["environment"].get("commit"),
     )  # fmt: skip
@@ -223,20 +217,17 @@ def _updated_ledger(jobs: Sequence[Job], folder: Path, options: argparse.Namespa
     for path, reason in ledger.left_out:
         print(f"warning: {path} is ignored: {reason}")
     for job in jobs:
-        if not ledger.has(*job.key) and (record := runner.trained_record(job)):
-            path = job.folder if options.dry_run else write_record(record, folder)
-            ledger.add(Entry(path, record, job.key[0]))
+        if not ledger.has(*job.key) and (run := runner.trained(job)):
+            ledger.add(run)
+            if not options.dry_run:
+                write_record(run.record, folder)
     return ledger
 
 
 def _comparable_runs(ledger: Ledger, options: argparse.Namespace) -> list[Record]:
     device = environment(build_device(load_config(None, options.overrides).node.DEVICE))["device"]
-    return [
-        entry.record
-        for entry in ledger.all_runs()
-        if entry.record["environment"]["device"] == device
-        and entry.record.get("processes", 1) == options.processes
-    ]
+    runs = [run.record for run in ledger.all_runs() if run.record["environment"]["device"] == device]
+    return [run for run in runs if run.get("processes", 1) == options.processes]
 
 
 def _print_jobs(jobs: Sequence[Job], todo: Sequence[Job], finished: Sequence[Record]) -> None:
@@ -261,22 +252,21 @@ def _time(jobs: Sequence[Job], finished: Sequence[Record]) -> str:
 def _print_cells(cells: Sequence[Cell], ledger: Ledger, options: argparse.Namespace) -> None:
     held_out, rows = " on held-out images" if options.sweep else "", []
     for cell in cells:
-        found = [entry.record for entry in ledger.of(cell_identity(cell, options.smoke)).values()]
-        last, best = (mean_std(record[which]["top1"] for record in found) for which in ("last", "best"))
-        if last:
-            rows.append(
-                (last.mean, f"  {cell.name}: last top-1 {last}, best {best} (n = {last.n}){held_out}")
-            )
+        runs = ledger.of(cell_identity(cell, options.smoke)).values()
+        if last := mean_std(run.record["last"]["top1"] for run in runs):
+            best = mean_std(run.record["best"]["top1"] for run in runs)
+            text = f"  {cell.name}: last top-1 {last}, best {best} (n = {last.n}){held_out}"
+            rows.append((last.mean, text))
     for _, text in sorted(rows, reverse=True) if options.sweep else rows:
         print(text)
 
 
 def _print_outcomes(todo: Sequence[Job], outcomes: runner.Outcomes, finished: Sequence[Record]) -> int:
-    counts = Counter(outcomes.get(job.key, runner.STOPPED) for job in todo)
+    counts = Counter(outcomes.values())
     failed, blocked, queued = counts[runner.FAILED], counts[runner.BLOCKED], counts[runner.QUEUED]
     print(f"{counts[runner.DONE]} done, {failed} failed, {blocked} waiting for a teacher")
     if queued:
-        print(f"{counted(queued, 'run')} queued on Slurm; add --dry-run to list finished and pending runs")
-    if left := [job for job in todo if outcomes.get(job.key, runner.STOPPED) == runner.STOPPED]:
-        print(f"{counted(len(left), 'run')} left{_time(left, finished)}; run the same command to continue")
+        print(f"{counted(queued, 'run')} queued on Slurm; --dry-run lists finished and pending runs")
+    if left := [job for job in todo if outcomes[job.key] == runner.STOPPED]:
+        print(f"{counted(len(left), 'run')} left{_time(left, finished)}; repeat the command to continue")
     return 1 if failed or blocked else 3 if left or queued else 0

@@ -32,8 +32,6 @@ NOT_IDENTIFYING = (*(set(NEUTRAL) - {"SOLVER.EPOCHS"}), "SEED", "SOLVER.PRECISIO
 # Types of the keys that are read from records, and columns of runs.csv.
 SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("record.yaml").read_text())
 _LARGEST = 1e15  # absolute value of a number in a record
-# Raised for files that are not records: invalid JSON, deep nesting, unexpected types, huge integers.
-_MALFORMED = (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Entry:
     identity: str
 
     @property
-    def seed(self) -> int:
-        return int(self.record["seed"])
+    def key(self) -> tuple[str, int]:
+        return self.identity, self.record["seed"]
 
     @property
     def teacher_hash(self) -> str:
@@ -73,12 +71,13 @@ class Ledger:
 
     runs: dict[tuple[str, str], dict[int, Entry]] = field(default_factory=dict)
     duplicates: list[Entry] = field(default_factory=list)  # further runs of a seed
-    failures: list[Entry] = field(default_factory=list)  # the latest of each run that has not finished since
+    failures: list[Entry] = field(default_factory=list)  # the latest of each run that has not finished
     left_out: list[tuple[Path, str]] = field(default_factory=list)  # broken files with the reason
 
     def of(self, identity: str) -> dict[int, Entry]:
         """Return the runs of an identity by seed; of several teachers, those with the teacher of most runs."""
-        return max((runs for (name, _), runs in self.runs.items() if name == identity), key=len, default={})
+        found = [runs for (name, _), runs in self.runs.items() if name == identity]
+        return max(found, key=len, default={})
 
     def has(self, identity: str, seed: int, teacher_hash: str = "") -> bool:
         return any(
@@ -91,7 +90,7 @@ class Ledger:
 
     def add(self, entry: Entry) -> None:
         runs = self.runs.setdefault((entry.identity, entry.teacher_hash), {})
-        if runs.setdefault(entry.seed, entry) is not entry:
+        if runs.setdefault(entry.record["seed"], entry) is not entry:
             self.duplicates.append(entry)
 
 
@@ -116,7 +115,8 @@ def identity(tree: Mapping[str, Any]) -> str:
 def signed_record(record: Record) -> Record:
     """Return a record with the SHA-256 of its content as ``sha256``."""
     content = {key: value for key, value in record.items() if key != "sha256"}
-    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    return content | {"sha256": digest.hexdigest()}
 
 
 def _check_types(record: Record, section: str) -> None:
@@ -171,56 +171,58 @@ def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
             entries.append(Entry(path, record, identity(record["config"])))
         except DataError as error:
             ledger.left_out.append((path, str(error)))
-        except _MALFORMED as error:
+        except Exception as error:  # invalid JSON, deep nesting, unexpected types, huge integers
             ledger.left_out.append((path, f"malformed ({type(error).__name__}: {error})"))
     failed = {}
     for entry in sorted(entries, key=lambda entry: (entry.record["at"], entry.path.name)):
         if entry.record["smoke"] == smoke and entry.record["status"] == "finished":
             ledger.add(entry)
         elif entry.record["smoke"] == smoke:
-            failed[entry.identity, entry.seed] = entry
+            failed[entry.key] = entry
     ledger.failures.extend(entry for key, entry in failed.items() if not ledger.has(*key))
     return ledger
 
 
-def finished_record(run: Path, config_file: str = "", smoke: bool = False) -> Record:
+def finished_run(run: Path, config_file: str = "", smoke: bool = False) -> Entry:
     """Return the record of a run folder; raises DataError if it is not finished or its files do not agree."""
     path = run / "result.json"
-    head: Record = {"format": FORMAT, "status": "finished", "smoke": smoke, "config_file": config_file}
+    record: Record = {"format": FORMAT, "status": "finished", "smoke": smoke, "config_file": config_file}
     try:
         text = regular(path).read_text(encoding="utf-8")
         prefix = Path(json.loads(text)["config"]["LOG"]["PREFIX"])
         if prefix.is_absolute():  # keep paths as they are in any other checkout
             text = text.replace(json.dumps(str(prefix))[1:-1], prefix.name)
-        record = head | {"at": time.strftime(UTC, time.gmtime(path.stat().st_mtime))} | json.loads(text)
+        record["at"] = time.strftime(UTC, time.gmtime(path.stat().st_mtime))
+        record |= json.loads(text)
         epochs = read_metrics(run / "metrics.jsonl")
         record["metrics"] = {"epoch": [metrics["epoch"] for metrics in epochs]}
         for name in dict.fromkeys(name for metrics in epochs for name in metrics if name != "epoch"):
             record["metrics"][name] = [float(f"{metrics[name]:.7g}") for metrics in epochs]  # short
         record = signed_record(record)
         check(record)
+        return Entry(run, record, identity(record["config"]))
     except DataError as error:
         raise DataError(f"{run}: {error}") from None
-    except _MALFORMED as error:
+    except Exception as error:  # as in read_ledger
         raise DataError(f"{run} is not a finished run ({type(error).__name__}: {error})") from None
-    return record
 
 
 def failed_record(error: str, log: Sequence[str], config: Mapping[str, Any], **fields: Any) -> Record:
     """Return the record of a run that failed, with its resolved config and the last lines of its output."""
-    head = {"format": FORMAT, "status": "failed", "at": time.strftime(UTC, time.gmtime())}
-    return signed_record(head | fields | {"config": yaml.safe_load(dump(config)), "error": error, "log": log})
+    head = {"format": FORMAT, "status": "failed", "at": time.strftime(UTC, time.gmtime()), **fields}
+    return signed_record(head | {"config": yaml.safe_load(dump(config)), "error": error, "log": log})
 
 
 def write_record(record: Record, folder: Path) -> Path:
     """Write a record to a file of the ledger and return its path; writing a record twice gives one file."""
-    check(record)
-    experiment, failed = record["config"]["EXPERIMENT"], "" if record["status"] == "finished" else "-failed"
+    experiment = record["config"]["EXPERIMENT"]
+    failed = "" if record["status"] == "finished" else "-failed"
     name = f"{experiment['PROJECT']}-{experiment['TAG']}-seed{record['seed']}{failed}-{record['sha256'][:10]}"
     path = folder / (re.sub(r"[^A-Za-z0-9_.+-]+", "-", name) + ".json")
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}")  # two processes may add the same record at once
+        # Two processes may add the same record at once.
+        temporary = path.with_suffix(f".{os.getpid()}")
         lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
         write_text("{\n" + ",\n".join(lines) + "\n}\n", temporary)
         temporary.replace(path)

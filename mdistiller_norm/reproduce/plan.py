@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from mdistiller_norm.config import Config, load_config, method_names
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.engine.logger import read_metrics
@@ -19,7 +17,7 @@ from mdistiller_norm.engine.teacher_file import known_teacher
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.models import build_model, count_macs
 from mdistiller_norm.program import command
-from mdistiller_norm.reproduce.ledger import NOT_IDENTIFYING, Record, finished_record, identity
+from mdistiller_norm.reproduce.ledger import NOT_IDENTIFYING, Record, finished_run, identity
 from mdistiller_norm.reproduce.tables import DATASETS, TABLES, Cell
 from mdistiller_norm.run_folder import run_folder
 
@@ -52,13 +50,13 @@ class Job:
 
     @property
     def progress(self) -> str:
-        epochs = self.config["SOLVER"]["EPOCHS"]
-        return f"{len(read_metrics(self.folder / 'metrics.jsonl'))} of {epochs} epochs done"
+        done = len(read_metrics(self.folder / "metrics.jsonl"))
+        return f"{done} of {self.config.SOLVER.EPOCHS} epochs done"
 
     def teacher_hash(self) -> str:
         # As in records; empty if the weights do not exist here.
-        path, model = Path(self.config["DISTILLER"]["TEACHER_WEIGHTS"]), self.config["DISTILLER"]["TEACHER"]
-        return _weights_hash(path, model, self.config["DATASET"]["TYPE"]) if path.is_file() else ""
+        path, model = Path(self.config.DISTILLER.TEACHER_WEIGHTS), self.config.DISTILLER.TEACHER
+        return _weights_hash(path, model, self.config.DATASET.TYPE) if path.is_file() else ""
 
 
 @cache
@@ -102,23 +100,22 @@ def value_rank(cell: Cell) -> int:
 
 
 def _check_extra(extra: Sequence[str]) -> None:
-    changed = [key for key, source in load_config(None, extra).sources.items() if source == "command line"]
-    for key in changed:
-        if key.startswith(_RESERVED):
+    for key, source in load_config(None, extra).sources.items():
+        if source == "command line" and key.startswith(_RESERVED):
             raise ConfigError(f"{key} is set by reproduce: use --seeds or --output")
-        if not key.startswith(NOT_IDENTIFYING):
-            raise ConfigError(f"{key} would change the result: set only keys such as DEVICE or DATASET.ROOT")
+        if source == "command line" and not key.startswith(NOT_IDENTIFYING):
+            raise ConfigError(f"{key} would change the result: set only keys such as DEVICE")
 
 
 def _finished_teachers(output: Path) -> dict[JobKey, Path]:
     found: dict[JobKey, Path] = {}
     for path in sorted(output.glob("*/*/result.json")):
         try:
-            record = finished_record(path.parent)
+            run = finished_run(path.parent)
         except DataError:
             continue  # written by another program
-        if not record["method"] and path.with_name("student_last.pt").is_file():
-            found.setdefault((identity(record["config"]), record["seed"]), path.parent)
+        if not run.record["method"] and path.with_name("student_last.pt").is_file():
+            found.setdefault(run.key, path.parent)
     return found
 
 
@@ -155,7 +152,7 @@ class _Planner:
         name = " ".join([f"[seed {seed}] {experiment.PROJECT}/{experiment.TAG}", *settings])
         key, folder = (identity(config.node), seed), run_folder(config)
         if key in self._finished and not (folder / "result.json").is_file():
-            folder = self._finished[key]  # in another precision: a second teacher would split the students
+            folder = self._finished[key]  # in another precision: the students need one teacher
         job = Job(name, config.node, file, overrides, key, folder, self.smoke, **fields)
         if known := self.jobs.get(key):
             job = dataclasses.replace(known, cells=tuple(dict.fromkeys((*known.cells, *job.cells))))
@@ -181,10 +178,9 @@ def make_plan(
 
 @cache
 def forward_flops(model: str, dataset: str) -> float:
-    """Return the floating-point operations of one image of a table's data set, counted on the meta device."""
+    """Return the floating-point operations of one image of a table's data set."""
     size = DATASETS[dataset]
-    with torch.device("meta"):
-        network = build_model(model, size["classes"], variant=size["variant"])
+    network = build_model(model, size["classes"], variant=size["variant"])
     return 2.0 * count_macs(network, (size["size"], size["size"]))
 
 
@@ -192,7 +188,8 @@ def training_flops(tree: Mapping[str, Any]) -> float:
     """Return the operations of three forward passes of the student and one of the teacher per image; 0 if unknown."""
     student, teacher, dataset, _ = _speed_key(tree)
     try:
-        flops = 3 * forward_flops(student, dataset) + (forward_flops(teacher, dataset) if teacher else 0.0)
+        flops = 3 * forward_flops(student, dataset)
+        flops += forward_flops(teacher, dataset) if teacher else 0.0
     except (KeyError, ConfigError):
         return 0.0
     return float(tree["SOLVER"]["EPOCHS"] * DATASETS[dataset]["images"] * flops)

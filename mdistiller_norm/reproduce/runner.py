@@ -8,47 +8,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mdistiller_norm.engine.runtime import STOP_SIGNALS, slot_environment, stop_signals
 from mdistiller_norm.errors import DataError
-from mdistiller_norm.files import find_config, open_lock
+from mdistiller_norm.files import open_lock
 from mdistiller_norm.program import python_arguments
-from mdistiller_norm.reproduce.ledger import (
-    Ledger,
-    Record,
-    failed_record,
-    finished_record,
-    identity,
-    write_record,
-)
+from mdistiller_norm.reproduce.ledger import Entry, Ledger, failed_record, finished_run, write_record
 from mdistiller_norm.reproduce.plan import Job, JobKey, duration
 
 GRACE = 35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun gives its processes 30
 PROGRESS = 60.0  # seconds between two lines about a running job
 DONE, FAILED, BLOCKED, STOPPED, QUEUED = "done", "failed", "blocked", "stopped", "queued"
 Outcomes = dict[JobKey, str]
-_TORCHRUN = "--standalone --nproc-per-node"
 _STOP_CODES = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
 _EXCEPTION = re.compile(r"error: |[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 
 
-def trained_record(job: Job) -> Record | None:
+def trained(job: Job) -> Entry | None:
     """Return the record of a job's run folder, or None if the run has not finished there."""
-    try:
-        record = finished_record(job.folder, job.config_file, job.smoke)
-    except DataError:
-        return None
-    return record if (identity(record["config"]), record["seed"]) == job.key else None
+    with suppress(DataError):
+        run = finished_run(job.folder, job.config_file, job.smoke)
+        return run if run.key == job.key else None
+    return None
 
 
 def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
     """Return the jobs that are missing in the ledger, and the teachers of these whose weights are missing."""
-    done = {job.key for job in jobs if ledger.has(*job.key) and ledger.has(*job.key, job.teacher_hash())}
+    done = {job.key for job in jobs if ledger.has(*job.key, job.teacher_hash())}
     needed = {job.teacher.key for job in jobs if job.teacher and job.key not in done}
     pending = {job.key for job in jobs if job.cells} - done
     for job in jobs:
-        if job.key in needed and not (job.weights.is_file() and trained_record(job)):
+        if job.key in needed and not (job.weights.is_file() and trained(job)):
             pending.add(job.key)
     return [job for job in jobs if job.key in pending]
 
@@ -63,7 +55,11 @@ class Execution:
         self.log = logs / f"{job.folder.name}.log"
         self.started = self.reported = time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None  # None if another process finished the job
-        self.record: Record | None = None
+        self.run: Entry | None = None
+        self._error = ""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        train = [*python_arguments("train"), "--cfg", job.config_file, *job.overrides]
+        self._arguments = [*launcher, *train] if processes > 1 else train
         self._lock = open_lock(logs / f"{job.folder.name}.lock")
         self._stopping, self._kill_at = False, float("inf")
 
@@ -74,15 +70,9 @@ class Execution:
             return False  # another process holds the lock
         if self._add_to_ledger():
             return True
-        launcher = f"-m torch.distributed.run {_TORCHRUN} {self.processes}" if self.processes > 1 else ""
-        config = str(find_config(self.job.config_file))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable, *launcher.split(), *python_arguments("train"), "--cfg", config, "--resume",
-                    *self.job.overrides,
-                ],
-                stdin=subprocess.DEVNULL, stdout=log,
+                [sys.executable, *self._arguments, "--resume"], stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, env=os.environ | dict(self.environment), start_new_session=True,
                 pass_fds=[self._lock.fileno()],
             )  # fmt: skip
@@ -113,38 +103,32 @@ class Execution:
             self.process.terminate()
 
     def text(self, outcome: str) -> str:
-        if outcome == DONE and self.record:
-            last, best = (self.record[which]["top1"] for which in ("last", "best"))
+        if outcome == DONE and self.run:
+            last, best = (self.run.record[which]["top1"] for which in ("last", "best"))
             took = f"done in {duration(time.monotonic() - self.started)}"
             state = took if self.process else "finished by another process"
             return f"{state}, last top-1 {last:.2f}, best top-1 {best:.2f}"
         if outcome == FAILED:
-            return f"FAILED, {self._error()} (log: {self.log})"
+            return f"FAILED, {self._error} (log: {self.log})"
         return f"stopped, {self.job.progress}" if outcome else self.job.progress
 
-    def _error(self) -> str:
-        # Of several processes, the first one's message: the others fail as a consequence.
-        if self.process and self.process.returncode == 0:
-            return f"{self.job.folder}: result.json or metrics.jsonl is damaged"
-        lines = self._output()
-        errors = sorted(filter(_EXCEPTION.match, lines), key=lambda line: not line.startswith("error: "))
-        return (errors or lines[-1:] or [""])[0]
-
-    def _output(self) -> list[str]:
-        return [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-
     def _add_to_ledger(self) -> bool:
-        self.record = trained_record(self.job)
-        if self.record:
-            write_record(self.record, self.folder)
-        return self.record is not None
+        self.run = trained(self.job)
+        if self.run:
+            write_record(self.run.record, self.folder)
+        return self.run is not None
 
     def _record_failure(self, code: int) -> None:
-        job, starter = self.job, "python" if self.processes == 1 else f"torchrun {_TORCHRUN} {self.processes}"
-        words = [starter, *python_arguments("train"), "--cfg", job.config_file, *job.overrides]
-        error = f"{self._error()} ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+        job, output = self.job, self.log.read_text(errors="replace")
+        lines = [line for line in output.splitlines() if line.strip()]
+        # Of several processes, the first one's message: the others fail as a consequence.
+        errors = sorted(filter(_EXCEPTION.match, lines), key=lambda line: not line.startswith("error: "))
+        if code == 0:
+            errors = [f"{job.folder}: result.json or metrics.jsonl is damaged"]
+        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+        self._error = f"{(errors or lines[-1:] or [''])[0]} ({reason})"
         record = failed_record(
-            error, self._output()[-20:], job.config, command=" ".join(words), smoke=job.smoke,
+            self._error, lines[-20:], job.config, command=" ".join(["python", *self._arguments]), smoke=job.smoke,
             config_file=job.config_file, seed=job.key[1],
         )  # fmt: skip
         write_record(record, self.folder)
@@ -177,7 +161,7 @@ class Runner:
             finally:
                 for execution in self._running.values():
                     execution.stop()
-        return self._outcomes
+        return {job.key: STOPPED for job in self._waiting} | self._outcomes
 
     def _print(self, job: Job, text: str) -> None:
         print(f"{self._number[job.key]} {job.name}: {text}", flush=True)

@@ -11,9 +11,6 @@ from mdistiller_norm.errors import ConfigError, first_line, needs_extra
 from mdistiller_norm.reproduce.plan import Job, JobKey
 from mdistiller_norm.reproduce.runner import BLOCKED, DONE, FAILED, QUEUED, Execution, Outcomes
 
-# Of submitit, sbatch and YAML.
-_ERRORS = (OSError, RuntimeError, NameError, TypeError, ValueError, yaml.YAMLError)
-
 
 class ClusterTask:
     """The work of one cluster job: it runs one job and is saved and resubmitted on preemption."""
@@ -53,7 +50,7 @@ def submit(
         for name, _, value in (option.partition("=") for option in options):
             parameters[name] = yaml.safe_load(value)
         extra = parameters.get("slurm_additional_parameters") or {}
-        executor = submitit.AutoExecutor(folder=str(folder.parent / ".submitit" / "%j"), cluster=cluster)
+        executor = submitit.AutoExecutor(folder.parent / ".submitit" / "%j", cluster=cluster)
         executor.update_parameters(**parameters)
         for job in jobs:
             teacher = submitted.get(job.teacher.key) if job.teacher else None
@@ -66,10 +63,9 @@ def submit(
                 continue
             submitted[job.key] = executor.submit(ClusterTask(job, folder, processes))
             print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
-    except _ERRORS as error:
-        raise ConfigError(
-            f"--launcher {cluster}: {first_line(error)} ({len(submitted)} jobs submitted)"
-        ) from error
+    except Exception as error:  # of submitit, sbatch or YAML
+        done = f"{len(submitted)} jobs submitted"
+        raise ConfigError(f"--launcher {cluster}: {first_line(error)} ({done})") from error
     for key, task in submitted.items():
         outcomes[key] = QUEUED if cluster == "slurm" else FAILED if task.exception() else DONE
     return outcomes
