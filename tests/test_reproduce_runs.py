@@ -170,7 +170,7 @@ def test_a_budget_stops_the_runs_in_time(tmp_path: Path) -> None:
     assert code == 3, printed
     assert time.monotonic() - started < 60
     assert "3 runs left" in printed
-    assert "repeat the command to continue" in printed
+    assert "repeat the command to resume" in printed
 
 
 @pytest.mark.slow
@@ -311,7 +311,7 @@ def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
     cases = {
         "cut": (text[:500], "malformed (JSONDecodeError"),
         "edited": (text.replace('"seed": 0', '"seed": 5'), "sha256 differs"),
-        "list": ("[]", "not a record"),
+        "list": ("[]", "format is missing"),
         "missing": (changed(metrics={}), "metrics.test_top1 is missing"),
         "deep": ("[" * 100_000, "malformed (RecursionError"),
         "metric": (changed(metrics=metrics | {"test_loss": [1e300, 1]}), "does not have 2 numbers"),

@@ -1,7 +1,6 @@
 """Learning curves as inline SVG, drawn by matplotlib."""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,12 +18,10 @@ _STYLE: Any = {
 
 
 def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """Return an SVG element with a line for each label and its values by epoch; empty without finite values.
+    """Return an SVG element with a line for each label and its values by epoch.
 
     Lines of one label share a colour and an entry in the legend.
     """
-    if not any(math.isfinite(value) for _, values in lines for value in values):
-        return Markup()
     numbers: dict[str, int] = {}
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 3))

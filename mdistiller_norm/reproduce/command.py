@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130 or 143 stopped by a signal."
     )
     add, seeds = parser.add_argument, parser.add_mutually_exclusive_group()
-    seeds.add_argument("--trials", type=positive, default=3, help="runs per cell, with seeds 0, 1, ... (3)")
+    seeds.add_argument("--trials", type=positive, default=3, help="runs per cell: seeds 0, 1, ... (3)")
     seeds.add_argument("--seeds", nargs="+", default=[], help="seeds, instead of --trials")
     for name, metavar, text in (
         ("--table", "ID", ", ".join(TABLES)),
@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=positive, default=1, help="processes per run, by torchrun, one GPU each")
     add("--smoke", action="store_true", help="test with two epochs per run, kept separately")
     add("--launcher", choices=["here", "slurm", "submitit-local"], default="here")
-    add("--output", default="output", metavar="DIR", help="parent of the run folders (default: output)")
+    add("--output", default="output", metavar="DIR", help="folder of the runs (default: output)")
     add("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="keys without effect on results, such as DEVICE")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="keys without effect on results, as DEVICE")
 
 
 def parse_duration(text: str) -> float:
@@ -110,8 +110,7 @@ def main(options: argparse.Namespace) -> int:
         # Running jobs need time to save.
         outcomes = here.run(started + options.budget - min(10.0, options.budget / 10))
     else:
-        cluster = options.launcher.removeprefix("submitit-")
-        outcomes = submit(todo, folder, cluster, options.slurm, options.processes)
+        outcomes = submit(todo, folder, options.launcher, options.slurm, options.processes)
     _print_cells(cells, read_ledger(folder, options.smoke), options)
     code = _print_outcomes(todo, outcomes, finished) if todo else 0
     print(f"report: {command('report')} --results {results}{' --smoke' if options.smoke else ''}")
@@ -268,5 +267,5 @@ def _print_outcomes(todo: Sequence[Job], outcomes: runner.Outcomes, finished: Se
     if queued:
         print(f"{counted(queued, 'run')} queued on Slurm; --dry-run lists finished and pending runs")
     if left := [job for job in todo if outcomes[job.key] == runner.STOPPED]:
-        print(f"{counted(len(left), 'run')} left{_time(left, finished)}; repeat the command to continue")
+        print(f"{counted(len(left), 'run')} left{_time(left, finished)}; repeat the command to resume")
     return 1 if failed or blocked else 3 if left or queued else 0

@@ -134,8 +134,6 @@ def _check_types(record: Record, section: str) -> None:
 
 def check(record: Any) -> None:
     """Check a record's types and hash, and that its numbers agree with each other; raises DataError."""
-    if not isinstance(record, dict):
-        raise DataError("not a record")
     _check_types(record, "every")
     if record["format"] != FORMAT:
         raise DataError(f"format must be {FORMAT}, got {record['format']}")
@@ -158,7 +156,7 @@ def check(record: Any) -> None:
         raise DataError("the metrics do not cover the epochs 1 to SOLVER.EPOCHS")
     for which, expected in (("last", curve[-1]), ("best", max(curve))):
         if not math.isclose(record[which]["top1"], expected, abs_tol=1e-3):
-            raise DataError(f"{which} top1 {record[which]['top1']} differs from the metrics' {expected}")
+            raise DataError(f"{which} top1 {record[which]['top1']} differs from {expected} in metrics")
 
 
 def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
@@ -186,14 +184,14 @@ def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
 def finished_run(run: Path, config_file: str = "", smoke: bool = False) -> Entry:
     """Return the record of a run folder; raises DataError if it is not finished or its files do not agree."""
     path = run / "result.json"
-    record: Record = {"format": FORMAT, "status": "finished", "smoke": smoke, "config_file": config_file}
+    record: Record = {"format": FORMAT, "status": "finished", "smoke": smoke}
     try:
         text = regular(path).read_text(encoding="utf-8")
         prefix = Path(json.loads(text)["config"]["LOG"]["PREFIX"])
         if prefix.is_absolute():  # keep paths as they are in any other checkout
             text = text.replace(json.dumps(str(prefix))[1:-1], prefix.name)
-        record["at"] = time.strftime(UTC, time.gmtime(path.stat().st_mtime))
-        record |= json.loads(text)
+        at = time.strftime(UTC, time.gmtime(path.stat().st_mtime))
+        record |= {"config_file": config_file, "at": at} | json.loads(text)
         epochs = read_metrics(run / "metrics.jsonl")
         record["metrics"] = {"epoch": [metrics["epoch"] for metrics in epochs]}
         for name in dict.fromkeys(name for metrics in epochs for name in metrics if name != "epoch"):

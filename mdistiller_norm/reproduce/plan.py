@@ -188,8 +188,8 @@ def training_flops(tree: Mapping[str, Any]) -> float:
     """Return the operations of three forward passes of the student and one of the teacher per image; 0 if unknown."""
     student, teacher, dataset, _ = _speed_key(tree)
     try:
-        flops = 3 * forward_flops(student, dataset)
-        flops += forward_flops(teacher, dataset) if teacher else 0.0
+        passes = (student, student, student, teacher)
+        flops = sum(forward_flops(model, dataset) for model in passes if model)
     except (KeyError, ConfigError):
         return 0.0
     return float(tree["SOLVER"]["EPOCHS"] * DATASETS[dataset]["images"] * flops)

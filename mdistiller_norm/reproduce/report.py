@@ -3,7 +3,7 @@
 import argparse
 import csv
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -12,11 +12,10 @@ from mdistiller_norm.config import leaves
 from mdistiller_norm.errors import ConfigError, needs_extra
 from mdistiller_norm.files import write_text
 from mdistiller_norm.program import command
-from mdistiller_norm.reproduce import stats
+from mdistiller_norm.reproduce import plan, stats, tables
 from mdistiller_norm.reproduce.ledger import SCHEMA, Entry, Record, read_ledger
-from mdistiller_norm.reproduce.plan import cell_command, cell_identity, counted, duration
-from mdistiller_norm.reproduce.stats import MeanStd, PairedDifference, mean_std, signed
-from mdistiller_norm.reproduce.tables import CLAIMS, TABLES, TEACHERS, Cell, Claim, Column, Delta, Table
+from mdistiller_norm.reproduce.stats import MeanStd, PairedDifference
+from mdistiller_norm.reproduce.tables import TABLES, Cell, Claim, Column, Delta, Table
 
 # Properties that do not change the identity of a run but may change its result.
 _CONDITIONS: dict[str, Callable[[Entry], str]] = {
@@ -41,12 +40,14 @@ class CellView:
         return {seed: float(entry.record[which]["top1"]) for seed, entry in self.runs.items()}
 
     def mean(self, which: str) -> MeanStd | None:
-        return mean_std(self.top1(which).values())
+        return stats.mean_std(self.top1(which).values())
 
     def minus(self, other: Self, which: str) -> PairedDifference | None:
         """Return the paired difference of two rows; None without common seeds with the same teacher."""
         teachers = {entry.teacher_hash for entry in (*self.runs.values(), *other.runs.values())} - {""}
-        return stats.paired_difference(self.top1(which), other.top1(which)) if len(teachers) < 2 else None
+        if len(teachers) > 1:
+            return None
+        return stats.paired_difference(self.top1(which), other.top1(which))
 
     @property
     def difference(self) -> float | None:
@@ -91,13 +92,14 @@ class TableView(NamedTuple):
         return printed, first.minus(second, "best")
 
     def warnings(self, column: Column) -> list[str]:
-        cells, lines = self.column(column).values(), []
-        runs = [entry for cell in cells if cell.cell.row.key != "teacher" for entry in cell.runs.values()]
-        for digits in sorted({entry.teacher_hash for entry in runs} & TEACHERS.keys()):
-            lines.append(f"The teacher {digits} of {column.name} is {TEACHERS[digits]}.")
+        cells, lines = self.column(column), []
+        cells.pop("teacher", None)  # not compared with the other rows
+        runs = [entry for cell in cells.values() for entry in cell.runs.values()]
+        for digits in sorted({entry.teacher_hash for entry in runs} & tables.TEACHERS.keys()):
+            lines.append(f"The teacher {digits} of {column.name} is {tables.TEACHERS[digits]}.")
         for name, value in _CONDITIONS.items():
-            counts = Counter(filter(None, map(value, runs)))  # some are not recorded
-            listed = ", ".join(f"{text} ({counted(number, 'run')})" for text, number in counts.most_common())
+            counts = Counter(filter(None, map(value, runs))).most_common()  # some are not recorded
+            listed = ", ".join(f"{text} ({plan.counted(number, 'run')})" for text, number in counts)
             if len(counts) > 1:
                 lines.append(f"Runs of {column.name} differ in {name}: {listed}.")
         return lines
@@ -117,7 +119,7 @@ def collect(folder: Path, smoke: bool = False) -> Record:
     failures = {entry.identity: entry for entry in ledger.failures}
 
     def view(cell: Cell) -> CellView:
-        name = cell_identity(cell, smoke)
+        name = plan.cell_identity(cell, smoke)
         return CellView(cell, name, ledger.of(name), failures.get(name))
 
     views = {
@@ -128,9 +130,8 @@ def collect(folder: Path, smoke: bool = False) -> Record:
     placed = {cell.identity for cell in every}
     shown = {entry.path for cell in every for entry in cell.runs.values()}
     columns = [(view, column) for view in views.values() for column in view.table.columns]
-    tested = [
-        claim for claim in CLAIMS if not claim.own or any(views[name].measured for name in claim.tables)
-    ]
+    measured = {name for name, view in views.items() if view.measured}
+    tested = [claim for claim in tables.CLAIMS if not claim.own or measured.intersection(claim.tables)]
     facts = [run.record | {"precision": run.precision} | run.record["environment"] for run in runs]
     return {
         "smoke": smoke,
@@ -167,12 +168,12 @@ def environment_text(environment: Record) -> str:
     )
 
 
-def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
+def _judge(claim: Claim, views: Mapping[str, TableView]) -> Record:
     comparisons: list[Record] = []
-    places = [(tables[name], column) for name in claim.tables for column in TABLES[name].columns]
+    places = [(views[name], column) for name in claim.tables for column in TABLES[name].columns]
     for view, column in places:
         cells = view.column(column)
-        first, second = (cells[claim.row], cells[claim.than]) if claim.row else _peak(cells, claim.peak)
+        first, second = _compared(claim, cells)
         last, best = first.minus(second, "last"), first.minus(second, "best")
         if claim.peak and not all(cell.runs for cell in cells.values()):
             last = best = None
@@ -185,10 +186,12 @@ def _judge(claim: Claim, tables: Mapping[str, TableView]) -> Record:
     return {"claim": claim, "comparisons": comparisons, "verdict": verdict(verdicts)}
 
 
-def _peak(cells: Mapping[str, CellView], peak: Sequence[str]) -> list[CellView]:
-    ranked = sorted(cells.values(), key=lambda cell: getattr(cell.mean("last"), "mean", -1.0), reverse=True)
-    inside = [cell for cell in ranked if cell.cell.row.key in peak]
-    outside = [cell for cell in ranked if cell.cell.row.key not in peak]
+def _compared(claim: Claim, cells: Mapping[str, CellView]) -> list[CellView]:
+    if claim.row:
+        return [cells[claim.row], cells[claim.than]]
+    ranked = sorted(cells.values(), key=lambda cell: -getattr(cell.mean("last"), "mean", -1.0))
+    inside = [cell for cell in ranked if cell.cell.row.key in claim.peak]
+    outside = [cell for cell in ranked if cell.cell.row.key not in claim.peak]
     return [inside[0], outside[0]]
 
 
@@ -197,34 +200,28 @@ def render(report: Record, template: str) -> str:
     with needs_extra("report", "the report"):
         import jinja2
 
-        from mdistiller_norm.reproduce.charts import mean_chart, run_charts
+        from mdistiller_norm.reproduce import charts
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    functions = cell_command, counted, duration, environment_text, mean_chart, run_charts, mean_std, signed
-    environment.globals |= {function.__name__: function for function in functions} | {"program": command}
+    environment.globals |= {"plan": plan, "stats": stats, "charts": charts}
+    environment.globals |= {"program": command, "environment_text": environment_text}
     text = environment.get_template(template).render(report=report).rstrip() + "\n"
     return text if "html" in template else text.replace("&#39;", "'").replace("&#34;", '"')
 
 
 def write_csv(report: Record, path: Path) -> None:
     """Write a line for each run, with the columns of ``record.yaml``."""
-    cells: dict[Path, list[str]] = {}
-    for cell in (cell for view in report["tables"] for cell in view.cells.values()):
-        for entry in cell.runs.values():
-            cells.setdefault(entry.path, []).append(cell.cell.name)
+    cells = [cell for view in report["tables"] for cell in view.cells.values()]
     with path.open("w", newline="", encoding="utf-8") as file:
         rows, columns = csv.writer(file), SCHEMA["csv"]
         rows.writerow(["file", "cells", "ms_per_batch", "precision", *columns])
         for entry in sorted(report["runs"], key=lambda entry: entry.path.name):
-            values = dict(leaves(entry.record)) | {"method": "+".join(entry.record["method"]) or "none"}
-            head = [
-                entry.path.name,
-                "; ".join(cells.get(entry.path, [])),
-                entry.milliseconds,
-                entry.precision,
-            ]
+            names = [cell.cell.name for cell in cells if entry in cell.runs.values()]
+            values = dict(leaves(entry.record))
+            values["method"] = "+".join(entry.record["method"]) or "none"
+            head = [entry.path.name, "; ".join(names), entry.milliseconds, entry.precision]
             rows.writerow(head + [values.get(key, "") for key in columns.values()])
 
 
@@ -253,6 +250,7 @@ def write_report(results: Path, out: Path, smoke: bool = False, with_csv: bool =
 
 def main(options: argparse.Namespace) -> int:
     """Write the report; returns the exit code."""
-    results = Path(options.results or (Path(options.output, "smoke/results") if options.smoke else "results"))
+    default = Path(options.output, "smoke/results") if options.smoke else "results"
+    results = Path(options.results or default)
     write_report(results, Path(options.out or results), options.smoke, options.export == "csv")
     return 0

@@ -122,7 +122,7 @@ class Execution:
         job, output = self.job, self.log.read_text(errors="replace")
         lines = [line for line in output.splitlines() if line.strip()]
         # Of several processes, the first one's message: the others fail as a consequence.
-        errors = sorted(filter(_EXCEPTION.match, lines), key=lambda line: not line.startswith("error: "))
+        errors = sorted(filter(_EXCEPTION.match, lines), key=lambda line: line[:6] != "error:")
         if code == 0:
             errors = [f"{job.folder}: result.json or metrics.jsonl is damaged"]
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -39,9 +39,9 @@ class ClusterTask:
 
 
 def submit(
-    jobs: Sequence[Job], folder: Path, cluster: str, options: Sequence[str], processes: int
+    jobs: Sequence[Job], folder: Path, launcher: str, options: Sequence[str], processes: int
 ) -> Outcomes:
-    """Submit jobs to ``slurm`` with dependencies on their teachers, or run them in local processes (``local``)."""
+    """Submit jobs to ``slurm`` with dependencies on their teachers, or run them by ``submitit-local``."""
     with needs_extra("slurm", "--launcher slurm"):
         import submitit
     outcomes, submitted = Outcomes(), dict[JobKey, Any]()
@@ -50,7 +50,8 @@ def submit(
         for name, _, value in (option.partition("=") for option in options):
             parameters[name] = yaml.safe_load(value)
         extra = parameters.get("slurm_additional_parameters") or {}
-        executor = submitit.AutoExecutor(folder.parent / ".submitit" / "%j", cluster=cluster)
+        logs, cluster = folder.parent / ".submitit" / "%j", launcher.removeprefix("submitit-")
+        executor = submitit.AutoExecutor(logs, cluster=cluster)
         executor.update_parameters(**parameters)
         for job in jobs:
             teacher = submitted.get(job.teacher.key) if job.teacher else None
@@ -65,7 +66,7 @@ def submit(
             print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
     except Exception as error:  # of submitit, sbatch or YAML
         done = f"{len(submitted)} jobs submitted"
-        raise ConfigError(f"--launcher {cluster}: {first_line(error)} ({done})") from error
+        raise ConfigError(f"--launcher {launcher}: {first_line(error)} ({done})") from error
     for key, task in submitted.items():
         outcomes[key] = QUEUED if cluster == "slurm" else FAILED if task.exception() else DONE
     return outcomes

@@ -57,9 +57,8 @@ def mean_std(values: Iterable[float]) -> MeanStd | None:
     numbers = list(values)
     if not numbers:
         return None
-    return MeanStd(
-        len(numbers), statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
-    )
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return MeanStd(len(numbers), statistics.fmean(numbers), std)
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference | None:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+_NUMBERS = ("top1", "top5", "ms", "parameters")  # of Cell.paper
+
 
 class Column(NamedTuple):
     """A pair of networks; ``key`` is its name in ``--pairs`` and in the names of config files."""
@@ -99,10 +101,9 @@ def _table(entry: dict[str, Any]) -> Table:
     columns, cells = [Column(**column) for column in entry["columns"]], {}
     for source in entry["rows"]:
         row, overrides = Row(source["key"], source["name"]), tuple(source.get("overrides", ()))
-        numbers = {name: source[name] for name in ("top1", "top5", "ms", "parameters") if name in source}
         for i, column in enumerate(columns):
             config = source.get("config", "").format(**column._asdict())
-            paper = {name: values[i] for name, values in numbers.items()}
+            paper = {name: source[name][i] for name in _NUMBERS if name in source}
             cells[row.key, column.key] = Cell(entry["id"], row, column, config, paper, overrides)
     rows = list(dict.fromkeys(cell.row for cell in cells.values()))
     deltas = [Delta(**delta) for delta in entry.get("deltas", ())]
