@@ -61,7 +61,7 @@ def _configs(pattern: str) -> Rows:
 
 
 def _summary(documented: object) -> str:
-    return (documented.__doc__ or "").partition("\n")[0]
+    return (documented.__doc__ or "").partition("\n")[0].replace("``", "")
 
 
 KINDS = {"models": _models, "distillers": _distillers, "datasets": _datasets, "configs": _configs}

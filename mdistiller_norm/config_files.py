@@ -52,7 +52,10 @@ def copy(name: str, to: Path) -> Path:
         return f"_BASE_: [{', '.join(str(base.relative_to(CONFIGS).with_suffix('')) for base in bases)}]"
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(re.sub(r"^_BASE_: (.+)$", packaged, source.read_text(encoding="utf-8"), flags=re.M), target)
+    text = re.sub(r"^_BASE_: (.+)$", packaged, source.read_text(encoding="utf-8"), flags=re.M)
+    write_text(
+        re.sub(r"python tools/train\.py --cfg \S+", f"{command('train')} --cfg {target}", text), target
+    )
     return target
 
 

@@ -165,7 +165,8 @@ def check_value(key: str, value: Any, defaults: Mapping[str, Any], source: str) 
 def _hint(key: str, known: Iterable[str]) -> str:
     last = f".{key.rpartition('.')[2]}".lower()
     same_name = [name for name in known if name.lower().endswith(last)]
-    near = (nearest(key, same_name) or same_name or nearest(key, known))[:3]
+    section = [name for name in known if name.startswith(f"{key.partition('.')[0]}.")]
+    near = (nearest(key, same_name) or same_name or nearest(key, section) or nearest(key, known))[:3]
     if key in REMOVED:
         return f": it was removed, {REMOVED[key][1]}"
     hint = not_registered(key.split(".")[0]) or (f"did you mean {' or '.join(near)}?" if near else "")

@@ -17,8 +17,8 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import yaml
-from tqdm import tqdm
 
+from mdistiller_norm.engine.runtime import progress
 from mdistiller_norm.errors import ConfigError, DataError, first_line
 
 SOURCES = Path(__file__).with_name("sources.yaml")
@@ -135,9 +135,7 @@ def _transfer(url: str, part: Path, start: int) -> None:
     ):
         done, name = file.tell(), url.rpartition("/")[2]
         size = done + int(response.headers["Content-Length"] or 0)
-        with tqdm(
-            desc=name, total=size or None, initial=done, unit="B", unit_scale=True, disable=None
-        ) as bar:
+        with progress(desc=name, total=size or None, initial=done, unit="B", unit_scale=True) as bar:
             while chunk := response.read(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))

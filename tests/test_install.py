@@ -109,6 +109,7 @@ def test_copied_config_equals_the_packaged_one(
     copied = Path(name).name + ".yaml"
     assert capsys.readouterr().out == f"wrote {copied}\n"
     assert load_config(copied).node == load_config(name).node
+    assert f"mdistiller-norm train --cfg {copied}\n" in Path(copied).read_text()
     assert main(["config", "show", copied]) == 0
     assert load_config(name).node.EXPERIMENT.TAG in capsys.readouterr().out
 

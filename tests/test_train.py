@@ -17,6 +17,7 @@ from mdistiller_norm.config import load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.engine import runtime
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
@@ -305,6 +306,10 @@ def test_eval_reads_students_states_and_bare_weights(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     execute(["eval", "-c", str(run)])
     assert "evaluation: " in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    monkeypatch.setattr(runtime, "LINE_SECONDS", 0.0)
+    execute(["eval", "-c", str(run)])
+    assert "\nevaluation: 360 of 360 images, 00:0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

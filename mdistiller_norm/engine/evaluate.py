@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.distillers.base import Need, at_least_float32
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.engine.runtime import keep_freed_memory
+from mdistiller_norm.engine.runtime import keep_freed_memory, progress
 from mdistiller_norm.engine.teacher import folded
 from mdistiller_norm.models.base import Network
 
@@ -56,8 +55,8 @@ def evaluate(
         forward = (lambda images: module(images).logits) if module else network
     keep_freed_memory()
     share = distributed.process_share()
-    count, disable = len(loader) // share.world, True if share.rank else None  # None: only on a terminal
-    bar = tqdm(total=count, desc="evaluation", unit="image", leave=False, disable=disable)
+    count = len(loader) // share.world
+    bar = progress(total=count, desc="evaluation", unit="image", disable=share.rank > 0)
     for images, targets in loader:
         # Without autocast's cache: a captured graph would keep the cached copies of old weights.
         with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):

@@ -1,18 +1,43 @@
-"""Process settings: stop signals, freed memory, CUDA kernels, and the cores and GPUs of parallel runs."""
+"""Process settings: stop signals, progress, freed memory, CUDA kernels, and the cores and GPUs of parallel runs."""
 
 import ctypes
+import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 _LARGEST_MMAP, _LARGEST_TRIM = 32 * 2**20, 64 * 2**20  # of glibc's dynamic thresholds on 64-bit systems
+
+LINE_SECONDS = 60.0  # between two lines of progress without a terminal
+
+
+class _Lines(io.TextIOBase):
+    def write(self, text: str) -> int:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+        return len(text)
+
+
+def progress(iterable: Any = None, **options: Any) -> Any:
+    """Return a tqdm bar with these options: on a terminal a bar that is removed at the end, else a line a minute."""
+    if sys.stderr.isatty():
+        options["dynamic_ncols"] = True
+    else:
+        options |= {
+            "file": _Lines(), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS,
+            "miniters": 1, "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed}<{remaining}{postfix}",
+        }  # fmt: skip
+    return tqdm(iterable, leave=False, **options)
 
 
 def keep_freed_memory(keep: bool = True) -> None:

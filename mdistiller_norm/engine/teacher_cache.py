@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mdistiller_norm.data import MemoryTrainLoader, TrainLoader
 from mdistiller_norm.distillers.base import Need
 from mdistiller_norm.engine.row_store import Array, DeviceRows, RowStore, to_device
+from mdistiller_norm.engine.runtime import progress
 from mdistiller_norm.engine.teacher import Raw, Teacher
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.types import Batch, Outputs
@@ -127,7 +127,7 @@ class CachedTeacher(Teacher):
             yield
         rows = np.flatnonzero(visited)
         size = PREFETCH_STEPS * self._batch_size
-        for first in tqdm(range(0, len(rows), size), "teacher cache", leave=False, disable=None):
+        for first in progress(range(0, len(rows), size), desc="teacher cache", unit="batch"):
             self._compute_missing(rows[first : first + size])
             yield
         self.store.flush()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.engine import distributed
@@ -18,7 +17,7 @@ from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, save_atomically
 from mdistiller_norm.engine.evaluate import Evaluation, evaluate
 from mdistiller_norm.engine.logger import Record, RunLog
 from mdistiller_norm.engine.optim import Schedule, set_learning_rate
-from mdistiller_norm.engine.runtime import keep_freed_memory, stop_signals
+from mdistiller_norm.engine.runtime import keep_freed_memory, progress, stop_signals
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.errors import Interrupted, NonFiniteLossError
 
@@ -141,9 +140,9 @@ class Trainer:
     def _train_steps(self) -> float:
         step, loader, save_steps = self.step, self.step.loader, self.intervals.save_steps
         waited, waiting_since = 0.0, time.perf_counter()
-        with tqdm(
-            total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}", leave=False,
-            mininterval=0.5, dynamic_ncols=True, disable=None if distributed.is_first() else True,
+        with progress(
+            total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}", unit="step",
+            disable=not distributed.is_first(),
         ) as bar:  # fmt: skip
             for batch in step.with_teacher_outputs(loader.batches(self.epoch, self.steps_done)):
                 waited += time.perf_counter() - waiting_since
