@@ -4,8 +4,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdistiller_norm.library import Distillation, load, train
-    from mdistiller_norm.models import build_model as create_model
+    from mdistiller_norm.library import Distillation, create_model, load, train
 
 __version__ = "0.1.0"
 __all__ = ["Distillation", "create_model", "load", "train"]
@@ -17,10 +16,6 @@ if importlib.util.find_spec("fcntl") is None:  # locks of run folders and ledger
 def __getattr__(name: str) -> Any:  # imports PyTorch when it is needed
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "create_model":
-        from mdistiller_norm.models import build_model
-
-        return build_model
     from mdistiller_norm import library
 
     return getattr(library, name)

@@ -1,5 +1,6 @@
 """Build the parts of a run from its config."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -9,8 +10,11 @@ from typing import Any
 import torch
 
 from mdistiller_norm.config import method_names
-from mdistiller_norm.data import Dataset, EvalLoader, MemoryTrainLoader, TrainLoader
+from mdistiller_norm.data import ImageOptions, Share, open_dataset
+from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader
 from mdistiller_norm.data.folder import ImageDataset
+from mdistiller_norm.data.memory import MemoryTrainLoader, TensorDataset
+from mdistiller_norm.data.plan import smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair, build_distiller
 from mdistiller_norm.engine import distributed, teacher_file
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
@@ -21,10 +25,11 @@ from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher, teacher_batch_size
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.errors import CheckpointError, ConfigError, first_line
+from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import find_config
 from mdistiller_norm.models import Network, build_model, has_weights, probe
-from mdistiller_norm.models.preprocessed import preprocessed
+from mdistiller_norm.models.external import Size
+from mdistiller_norm.models.preprocessed import Preprocessed, differences
 from mdistiller_norm.program import command
 
 Log = Callable[[str], None]
@@ -42,9 +47,10 @@ def build_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"DEVICE must be auto, cpu or cuda, got {name!r} ({first_line(error)})") from error
+        problem = first_line(error)
+        raise ConfigError(f"DEVICE must be auto, cpu or cuda, got {name}: {problem}") from error
     if device.type == "cuda" and distributed.process_share().world > 1:
-        raise ConfigError(f"DEVICE must be cuda with several processes, to give each its own GPU; got {name}")
+        raise ConfigError(f"DEVICE must be cuda with several processes, got {name}")
     return device
 
 
@@ -81,29 +87,72 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
     return device, autocast, warning
 
 
+def image_options(cfg: Any) -> ImageOptions:
+    """Return the options for reading image files."""
+    data = cfg.DATASET
+    return ImageOptions(
+        size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
+        std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
+        max_broken=data.MAX_BROKEN, val_split=data.VAL_SPLIT, subset=data.SUBSET, randaugment=data.RANDAUGMENT,
+    )  # fmt: skip
+
+
+def build_dataset(cfg: Any) -> Dataset:
+    """Open the data set."""
+    return open_dataset(cfg.DATASET.TYPE, Path(cfg.DATASET.ROOT), image_options(cfg))
+
+
+def check_data(
+    cfg: Any, dataset: Dataset, student: Network, distillers: Mapping[str, Distiller], share: Share
+) -> None:
+    """Check that augmentation and batch size fit the networks and methods, and without a teacher the test images."""
+    data, batch_size, samples = cfg.DATASET, cfg.SOLVER.BATCH_SIZE, len(dataset.targets)
+    mixing = [f"DATASET.{key}" for key in ("MIXUP", "CUTMIX") if data[key]]
+    hard = [name for name, method in distillers.items() if method.needs_labels]
+    if mixing and hard:
+        keys, methods = " and ".join(mixing), ", ".join(hard)
+        raise ConfigError(f"{keys} cannot be used with {methods}: an image needs one class")
+    used = mixing + ["DATASET.RANDAUGMENT"] * bool(data.RANDAUGMENT)
+    if used and cfg.DISTILLER.TEACHER_CACHE != "off":
+        raise ConfigError(f"{' and '.join(used)} cannot be used with DISTILLER.TEACHER_CACHE")
+    if data.RANDAUGMENT and isinstance(dataset, TensorDataset):
+        raise ConfigError(f"DATASET.RANDAUGMENT requires image files, {dataset.name} is in memory")
+    if not distillers and (broken := dataset.unreadable(train=False, share=share)):
+        raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
+    if smallest_micro_batch(samples, batch_size, share, cfg.SOLVER.ACCUMULATE) > 1:
+        return
+    shadow = copy.deepcopy(student).to("meta").train()
+    try:
+        with torch.no_grad():
+            shadow(torch.empty(1, 3, *dataset.image_size, device="meta"))
+    except ValueError as error:
+        raise ConfigError(
+            f"SOLVER.BATCH_SIZE {batch_size} leaves one of the {samples} images for a micro-batch, too few for "
+            f"a batch norm of {student.name}"
+        ) from error
+
+
 def placed(network: Network, device: torch.device) -> Network:
     """Move a network to the device, in channels-last memory format."""
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+def _network(role: str, name: str, dataset: Dataset, size: Size) -> Network:
+    count, variant = len(dataset.classes), dataset.variant
+    pretrained = size is None or (role == "STUDENT" and has_weights(name))
+    try:
+        network = build_model(name, count, variant=variant, image_size=size, pretrained=pretrained)
+        if size:  # None: the size of the pretrained weights
+            probe(network, size)
+        return network
+    except ConfigError as error:
+        raise ConfigError(f"DISTILLER.{role}: {error}") from error
+
+
 def build_student(name: str, dataset: Dataset, seed: int) -> Network:
     """Return the student with its initial weights: a function of the seed, or pretrained if its name selects them."""
     torch.manual_seed(seed)
-    return _network("DISTILLER.STUDENT", name, dataset, dataset.image_size, has_weights(name))
-
-
-def _network(
-    key: str, name: str, dataset: Dataset, size: tuple[int, ...] | None, pretrained: bool = False
-) -> Network:
-    try:
-        network = build_model(
-            name, len(dataset.classes), variant=dataset.variant, image_size=size, pretrained=pretrained
-        )
-        if size:  # None: the size of the pretrained weights
-            probe(network, (size[0], size[1]))
-        return network
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
+    return _network("STUDENT", name, dataset, dataset.image_size)
 
 
 def train_command(kind: str, model: str) -> str:
@@ -114,52 +163,57 @@ def train_command(kind: str, model: str) -> str:
 
 
 def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.TeacherFile]:
-    """Return the teacher with its trained weights."""
-    name = cfg.DISTILLER.TEACHER
+    """Return the teacher with its trained weights, which converts the images if these expect others."""
+    name, weights_from = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
     runs, command = Path(cfg.LOG.PREFIX), train_command(cfg.DATASET.TYPE, name)
-    seen = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std}
-    weights_from = cfg.DISTILLER.TEACHER_WEIGHTS
-    pretrained = weights_from == "pretrained"
-    size = None if pretrained else dataset.image_size
-    network = _network("DISTILLER.TEACHER", name, dataset, size, pretrained)
-    if pretrained:
-        file = teacher_file.pretrained_teacher(network, dataset.classes, seen, runs, command)
-        return preprocessed(network, network.pretrained, seen), file
-    keys = ("CLASSES", "IMAGE_SIZE", "MEAN", "STD", "VAL_SPLIT", "SUBSET")
-    file = teacher_file.find_teacher(
-        name, dataset.name, weights_from, runs, command, cfg.SOLVER.EPOCHS, {k: cfg.DATASET[k] for k in keys}
-    )
-    weights = load_weights(file.path)
-    trained_on, renamed = weights.about.get("dataset", dataset.name), ""
-    if trained_on != dataset.name:
-        renamed = f"{file.path} was trained on {trained_on}, not on {dataset.name}"
-        same_classes = list(weights.about.get("classes", ())) == list(dataset.classes)
-        if not (same_classes and isinstance(dataset, ImageDataset)):  # a folder may have been renamed
-            raise CheckpointError(renamed)
-    if file.images:  # of torchvision's weights, which have no metadata
-        weights = replace(weights, about=file.images)
-    trained_size = tuple(weights.about.get("image_size") or dataset.image_size)
-    if trained_size != dataset.image_size:
-        network = _network("DISTILLER.TEACHER", name, dataset, trained_size)
-    load_into(network, weights, f"{name} with {len(dataset.classes)} classes")
-    warnings = [file.warning, renamed, teacher_file.check_preprocessing(weights, dataset.classes, seen)]
-    file = replace(file, warning="; ".join(filter(None, warnings)))
-    return preprocessed(network, weights.about, seen), file
+    size, classes, warnings = dataset.image_size, dataset.classes, []
+    network = _network("TEACHER", name, dataset, None if weights_from == "pretrained" else size)
+    if weights_from == "pretrained":
+        file = teacher_file.pretrained_teacher(network, classes, runs, command)
+        about = network.pretrained
+    else:
+        keys = ("CLASSES", "IMAGE_SIZE", "MEAN", "STD", "VAL_SPLIT", "SUBSET")
+        data = {key: cfg.DATASET[key] for key in keys}
+        file = teacher_file.find_teacher(
+            name, dataset.name, weights_from, runs, command, cfg.SOLVER.EPOCHS, data
+        )
+        weights = load_weights(file.path)
+        warnings = [file.warning]
+        about = file.images or weights.about  # torchvision's weights have no metadata
+        if (trained_on := about.get("dataset", dataset.name)) != dataset.name:
+            warnings.append(f"{file.path} was trained on {trained_on}, not on {dataset.name}")
+            same_classes = list(about.get("classes", ())) == list(classes)
+            # The folder of the images may have been renamed.
+            if not (same_classes and isinstance(dataset, ImageDataset)):
+                raise CheckpointError(warnings[-1])
+        if (trained_size := tuple(about.get("image_size") or size)) != size:
+            network = _network("TEACHER", name, dataset, trained_size)
+        load_into(network, weights, f"{name} with {len(classes)} classes")
+        teacher_file.check_classes(weights, classes)
+    seen = {"image_size": size, "mean": dataset.mean, "std": dataset.std}
+    if different := differences(about, seen):
+        network = Preprocessed(network, about, seen)
+        images = ", ".join(f"{key} {list(about[key])} (here {list(seen[key])})" for key in different)
+        trained = f"{file.path} was trained on images with another {images}"
+        warnings.append(f"{trained}: the images are converted for it")
+    return network, replace(file, warning="; ".join(filter(None, warnings)))
 
 
 def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> dict[str, Distiller]:
     """Return the methods of ``DISTILLER.TYPE`` by name."""
-    size = dataset.image_size
-    pair = Pair(probe(student, size), probe(teacher, size), teacher, dataset.targets, len(dataset.classes))
-    lacking = student.name if not pair.student.features else "" if pair.teacher.features else teacher.name
+    shapes = [probe(network, dataset.image_size) for network in (student, teacher)]
+    pair = Pair(shapes[0], shapes[1], teacher, dataset.targets, len(dataset.classes))
+    lacking = student.name if not shapes[0].features else "" if shapes[1].features else teacher.name
     distillers = {}
     for name in method_names(cfg):
         if lacking and DISTILLERS[name].need is Need.MAPS:
             others = ", ".join(other for other, cls in DISTILLERS.items() if cls.need < Need.MAPS)
-            raise ConfigError(f"{name} requires feature maps, which {lacking} lacks; without maps: {others}")
+            problem = f"{name} requires feature maps, which {lacking} lacks"
+            raise ConfigError(f"{problem}; without maps: {others}")
         distillers[name] = build_distiller(name, cfg, pair)
     if not any(method.ce_weight or method.weight for method in distillers.values()):
-        raise ConfigError(f"{' and '.join(distillers)}: CE_WEIGHT and the other weights must not all be 0")
+        names = " and ".join(distillers)
+        raise ConfigError(f"{names}: CE_WEIGHT and the other weights must not all be 0")
     return distillers
 
 
@@ -187,7 +241,7 @@ def build_teacher_runner(
     if compiled:
         size = teacher_batch_size(loader, device) if cache else loader.batch_size
         # Created outside inference mode: an inference tensor would cause a second compilation in the first step.
-        example = torch.zeros(size, 3, *image_size, device=device).to(memory_format=torch.channels_last)
+        example = torch.empty(size, 3, *image_size, device=device, memory_format=torch.channels_last)
         compiler = partial(compile_teacher, example=example, warn=log)
     arguments = (
         network, max(method.need for method in distillers.values()), autocast,

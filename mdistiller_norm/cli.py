@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,13 +21,13 @@ from mdistiller_norm.program import command, python_arguments
 # `main(options)`, which returns the exit code.
 COMMANDS = {
     "train": ("run", "Train a student, with or without a teacher."),
-    "distill": ("distill", "Train a student on a folder of images with a teacher, without a config file."),
+    "distill": ("distill", "Train a student with a teacher on a folder of images, without a config."),
     "eval": ("evaluation", "Evaluate weights of networks on a test split."),
     "predict": ("predict", "Classify image files with a trained network."),
     "compare": ("compare", "Compare size, speed, accuracy and agreement of trained networks."),
     "export": ("export", "Write a trained network as a file that does not need this package."),
     "reproduce": ("reproduce.command", "Train the runs of the paper's tables."),
-    "report": ("reproduce.report", "Write TABLES.md and report.html from the ledger of finished runs."),
+    "report": ("reproduce.report", "Write TABLES.md and report.html from the finished runs."),
     "visualize": ("analysis.cli", "Draw the paper's figures from checkpoints."),
     "list": ("catalog", "List networks, methods, data sets and packaged configs."),
     "config": ("config_files", "Show a config, copy a packaged one, or list the keys."),
@@ -50,38 +50,34 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command with its arguments (default: those of the process); return the exit code of :func:`run`."""
-    code = run(lambda: execute(sys.argv[1:] if arguments is None else arguments))
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        from mdistiller_norm.engine import distributed
-
-        distributed.exit_process(code)
-    return code
-
-
-def run(program: Callable[[], int]) -> int:
-    """Call a program and print its error on one line.
+    """Run a command with its arguments (default: those of the process) and print its error on one line.
 
     Return the exit code: 1 if the output was closed, 2 for an error, 128 + the number of the signal that stopped it.
     """
     _prepare_streams()
     try:
-        return program()
+        code = execute(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        code = 1
     except KeyboardInterrupt:
-        return 130
+        code = 130
     except Interrupted as stop:
-        print(f"{stop}; the state is saved: repeat the command (train: with --resume)", file=sys.stderr)
-        return 128 + stop.signal_number
+        hint = "repeat the command (train: with --resume)"
+        print(f"{stop}; the state is saved: {hint}", file=sys.stderr)
+        code = 128 + stop.signal_number
     except (UserError, OSError, RuntimeError) as error:
         if not (message := _message(error)):
             raise
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)  # rank 0 reports an error of all ranks, after which torchrun ends the others
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    return 2
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # rank 0 reports an error of all ranks, after which torchrun ends the others
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+        code = 2
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from mdistiller_norm.engine import distributed
+
+        distributed.exit_process(code)
+    return code
 
 
 def _prepare_streams() -> None:
@@ -94,7 +90,7 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     # A disk error in TensorBoard's thread is raised again in the main thread.
     default = threading.__excepthook__
-    threading.excepthook = lambda error: None if isinstance(error.exc_value, OSError) else default(error)
+    threading.excepthook = lambda error: isinstance(error.exc_value, OSError) or default(error)
 
 
 def _message(error: BaseException) -> str:
@@ -116,7 +112,8 @@ def _message(error: BaseException) -> str:
 def _is_users(path: object) -> bool:
     if not isinstance(path, str | bytes):
         return False
-    folders = [Path(__file__).parent, *(Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib"))]
+    installed = sysconfig.get_paths()
+    folders = (Path(__file__).parent, installed["stdlib"], installed["purelib"])
     return not any(Path(os.fsdecode(path)).resolve().is_relative_to(folder) for folder in folders)
 
 
@@ -127,7 +124,8 @@ def execute(arguments: Sequence[str]) -> int:
         UserError: the input is wrong.
         Interrupted: a signal stopped the command after it had saved its state.
     """
-    parser = ArgumentParser("mdistiller-norm", description="Knowledge distillation for image classifiers.")
+    description = "Knowledge distillation for image classifiers."
+    parser = ArgumentParser("mdistiller-norm", description=description)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, text) in COMMANDS.items():
@@ -138,6 +136,7 @@ def execute(arguments: Sequence[str]) -> int:
     module = importlib.import_module(f"mdistiller_norm.{COMMANDS[name][0]}")
     parser = commands.choices[name]
     module.add_arguments(parser)
-    options = parser.parse_intermixed_args(rest) if name in _WITH_OVERRIDES else parser.parse_args(rest)
+    parse = parser.parse_intermixed_args if name in _WITH_OVERRIDES else parser.parse_args
+    options = parse(rest)
     options.command = [*python_arguments(name), *rest]
     return int(module.main(options))

@@ -7,7 +7,7 @@ default's type.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import yaml
 from yacs.config import CfgNode
 
 from mdistiller_norm.config_keys import KEYS, check_value
-from mdistiller_norm.config_text import Settings, read_file
+from mdistiller_norm.config_text import read_file
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import find_config
@@ -33,6 +33,11 @@ class Config:
     node: CfgNode
     sources: Mapping[str, str]
 
+    @cached_property
+    def yaml(self) -> str:
+        """The tree as YAML, from which :func:`load_config` loads an equal tree."""
+        return dump(self.node)
+
 
 def default_config() -> CfgNode:
     """Return a new tree of all defaults: the common keys and a node for each registered distiller with defaults."""
@@ -42,7 +47,7 @@ def default_config() -> CfgNode:
         reduce(lambda section, part: section.setdefault(part, {}), sections, tree)[name] = default
     for name, method in DISTILLERS.items():
         if name in tree or name == "NONE" or not name.isidentifier():
-            raise ConfigError(f"distiller name {name!r} must be an identifier that is no key of the config")
+            raise ConfigError(f"distiller name {name!r} must be an identifier, and no config section")
         if method.defaults:
             tree[name] = CfgNode(method.defaults)
     return CfgNode(tree)
@@ -69,7 +74,13 @@ def load_config(
         ConfigError: a file, key or value is invalid, or an override is for a method that is not used.
     """
     settings = {} if path is None else read_file(find_config(path), set())
-    settings |= _parse_overrides(overrides, origin)
+    items = iter(overrides)
+    for item in items:
+        key, equals, value = item.partition("=")
+        text = value if equals else next(items, None)
+        if text is None:
+            raise ConfigError(f"{origin}: {key} has no value: overrides are KEY VALUE pairs")
+        settings[key] = (text, origin)
     text, source = settings.get("EXPERIMENT.PLUGINS", ("", ""))
     names = check_value("EXPERIMENT.PLUGINS", text, {"EXPERIMENT.PLUGINS": ""}, source)
     names = [name for name in ([names] if isinstance(names, str) else names) if name]
@@ -95,28 +106,29 @@ def load_config(
 
 def show(config: Config) -> str:
     """Return the resolved config as YAML with the source of each value; nodes of unused methods are left out."""
-    used = set(method_names(config.node))
-    used |= {key.split(".")[0] for key, source in config.sources.items() if source != "default"}
-    shown = {name: value for name, value in config.node.items() if name not in DISTILLERS or name in used}
+    changed = [key.split(".")[0] for key, source in config.sources.items() if source != "default"]
+    unused = {*DISTILLERS}.difference(method_names(config.node), changed)
+    shown = {name: value for name, value in config.node.items() if name not in unused}
     return dump(shown, config.sources).rstrip("\n")
 
 
 def dump(node: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> str:
     """Return a tree as YAML, from which :func:`load_config` loads an equal tree, with comments that name sources."""
+    style: dict[str, Any] = {"default_flow_style": True, "width": math.inf}
     lines = []
     for key, value in leaves(node, sections=True):
         line = "  " * key.count(".") + key.rsplit(".", 1)[-1] + ":"
         if not isinstance(value, CfgNode):
             # Dumped as a list: YAML ends a document that is a scalar with a mark.
-            text = yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True)
+            text = yaml.safe_dump([value], **style, allow_unicode=True)
             if len(text.splitlines()) > 1:
-                text = yaml.safe_dump([value], default_flow_style=True, width=math.inf, default_style='"')
+                text = yaml.safe_dump([value], **style, default_style='"')
             line += f" {text[1:-2]}"
         elif not value:
             line += " {}"
         lines.append((line, (sources or {}).get(key, "")))
     width = max(len(line) for line, _ in lines)
-    return "".join((f"{line:<{width}}  # {source}" if source else line) + "\n" for line, source in lines)
+    return "".join(f"{line:<{width}}  # {source}\n" if source else f"{line}\n" for line, source in lines)
 
 
 def method_names(tree: Mapping[str, Any]) -> list[str]:
@@ -135,24 +147,13 @@ def leaves(tree: Mapping[str, Any], sections: bool = False, prefix: str = "") ->
             yield from leaves(value, sections, f"{prefix}{name}.")
 
 
-def _parse_overrides(overrides: Sequence[str], origin: str) -> Settings:
-    settings: Settings = {}
-    items = iter(overrides)
-    for item in items:
-        key, equals, value = item.partition("=")
-        text = value if equals else next(items, None)
-        if text is None:
-            raise ConfigError(f"{origin}: {key} has no value: overrides are KEY VALUE pairs")
-        settings[key] = (text, origin)
-    return settings
-
-
 def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[str], skipped: bool) -> None:
     used = method_names(node)
     types = f"DISTILLER.TYPE ({sources['DISTILLER.TYPE']})"
     name = next((name for name in used if name not in DISTILLERS), "")
     if name and not skipped:
-        raise ConfigError(f"{types}: unknown distiller {name!r}: {suggest(name, ['NONE', *DISTILLERS])}")
+        hint = suggest(name, ["NONE", *DISTILLERS])
+        raise ConfigError(f"{types}: unknown distiller {name!r}: {hint}")
     for key, source in sources.items():
         section = key.split(".")[0]
         if source in OVERRIDES and section in DISTILLERS and section not in (*used, *others):
@@ -161,7 +162,8 @@ def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[
         raise ConfigError(f"EXPERIMENT.NAME or TAG ({sources['EXPERIMENT.TAG']}) must not be empty")
     solver, got = node.SOLVER, f"got {node.SOLVER.MOMENTUM:g} ({sources['SOLVER.MOMENTUM']})"
     if solver.NESTEROV and solver.MOMENTUM == 0:
-        raise ConfigError(f"SOLVER.MOMENTUM must be > 0 with NESTEROV ({sources['SOLVER.NESTEROV']}), {got}")
+        source = sources["SOLVER.NESTEROV"]
+        raise ConfigError(f"SOLVER.MOMENTUM must be > 0 with NESTEROV ({source}), {got}")
     delta = solver.DOT.DELTA
     if solver.TRAINER.endswith("dot") and not 0 <= delta < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
         got += f" and {delta:g} ({sources['SOLVER.DOT.DELTA']})"

@@ -17,13 +17,13 @@ from mdistiller_norm.program import command
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``config``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add = actions.add_parser("show", help="print a resolved config with the source of each key").add_argument
+    add = actions.add_parser("show", help="print a config with the source of each key").add_argument
     add("file", metavar="FILE", help="a config file, or the name of a packaged one")
     add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     add = actions.add_parser("copy", help="copy a packaged config").add_argument
     add("name", metavar="NAME", help="such as digits/normkd")
     add("to", nargs="?", type=Path, default=Path(), metavar="TO", help="file or folder (default: .)")
-    add = actions.add_parser("keys", help="list the config keys with default, type and meaning").add_argument
+    add = actions.add_parser("keys", help="list the keys with default, type, meaning").add_argument
     add("pattern", nargs="?", default="", metavar="PATTERN", help="part of the key, or with wildcards")
 
 
@@ -49,13 +49,13 @@ def copy(name: str, to: Path) -> Path:
 
     def packaged(match: re.Match[str]) -> str:
         bases = [find_config(base, source.parent) for base in match[1].strip("[]").split(", ")]
-        return f"_BASE_: [{', '.join(str(base.relative_to(CONFIGS).with_suffix('')) for base in bases)}]"
+        names = [str(base.relative_to(CONFIGS).with_suffix("")) for base in bases]
+        return f"_BASE_: [{', '.join(names)}]"
 
     target.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"^_BASE_: (.+)$", packaged, source.read_text(encoding="utf-8"), flags=re.M)
-    write_text(
-        re.sub(r"python tools/train\.py --cfg \S+", f"{command('train')} --cfg {target}", text), target
-    )
+    used = f"{command('train')} --cfg {target}"
+    write_text(re.sub(r"python tools/train\.py --cfg \S+", used, text), target)
     return target
 
 
@@ -68,6 +68,7 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
             meaning += f" ({requirement})" if requirement else ""
         else:
             method, _, rest = key.partition(".")
-            meaning = DISTILLERS[method].meanings.get(rest) or COMMON_MEANINGS.get(key.rpartition(".")[2], "")
+            common = COMMON_MEANINGS.get(key.rpartition(".")[2], "")
+            meaning = DISTILLERS[method].meanings.get(rest, common)
         rows.append((key, str(default) or "''", type(default).__name__, meaning))
     return rows

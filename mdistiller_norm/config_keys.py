@@ -45,21 +45,21 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 # Key -> default, help and requirement. Every registered distiller adds a node under its name, see default_config.
 KEYS: dict[str, tuple[Any, str, str]] = {
     "EXPERIMENT.PROJECT": ("distill", "folder of the runs, under LOG.PREFIX", _PROJECT),
-    "EXPERIMENT.NAME": ("", "name of the run; empty: TAG and the keys changed on the command line", _FOLDER),
+    "EXPERIMENT.NAME": ("", "name of the run; empty: TAG and the keys of the command line", _FOLDER),
     "EXPERIMENT.TAG": ("default", "comma-separated words that describe the run", _FOLDER),
-    "EXPERIMENT.PLUGINS": ("", "Python file or files that register networks, data sets and methods", ""),
+    "EXPERIMENT.PLUGINS": ("", "Python files that register networks, data sets and methods", ""),
     "DATASET.TYPE": ("cifar100", "data set", ""),
     "DATASET.ROOT": ("data", "folder of the data sets; of image files or shards: their folder", ""),
     "DATASET.NUM_WORKERS": (2, "processes that load images, and as many again in evaluation", ">= 0"),
     "DATASET.IMAGE_SIZE": (224, "image files: height and width of the networks' input", ">= 1"),
-    "DATASET.RESIZE": (256, "image files: shorter side before the central crop of an evaluation", ">= 1"),
-    "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: smallest and largest area of a random crop", _CROP),
-    "DATASET.MEAN": ([], "image files: channel means; empty: ImageNet's (image_folder: measured)", _MEAN),
-    "DATASET.STD": ([], "image files: channel standard deviations; empty: as for MEAN", _STD),
-    "DATASET.CLASSES": ([], "image files: class folders, in order; empty: all, sorted", "different names"),
+    "DATASET.RESIZE": (256, "image files: shorter side before the central crop in evaluation", ">= 1"),
+    "DATASET.CROP_SCALE": ([0.08, 1.0], "image files: range of the area of a random crop", _CROP),
+    "DATASET.MEAN": ([], "image files: means; empty: ImageNet's (image_folder: measured)", _MEAN),
+    "DATASET.STD": ([], "image files: standard deviations; empty: as for MEAN", _STD),
+    "DATASET.CLASSES": ([], "image files: class folders; empty: all, sorted", "different names"),
     "DATASET.VARIANT": ("auto", "auto: imagenet above 64 pixels", "one of auto, cifar, imagenet"),
-    "DATASET.MAX_BROKEN": (10, "image files: unreadable images to replace before the run fails", ">= 0"),
-    "DATASET.VAL_SPLIT": (0.0, "part of the training set to evaluate on, of each class", "in [0, 0.5]"),
+    "DATASET.MAX_BROKEN": (10, "image files: unreadable images to replace before failing", ">= 0"),
+    "DATASET.VAL_SPLIT": (0.0, "part of each training class to evaluate on", "in [0, 0.5]"),
     "DATASET.SUBSET": (0, "training images for quick tries, equally many per class; 0: all", ">= 0"),
     "DATASET.MIXUP": (0.0, "alpha of MixUp; 0: none", ">= 0"),
     "DATASET.CUTMIX": (0.0, "alpha of CutMix; 0: none", ">= 0"),
@@ -68,14 +68,14 @@ KEYS: dict[str, tuple[Any, str, str]] = {
     "DISTILLER.TYPE": ("NONE", "method or methods whose losses are added; NONE: no teacher", _METHODS),
     "DISTILLER.TEACHER": ("ResNet50", "model name of the teacher", ""),
     "DISTILLER.STUDENT": ("resnet32", "model name of the student", ""),
-    "DISTILLER.TEACHER_WEIGHTS": ("", "file, torchvision:NAME, or pretrained; empty: search for it", ""),
-    "DISTILLER.TEACHER_CACHE": ("off", "store the teacher's outputs on disk", "one of off, lazy, full"),
-    "DISTILLER.TEACHER_CACHE_PRECISION": ("fp32", "precision of the teacher cache", "one of fp32, fp16"),
+    "DISTILLER.TEACHER_WEIGHTS": ("", "file, torchvision:NAME or pretrained; empty: search", ""),
+    "DISTILLER.TEACHER_CACHE": ("off", "store the teacher's outputs", "one of off, lazy, full"),
+    "DISTILLER.TEACHER_CACHE_PRECISION": ("fp32", "precision of the cache", "one of fp32, fp16"),
     "SOLVER.TRAINER": ("base", "dot: DOT; crd: as base", "one of base, crd, dot, crd_dot"),
     "SOLVER.BATCH_SIZE": (64, "images per batch, over all processes", ">= 1"),
     "SOLVER.EPOCHS": (240, "passes over the training set", ">= 1"),
     "SOLVER.LR": (0.05, "initial learning rate", "> 0"),
-    "SOLVER.LR_DECAY_STAGES": ([150, 180, 210], "epochs after which LR decays", "increasing epochs >= 1"),
+    "SOLVER.LR_DECAY_STAGES": ([150, 180, 210], "LR decays after them", "increasing epochs >= 1"),
     "SOLVER.LR_DECAY_RATE": (0.1, "factor of each decay", "in (0, 1]"),
     "SOLVER.WEIGHT_DECAY": (1e-4, "weight decay of every parameter", ">= 0"),
     "SOLVER.MOMENTUM": (0.9, "momentum of SGD", "in [0, 1)"),
@@ -85,11 +85,11 @@ KEYS: dict[str, tuple[Any, str, str]] = {
     "SOLVER.WARMUP_EPOCHS": (0, "epochs in which the learning rate rises linearly to LR", ">= 0"),
     "SOLVER.CLIP_GRAD": (0.0, "largest norm of the gradient; 0: not clipped", ">= 0"),
     "SOLVER.LABEL_SMOOTHING": (0.0, "label smoothing of the cross entropy in training", "in [0, 1)"),
-    "SOLVER.EMA": (0.0, "decay of the averaged weights, which are evaluated and saved; 0: none", "in [0, 1)"),
+    "SOLVER.EMA": (0.0, "decay of the averaged weights to evaluate and save; 0: none", "in [0, 1)"),
     "SOLVER.PRECISION": ("fp32", "precision of the networks", "one of fp32, bf16, fp16"),
     "SOLVER.ACCUMULATE": (1, "micro-batches per update and process", ">= 1"),
     "SOLVER.SYNC_BN": (False, "batch norm over the batch of all processes (CUDA only)", ""),
-    "SOLVER.TIMEOUT": (600, "seconds that a process waits for the others before the run fails", ">= 1"),
+    "SOLVER.TIMEOUT": (600, "seconds that a process waits for the others before failing", ">= 1"),
     "SOLVER.DOT.DELTA": (0.075, "DOT: the momenta of the two losses are MOMENTUM -/+ DELTA", ""),
     "ENGINE.COMPILE": ("auto", "auto: the teacher of a long run", "one of auto, none, teacher, all"),
     "ENGINE.CUDA_GRAPH": ("auto", "record a step as a CUDA graph", "one of auto, on, off"),
@@ -106,7 +106,8 @@ KEYS: dict[str, tuple[Any, str, str]] = {
 # Last part of a key in the node of a method -> requirement.
 _METHOD_KEYS: dict[str, str] = {
     **dict.fromkeys(("T", "TEMPERATURE", "TEMPERATURE_NORM", "ALPHA_T", "T_START"), "> 0"),
-    **dict.fromkeys(("CE_WEIGHT", "KD_WEIGHT", "FEAT_WEIGHT", "REVIEWKD_WEIGHT", "ALPHA", "BETA"), ">= 0"),
+    **dict.fromkeys(("CE_WEIGHT", "KD_WEIGHT", "FEAT_WEIGHT", "REVIEWKD_WEIGHT"), ">= 0"),
+    **dict.fromkeys(("ALPHA", "BETA"), ">= 0"),
     **dict.fromkeys(("K", "DIM", "P"), ">= 1"),
     "MOMENTUM": "in [0, 1)",
     "STATISTIC": f"one of {', '.join(STATISTICS)}",
@@ -120,10 +121,12 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "SOLVER.INIT_SEED": (-1, "set SEED"),
     "DATASET.DECODE": ("cpu", "raise DATASET.NUM_WORKERS"),
 }
-_ONE_OR_SEVERAL = ("DISTILLER.TYPE", "EXPERIMENT.PLUGINS", "KD.TEMPERATURE")  # a value or a list of values
+# A value or a list of values.
+_ONE_OR_SEVERAL = ("DISTILLER.TYPE", "EXPERIMENT.PLUGINS", "KD.TEMPERATURE")
 # Paths, in which ~ is the home folder.
 _PATHS = ("DATASET.ROOT", "DISTILLER.TEACHER_WEIGHTS", "EXPERIMENT.PLUGINS", "LOG.PREFIX")
-_ITEMS = {"DATASET.MEAN": 0.0, "DATASET.STD": 0.0, "DATASET.CLASSES": ""}  # items of the lists that are empty
+# Items of the lists that are empty.
+_ITEMS = {"DATASET.MEAN": 0.0, "DATASET.STD": 0.0, "DATASET.CLASSES": ""}
 _TYPES = {bool: "true or false", int: "an integer", float: "a finite number", str: "valid text"}
 _BRACKETS = re.compile(r"\s*(\[.*\]|\(.*\))\s*", re.DOTALL)
 
@@ -137,18 +140,21 @@ def check_value(key: str, value: Any, defaults: Mapping[str, Any], source: str) 
         raise ConfigError(f"{source}: unknown key {key}{_hint(key, defaults)}")
     default = defaults[key]
     if isinstance(default, CfgNode):
-        example = next(iter(default), "")
-        raise ConfigError(f"{source}: {key} is a section: set one of its keys, such as {key}.{example}")
+        hint = f"set one of its keys, such as {key}.{next(iter(default), '')}"
+        raise ConfigError(f"{source}: {key} is a section: {hint}")
     requirement = KEYS[key][2] if key in KEYS else _METHOD_KEYS.get(key.rpartition(".")[2], "")
     is_list = isinstance(default, list)
+    several = is_list or key in _ONE_OR_SEVERAL
     item = [*default, _ITEMS.get(key)][0] if is_list else default
     try:
-        if (is_list or key in _ONE_OR_SEVERAL) and isinstance(value, str) and _BRACKETS.fullmatch(value):
+        if several and isinstance(value, str) and _BRACKETS.fullmatch(value):
             value = yaml.load(f"[{value.strip()[1:-1]}]", TextLoader)
-        if is_list or (key in _ONE_OR_SEVERAL and value and isinstance(value, list)):
-            result: Any = [_convert(each, item) for each in ([None] if isinstance(value, str) else value)]
+        if is_list and isinstance(value, str):
+            raise TypeError
+        if is_list or (several and value and isinstance(value, list)):
+            result: Any = [_convert(key, each, item) for each in value]
         else:
-            result = _convert(value, default)
+            result = _convert(key, value, default)
         names = requirement.removeprefix("one of ")
         valid = result in names.split(", ") if names != requirement else _CHECKS[requirement](result)
     except (TypeError, ValueError, KeyError, RecursionError, yaml.YAMLError):
@@ -157,8 +163,6 @@ def check_value(key: str, value: Any, defaults: Mapping[str, Any], source: str) 
     if not valid:
         got = value if isinstance(value, str) and value else reprlib.repr(value)
         raise ConfigError(f"{source}: {key} must be {requirement}, got {got}")
-    if key in _PATHS:
-        result = os.path.expanduser(result) if isinstance(result, str) else [*map(os.path.expanduser, result)]
     return result
 
 
@@ -173,13 +177,15 @@ def _hint(key: str, known: Iterable[str]) -> str:
     return f": {hint}" if hint else ""
 
 
-def _convert(text: Any, default: Any) -> Any:
+def _convert(key: str, text: Any, default: Any) -> Any:
     if not isinstance(text, str) or "\0" in text:
         raise TypeError
     os.fsencode(text)  # raises a ValueError for lone surrogates
     if isinstance(default, bool):
         return yaml.SafeLoader.bool_values[text.lower()]
     result = type(default)(text)
-    if not isinstance(result, str) and not math.isfinite(result):
+    if isinstance(result, str):
+        return os.path.expanduser(result) if key in _PATHS else result
+    if not math.isfinite(result):
         raise ValueError
     return result

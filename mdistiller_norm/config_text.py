@@ -21,14 +21,17 @@ class TextLoader(yaml.BaseLoader):
         settings: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for name_node, value_node in node.value:
-            name, value = self.construct_scalar(name_node), self.construct_object(value_node, deep=True)
+            name = self.construct_scalar(name_node)
+            value = self.construct_object(value_node, deep=True)
             if name == "<<":
                 for base in value if isinstance(value, list) else [value]:
                     if not isinstance(base, dict):
                         raise yaml.YAMLError("<< must be a mapping or a list of mappings")
                     merged = _replace(base, merged)  # the first one wins
                 continue
-            found = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            found = {name: value}
+            if isinstance(value, dict):
+                found = {f"{name}.{key}": inner for key, inner in value.items()}
             if twice := settings.keys() & found.keys():
                 raise yaml.YAMLError(f"key {min(twice)} is given twice")
             settings |= found
@@ -49,9 +52,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it must be a mapping of keys to values")
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; see {command('list')} configs") from None
+        hint = f"see {command('list')} configs"
+        raise ConfigError(f"config file {path} does not exist; {hint}") from None
     except (OSError, ValueError, RuntimeError, ArithmeticError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config file {path} cannot be read: {reason}") from None
     return found
 
 

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdistiller_norm.build import build_student, build_teacher
-from mdistiller_norm.build_data import build_dataset
+from mdistiller_norm.build import build_dataset, build_student, build_teacher
 from mdistiller_norm.catalog import columns
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import DATASETS
 from mdistiller_norm.errors import CheckpointError
-from mdistiller_norm.models import PREFIXES, VARIANTS
+from mdistiller_norm.models import PREFIXES
 from mdistiller_norm.program import command
 from mdistiller_norm.run import train
 from mdistiller_norm.run_folder import run_folder
@@ -25,19 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``distill``."""
     parser.epilog = f"example: {parser.prog} --teacher ResNet34 --student ResNet18 --data birds"
     add = parser.add_argument
-    add("--teacher", required=True, metavar="NAME", help="model name, such as ResNet34 or timm:convnext_atto")
+    add("--teacher", required=True, metavar="NAME", help="model name, such as ResNet34")
     add("--student", required=True, metavar="NAME", help="model name")
-    add("--data", required=True, metavar="FOLDER", help="train/CLASS/* and val/CLASS/*, or DATASET.TYPE")
+    add("--data", required=True, metavar="FOLDER", help="with train and val, or a DATASET.TYPE")
     add("--method", default="NormKD", help="DISTILLER.TYPE (default: NormKD, set up for small data)")
     add("--epochs", type=positive, default=30, help="of each training (default: 30)")
-    add("--train-teacher", action="store_true", help="train the teacher first, from its initial weights")
-    add("--student-alone", action="store_true", help="also train the student without a teacher, to compare")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys of all trainings, such as SOLVER.LR")
+    add("--train-teacher", action="store_true", help="train the teacher first")
+    add("--student-alone", action="store_true", help="also train the student without a teacher")
+    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys of all trainings")
 
 
 def main(options: argparse.Namespace) -> int:
     """Train what is not finished yet, and print the accuracy of each network."""
-    teacher, student = (_model_name(name) for name in (options.teacher, options.student))
+    teacher, student = options.teacher, options.student
     plain = _config(options, f"teacher,{teacher}", {"STUDENT": teacher})
     alone = _config(options, f"{student},alone", {"STUDENT": student})
     names = {
@@ -57,7 +56,8 @@ def main(options: argparse.Namespace) -> int:
         except CheckpointError as error:
             raise CheckpointError(f"{error}, or add --train-teacher") from error
     runs |= {"distilled": distilled}
-    results = {role: train(run, True, ["python", *options.command], dataset) for role, run in runs.items()}
+    command_line = ["python", *options.command]
+    results = {role: train(run, True, command_line, dataset) for role, run in runs.items()}
     given = results["distilled"]["teacher"]
     rows = [("", "model", "top-1 (last)", "top-1 (best)", "weights")]
     if not options.train_teacher:
@@ -68,11 +68,6 @@ def main(options: argparse.Namespace) -> int:
     print(columns(rows))
     print(f"export the student: {command('export')} -c '{run_folder(distilled)}'")
     return 0
-
-
-def _model_name(name: str) -> str:
-    registered = {other.lower(): other for models in VARIANTS.values() for other in models}
-    return registered.get(name.lower(), name)
 
 
 def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> Config:

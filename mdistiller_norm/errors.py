@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's message, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 class UserError(Exception):
@@ -30,10 +30,8 @@ class NonFiniteLossError(UserError):
     """A loss or a weight became NaN or infinite; training stopped before the next checkpoint."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(
-            f"{problem}: training stopped without saving this state. The last saved state is finite, but may have "
-            "begun to diverge. A lower SOLVER.LR, a higher temperature or SOLVER.PRECISION fp32 may help"
-        )
+        hint = "try a lower SOLVER.LR, a higher temperature or SOLVER.PRECISION fp32"
+        super().__init__(f"{problem}; this state is not saved: {hint}")
 
 
 class Interrupted(Exception):  # noqa: N818 - a requested stop, not an error

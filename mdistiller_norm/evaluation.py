@@ -4,8 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from mdistiller_norm.build import build_device, build_precision, placed, train_command
-from mdistiller_norm.build_data import build_dataset
+from mdistiller_norm.build import build_dataset, build_device, build_precision, placed, train_command
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
@@ -17,8 +16,9 @@ from mdistiller_norm.student import add_student_arguments, find_weights, open_ch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``eval``."""
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_last.pt"
-    add, sources = parser.add_argument, "checkpoints, run folders, torchvision:NAME, or pretrain (default)"
-    add("-c", "--ckpt", default=["pretrain"], nargs="+", help=f"{sources}: the teacher weights of -m on -d")
+    add = parser.add_argument
+    sources = "files, run folders, torchvision:NAME, or pretrain (default): the teacher -m on -d"
+    add("-c", "--ckpt", default=["pretrain"], nargs="+", help=sources)
     add("--cfg", metavar="FILE", help="config whose DATASET.* to use; its plugins need --plugin")
     add_student_arguments(parser, batch_size=64)
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION")
@@ -33,13 +33,14 @@ def main(options: argparse.Namespace) -> int:
     device = build_device(options.device)
     autocast, warning = build_precision(options.precision, device)
     if warning:
-        raise ConfigError(f"--precision {options.precision}: {warning}, also in training: remove the option")
+        raise ConfigError(f"--precision {options.precision}: {warning} in training: remove the option")
     for name in options.ckpt:
         path = _find_weights(name, options, dataset)
         network, used = open_checkpoint(path, options.model, options.dataset, options.root, dataset)
-        result = evaluate(placed(network, device), used.eval_loader(options.batch_size, device), autocast)
+        test = used.eval_loader(options.batch_size, device)
+        result = evaluate(placed(network, device), test, autocast)
         if not math.isfinite(result.loss):
-            raise CheckpointError(f"{path} diverged or is damaged: NaN or infinite logits on {used.name}")
+            raise CheckpointError(f"{path} diverged or is damaged: it computes NaN or infinite logits")
         print(
             f"{network.name:12} {used.name}  top-1 {result.top1:6.2f}  top-5 {result.top5:6.2f}  "
             f"loss {result.loss:7.4f}  {result.samples} images of {'x'.join(map(str, used.image_size))}, "
@@ -51,14 +52,15 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | None) -> str:
+def _find_weights(name: str, options: argparse.Namespace, dataset: Dataset | None) -> Path:
     if name.startswith(TORCHVISION):
-        return str(published(name.removeprefix(TORCHVISION)).path)
+        return published(name.removeprefix(TORCHVISION)).path
     if name != "pretrain" or Path(name).exists():
-        return str(find_weights(Path(name)))
+        return find_weights(Path(name))
     if not options.model:
         raise ConfigError("-c pretrain requires the model name: add -m, for example -m resnet32x4")
     kind = dataset.name if dataset else options.dataset or "cifar100"
     if kind == "imagenet":
-        return str(published(f"{options.model}_Weights.IMAGENET1K_V1").path)
-    return str(find_teacher(options.model, kind, "", Path("output"), train_command(kind, options.model)).path)
+        return published(f"{options.model}_Weights.IMAGENET1K_V1").path
+    command = train_command(kind, options.model)
+    return find_teacher(options.model, kind, "", Path("output"), command).path

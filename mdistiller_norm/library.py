@@ -13,9 +13,11 @@ from mdistiller_norm.config import load_config
 from mdistiller_norm.distillers import DISTILLERS, Need, Pair, build_distiller
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.models import Network, probe
+from mdistiller_norm.models import Network, build_model, probe
 from mdistiller_norm.student import load_student
 from mdistiller_norm.types import Batch, Outputs
+
+create_model = build_model
 
 
 def load(path: str | Path) -> tuple[Network, dict[str, Any]]:
@@ -88,15 +90,18 @@ class Distillation(nn.Module):
         distillers = {}
         for name in names:
             cls = DISTILLERS[name]
-            if cls.need > Need.LOGITS and any(isinstance(network, _LogitNetwork) for network in networks):
-                raise ConfigError(f"{name} requires features: use networks of create_model or models.Wrapped")
+            if cls.need > Need.LOGITS and any(isinstance(each, _LogitNetwork) for each in networks):
+                hint = "use networks of create_model or models.Wrapped"
+                raise ConfigError(f"{name} requires features: {hint}")
             if cls.needs_indices and targets is None:
                 raise ConfigError(f"{name} requires the classes of the training set: pass targets")
             distillers[name] = build_distiller(name, node, pair)
-        self.trainable = Trainable(networks[0], distillers, max(d.ce_weight for d in distillers.values()))
-        frozen, train_mode = networks[1].eval(), any(d.teacher_in_train_mode for d in distillers.values())
-        frozen.requires_grad_(False)
-        self._teacher = [copy.deepcopy(frozen).train() if train_mode else frozen]  # a list: no submodule
+        methods = distillers.values()
+        self.trainable = Trainable(networks[0], distillers, max(each.ce_weight for each in methods))
+        frozen = networks[1].eval().requires_grad_(False)
+        if any(each.teacher_in_train_mode for each in methods):
+            frozen = copy.deepcopy(frozen).train()
+        self._teacher = [frozen]  # a list: no submodule
         self._epoch, self._step = 0, 0
 
     def forward(

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``shards``."""
     parser.epilog = f"example: {parser.prog} --root data/imagenet --out data/imagenet_shards"
     add = parser.add_argument
-    add("--root", required=True, type=Path, help="folder with train, and val unless VAL_SPLIT will be set")
+    add("--root", required=True, type=Path, help="folder with train, and val or a later VAL_SPLIT")
     add("--out", required=True, type=Path, help="folder of the shards; created if missing")
     add("--per-shard", type=positive, default=1000, metavar="N", help="images per tar file")
     add("--workers", type=int, default=2, metavar="N", help="processes that check the images first")
@@ -26,12 +26,13 @@ def main(options: argparse.Namespace) -> int:
     images = ImageOptions(mean=MEAN, std=STD, workers=max(options.workers, 0), val_split=0.5)
     dataset = image_folder(options.root, images)
     if broken := list_unreadable(dataset):
-        raise DataError(f"{options.root}: {len(broken)} images cannot be read (listed above): replace them")
+        problem = f"{len(broken)} images cannot be read (listed above)"
+        raise DataError(f"{options.root}: {problem}: replace them")
     counts = pack(dataset, options.out, options.per_shard)
     for name, count in counts.items():
         print(f"{count} shards in {options.out / name}")
     if "val" not in counts:
-        print(f"{options.root} has no folder val: train on the shards with DATASET.VAL_SPLIT, such as 0.2")
+        print(f"{options.root} has no folder val: train on the shards with DATASET.VAL_SPLIT")
     return 0
 
 

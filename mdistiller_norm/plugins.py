@@ -57,6 +57,7 @@ def _import_file(file: Path) -> None:
 def _reason(error: BaseException, file: Path | None) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {error.msg}"
-    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(file)]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
     place = f"{file}:{lines[-1]}: " if lines else ""
     return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"

@@ -14,20 +14,23 @@ PLUGINS: list[ModuleType] = []  # imported plugins
 def nearest(name: str, candidates: Iterable[str]) -> list[str]:
     """Return up to three candidates that are similar to ``name``, ignoring case, the best first."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5)]
 
 
 def not_registered(name: str) -> str:
     """Return a hint if a plugin defines an object of this name, which it then did not register."""
     file = next((plugin.__file__ for plugin in PLUGINS if name in vars(plugin)), "")
-    return f"{name} in {file} is not registered: decorate it (methods: @distillers.register)" if file else ""
+    hint = "decorate it (methods: @distillers.register)"
+    return f"{name} in {file} is not registered: {hint}" if file else ""
 
 
 def suggest(name: str, candidates: Collection[str]) -> str:
     """Return a hint for an unknown name: register it, or the nearest candidates, or all if none is similar."""
-    near = nearest(name, candidates)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(candidates))}"
-    return not_registered(name) or hint
+    if hint := not_registered(name):
+        return hint
+    if near := nearest(name, candidates):
+        return f"did you mean {' or '.join(near)}?"
+    return f"choose from {', '.join(sorted(candidates))}"
 
 
 class Registry(dict[str, T]):

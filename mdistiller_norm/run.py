@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from mdistiller_norm import build, build_data
-from mdistiller_norm.config import Config, dump, load_config, show
+from mdistiller_norm import build
+from mdistiller_norm.config import Config, load_config, show
 from mdistiller_norm.data import Dataset
+from mdistiller_norm.data.mix import MixedLoader
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.compile import choose
@@ -21,7 +22,6 @@ from mdistiller_norm.engine.optim import Schedule
 from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
-from mdistiller_norm.models.base import Network
 from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="continue from latest.pt in the run folder")
     add("--show", action="store_true", help="print the resolved config with the source of each key")
     add("--no-plugins", action="store_true", help="refuse a config that would import a plugin's code")
-    add("--check-data", action="store_true", help="read every image, list the unreadable ones and exit")
+    add("--check-data", action="store_true", help="read every image and list the unreadable ones")
     add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
 
 
@@ -45,18 +45,15 @@ def main(options: argparse.Namespace) -> int:
     if options.show:
         print(show(config))
     elif options.check_data:
-        return 2 if list_unreadable(build_data.build_dataset(config.node)) else 0
+        return 2 if list_unreadable(build.build_dataset(config.node)) else 0
     else:
-        train(config, options.resume, [*_launcher(), *options.command])
+        launcher = ["python"]
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+            nodes = os.environ["GROUP_WORLD_SIZE"]
+            where = ["--standalone"] if nodes == "1" else ["--nnodes", nodes]
+            launcher = ["torchrun", *where, "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        train(config, options.resume, [*launcher, *options.command])
     return 0
-
-
-def _launcher() -> list[str]:
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # set by torchrun
-        return ["python"]
-    nodes = os.environ["GROUP_WORLD_SIZE"]
-    where = ["--standalone"] if nodes == "1" else ["--nnodes", nodes]
-    return ["torchrun", *where, "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
 
 
 class Run(NamedTuple):
@@ -67,45 +64,52 @@ class Run(NamedTuple):
     facts: Record  # content of ``result.json`` without the accuracies
 
 
-def build_run(config: Config, resume: bool = False, command: str = "", dataset: Dataset | None = None) -> Run:
+def build_run(config: Config, resume: bool = False, dataset: Dataset | None = None) -> Run:
     """Build a training run; all input is checked before the first step.
 
-    With ``resume``, continue from ``latest.pt`` in the run folder, if it exists. The record contains ``command``.
-    ``dataset`` is an open data set to use instead of ``DATASET.TYPE``.
+    With ``resume``, continue from ``latest.pt`` in the run folder, if it exists. ``dataset`` is an open data set to use
+    instead of ``DATASET.TYPE``.
     """
-    cfg = config.node
+    cfg, solver, data = config.node, config.node.SOLVER, config.node.DATASET
     device, autocast, warning = build.build_execution(cfg)
-    dataset = dataset or build_data.build_dataset(cfg)
+    dataset = dataset or build.build_dataset(cfg)
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build.build_distillers(cfg, student, trained[0], dataset) if trained else {}
     choose_cuda_kernels(device, cfg.ENGINE.DETERMINISTIC)
-    share = distributed.start(device, cfg.SOLVER.TIMEOUT)
-    if share.rank:
-        torch.manual_seed(cfg.SEED + share.rank)  # processes differ in dropout, not in the initial weights
-    build_data.check_augmentation(cfg, dataset, distillers)
-    build_data.check_data(cfg, student, dataset, share, check_test=trained is None)
-    folder = RunFolder.open(config, dump(cfg), resume)
+    share = distributed.start(device, solver.TIMEOUT)
+    if share.rank:  # processes differ in dropout, not in the initial weights
+        torch.manual_seed(cfg.SEED + share.rank)
+    build.check_data(cfg, dataset, student, distillers, share)
+    folder = RunFolder.open(config, resume)
     log = folder.log.line
     if warning:
         log(f"warning: {warning}")
-    test = dataset.eval_loader(cfg.DATASET.TEST.BATCH_SIZE, device, share)
-    loader = build_data.build_loader(cfg, dataset, device, share, lambda text: log(f"warning: {text}"))
-    steps = cfg.SOLVER.EPOCHS * loader.steps
+    test = dataset.eval_loader(data.TEST.BATCH_SIZE, device, share)
+    loader = dataset.train_loader(
+        solver.BATCH_SIZE, cfg.SEED, device, share, lambda text: log(f"warning: {text}")
+    )
+    if data.MIXUP or data.CUTMIX:
+        loader = MixedLoader(loader, data.MIXUP, data.CUTMIX, len(dataset.classes), device)
+    steps = solver.EPOCHS * loader.steps
     done = folder.state["total_steps"] if folder.state else 0
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if done < steps else 0)
     if reason and (trained or cfg.ENGINE.COMPILE == "all"):
         log(reason)
+    versions = environment(device)
     teacher, teacher_record = build.build_teacher_runner(
         cfg, trained, distillers, loader, test, dataset.image_size, autocast, device, to_compile != "none", log
     ) if trained else (None, {})  # fmt: skip
-    facts, provenance = _records(cfg, dataset, distillers, teacher_record, autocast, environment(device))
-    facts |= {"config": yaml.safe_load(folder.config_yaml), "command": command}
-    _log_summary(cfg, dataset, student, loader.steps, facts, log)
+    facts, provenance = _records(config, dataset, distillers, teacher_record, autocast, versions)
+    log(
+        f"{'+'.join(distillers) or 'plain training'}: {student.name} on {dataset.name}, {len(dataset.targets)} images, "
+        f"{loader.steps} steps per epoch, {sum(p.numel() for p in student.parameters()):,} parameters and "
+        f"{facts['extra_parameters']:,} extra parameters"
+    )
     step = build.build_step(
         cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
     )
-    solver, graph = cfg.SOLVER, cfg.ENGINE.CUDA_GRAPH
+    graph = cfg.ENGINE.CUDA_GRAPH
     trainer = Trainer(
         step, Schedule(
             solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, tuple(solver.LR_DECAY_STAGES),
@@ -121,15 +125,16 @@ def build_run(config: Config, resume: bool = False, command: str = "", dataset: 
 
 
 def _records(
-    cfg: Any, dataset: Dataset, methods: Mapping[str, Distiller], teacher: Record, autocast: torch.dtype | None,
+    config: Config, dataset: Dataset, methods: Mapping[str, Distiller], teacher: Record, autocast: torch.dtype | None,
     versions: Record,
 ) -> tuple[Record, Provenance]:  # fmt: skip
+    cfg = config.node
     facts = {
         "method": list(methods), "student": cfg.DISTILLER.STUDENT, "teacher": teacher or None,
         "dataset": dataset.name, "data": dataset.fingerprint(), "seed": cfg.SEED, "epochs": cfg.SOLVER.EPOCHS,
         "extra_parameters": sum(method.extra_parameters() for method in methods.values()),
         "precision": build.PRECISIONS[autocast], "processes": distributed.process_share().world,
-        "environment": versions,
+        "environment": versions, "config": yaml.safe_load(config.yaml),
     }  # fmt: skip
     about = {
         "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
@@ -142,21 +147,8 @@ def _records(
         "teacher": teacher.get("hash", ""), "data": facts["data"], "precision": facts["precision"],
         "precision of the teacher's answers": "fp16" if teacher.get("cache") == "fp16" else "as computed",
     }  # fmt: skip
-    return facts, Provenance(about, identity, versions | {k: facts[k] for k in ("precision", "processes")})
-
-
-def _log_summary(
-    cfg: Any, dataset: Dataset, student: Network, steps: int, facts: Record, log: build.Log
-) -> None:
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    log(
-        f"{'+'.join(facts['method']) or 'plain training'}: {student.name} on {dataset.name}, {len(dataset.targets)} "
-        f"images, {steps} steps per epoch, {parameters:,} parameters and {facts['extra_parameters']:,} extra parameters"
-    )
-    if cfg.SOLVER.EMA:
-        log(f"the averaged weights (SOLVER.EMA {cfg.SOLVER.EMA:g}) are evaluated and saved as the student")
-    if split := cfg.DATASET.VAL_SPLIT:
-        log(f"the test split is {split:g} of each class of the training images (DATASET.VAL_SPLIT)")
+    machine = versions | {key: facts[key] for key in ("precision", "processes")}
+    return facts, Provenance(about, identity, machine)
 
 
 def train(
@@ -164,11 +156,13 @@ def train(
 ) -> Record:
     """Train a run, with the arguments of :func:`build_run`; return the content of ``result.json``.
 
+    ``command`` is the command line that it records.
+
     Raises:
         Interrupted: on SIGINT, SIGTERM or SIGUSR1; the state is saved.
     """
     with distributed.collective_errors():
-        trainer, folder, facts = build_run(config, resume, shlex.join(command), dataset)
+        trainer, folder, facts = build_run(config, resume, dataset)
         log, teacher = folder.log.line, trainer.step.teacher
         try:
             if trainer.finished:
@@ -176,7 +170,7 @@ def train(
                 teacher = None
             else:
                 folder.start(facts["environment"])
-            result = folder.write_result(facts | trainer.fit())
+            result = folder.write_result(facts | {"command": shlex.join(command)} | trainer.fit())
             if isinstance(teacher, CachedTeacher):
                 log(teacher.summary())
             last, best = result["last"], result["best"]

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -41,8 +41,8 @@ def run_folder(config: Config) -> Path:
         from_command = source in OVERRIDES and not _is_neutral(key, cfg)
         if (from_command and not cfg.EXPERIMENT.NAME) or (key == "DATASET.SUBSET" and value):
             name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
-    # TensorBoard requires UTF-8.
-    return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name.encode(errors="backslashreplace").decode())
+    name = name.encode(errors="backslashreplace").decode()  # TensorBoard requires UTF-8
+    return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name)
 
 
 def _is_neutral(key: str, cfg: Any) -> bool:
@@ -58,20 +58,20 @@ class RunFolder:
     """The folder of a run, locked by the first process until the log is closed."""
 
     path: Path
-    config_yaml: str
+    config: Config
     state: Record | None  # content of latest.pt until it is restored, None for a new run
     log: RunLog  # writes to the folder in the first process
 
     @classmethod
-    def open(cls, config: Config, config_yaml: str, resume: bool) -> "RunFolder":
+    def open(cls, config: Config, resume: bool) -> "RunFolder":
         """Create the folder of a new run or load the state of one to resume. A collective operation."""
         path = run_folder(config)
-        folder = _open_first(path, config.node, config_yaml, resume) if distributed.is_first() else None
+        folder = _open_first(path, config, resume) if distributed.is_first() else None
         resumed = distributed.all_reduce_max(int(folder is not None and folder.state is not None))
-        return folder or cls(path, config_yaml, load(path / LATEST) if resumed else None, RunLog(None))
+        return folder or cls(path, config, load(path / LATEST) if resumed else None, RunLog(None))
 
     def restore(self, trainer: Trainer) -> None:
-        """Load the saved state, if any, into the trainer, and store the config."""
+        """Load the saved state, if any, into the trainer."""
         if self.state:
             saved, now = self.state["identity"], trainer.provenance.identity
             names = [name for name, value in saved.items() if value != now.get(name, value)]
@@ -80,66 +80,61 @@ class RunFolder:
             try:
                 trainer.load_state(self.state)
             except (RuntimeError, ValueError, LookupError) as error:
-                text = (
-                    f"the state in {self.path} does not fit this run ({str(error).splitlines()[-1].strip()})"
-                )
-                raise CheckpointError(f"{text}: a plugin has changed, or the state is damaged") from error
+                problem = f"does not fit this run ({str(error).splitlines()[-1].strip()})"
+                raise CheckpointError(f"the state in {self.path} {problem}") from error
             self.state = None  # frees its memory
-        if not trainer.finished and distributed.is_first():
-            write_text(self.config_yaml, self.path / CONFIG)
 
     def start(self, environment: Record) -> None:
         if distributed.is_first():
+            write_text(self.config.yaml, self.path / CONFIG)
             (self.path / RESULT).unlink(missing_ok=True)  # of an earlier, shorter run
             write_json(environment, self.path / "environment.json")
 
     def write_result(self, result: Record) -> Record:
         """Write ``result.json`` unless it has the same accuracies; return its content."""
-        try:
+        # The stored result may be missing or damaged.
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             stored = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
             if all(stored[key] == result[key] for key in ("last", "best")):
                 return dict(stored)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            pass  # missing or damaged
         if distributed.is_first():
             write_json(result, self.path / RESULT)
         return result
 
 
-def _open_first(path: Path, cfg: Any, config_yaml: str, resume: bool) -> RunFolder:
-    state, warnings = None, [""]
+def _open_first(path: Path, config: Config, resume: bool) -> RunFolder:
+    cfg, state, warnings = config.node, None, [""]
     # os.path.exists returns False if the name is too long.
     exists = any(os.path.exists(path / name) for name in (LATEST, PREVIOUS, RESULT))
     if exists and not (resume or _was_restarted(path)):
-        raise ConfigError(f"{path} holds a run: add --resume to continue it, or set another EXPERIMENT.NAME")
+        raise ConfigError(f"{path} holds a run: add --resume, or set another EXPERIMENT.NAME")
     try:
         with ExitStack() as resources:
             resources.enter_context(_lock(path))
             if exists:
-                state, warnings[0] = _load_state(path, cfg, config_yaml)
+                state, warnings[0] = _load_state(path, config)
             if cfg.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
                 names = (cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.TAG)
-                warnings.append(start_wandb(path, *names, yaml.safe_load(config_yaml), resources))
+                warnings.append(start_wandb(path, *names, yaml.safe_load(config.yaml), resources))
             first_epoch, first_step = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
             log = RunLog(path, first_epoch, first_step)
             log.held = resources.pop_all()
     except OSError as error:
-        hint = "free some space, or set LOG.PREFIX or EXPERIMENT.NAME"
-        raise ConfigError(f"the run folder {path} cannot be written ({error.strerror}): {hint}") from error
+        problem = f"cannot be written ({error.strerror}): set LOG.PREFIX or EXPERIMENT.NAME"
+        raise ConfigError(f"the run folder {path} {problem}") from error
     if state:
         log.line(f"resuming {path} at epoch {state['epoch']}, step {state['steps_done'] + 1}")
     else:
         log.line(f"nothing to resume in {path}: starting" if resume else f"run folder {path}")
     for warning in filter(None, warnings):
         log.line(f"warning: {warning}")
-    return RunFolder(path, config_yaml, state, log)
+    return RunFolder(path, config, state, log)
 
 
 def _was_restarted(path: Path) -> bool:
-    try:
+    with suppress(OSError, ValueError):
         return distributed.restarted() and (path / _LOCK).read_text() == distributed.launcher()
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def _lock(path: Path) -> IO[str]:
@@ -149,7 +144,8 @@ def _lock(path: Path) -> IO[str]:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
     except (BlockingIOError, PermissionError) as error:
         lock.close()
-        raise ConfigError(f"another process is training in {path}: wait, or set EXPERIMENT.NAME") from error
+        hint = "wait, or set EXPERIMENT.NAME"
+        raise ConfigError(f"another process is training in {path}: {hint}") from error
     except OSError:  # a file system without locks
         pass
     lock.truncate(0)
@@ -157,15 +153,16 @@ def _lock(path: Path) -> IO[str]:
     return lock
 
 
-def _load_state(path: Path, cfg: Any, config_yaml: str) -> tuple[Record, str]:
-    stored, unused = read_settings(path / CONFIG), {*DISTILLERS}.difference(method_names(cfg))
-    defaults, current = (yaml.load(text, TextLoader) for text in (dump(default_config()), config_yaml))
+def _load_state(path: Path, config: Config) -> tuple[Record, str]:
+    cfg, stored = config.node, read_settings(path / CONFIG)
+    unused = {*DISTILLERS}.difference(method_names(cfg))
+    defaults, current = (yaml.load(text, TextLoader) for text in (dump(default_config()), config.yaml))
     different = [key for key, text in current.items() if stored.get(key, defaults[key]) != text]
     if changed := [k for k in different if not (_is_neutral(k, cfg) or k.split(".")[0] in unused)]:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")
     state, warning = _read_state(path)
     if (done := state["epoch"] - 1) > (epochs := cfg.SOLVER.EPOCHS):
-        raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the finished epochs of {path}, got {epochs}")
+        raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the epochs of {path}, got {epochs}")
     return state, warning
 
 

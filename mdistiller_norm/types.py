@@ -9,7 +9,7 @@ class Outputs(NamedTuple):
     """Outputs of a network for a batch."""
 
     logits: Tensor  # [B, C]
-    features: tuple[Tensor, ...]  # maps [B, D_i, H_i, W_i] of the stem and of every stage, shallow to deep
+    features: tuple[Tensor, ...]  # maps [B, D_i, H_i, W_i] of stem and stages, shallow to deep
     preacts: tuple[Tensor, ...]  # the same maps before their last activation, if they have one
     pooled: Tensor  # [B, D], the input of the classifier
 

@@ -30,7 +30,7 @@ def test_teacher_student_alone_and_distilled(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["distill", "--teacher", "resnet14", "--student", "RESNET8", "--data", str(images)]
+    command = ["distill", "--teacher", "resnet14", "--student", "resnet8", "--data", str(images)]
     assert main([*command, "--epochs=2", "--train-teacher", "--student-alone", *SMALL]) == 0
     *_, header, teacher, alone, distilled, export = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["model", "top-1"]

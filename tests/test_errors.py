@@ -57,7 +57,7 @@ COMMANDS = [
     (f"{NORMKD} KD.TEMPERATURE 8", "KD.TEMPERATURE has no effect … digits/normkd.yaml) is NormKD"),
     (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", "plugin no/file.py does not exist in /"),
     (f"{NORMKD} EXPERIMENT.PLUGINS no_module", "plugin no_module cannot be imported: ModuleNotFoundError"),
-    (f"{DIGITS} DATASET.TYPE digit", "DATASET.TYPE: unknown data set 'digit': did you mean digits?"),
+    (f"{DIGITS} DATASET.TYPE digit", "unknown data set 'digit': did you mean digits?"),
     (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, the number of classes, got 9"),
     (f"{DIGITS} DATASET.RANDAUGMENT 31", "DATASET.RANDAUGMENT must be in [0, 30], got 31"),
     (f"{DIGITS} DATASET.CLASSES '[a, a]'", "DATASET.CLASSES must be different names, got ['a', 'a']"),
@@ -318,12 +318,15 @@ def test_run_folder_that_is_damaged_during_training(
 
 
 @pytest.mark.parametrize("path", [None, cli.__file__ + "x", os.__file__ + "x"])
-def test_an_os_error_that_is_a_bug_keeps_its_traceback(path: str | None) -> None:
-    def program() -> int:
+def test_an_os_error_that_is_a_bug_keeps_its_traceback(
+    path: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(arguments: object) -> int:
         raise OSError(errno.EINVAL, "a bug", path)
 
+    monkeypatch.setattr(cli, "execute", execute)
     with pytest.raises(OSError, match="a bug"):
-        cli.run(program)
+        main([])
 
 
 def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:
@@ -331,7 +334,7 @@ def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:
     keys = "EXPERIMENT.PLUGINS: own.py\nDATASET.TYPE: own_data\nDISTILLER.TYPE: Own\nOwn: {SCALE: {A: 007}}\n"
     Path("run.yaml").write_text(keys)
     check("train --cfg run.yaml --no-plugins", "run.yaml: --no-plugins refuses EXPERIMENT.PLUGINS", capsys)
-    check("eval --cfg run.yaml -c x.pt", "DATASET.TYPE: unknown data set 'own_data'", capsys)
+    check("eval --cfg run.yaml -c x.pt", "unknown data set 'own_data'", capsys)
     assert main(["train", "--cfg", "run.yaml", "--show"]) == 0
     assert "    A: '007'" in capsys.readouterr().out
     assert not Path("imported").exists()

@@ -16,7 +16,7 @@ from mdistiller_norm.data import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS, Need
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.models import build_model, probe
-from mdistiller_norm.models.preprocessed import Preprocessed, preprocessed
+from mdistiller_norm.models.preprocessed import Preprocessed, differences
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 CHANNELS = {  # of the maps: a stem, or the first map twice, then the stages
@@ -124,9 +124,9 @@ def test_the_teacher_sees_the_preprocessing_of_its_library(name: str) -> None:
     mean, std = (torch.tensor(ours[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         expected = network.module(torch.stack([transform(crop) for crop in crops]))
-        found = preprocessed(network, network.pretrained, ours)((crops - mean) / std)
+        found = Preprocessed(network, network.pretrained, ours)((crops - mean) / std)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert preprocessed(network, ours, ours) is network
+    assert differences(ours, ours) == []
 
 
 @pytest.mark.usefixtures("weights_of_torchvision")

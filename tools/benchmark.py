@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from mdistiller_norm.build import build_device, build_precision
-from mdistiller_norm.build_data import image_options
+from mdistiller_norm.build import build_device, build_precision, image_options
 from mdistiller_norm.cli import ArgumentParser, run
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import MemoryTrainLoader

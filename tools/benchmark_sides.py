@@ -19,8 +19,7 @@ import torch
 import torch.utils.tensorboard
 from torch import Tensor, nn
 
-from mdistiller_norm.build import build_device
-from mdistiller_norm.build_data import build_dataset
+from mdistiller_norm.build import build_dataset, build_device
 from mdistiller_norm.config import Config
 from mdistiller_norm.data import Split, TensorDataset
 from mdistiller_norm.data.cifar import MEAN, STD

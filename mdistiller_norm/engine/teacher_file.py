@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from mdistiller_norm.errors import CheckpointError, first_line
 from mdistiller_norm.files import PACKAGE, PROJECT, regular, write_text
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.models.external import expected_images
-from mdistiller_norm.models.preprocessed import differences
 
 MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's weights
@@ -34,9 +33,7 @@ class TeacherFile:
     path: Path
     top1: float | None = None  # accuracy in percent that the manifest, the run or torchvision states
     warning: str = ""  # why it may not be the intended teacher
-    images: dict[str, Any] = field(
-        default_factory=dict
-    )  # that torchvision states: size, mean, std, interpolation
+    images: dict[str, Any] | None = None  # that torchvision states: size, mean, std, interpolation
 
     def cache_path(self, runs: Path) -> Path:
         """Return the path beside which its outputs are cached: in ``runs`` for a file of the installed package."""
@@ -109,11 +106,7 @@ def find_teacher(
 
 
 def pretrained_teacher(
-    network: Network,
-    classes: Sequence[str],
-    expected: Mapping[str, Sequence[float]],
-    runs: Path,
-    train_command: str,
+    network: Network, classes: Sequence[str], runs: Path, train_command: str
 ) -> TeacherFile:
     """Check that the pretrained weights of a network fit the data set. Its cache is stored in ``runs/pretrained``."""
     about = network.pretrained
@@ -122,8 +115,7 @@ def pretrained_teacher(
             f"the pretrained weights of {network.name} have {about['num_classes']} classes, the data set has "
             f"{len(classes)}: train the teacher with `{train_command}`"
         )
-    path = runs / "pretrained" / network.name.replace("/", "_")
-    return TeacherFile(path, warning=check_preprocessing(Weights({}, path, about), classes, expected))
+    return TeacherFile(runs / "pretrained" / network.name.replace("/", "_"))
 
 
 def known_teacher(model: str, dataset: str) -> TeacherFile | None:
@@ -178,24 +170,14 @@ def _finished_run(
     return best[1:] if best else None
 
 
-def check_preprocessing(
-    weights: Weights, classes: Sequence[str], expected: Mapping[str, Sequence[float]]
-) -> str:
-    """Compare the metadata of weights with the classes and images of a data set; return a warning or ""."""
-    about = weights.about
-    for number, (theirs, ours) in enumerate(zip(about.get("classes", ()), classes, strict=False)):
+def check_classes(weights: Weights, classes: Sequence[str]) -> None:
+    """Check that weights were trained on the classes of a data set, in this order, if they name their classes."""
+    for number, (theirs, ours) in enumerate(zip(weights.about.get("classes", ()), classes, strict=False)):
         if theirs != ours:
             raise CheckpointError(
                 f"class {number} is {theirs!r} in {weights.path} and {ours!r} here: set DATASET.CLASSES as in its "
                 "training, or DISTILLER.TEACHER_WEIGHTS to another file"
             )
-    different = ", ".join(
-        f"{key} {list(about[key])} (here {list(expected[key])})" for key in differences(about, expected)
-    )
-    warning = (
-        f"{weights.path} was trained on images with another {different}: the images are converted for it"
-    )
-    return warning if different else ""
 
 
 def check_teacher(

@@ -76,7 +76,8 @@ def build_model(
         network.name = name
         return network
     if pretrained:
-        raise ConfigError(f"pretrained weights require a model named {' or '.join(PREFIXES)}..., got {name}")
+        prefixes = " or ".join(PREFIXES)
+        raise ConfigError(f"pretrained weights require a model named {prefixes}..., got {name}")
     models = VARIANTS[variant]
     others = [other for other in VARIANTS if name in VARIANTS[other]]
     if name not in models and others:
@@ -86,7 +87,7 @@ def build_model(
         )
     try:
         network = models[name](num_classes)
-    except (OSError, TypeError) as error:  # a file of pretrained weights, or a base class without num_classes
+    except (OSError, TypeError) as error:  # a missing file, or a class without num_classes
         raise ConfigError(f"model {name!r} cannot be built: {first_line(error)}") from error
     if not isinstance(network, Network):
         raise ConfigError(f"model {name!r} must be a Network or Wrapped, got {type(network).__name__}")

@@ -42,15 +42,16 @@ def build_external(name: str, num_classes: int, image_size: Size, pretrained: bo
 
 
 def _unknown(name: str, known: Iterable[str]) -> ConfigError:
-    near = nearest(name, known)
-    return ConfigError(f"unknown model {name!r}" + (f": did you mean {' or '.join(near)}?" if near else ""))
+    near = " or ".join(nearest(name, known))
+    return ConfigError(f"unknown model {name!r}" + (f": did you mean {near}?" if near else ""))
 
 
 class _TimmNetwork(Wrapped):
     def run_module(self, images: Tensor) -> tuple[Any, Sequence[Tensor]]:
         module: Any = self.module
         final, maps = module.forward_intermediates(images)
-        if module.feature_info[0]["reduction"] > 2:  # no stem, which the methods expect before the stages
+        # Without a stem, which the methods expect before the stages.
+        if module.feature_info[0]["reduction"] > 2:
             maps = [maps[0], *maps]
         return module.forward_head(final), maps
 
@@ -58,12 +59,15 @@ class _TimmNetwork(Wrapped):
 def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool) -> Network:
     import timm
 
-    if ":" not in name and not (timm.is_model_pretrained(name) if "." in name else timm.is_model(name)):
-        raise _unknown(f"timm:{name}", [f"timm:{n}" for n in timm.list_models() + timm.list_pretrained()])
-    module: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    is_known = timm.is_model_pretrained if "." in name else timm.is_model
+    if ":" not in name and not is_known(name):
+        known = timm.list_models() + timm.list_pretrained()
+        raise _unknown(f"timm:{name}", [f"timm:{each}" for each in known])
+    create = partial(timm.create_model, name, pretrained=pretrained, num_classes=num_classes)
+    module: Any = create()
     cfg = module.pretrained_cfg
     if image_size and cfg.get("fixed_input_size") and tuple(cfg["input_size"][1:]) != image_size:
-        module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
+        module = create(img_size=image_size)
     head = module.get_classifier()
     head = head[0] if isinstance(head, tuple) else head  # a distilled network has two
     classifier = next((name for name, child in module.named_modules() if child is head), "")
@@ -82,14 +86,14 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
     known = models.list_models(module=models)
     if architecture.lower() not in known:
         raise _unknown(f"torchvision:{name}", [f"torchvision:{each}" for each in known])
-    tags = [f"torchvision:{architecture}.{tag}" for tag in models.get_model_weights(architecture).__members__]
-    if tag and f"torchvision:{name}" not in tags:
-        raise _unknown(f"torchvision:{name}", tags)
+    tags = models.get_model_weights(architecture).__members__
+    if tag and tag not in tags:
+        raise _unknown(f"torchvision:{name}", [f"torchvision:{architecture}.{each}" for each in tags])
     options: dict[str, Any] = {"num_classes": num_classes}
     if architecture.startswith("vit_") and image_size:
         options["image_size"] = image_size[0]
-    if architecture in ("googlenet", "inception_v3"):
-        options["transform_input"] = pretrained or bool(tag)  # their weights expect another normalisation
+    if architecture in ("googlenet", "inception_v3"):  # their weights expect another normalisation
+        options["transform_input"] = pretrained or bool(tag)
     module = models.get_model(architecture, weights=None, **options)
     *_, classifier = (key for key, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
     network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
@@ -130,4 +134,5 @@ def _stages(module: nn.Module, classifier: str) -> tuple[str, ...]:
     except Exception:  # a network for another size
         return ()
     names = tuple(ends.values()) if len(ends) > 1 else ()
-    return names if max(ends, default=0) > 56 else names[:1] + names  # without a stem, as in _TimmNetwork
+    # Without a stem, as in _TimmNetwork.
+    return names if max(ends, default=0) > 56 else names[:1] + names

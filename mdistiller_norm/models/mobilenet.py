@@ -12,7 +12,9 @@ from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Network, 
 from mdistiller_norm.types import Outputs
 
 # V1: channels and stride of blocks 1 to 13, and the blocks whose outputs are features (the last of each size).
-V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+V1_BLOCKS = (
+    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1),
+)  # fmt: skip
 V1_FEATURES = (3, 5, 11, 13)
 # V2: expansion, channels, depth and stride of each group, and the groups whose outputs are features.
 V2_GROUPS = (
@@ -88,8 +90,9 @@ class MobileNetV2(Network):
         self.blocks = nn.ModuleList()
         channels = V2_STEM
         for expansion, width, depth, stride in V2_GROUPS:
+            first = InvertedResidual(channels, width, stride, expansion)
             rest = (InvertedResidual(width, width, 1, expansion) for _ in range(depth - 1))
-            self.blocks.append(nn.Sequential(InvertedResidual(channels, width, stride, expansion), *rest))
+            self.blocks.append(nn.Sequential(first, *rest))
             channels = width
         self.conv2 = nn.Sequential(*_conv_bn_relu(channels, V2_HEAD, 1))
         linear = nn.Linear(V2_HEAD, num_classes)

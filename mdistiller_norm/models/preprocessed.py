@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Outputs
 
-Images = Mapping[str, Any]  # image_size (height, width), mean and std; interpolation: bilinear or bicubic
+# image_size (height, width), mean and std; interpolation: bilinear or bicubic
+Images = Mapping[str, Any]
 
 
 def differences(theirs: Images, ours: Images) -> list[str]:
@@ -42,7 +43,8 @@ class Preprocessed(Network):
         self.scale = nn.Buffer((values(ours, "std") / std).float())
         self.shift = nn.Buffer(((values(ours, "mean") - values(theirs, "mean")) / std).float())
         self.size = tuple(theirs["image_size"])
-        self.image_size = nn.Buffer(torch.tensor(self.size))  # for the hash that identifies a teacher cache
+        # A buffer, for the hash that identifies a teacher cache.
+        self.image_size = nn.Buffer(torch.tensor(self.size))
         self.mode = "bicubic" if theirs.get("interpolation") == "bicubic" else "bilinear"
 
     def outputs(self, images: Tensor) -> Outputs:
@@ -52,8 +54,3 @@ class Preprocessed(Network):
 
     def norms_before_relu(self) -> tuple[nn.Module | None, ...]:
         return self.network.norms_before_relu()
-
-
-def preprocessed(network: Network, theirs: Images, ours: Images) -> Network:
-    """Return the network, behind :class:`Preprocessed` if its weights expect other images than ``ours``."""
-    return Preprocessed(network, theirs, ours) if differences(theirs, ours) else network

@@ -11,7 +11,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Network, Stage, conv_bn, init_weights
+from mdistiller_norm.models import base
+from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Network, conv_bn
 from mdistiller_norm.types import Outputs
 
 
@@ -84,9 +85,9 @@ class ResNet(Network):
                 stride = 2 if index == 0 and stage != "layer1" else 1
                 blocks.append(ResidualBlock(channels, width, stride, bottleneck, projection))
                 channels = 4 * width if bottleneck else width
-            self.add_module(stage, Stage(*blocks))
+            self.add_module(stage, base.Stage(*blocks))
         self.add_module(classifier, nn.Linear(channels, num_classes))
-        init_weights(self)
+        base.init_weights(self)
 
     def outputs(self, images: Tensor) -> Outputs:
         preact = self.bn1(self.conv1(images))
@@ -99,7 +100,8 @@ class ResNet(Network):
             features.append(x)
             preacts.append(preact)
         pooled = x.mean((2, 3))
-        return Outputs(self.get_submodule(self.classifier)(pooled), tuple(features), tuple(preacts), pooled)
+        logits = self.get_submodule(self.classifier)(pooled)
+        return Outputs(logits, tuple(features), tuple(preacts), pooled)
 
 
 # CIFAR with three stages: the depth in the name is 6 * blocks + 2; "x4" networks are four times as wide.
@@ -107,14 +109,15 @@ for _depth in (8, 14, 20, 32, 44, 56, 110):
     _build = partial(ResNet, depths=[(_depth - 2) // 6] * 3)
     CIFAR_MODELS.register(f"resnet{_depth}")(partial(_build, widths=(16, 32, 64), stem_width=16))
     if _depth in (8, 32):
-        CIFAR_MODELS.register(f"resnet{_depth}x4")(partial(_build, widths=(64, 128, 256), stem_width=32))
+        _wide = partial(_build, widths=(64, 128, 256), stem_width=32)
+        CIFAR_MODELS.register(f"resnet{_depth}x4")(_wide)
 
 # Four stages: ImageNet, and (18 to 50) CIFAR with a small stem and other parameter names.
-_DEPTHS = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3), "50": (3, 4, 6, 3), "101": (3, 4, 23, 3)}
-for _name, _depths in _DEPTHS.items():
-    _build = partial(
-        ResNet, depths=_depths, widths=(64, 128, 256, 512), stem_width=64, bottleneck=_name in ("50", "101")
-    )
-    IMAGENET_MODELS.register(f"ResNet{_name}")(partial(_build, large_images=True))
-    if _name != "101":
-        CIFAR_MODELS.register(f"ResNet{_name}")(partial(_build, projection="shortcut", classifier="linear"))
+_FOUR_STAGES = partial(ResNet, widths=(64, 128, 256, 512), stem_width=64)
+_DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+for _depth, _depths in _DEPTHS.items():
+    _build = partial(_FOUR_STAGES, depths=_depths, bottleneck=_depth >= 50)
+    IMAGENET_MODELS.register(f"ResNet{_depth}")(partial(_build, large_images=True))
+    if _depth < 101:
+        _small = partial(_build, projection="shortcut", classifier="linear")
+        CIFAR_MODELS.register(f"ResNet{_depth}")(_small)

@@ -111,8 +111,8 @@ class ShuffleNet(Network):
         widths: tuple[int, int, int],
         head: int = 0,
     ) -> None:
-        norms = [None if head else f"layer{stage}.{depth - 1}.bn3" for stage, depth in enumerate(DEPTHS, 1)]
-        super().__init__(num_classes, [None, *norms])
+        ends = [f"layer{stage}.{depth - 1}" for stage, depth in enumerate(DEPTHS, 1)]
+        super().__init__(num_classes, [None, *(None if head else f"{end}.bn3" for end in ends)])
         self.head = head
         self.conv1, self.bn1 = conv_bn(3, STEM, 1)
         channels = STEM

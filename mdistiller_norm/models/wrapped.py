@@ -1,6 +1,7 @@
 """Adapter that turns any image classifier into a :class:`Network`, with forward hooks that record its maps."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ class Wrapped(Network):
         names = [name for name, _ in module.named_modules() if name]
         for name in (classifier, *features):
             if name not in names:
-                near = nearest(name, names) or [name for name, _ in module.named_children()]
+                near = " or ".join(nearest(name, names) or dict(module.named_children()))
                 kind = type(module).__name__
-                raise ConfigError(f"{kind} has no submodule {name!r}: did you mean {' or '.join(near)}?")
+                raise ConfigError(f"{kind} has no submodule {name!r}: did you mean {near}?")
         self.module, self._classifier, self._features = module, classifier, tuple(features)
         self.register_load_state_dict_pre_hook(_add_module_prefix)  # type: ignore[no-untyped-call]
 
@@ -52,23 +53,25 @@ class Wrapped(Network):
         names = [*self._features, self._classifier]
         seen: dict[str, Any] = dict.fromkeys(names, (None, None))  # input and output
 
-        def keep(name: str) -> Any:
-            return lambda module, args, output: seen.update({name: (args[0] if args else None, output)})
+        def keep(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen[name] = args[0] if args else None, output
 
         # Hooks for this pass only: permanent ones would be shared by copies of the network.
-        handles = [self.module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+        modules = {name: self.module.get_submodule(name) for name in names}
+        handles = [m.register_forward_hook(partial(keep, name)) for name, m in modules.items()]
         try:
             result, found = self.run_module(images)
         finally:
             for handle in handles:
                 handle.remove()
         logits = self._check("its output", getattr(result, "logits", result), 2)
-        if logits.shape[1] != self.num_classes:
-            raise ConfigError(f"{self.name} gives {logits.shape[1]} logits for {self.num_classes} classes")
-        features = [self._check(f"the output of {name!r}", seen[name][1], 4) for name in self._features]
-        features += [self._check(f"map {number}", value, 4) for number, value in enumerate(found)]
+        if (count := logits.shape[1]) != self.num_classes:
+            raise ConfigError(f"{self.name} gives {count} logits for {self.num_classes} classes")
+        maps = {f"the output of {name!r}": seen[name][1] for name in self._features}
+        maps |= {f"map {number}": value for number, value in enumerate(found)}
+        features = tuple(self._check(name, value, 4) for name, value in maps.items())
         pooled = self._check(f"the input of {self._classifier!r}", seen[self._classifier][0], 2, 4)
-        return Outputs(logits, tuple(features), (), pooled if pooled.dim() == 2 else pooled.mean((2, 3)))
+        return Outputs(logits, features, (), pooled if pooled.dim() == 2 else pooled.mean((2, 3)))
 
     def run_module(self, images: Tensor) -> tuple[Any, Sequence[Tensor]]:
         """Return the module's output, and maps ``[B, D_i, H_i, W_i]`` that follow those of the submodules."""
@@ -78,8 +81,9 @@ class Wrapped(Network):
         if isinstance(value, Tensor) and value.dim() in dimensions:
             return value
         required = " or ".join({2: "[B, D]", 4: "[B, D, H, W]"}[count] for count in dimensions)
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        got = "no call of this submodule" if value is None else got
+        got = "no call of this submodule" if value is None else f"a {type(value).__name__}"
+        if isinstance(value, Tensor):
+            got = f"shape {list(value.shape)}"
         kind = type(self.module).__name__
         raise ConfigError(f"{self.name} ({kind}): {name} must be a tensor {required}, got {got}")
 
