@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from mdistiller_norm.config import method_names
-from mdistiller_norm.data import ImageOptions, Share, open_dataset
-from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader
+from mdistiller_norm.data import Dataset, ImageOptions, MemoryTrainLoader, TensorDataset, open_dataset
+from mdistiller_norm.data.base import EvalLoader, TrainLoader
 from mdistiller_norm.data.folder import ImageDataset
-from mdistiller_norm.data.memory import MemoryTrainLoader, TensorDataset
-from mdistiller_norm.data.plan import smallest_micro_batch
+from mdistiller_norm.data.plan import Share, smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair, build_distiller
-from mdistiller_norm.engine import distributed, teacher_file
-from mdistiller_norm.engine.checkpoint import load_into, load_weights
+from mdistiller_norm.engine import checkpoint, distributed, teacher_file
 from mdistiller_norm.engine.compile import compile_student, compile_teacher
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import DOT, build_optimizer
@@ -87,19 +85,15 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
     return device, autocast, warning
 
 
-def image_options(cfg: Any) -> ImageOptions:
-    """Return the options for reading image files."""
+def build_dataset(cfg: Any) -> Dataset:
+    """Open the data set."""
     data = cfg.DATASET
-    return ImageOptions(
+    images = ImageOptions(
         size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN),
         std=tuple(data.STD), classes=tuple(data.CLASSES), variant=data.VARIANT, workers=data.NUM_WORKERS,
         max_broken=data.MAX_BROKEN, val_split=data.VAL_SPLIT, subset=data.SUBSET, randaugment=data.RANDAUGMENT,
     )  # fmt: skip
-
-
-def build_dataset(cfg: Any) -> Dataset:
-    """Open the data set."""
-    return open_dataset(cfg.DATASET.TYPE, Path(cfg.DATASET.ROOT), image_options(cfg))
+    return open_dataset(data.TYPE, Path(data.ROOT), images)
 
 
 def check_data(
@@ -177,7 +171,7 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
         file = teacher_file.find_teacher(
             name, dataset.name, weights_from, runs, command, cfg.SOLVER.EPOCHS, data
         )
-        weights = load_weights(file.path)
+        weights = checkpoint.load_weights(file.path)
         warnings = [file.warning]
         about = file.images or weights.about  # torchvision's weights have no metadata
         if (trained_on := about.get("dataset", dataset.name)) != dataset.name:
@@ -188,7 +182,7 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
                 raise CheckpointError(warnings[-1])
         if (trained_size := tuple(about.get("image_size") or size)) != size:
             network = _network("TEACHER", name, dataset, trained_size)
-        load_into(network, weights, f"{name} with {len(classes)} classes")
+        checkpoint.load_into(network, weights, f"{name} with {len(classes)} classes")
         teacher_file.check_classes(weights, classes)
     seen = {"image_size": size, "mean": dataset.mean, "std": dataset.std}
     if different := differences(about, seen):

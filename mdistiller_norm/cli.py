@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,14 +49,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f"{' '.join(message.split())}: see {self.prog} --help")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command with its arguments (default: those of the process) and print its error on one line.
+def main(
+    arguments: Sequence[str] | None = None, program: Callable[[Sequence[str]], int] | None = None
+) -> int:
+    """Run a command, or ``program``, with arguments (default: the process's); print its error on one line.
 
     Return the exit code: 1 if the output was closed, 2 for an error, 128 + the number of the signal that stopped it.
     """
     _prepare_streams()
     try:
-        code = execute(sys.argv[1:] if arguments is None else arguments)
+        code = (program or execute)(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

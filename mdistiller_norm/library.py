@@ -84,9 +84,9 @@ class Distillation(nn.Module):
             module if isinstance(module, Network) else _LogitNetwork(module, image_size)
             for module in (student, teacher)
         ]
-        shapes = [_shapes(network, image_size) for network in networks]
+        student_shapes, teacher_shapes = (probe(network, image_size) for network in networks)
         known = torch.zeros(0, dtype=torch.int64) if targets is None else targets
-        pair = Pair(shapes[0], shapes[1], networks[1], known, networks[0].num_classes)
+        pair = Pair(student_shapes, teacher_shapes, networks[1], known, networks[0].num_classes)
         distillers = {}
         for name in names:
             cls = DISTILLERS[name]
@@ -158,15 +158,10 @@ class _LogitNetwork(Network):
         self.module = module
 
     def outputs(self, images: Tensor) -> Outputs:
-        logits = self.module(images)
+        # The module may not run on the meta device, where methods read the shapes.
+        shape = len(images), self.num_classes
+        logits = images.new_empty(shape) if images.is_meta else self.module(images)
         return Outputs(logits, (), (), logits.new_empty(len(logits), 0))
-
-
-def _shapes(network: Network, image_size: tuple[int, int]) -> Outputs:
-    if not isinstance(network, _LogitNetwork):
-        return probe(network, image_size)
-    with torch.device("meta"):  # the module may not run there
-        return Outputs(torch.empty(2, network.num_classes), (), (), torch.empty(2, 0))
 
 
 def _settings(values: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -14,12 +14,10 @@ from mdistiller_norm.config import Config, load_config, show
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.data.mix import MixedLoader
 from mdistiller_norm.distillers import Distiller
-from mdistiller_norm.engine import distributed
+from mdistiller_norm.engine import distributed, graph, runtime
 from mdistiller_norm.engine.compile import choose
-from mdistiller_norm.engine.graph import capture_network, capture_step
 from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.optim import Schedule
-from mdistiller_norm.engine.runtime import choose_cuda_kernels
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
 from mdistiller_norm.pack_shards import list_unreadable
@@ -76,7 +74,7 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     distillers = build.build_distillers(cfg, student, trained[0], dataset) if trained else {}
-    choose_cuda_kernels(device, cfg.ENGINE.DETERMINISTIC)
+    runtime.choose_cuda_kernels(device, cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, solver.TIMEOUT)
     if share.rank:  # processes differ in dropout, not in the initial weights
         torch.manual_seed(cfg.SEED + share.rank)
@@ -109,14 +107,14 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     step = build.build_step(
         cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
     )
-    graph = cfg.ENGINE.CUDA_GRAPH
+    capture = cfg.ENGINE.CUDA_GRAPH
     trainer = Trainer(
         step, Schedule(
             solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, tuple(solver.LR_DECAY_STAGES),
             solver.LR_DECAY_RATE,
         ), test, solver.EPOCHS, folder.path, folder.log, provenance,
         Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.GRAD_NORMS),
-        capture_step(step, graph, log), capture_network(step.trainable.evaluated, test, graph, log),
+        graph.capture_step(step, capture, log), graph.capture_network(step.trainable.evaluated, test, capture, log),
     )  # fmt: skip
     folder.restore(trainer)
     if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":

@@ -160,13 +160,6 @@ def _load_state(path: Path, config: Config) -> tuple[Record, str]:
     different = [key for key, text in current.items() if stored.get(key, defaults[key]) != text]
     if changed := [k for k in different if not (_is_neutral(k, cfg) or k.split(".")[0] in unused)]:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")
-    state, warning = _read_state(path)
-    if (done := state["epoch"] - 1) > (epochs := cfg.SOLVER.EPOCHS):
-        raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the epochs of {path}, got {epochs}")
-    return state, warning
-
-
-def _read_state(path: Path) -> tuple[Record, str]:
     problems = []
     for name in (LATEST, PREVIOUS):
         try:
@@ -178,6 +171,8 @@ def _read_state(path: Path) -> tuple[Record, str]:
             problems.append(str(error))
     else:
         raise CheckpointError(problems[0])
+    if (done := state["epoch"] - 1) > (epochs := cfg.SOLVER.EPOCHS):
+        raise ConfigError(f"SOLVER.EPOCHS must be >= {done}, the epochs of {path}, got {epochs}")
     if not problems:
         return state, ""
     (path / PREVIOUS).replace(path / LATEST)  # read by the other processes

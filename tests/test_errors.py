@@ -318,15 +318,12 @@ def test_run_folder_that_is_damaged_during_training(
 
 
 @pytest.mark.parametrize("path", [None, cli.__file__ + "x", os.__file__ + "x"])
-def test_an_os_error_that_is_a_bug_keeps_its_traceback(
-    path: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def execute(arguments: object) -> int:
+def test_an_os_error_that_is_a_bug_keeps_its_traceback(path: str | None) -> None:
+    def program(arguments: object) -> int:
         raise OSError(errno.EINVAL, "a bug", path)
 
-    monkeypatch.setattr(cli, "execute", execute)
     with pytest.raises(OSError, match="a bug"):
-        main([])
+        main([], program)
 
 
 def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from mdistiller_norm.build import build_device, build_precision, image_options
-from mdistiller_norm.cli import ArgumentParser, run
+from mdistiller_norm import cli
+from mdistiller_norm.build import build_device, build_precision
+from mdistiller_norm.cli import ArgumentParser
 from mdistiller_norm.config import Config, load_config
-from mdistiller_norm.data import MemoryTrainLoader
+from mdistiller_norm.data import ImageOptions, MemoryTrainLoader
 from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, data_root, files, list_images
 from mdistiller_norm.engine.checkpoint import load_weights
 from mdistiller_norm.engine.evaluate import evaluate
@@ -193,8 +193,11 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
         raise DataError(
             f"--loader: the folder {folder} does not exist; it must have one folder of images per class"
         )
-    options, size = image_options(node), node.SOLVER.BATCH_SIZE
-    options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
+    data, size = node.DATASET, node.SOLVER.BATCH_SIZE
+    options = ImageOptions(
+        size=data.IMAGE_SIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN) or MEAN,
+        std=tuple(data.STD) or STD, workers=data.NUM_WORKERS,
+    )  # fmt: skip
     images = list_images(folder)
     split, classes = files(folder, images, tuple(images)), tuple(images)
     ours = ImageDataset("throughput", tuple(classes), split, split, options).train_loader(
@@ -311,4 +314,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: main(sys.argv[1:])))
+    sys.exit(cli.main(program=main))
