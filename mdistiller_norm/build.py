@@ -31,6 +31,7 @@ from mdistiller_norm.models.preprocessed import Preprocessed, differences
 from mdistiller_norm.program import command
 
 Log = Callable[[str], None]
+Methods = Mapping[str, Distiller]  # by name
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = {dtype: name for name, dtype in _DTYPES.items()}  # names of autocast dtypes
 
@@ -96,22 +97,20 @@ def build_dataset(cfg: Any) -> Dataset:
     return open_dataset(data.TYPE, Path(data.ROOT), images)
 
 
-def check_data(
-    cfg: Any, dataset: Dataset, student: Network, distillers: Mapping[str, Distiller], share: Share
-) -> None:
+def check_data(cfg: Any, dataset: Dataset, student: Network, methods: Methods, share: Share) -> None:
     """Check that augmentation and batch size fit the networks and methods, and without a teacher the test images."""
     data, batch_size, samples = cfg.DATASET, cfg.SOLVER.BATCH_SIZE, len(dataset.targets)
     mixing = [f"DATASET.{key}" for key in ("MIXUP", "CUTMIX") if data[key]]
-    hard = [name for name, method in distillers.items() if method.needs_labels]
+    hard = [name for name, method in methods.items() if method.needs_labels]
     if mixing and hard:
-        keys, methods = " and ".join(mixing), ", ".join(hard)
-        raise ConfigError(f"{keys} cannot be used with {methods}: an image needs one class")
+        keys, names = " and ".join(mixing), ", ".join(hard)
+        raise ConfigError(f"{keys} cannot be used with {names}: an image needs one class")
     used = mixing + ["DATASET.RANDAUGMENT"] * bool(data.RANDAUGMENT)
     if used and cfg.DISTILLER.TEACHER_CACHE != "off":
         raise ConfigError(f"{' and '.join(used)} cannot be used with DISTILLER.TEACHER_CACHE")
     if data.RANDAUGMENT and isinstance(dataset, TensorDataset):
         raise ConfigError(f"DATASET.RANDAUGMENT requires image files, {dataset.name} is in memory")
-    if not distillers and (broken := dataset.unreadable(train=False, share=share)):
+    if not methods and (broken := dataset.unreadable(train=False, share=share)):
         raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
     if smallest_micro_batch(samples, batch_size, share, cfg.SOLVER.ACCUMULATE) > 1:
         return
@@ -193,7 +192,7 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
     return network, replace(file, warning="; ".join(filter(None, warnings)))
 
 
-def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> dict[str, Distiller]:
+def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> Methods:
     """Return the methods of ``DISTILLER.TYPE`` by name."""
     shapes = [probe(network, dataset.image_size) for network in (student, teacher)]
     pair = Pair(shapes[0], shapes[1], teacher, dataset.targets, len(dataset.classes))
@@ -214,7 +213,7 @@ def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Data
 def build_teacher_runner(
     cfg: Any,
     trained: tuple[Network, teacher_file.TeacherFile],
-    distillers: Mapping[str, Distiller],
+    distillers: Methods,
     loader: TrainLoader,
     test: EvalLoader,
     image_size: tuple[int, int],
@@ -252,7 +251,7 @@ def build_teacher_runner(
     return teacher, record | {"hash": teacher.hash, "cache": cache}
 
 
-def _no_cache_reason(distillers: Mapping[str, Distiller], loader: TrainLoader) -> str:
+def _no_cache_reason(distillers: Methods, loader: TrainLoader) -> str:
     for name, method in distillers.items():
         if method.need > Need.POOLED:
             return f"{name} requires the teacher's maps, which are too large to store"
@@ -266,7 +265,7 @@ def _no_cache_reason(distillers: Mapping[str, Distiller], loader: TrainLoader) -
 def build_step(
     cfg: Any,
     student: Network,
-    distillers: Mapping[str, Distiller],
+    distillers: Methods,
     loader: TrainLoader,
     teacher: Teacher | None,
     autocast: torch.dtype | None,
