@@ -25,8 +25,7 @@ from conftest import ROOT, unpacked
 from PIL import Image, PngImagePlugin
 from torchvision import transforms as T
 
-from mdistiller_norm.cli import execute
-from mdistiller_norm.cli import run as run_program
+from mdistiller_norm.cli import execute, main
 from mdistiller_norm.config import dump, load_config
 from mdistiller_norm.data import ImageOptions, Share, image_folder, imagenet, open_dataset, tiny_imagenet
 from mdistiller_norm.data.decode import decode, draw_crop, eval_image, train_image
@@ -288,13 +287,13 @@ class Slow:
 def test_worker_that_is_killed_while_a_checkpoint_is_saved_is_reported(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def program() -> int:
+    def program(arguments: object) -> int:
         batches = image_folder(tree, replace(SMALL, workers=2)).train_loader(8, 0, CPU).batches(1)
         next(batches)
         save_atomically(Slow(), tmp_path / "latest.pt")
         return 0
 
-    assert run_program(program) == 2
+    assert main([], program) == 2
     message = capsys.readouterr().err
     assert "killed by signal" in message
     assert "lower DATASET.NUM_WORKERS" in message

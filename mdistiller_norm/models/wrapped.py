@@ -67,9 +67,9 @@ class Wrapped(Network):
         logits = self._check("its output", getattr(result, "logits", result), 2)
         if (count := logits.shape[1]) != self.num_classes:
             raise ConfigError(f"{self.name} gives {count} logits for {self.num_classes} classes")
-        maps = {f"the output of {name!r}": seen[name][1] for name in self._features}
-        maps |= {f"map {number}": value for number, value in enumerate(found)}
-        features = tuple(self._check(name, value, 4) for name, value in maps.items())
+        maps = [(f"the output of {name!r}", seen[name][1]) for name in self._features]
+        maps += [(f"map {number}", value) for number, value in enumerate(found)]
+        features = tuple(self._check(name, value, 4) for name, value in maps)
         pooled = self._check(f"the input of {self._classifier!r}", seen[self._classifier][0], 2, 4)
         return Outputs(logits, features, (), pooled if pooled.dim() == 2 else pooled.mean((2, 3)))
 
