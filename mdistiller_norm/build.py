@@ -46,8 +46,7 @@ def build_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        problem = first_line(error)
-        raise ConfigError(f"DEVICE must be auto, cpu or cuda, got {name}: {problem}") from error
+        raise ConfigError(f"DEVICE {name} cannot be used: {first_line(error)}") from error
     if device.type == "cuda" and distributed.process_share().world > 1:
         raise ConfigError(f"DEVICE must be cuda with several processes, got {name}")
     return device
@@ -103,11 +102,10 @@ def check_data(cfg: Any, dataset: Dataset, student: Network, methods: Methods, s
     mixing = [f"DATASET.{key}" for key in ("MIXUP", "CUTMIX") if data[key]]
     hard = [name for name, method in methods.items() if method.needs_labels]
     if mixing and hard:
-        keys, names = " and ".join(mixing), ", ".join(hard)
-        raise ConfigError(f"{keys} cannot be used with {names}: an image needs one class")
+        raise ConfigError(f"{mixing[0]} cannot be used with {hard[0]}: an image needs one class")
     used = mixing + ["DATASET.RANDAUGMENT"] * bool(data.RANDAUGMENT)
     if used and cfg.DISTILLER.TEACHER_CACHE != "off":
-        raise ConfigError(f"{' and '.join(used)} cannot be used with DISTILLER.TEACHER_CACHE")
+        raise ConfigError(f"{used[0]} cannot be used with DISTILLER.TEACHER_CACHE")
     if data.RANDAUGMENT and isinstance(dataset, TensorDataset):
         raise ConfigError(f"DATASET.RANDAUGMENT requires image files, {dataset.name} is in memory")
     if not methods and (broken := dataset.unreadable(train=False, share=share)):

@@ -65,8 +65,7 @@ def main(
     except KeyboardInterrupt:
         code = 130
     except Interrupted as stop:
-        hint = "repeat the command (train: with --resume)"
-        print(f"{stop}; the state is saved: {hint}", file=sys.stderr)
+        print(f"{stop}; the state is saved: repeat the command (train --resume)", file=sys.stderr)
         code = 128 + stop.signal_number
     except (UserError, OSError, RuntimeError) as error:
         if not (message := _message(error)):
@@ -126,8 +125,7 @@ def execute(arguments: Sequence[str]) -> int:
         UserError: the input is wrong.
         Interrupted: a signal stopped the command after it had saved its state.
     """
-    description = "Knowledge distillation for image classifiers."
-    parser = ArgumentParser("mdistiller-norm", description=description)
+    parser = ArgumentParser("mdistiller-norm", description="Distillation of image classifiers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, text) in COMMANDS.items():

@@ -162,8 +162,7 @@ def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[
         raise ConfigError(f"EXPERIMENT.NAME or TAG ({sources['EXPERIMENT.TAG']}) must not be empty")
     solver, got = node.SOLVER, f"got {node.SOLVER.MOMENTUM:g} ({sources['SOLVER.MOMENTUM']})"
     if solver.NESTEROV and solver.MOMENTUM == 0:
-        source = sources["SOLVER.NESTEROV"]
-        raise ConfigError(f"SOLVER.MOMENTUM must be > 0 with NESTEROV ({source}), {got}")
+        raise ConfigError(f"SOLVER.MOMENTUM must be > 0 with NESTEROV, {got}")
     delta = solver.DOT.DELTA
     if solver.TRAINER.endswith("dot") and not 0 <= delta < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
         got += f" and {delta:g} ({sources['SOLVER.DOT.DELTA']})"

@@ -91,8 +91,7 @@ class Distillation(nn.Module):
         for name in names:
             cls = DISTILLERS[name]
             if cls.need > Need.LOGITS and any(isinstance(each, _LogitNetwork) for each in networks):
-                hint = "use networks of create_model or models.Wrapped"
-                raise ConfigError(f"{name} requires features: {hint}")
+                raise ConfigError(f"{name} requires features: use create_model or models.Wrapped")
             if cls.needs_indices and targets is None:
                 raise ConfigError(f"{name} requires the classes of the training set: pass targets")
             distillers[name] = build_distiller(name, node, pair)

@@ -165,7 +165,6 @@ def train(
         try:
             if trainer.finished:
                 log(f"{folder.path} is finished: nothing left to train")
-                teacher = None
             else:
                 folder.start(facts["environment"])
             result = folder.write_result(facts | {"command": shlex.join(command)} | trainer.fit())

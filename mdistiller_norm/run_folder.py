@@ -71,7 +71,7 @@ class RunFolder:
         return folder or cls(path, config, load(path / LATEST) if resumed else None, RunLog(None))
 
     def restore(self, trainer: Trainer) -> None:
-        """Load the saved state, if any, into the trainer."""
+        """Load the saved state, if any, into the trainer, and store the config."""
         if self.state:
             saved, now = self.state["identity"], trainer.provenance.identity
             names = [name for name, value in saved.items() if value != now.get(name, value)]
@@ -83,10 +83,11 @@ class RunFolder:
                 problem = f"does not fit this run ({str(error).splitlines()[-1].strip()})"
                 raise CheckpointError(f"the state in {self.path} {problem}") from error
             self.state = None  # frees its memory
+        if not trainer.finished and distributed.is_first():
+            write_text(self.config.yaml, self.path / CONFIG)
 
     def start(self, environment: Record) -> None:
         if distributed.is_first():
-            write_text(self.config.yaml, self.path / CONFIG)
             (self.path / RESULT).unlink(missing_ok=True)  # of an earlier, shorter run
             write_json(environment, self.path / "environment.json")
 
@@ -144,8 +145,7 @@ def _lock(path: Path) -> IO[str]:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
     except (BlockingIOError, PermissionError) as error:
         lock.close()
-        hint = "wait, or set EXPERIMENT.NAME"
-        raise ConfigError(f"another process is training in {path}: {hint}") from error
+        raise ConfigError(f"another process is training in {path}: set EXPERIMENT.NAME") from error
     except OSError:  # a file system without locks
         pass
     lock.truncate(0)

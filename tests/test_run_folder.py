@@ -41,7 +41,7 @@ def resume(folder: Path, *overrides: str, epochs: int = 2, **more: object) -> di
 def test_two_processes_do_not_train_in_one_folder(folder: Path, tmp_path: Path) -> None:
     holder = build_run(config(tmp_path, "run", epochs=2), resume=True)
     before = (folder / "metrics.jsonl").read_text()
-    again = ["--cfg", folder / "config.yaml", "--resume", "SOLVER.EPOCHS", 2, "LOG.PREFIX", tmp_path]
+    again = ["--cfg", folder / "config.yaml", "--resume", "SOLVER.EPOCHS", 2]
     assert_user_error(tool("train", *again, check=False), f"another process is training in {folder}")
     assert (folder / "metrics.jsonl").read_text() == before
     holder.trainer.log.close()

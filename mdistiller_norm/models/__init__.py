@@ -76,8 +76,7 @@ def build_model(
         network.name = name
         return network
     if pretrained:
-        prefixes = " or ".join(PREFIXES)
-        raise ConfigError(f"pretrained weights require a model named {prefixes}..., got {name}")
+        raise ConfigError(f"pretrained weights require a model named {'|'.join(PREFIXES)}, got {name}")
     models = VARIANTS[variant]
     others = [other for other in VARIANTS if name in VARIANTS[other]]
     if name not in models and others:
