@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # One thread: the networks of the tests are too small for two.
@@ -60,6 +63,27 @@ def facts() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with three classes of twelve training and four test images of Tiny ImageNet."""
+    source = unpacked("tiny_imagenet_20", "tiny_imagenet_20/val") / "tiny_imagenet_20"
+    root = tmp_path_factory.mktemp("tree") / "tiny"
+    for split, count in (("train", 12), ("val", 4)):
+        for folder in sorted((source / split).iterdir())[:3]:
+            (root / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.glob("*.JPEG"))[:count]:
+                shutil.copy(file, root / split / folder.name)
+    return root
+
+
+@pytest.fixture
+def limited_files() -> Iterator[Callable[[int], None]]:
+    """Limit the size of files and of shared memory, as a full disk does; -1 removes the limit."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Return a function that fills a folder once for all test processes. Tests must not change its content."""
     base = tmp_path_factory.getbasetemp()
@@ -94,16 +118,12 @@ def run(once: Once) -> Path:
     return once("run", lambda folder: train(config(folder, "run", epochs=1))) / "distill" / "run"
 
 
-def tool(
-    name: str, *arguments: object, check: bool = True, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
+def tool(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run ``tools/<name>.py`` in another process."""
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     if check and done.returncode:
-        raise AssertionError(
-            f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        )
+        raise AssertionError(f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
 
 
@@ -117,20 +137,33 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *words: str) -> No
         assert word in errors[0], f"{word!r} is not in {errors[0]!r}"
 
 
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _registries_as_before() -> Iterator[None]:
-    """Restore the registries, to which plugins add, for the other test files."""
+@contextmanager
+def registries_as_before() -> Iterator[None]:
+    """Restore the registries, to which plugins add, on exit."""
     registries = (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS)
     before = [dict(registry) for registry in registries]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path])
-        yield
+    yield
     for registry, entries in zip(registries, before, strict=True):
         registry.clear()
         registry.update(entries)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registries_and_path_of_each_file() -> Iterator[None]:
+    with registries_as_before(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        yield

@@ -8,6 +8,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.engine.checkpoint import load
+from mdistiller_norm.engine.step import TrainStep
+from mdistiller_norm.run import build_run
+from mdistiller_norm.student import open_checkpoint
 
 # An epoch has 6 steps, the last one with a smaller batch.
 SHORT = ["DATASET.TYPE=digits", "SOLVER.BATCH_SIZE=240", "SOLVER.NESTEROV=true", "SOLVER.WEIGHT_DECAY=5e-4"]
@@ -41,3 +44,20 @@ def state_of(folder: Path, name: str) -> dict[str, Any]:
     state = load(folder / "distill" / name / "latest.pt")
     del state["seconds"]
     return state
+
+
+def build_step(folder: Path, name: str, *overrides: str) -> TrainStep:
+    """Build a run and return its training step."""
+    run = build_run(config(folder, name, *overrides))
+    run.trainer.log.close()
+    run.trainer.step.trainable.train()
+    return run.trainer.step
+
+
+def outputs_of(weights: Path | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return logits, pooled features and targets of all test images, computed in one batch."""
+    network, dataset = open_checkpoint(weights)
+    ((images, targets),) = dataset.eval_loader(1000, torch.device("cpu"))
+    with torch.no_grad():
+        outputs = network.eval().outputs(images)
+    return outputs.logits, outputs.pooled, targets

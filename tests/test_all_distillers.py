@@ -1,4 +1,4 @@
-"""Every method in real steps: its loss falls, and the losses of 20 steps equal the stored ones.
+"""Every method in real steps: the losses of 20 steps equal the stored ones.
 
 ``python tests/test_all_distillers.py`` stores them anew, after a change that is meant to change them.
 """
@@ -36,9 +36,6 @@ CASES: dict[str, dict[str, Any]] = {name: {"DISTILLER.TYPE": name} for name in D
     "KD by DOT": {"DISTILLER.TYPE": "KD", "SOLVER.TRAINER": "dot"},
     "REVIEWKD by DOT": {"DISTILLER.TYPE": "REVIEWKD", "SOLVER.TRAINER": "dot"},
 }
-# Minimum relative decrease of the loss in the overfit test; 0.1 for the others. Most of NKD's loss is the teacher's
-# entropy, which is constant, and VID's variances start far too large.
-FALLS = {"NKD": 0.005, "VID": 0.04}
 STEPS = 20
 # On other machines, rounding dominates the later losses of DIST: its gradient is divided by the spread of the student's
 # probabilities, which are almost equal at first. With other kernels (AVX2, SSE4) the first three losses of all methods
@@ -105,29 +102,6 @@ def losses_of(step: TrainStep, count: int) -> Iterator[dict[str, float]]:
         step(*raw)
         yield step.meters.read(1).losses  # raises if one is not finite
         step.meters.reset()
-
-
-@pytest.mark.parametrize("name", DISTILLERS)
-def test_loss_falls_on_64_fixed_images(name: str) -> None:
-    # CRD's memory changes slowly; with a higher temperature the student can follow it.
-    gentle = {"CRD.NCE.TEMPERATURE": 0.2} if name == "CRD" else {}
-    case = CASES[name] | gentle
-    step = make_step(case, **{"SOLVER.BATCH_SIZE": 64})
-    trainable = step.trainable
-    batch = step.loader.prepare(*next(step.loader.batches(1)))
-    assert step.teacher is not None
-    taught = step.teacher(batch)
-    factors = torch.tensor([0.0, 1.0])  # the distillation loss only
-    optimizer = torch.optim.Adam(trainable.parameters(), lr=3e-3)
-    history = []
-    for number in range(25 if name == "CRD" else 10):
-        losses = trainable(batch._replace(key=torch.tensor(number)), taught, factors)
-        optimizer.zero_grad()
-        losses.total.backward()
-        optimizer.step()
-        history.append(losses.total.item())
-    first, last = history[0], sum(history[-3:]) / 3
-    assert last < first - FALLS.get(name, 0.1) * first, history
 
 
 def machine() -> dict[str, Any]:

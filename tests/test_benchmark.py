@@ -72,9 +72,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def assert_quotients(ratio: dict[str, Any], above: dict[str, Any], below: dict[str, Any]) -> None:
-    assert ratio["values"] == pytest.approx(
-        [a / b for a, b in zip(above["values"], below["values"], strict=True)]
-    )
+    quotients = [a / b for a, b in zip(above["values"], below["values"], strict=True)]
+    assert ratio["values"] == pytest.approx(quotients)
 
 
 def test_time_memory_and_parameters_of_a_method(measure: Any) -> None:
@@ -84,9 +83,7 @@ def test_time_memory_and_parameters_of_a_method(measure: Any) -> None:
     assert 100 < row["memory_mb"] < 5000
 
 
-def test_training_steps_against_a_reference(
-    measure: Any, reference: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_steps_against_a_reference(measure, reference, capsys):
     row = measure("--against", reference, *SMALL)["against"]["NormKD"]
     assert_quotients(row["ratio"], row["reference_ms"], row["ours_ms"])
     assert "progress bar" not in capsys.readouterr().out
@@ -114,9 +111,7 @@ def test_replayed_blocks_hit_the_teacher_cache(measure: Any, tmp_path: Path) -> 
 
 
 def test_bad_options(measure: Any, reference: str) -> None:
-    assert_user_error(
-        tool("benchmark", "--against", "no", check=False), "--against no must have mdistiller's layout"
-    )
+    assert_user_error(tool("benchmark", "--against", "no", check=False), "no must have mdistiller's layout")
     for arguments, words in (
         ([], "nothing to measure: add --table9"),
         (["--evaluate", "--synthetic", "200", "--batch-size", "300"], "BATCH_SIZE must be <= 200"),

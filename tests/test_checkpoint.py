@@ -82,6 +82,10 @@ def saved(content: Any) -> Callable[[Path], object]:
     return lambda path: torch.save(content, path)
 
 
+def written(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:.*TorchScript")
 @pytest.mark.parametrize(
     ("write", "message"),
@@ -90,9 +94,12 @@ def saved(content: Any) -> Callable[[Path], object]:
         (lambda path: torch.save(network(), path), r"save only the state_dict\(\) of the network"),
         *((truncated(size), "may be truncated") for size in (0, 10, 20_000, -10)),
         *(
-            (lambda path, text=text: path.write_bytes(text), "is a text file")
-            for text in (b"0 epochs\n", b"J\n", b"(l.\n")
+            (written(text), "is a text file")
+            for text in (b"0 epochs\n", b"J\n", b"(l.\n", b"Entry not found")
         ),
+        (written(b"<!DOCTYPE html><html></html>"), "an HTML or XML page"),
+        (written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "a Git LFS pointer"),
+        (written(b"\x1f\x8b\x08\0\0\0"), "a gzip file"),
         (lambda path: torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path), "not loaded"),
         (saved({"model": {"a": 1}}), "holds no weights"),
         (saved({}), "holds no weights"),
@@ -100,9 +107,7 @@ def saved(content: Any) -> Callable[[Path], object]:
         (lambda path: None, "there is no checkpoint"),
     ],
 )
-def test_other_files_are_refused(
-    tmp_path: Path, write: Callable[[Path], object], message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_other_files_are_refused(tmp_path, write, message, capfd):
     write(tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=message) as caught:
         load_weights(tmp_path / "odd.pth")
@@ -118,9 +123,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         load_into(build_model("resnet14", 10), weights, "resnet14")
     with pytest.raises(CheckpointError, match=r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]"):
         load_into(build_model("resnet8", 100), weights, "resnet8")
-    versioned = Wrapped(
-        mnasnet0_5(num_classes=4), 4, classifier="classifier.1"
-    )  # requires a version in the metadata
+    versioned = Wrapped(mnasnet0_5(num_classes=4), 4, classifier="classifier.1")  # requires a version
     torch.save(versioned.state_dict(), tmp_path / "mnasnet.pth")
     with pytest.raises(CheckpointError, match=r"mnasnet\.pth does not fit mnasnet: version sh.* be set"):
         load_into(versioned, load_weights(tmp_path / "mnasnet.pth"), "mnasnet")
@@ -170,20 +173,15 @@ def add_entry(project: Path, **changes: Any) -> None:
 
 
 def find(weights: str = "", dataset: str = "digits", epochs: int = 0, **data: Any) -> TeacherFile:
-    return find_teacher(
-        "resnet8", dataset, weights, Path("output"), "python tools/train.py --cfg x.yaml", epochs, data
-    )
+    return find_teacher("resnet8", dataset, weights, Path("output"), "python x.py", epochs, data)
 
 
 def test_the_manifest_and_mdistillers_downloads_are_searched(project: Path) -> None:
-    add_entry(
-        project, sha256=hashlib.sha256((project / "checkpoints" / "teacher.pt").read_bytes()).hexdigest()
-    )
+    file = project / "checkpoints" / "teacher.pt"
+    add_entry(project, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
     assert find() == TeacherFile(Path("checkpoints/teacher.pt"), 97.5)
-    assert find(str(project / "checkpoints" / "teacher.pt")).top1 == 97.5
-    with pytest.raises(
-        CheckpointError, match=r"no weights for the teacher resnet8 on cifar100.*train it with `python"
-    ):
+    assert find(str(file)).top1 == 97.5
+    with pytest.raises(CheckpointError, match=r"teacher resnet8 on cifar100.*train it with `python"):
         find(dataset="cifar100")
     folder = project / "download_ckpts" / "cifar_teachers" / "resnet8_vanilla"
     folder.mkdir(parents=True)
@@ -231,7 +229,7 @@ def test_finished_runs_are_searched_by_data_length_and_accuracy(project: Path) -
     assert find(epochs=2) == TeacherFile(smoke, 99.0)
     warning = find(epochs=240).warning
     assert warning.startswith(f"the teacher {smoke} was trained for 2 epochs, the student for 240: set")
-    assert "python tools/train.py --cfg x.yaml" in warning
+    assert "python x.py" in warning
     add_run(project, "worse", 240, 90.0)
     full = add_run(project, "full", 240, 95.0)
     # None of these is a plain run of this model on the whole training set.

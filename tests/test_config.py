@@ -1,5 +1,6 @@
 """Configs: the shipped YAML files, inheritance, overrides, stored configs and output. Errors: test_errors.py."""
 
+import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -55,21 +56,25 @@ def values(node: dict, *keys: str) -> tuple:
     return tuple(found[key] for key in keys)
 
 
+@functools.cache
+def shipped(path: str) -> dict:
+    return load_config(ROOT / path).node
+
+
 # Shipped files
 
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_shipped_config_loads_and_round_trips(path, tmp_path):
-    config = load_config(ROOT / path)
-    assert config.node.is_frozen()
-    again = load_config(write(tmp_path, "dump.yaml", dump(config.node)))
-    assert again.node == config.node
+    node = shipped(path)
+    assert node.is_frozen()
+    assert load_config(write(tmp_path, "dump.yaml", dump(node))).node == node
 
 
 def test_runs_name_their_command_and_write_to_different_folders():
     places = Counter()
     for path in RUNS:
-        node = load_config(ROOT / path).node
+        node = shipped(path)
         assert node.DISTILLER.TEACHER
         assert node.DISTILLER.STUDENT
         header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
@@ -92,9 +97,8 @@ def test_defaults_are_a_superset_of_mdistillers(facts, tmp_path):
     for section, values in known.items():
         assert plain(node[section]) == plain(node[section]) | values
     # Only logging to a web service is off by default here.
-    assert [key for key in differences(node, default_config()) if not key.startswith(tuple(DISTILLERS))] == [
-        "LOG.WANDB"
-    ]
+    changed = differences(node, default_config())
+    assert [key for key in changed if not key.startswith(tuple(DISTILLERS))] == ["LOG.WANDB"]
 
 
 def test_every_method_has_its_node_and_every_common_key_a_help_text():
@@ -205,13 +209,11 @@ def test_merge_keys_replace_whole_values(tmp_path):
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "base.yaml", "DISTILLER: {TEACHER_WEIGHTS: ~/w.pt}\nDATASET: {ROOT: ~}\n")
-    write(tmp_path, "empty.py", "")
-    file = write(
-        tmp_path, "run/run.yaml", "_BASE_: ~/base.yaml\nLOG: {PREFIX: ~/runs}\nEXPERIMENT.PLUGINS: ~/empty.py"
-    )
+    write(tmp_path, "e.py", "")
+    file = write(tmp_path, "r/r.yaml", "_BASE_: ~/base.yaml\nLOG.PREFIX: ~/runs\nEXPERIMENT.PLUGINS: ~/e.py")
     node = load_config(file).node
     assert (f"{tmp_path}/w.pt", str(tmp_path)) == (node.DISTILLER.TEACHER_WEIGHTS, node.DATASET.ROOT)
-    assert (f"{tmp_path}/runs", [f"{tmp_path}/empty.py"]) == (node.LOG.PREFIX, node.EXPERIMENT.PLUGINS)
+    assert (f"{tmp_path}/runs", [f"{tmp_path}/e.py"]) == (node.LOG.PREFIX, node.EXPERIMENT.PLUGINS)
 
 
 # Values and their types
@@ -238,11 +240,8 @@ def test_show_prints_values_with_their_sources_and_only_nodes_in_use(tmp_path):
     file = write(tmp_path, "run.yaml", f"_BASE_: {ROOT / path}\nDKD: {{BETA: 2}}\n")
     config = load_config(file, ["SEED", "3"])
     text = show(config)
-    source_of = {
-        line.split("#")[0].strip(): line.split("# ")[1]
-        for line in text.splitlines()
-        if not line.endswith(":")
-    }
+    lines = [line for line in text.splitlines() if not line.endswith(":")]
+    source_of = {line.split("#")[0].strip(): line.split("# ")[1] for line in lines}
     assert source_of["LR: 0.01"] == str(ROOT / "configs/cifar100/_base_/pairs/res32x4_shuv1.yaml")
     assert source_of["TAG: 'normkd,res32x4,shuv1'"] == str(ROOT / path)
     assert source_of["SEED: 3"] == "command line"

@@ -100,9 +100,7 @@ def test_a_cached_teacher_is_held_on_the_device(teacher: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["NONE", "NormKD", "REVIEWKD"])
-def test_half_precision_is_finite_and_close(
-    method: str, precision: str, teacher: str, tmp_path: Path
-) -> None:
+def test_half_precision_is_finite_and_close(method, precision, teacher, tmp_path):
     overrides = [f"DISTILLER.TYPE={method}", *([teacher] if method != "NONE" else [])]
     trained(tmp_path, "fp32", *overrides)
     half = trained(tmp_path, precision, *overrides, f"SOLVER.PRECISION={precision}")
@@ -119,9 +117,7 @@ def test_half_precision_is_finite_and_close(
     ],
     ids=" ".join,
 )
-def test_a_resumed_run_equals_an_uninterrupted_run(
-    overrides: list[str], teacher: str, tmp_path: Path
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(overrides, teacher, tmp_path):
     overrides = [f"DISTILLER.TYPE={overrides[0]}", *overrides[1:], teacher]
     expected = trained(tmp_path, "whole", *overrides)
     run = build_run(config(tmp_path, "parts", *COMMON, *overrides))

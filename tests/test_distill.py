@@ -2,35 +2,16 @@
 
 from pathlib import Path
 
-import pytest
 import yaml
-from conftest import unpacked
 
 from mdistiller_norm.cli import main
 
 SMALL = ["DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=32", "DATASET.NUM_WORKERS=0", "SOLVER.BATCH_SIZE=16"]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with 16 training and 8 test images of two classes of Tiny-ImageNet."""
-    source, folder = (
-        unpacked("tiny_imagenet_20", "tiny_imagenet_20/val"),
-        tmp_path_factory.mktemp("d") / "fish",
-    )
-    for split, count in (("train", 8), ("val", 4)):
-        for label in ("n01443537", "n01629819"):
-            (folder / split / label).mkdir(parents=True)
-            for file in sorted((source / "tiny_imagenet_20" / split / label).iterdir())[:count]:
-                (folder / split / label / file.name).symlink_to(file)
-    return folder
-
-
-def test_teacher_student_alone_and_distilled(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_teacher_student_alone_and_distilled(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["distill", "--teacher", "resnet14", "--student", "resnet8", "--data", str(images)]
+    command = ["distill", "--teacher", "resnet14", "--student", "resnet8", "--data", str(tree)]
     assert main([*command, "--epochs=2", "--train-teacher", "--student-alone", *SMALL]) == 0
     *_, header, teacher, alone, distilled, export = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["model", "top-1"]

@@ -1,8 +1,11 @@
-"""The documentation: commands parse, configs load, quoted files and links exist, project files are well-formed."""
+"""The documentation: commands parse, configs load, quoted files and links exist, the site builds; the shell scripts."""
 
 import importlib
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,9 +42,7 @@ def commands() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("page", "tool", "arguments"), commands())
-def test_documented_command_parses(
-    page: str, tool: str, arguments: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documented_command_parses(page, tool, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = [word for word in shlex.split(arguments) if word != "..."]
     tool, *words = [tool, *words] if tool else words
@@ -54,11 +55,8 @@ def test_documented_command_parses(
     main = importlib.import_module("benchmark").main if tool == "benchmark" else cli.execute
     with pytest.raises(ConfigError, match="unrecognized arguments: --end-of-command"):
         main(words if tool == "benchmark" else [tool, *words])
-    if (
-        tool == "train"
-        and words[1].startswith(("configs/", "cifar100/"))
-        and "EXPERIMENT.PLUGINS" not in words
-    ):
+    packaged = tool == "train" and words[1].startswith(("configs/", "cifar100/"))
+    if packaged and "EXPERIMENT.PLUGINS" not in words:
         config.load_config(words[1], [word for word in words[2:] if not word.startswith("--")])
 
 
@@ -85,3 +83,57 @@ def test_files_of_the_project_are_well_formed() -> None:
     assert pages - {path.name for path in ROOT.glob("docs/*.md")} == {"index.md", "configuration.md"}
     known = ("#", "FROM ", "ENV ", "WORKDIR ", "COPY ", "RUN ", "CMD [")
     assert all(line.startswith(known) for line in (ROOT / "Dockerfile").read_text().splitlines())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_site_builds_without_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = pytest.importorskip("mkdocs.commands.build").build
+    monkeypatch.chdir(ROOT)  # mkdocstrings reads the package from the working directory
+    load = importlib.import_module("mkdocs.config").load_config
+    build(load("mkdocs.yml", site_dir=str(tmp_path), strict=True))
+    assert "SOLVER.PRECISION" in (tmp_path / "configuration/index.html").read_text()
+    assert "normkd_loss" in (tmp_path / "library/index.html").read_text()
+
+
+SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*.sbatch")])
+
+
+def run_script(command: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
+    script = ["bash", *f"{ROOT}/scripts/{command}".split()]
+    return subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_scripts_have_no_lint() -> None:
+    check = ["shellcheck", *SCRIPTS] if shutil.which("shellcheck") else ["bash", "-n", *SCRIPTS]
+    done = subprocess.run(check, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("imagenet.sh", "PAIR must be r34_r18 or r50_mv1, got ''"),
+        ("imagenet.sh r34", "PAIR must be r34_r18 or r50_mv1, got 'r34'"),
+        ("imagenet.sh r34_r18", "METHOD is missing: choose one of at.yaml crd.yaml"),
+        ("imagenet.sh r34_r18 normkd 0", "GPUS must be >= 1, got 0"),
+        ("slurm/imagenet.sbatch", "CONFIG is missing"),
+        ("slurm/imagenet.sbatch normkt.yaml", "normkt.yaml does not exist"),
+        ("slurm/imagenet.sbatch configs/imagenet/r34_r18/normkd.yaml", "must run under Slurm"),
+        ("imagenet_r34_r18.sh normkt", "configs/imagenet/r34_r18/normkt.yaml does not exist"),
+        ("imagenet_r50_mv1.sh normkt", "configs/imagenet/r50_mv1/normkt.yaml does not exist"),
+    ],
+)
+def test_bad_arguments(command: str, words: str) -> None:
+    done = run_script(command)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_imagenet_script_starts_one_process_per_gpu(tmp_path: Path) -> None:
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    done = run_script("imagenet_r34_r18.sh normkd 4 SEED 1", path=str(tmp_path))
+    assert "--nproc-per-node 4" in done.stdout
+    assert done.stdout.endswith("tools/train.py --cfg configs/imagenet/r34_r18/normkd.yaml --resume SEED 1\n")

@@ -56,9 +56,8 @@ def gradients(
     """Gradients of the weighted cross entropy and of the weighted regression."""
     pooled = images @ theta["both"]
     exponentials = np.exp(pooled * theta["task"])
-    slope = (
-        WEIGHTS[0] * (exponentials / exponentials.sum(1, keepdims=True) - np.eye(CLASSES)[targets]) / BATCH
-    )
+    probabilities = exponentials / exponentials.sum(1, keepdims=True)
+    slope = WEIGHTS[0] * (probabilities - np.eye(CLASSES)[targets]) / BATCH
     task = {"both": images.T @ (slope * theta["task"]), "task": (slope * pooled).sum(0)}
     slope = WEIGHTS[1] * 2 * (pooled * theta["own"] - features) / pooled.size
     distill = {"both": images.T @ (slope * theta["own"]), "own": (slope * pooled).sum(0)}
@@ -71,9 +70,7 @@ def test_dot_computes_its_formula(nesterov: bool) -> None:
     index, weights = torch.arange(BATCH), torch.tensor(WEIGHTS, dtype=torch.float64)
     both, task, own = (rng.standard_normal(shape) for shape in ((INPUTS, CLASSES), CLASSES, CLASSES))
     trainable = Trainable(Student(both, task), {"REGRESSION": Regression(own)})
-    parameters = {
-        key.split(".")[-1]: parameter.detach().numpy() for key, parameter in trainable.named_parameters()
-    }
+    parameters = {key.split(".")[-1]: each.detach().numpy() for key, each in trainable.named_parameters()}
     velocities = {name: [np.zeros_like(parameters[name]) for _ in UPDATES[name]] for name in UPDATES}
     optimizer = None
     for rate in RATES:
@@ -82,9 +79,7 @@ def test_dot_computes_its_formula(nesterov: bool) -> None:
         batch = Batch(torch.tensor(images), torch.as_tensor(targets), index, index, torch.tensor(0))
         outputs = Outputs(torch.zeros(BATCH, CLASSES), (), (), torch.tensor(features))
         if not optimizer:
-            teacher = SimpleNamespace(
-                network=SimpleNamespace(outputs=lambda images, outputs=outputs: outputs)
-            )
+            teacher = SimpleNamespace(network=SimpleNamespace(outputs=lambda _, outputs=outputs: outputs))
             sgd = {"lr": rate, "momentum": MOMENTUM, "weight_decay": DECAY, "nesterov": nesterov}
             optimizer = DOT(trainable, batch, teacher, DELTA, **sgd)
         expected = {name: value.copy() for name, value in parameters.items()}

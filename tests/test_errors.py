@@ -3,21 +3,17 @@
 import errno
 import io
 import os
-import resource
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, registries_as_before
 from test_plugins import REGISTER
 
 from mdistiller_norm import cli
 from mdistiller_norm.cli import main
-from mdistiller_norm.data import DATASETS
-from mdistiller_norm.distillers import DISTILLERS
-from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS
 
 Capture = pytest.CaptureFixture[str]
 DIGITS = f"train --cfg {ROOT}/configs/digits/vanilla_resnet8.yaml LOG.PREFIX=out"
@@ -60,6 +56,7 @@ COMMANDS = [
     (f"{DIGITS} DATASET.TYPE digit", "unknown data set 'digit': did you mean digits?"),
     (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, the number of classes, got 9"),
     (f"{DIGITS} DATASET.RANDAUGMENT 31", "DATASET.RANDAUGMENT must be in [0, 30], got 31"),
+    (f"{DIGITS} DATASET.RANDAUGMENT=9", "DATASET.RANDAUGMENT requires image files, digits is in memory"),
     (f"{DIGITS} DATASET.CLASSES '[a, a]'", "DATASET.CLASSES must be different names, got ['a', 'a']"),
     ("reproduce --table 1 --dry-run DATASET.SUBSET 2000", "DATASET.SUBSET would change the result"),
     (f"{DIGITS} DEVICE tpu", "DEVICE … tpu"),
@@ -80,6 +77,9 @@ COMMANDS = [
     ("distill --teacher resnet44 --student resnet9 --data digits", "STUDENT: unknown CIFAR model 'resnet9'"),
     ("eval -c x.pt -bs 0", "must be an integer >= 1, got 0"),
     ("eval -c x.pt --cfg x.yaml -d digits", "--cfg sets the data set"),
+    ("eval -c pretrain", "add -m"),
+    ("eval -c torchvision:ResNet9_Weights.V1", "ResNet9_Weights.V1"),
+    ("eval -c none.pt", "none.pt"),
     ("eval -c 'two\nlines.pt'", "two lines.pt"),
     ("shards --root x --out y", "x"),
     ("visualize", "required: FIGURE: see mdistiller-norm visualize --help"),
@@ -235,6 +235,15 @@ USED_PLUGINS = [
         "SP requires feature maps, which own lacks … without maps: CRD … NormKD",
     ),
     (
+        ("", "DISTILLER.TYPE=DKD DATASET.MIXUP=0.2"),
+        "DATASET.MIXUP cannot be used with DKD: an image needs one class",
+    ),
+    (("", "DISTILLER.TYPE=[KD,CRD] CRD.NCE.K=16 DATASET.CUTMIX=1"), "DATASET.CUTMIX cannot be used with CRD"),
+    (
+        ("", "DISTILLER.TEACHER_CACHE=lazy DATASET.MIXUP=1"),
+        "MIXUP cannot be used with DISTILLER.TEACHER_CACHE",
+    ),
+    (
         ("", f"{WEIGHTS}.CE_WEIGHT=0 {WEIGHTS}.KD_WEIGHT=0"),
         "NormKD: CE_WEIGHT and the other weights must not",
     ),
@@ -244,12 +253,8 @@ USED_PLUGINS = [
 @pytest.fixture(autouse=True)
 def _own_folder_and_registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    registries = (CIFAR_MODELS, IMAGENET_MODELS, DATASETS, DISTILLERS)
-    before = [dict(registry) for registry in registries]
-    yield
-    for registry, entries in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(entries)
+    with registries_as_before():
+        yield
 
 
 def check(command: str, words: str, capsys: Capture) -> None:
@@ -282,9 +287,7 @@ def test_plugin_that_cannot_be_imported(text: str, words: str, capsys: Capture) 
 
 
 @pytest.mark.parametrize(("plugin", "words"), USED_PLUGINS)
-def test_plugin_that_cannot_be_used(
-    plugin: tuple[str, str], words: str, teacher: str, capsys: Capture
-) -> None:
+def test_plugin_that_cannot_be_used(plugin, words, teacher, capsys):
     check(command_with_plugin(plugin, teacher), words, capsys)
 
 
@@ -305,16 +308,12 @@ def command_with_plugin(plugin: tuple[str, str], teacher: str) -> str:
         ("resource.setrlimit(resource.RLIMIT_FSIZE, (999, -1))", "out/digits/run … File too large"),
     ],
 )
-def test_run_folder_that_is_damaged_during_training(
-    damage: str, words: str, teacher: str, capsys: Capture
-) -> None:
+@pytest.mark.usefixtures("limited_files")
+def test_run_folder_that_is_damaged_during_training(damage, words, teacher, capsys):
     text, override = method("student.logits.mean()")
     text = f"import os, resource, shutil\n{text}    def begin_epoch(self, epoch, seed):\n        {damage}\n"
     short = "EXPERIMENT.NAME=run SOLVER.BATCH_SIZE=479 SOLVER.EPOCHS=2 SOLVER.LR_DECAY_STAGES=[]"
-    try:
-        check(command_with_plugin((text, f"{override} {short}"), teacher), words, capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    check(command_with_plugin((text, f"{override} {short}"), teacher), words, capsys)
 
 
 @pytest.mark.parametrize("path", [None, cli.__file__ + "x", os.__file__ + "x"])
@@ -340,9 +339,7 @@ def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("stream", [None, io.TextIOWrapper(io.BytesIO(), "ascii")], ids=["closed", "ASCII"])
-def test_standard_output_that_cannot_show_a_name(
-    stream: io.TextIOWrapper | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_standard_output_that_cannot_show_a_name(stream, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     short = ["SOLVER.EPOCHS=1", "SOLVER.LR_DECAY_STAGES=[]", "SOLVER.BATCH_SIZE=479"]
     assert main([*shlex.split(DIGITS), *short, "EXPERIMENT.NAME=gr\u00f6\udce9"]) == 0

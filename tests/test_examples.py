@@ -50,11 +50,6 @@ def test_image_folders(birds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     train("examples/kd.yaml", tmp_path / "kd", *small, *weights)
 
 
-def test_data_in_memory(tmp_path: Path) -> None:
-    plugin = ["EXPERIMENT.PLUGINS", str(ROOT / "examples/three_digits.py"), "DATASET.TYPE", "three_digits"]
-    train("configs/digits/vanilla_resnet8.yaml", tmp_path, *plugin)
-
-
 def test_method(tmp_path: Path) -> None:
     teacher = train("configs/digits/vanilla_resnet20.yaml", tmp_path / "teacher")
     weights = f"DISTILLER.TEACHER_WEIGHTS={teacher}/student_last.pt"

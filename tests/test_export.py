@@ -1,7 +1,6 @@
 """Exported networks against the networks that they are made from, on the digits."""
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import tool
-from short_runs import assert_same_state
+from short_runs import assert_same_state, outputs_of
 from test_models import build
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from mdistiller_norm.engine.checkpoint import load, load_weights
 from mdistiller_norm.errors import CheckpointError, UserError
 from mdistiller_norm.export import check
 from mdistiller_norm.models import build_model
-from mdistiller_norm.student import load_student, open_checkpoint
+from mdistiller_norm.student import load_student
 
 
 @pytest.fixture
@@ -34,13 +33,6 @@ def export(*arguments: object) -> None:
 def pixels() -> Tensor:
     """All test digits as ``[360, 3, 32, 32]`` in 0..1, without a loader."""
     return digits().test.images.permute(0, 3, 1, 2).float() / 255
-
-
-def logits(student: Path) -> Tensor:
-    network, dataset = open_checkpoint(student)
-    images = next(iter(dataset.eval_loader(360, torch.device("cpu"))))[0]
-    with torch.no_grad():
-        return network.eval()(images)
 
 
 def read_pt2(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -61,7 +53,7 @@ def test_pt2_beside_the_checkpoint(student: Path) -> None:
     mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
     for count in (1, 3, 360):
         found = module((pixels()[:count] - mean) / std)
-        torch.testing.assert_close(found, logits(student)[:count], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, outputs_of(student)[0][:count], rtol=1e-4, atol=1e-4)
     with pytest.raises((AssertionError, RuntimeError)):
         module(torch.zeros(2, 3, 40, 40))
 
@@ -73,7 +65,7 @@ def test_the_normalisation_can_be_included(student: Path, tmp_path: Path) -> Non
     module, about = read_pt2(tmp_path / "ckpt_epoch_240.pt2")
     assert about["input"] == "float32 [B, 3, 32, 32], RGB in 0..1"
     assert (about["name"], about["dataset"], len(about["classes"])) == ("resnet8", "digits", 10)
-    torch.testing.assert_close(module(pixels()), logits(student), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module(pixels()), outputs_of(student)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_state_dict_of_a_student_and_of_a_run_state(run: Path, student: Path, tmp_path: Path) -> None:
@@ -118,20 +110,16 @@ def test_a_different_network_is_detected(student: Path) -> None:
         check(lambda images: loaded.network(images) + (images.min() > -2), loaded, 8)
 
 
-def test_a_failed_export_keeps_the_existing_file(student: Path, tmp_path: Path) -> None:
+def test_a_failed_export_keeps_the_existing_file(student, tmp_path, limited_files):
     content, out = load(student), tmp_path / "s.pt2"
     content["model"]["fc.bias"][3] = float("nan")
     torch.save(content, tmp_path / "s.pt")
     out.write_text("before")
     with pytest.raises(CheckpointError, match=r"nothing is written: .* differ by nan on random images"):
         export("-c", tmp_path / "s.pt", "--force")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk
-    try:
-        with pytest.raises(CheckpointError, match=r"s\.pt2 cannot be written \(.*File too large"):
-            export("-c", student, "-o", out, "--force")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    limited_files(100_000)
+    with pytest.raises(CheckpointError, match=r"s\.pt2 cannot be written \(.*File too large"):
+        export("-c", student, "-o", out, "--force")
     assert out.read_text() == "before"
     assert sorted(tmp_path.iterdir()) == [tmp_path / "s.pt", out]
 
@@ -159,9 +147,10 @@ def test_onnx(student: Path, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "s.onnx", providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     assert (about["name"], about["resize"], about["channels"]) == ("resnet8", "32", "RGB")
+    expected = outputs_of(student)[0]
     for count in (1, 3, 360):
         (found,) = session.run(["logits"], {"images": pixels()[:count].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), logits(student)[:count], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(found), expected[:count], rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_for_the_hub(run: Path, tmp_path: Path) -> None:

@@ -130,9 +130,7 @@ def test_next_url_is_tried_and_complete_part_is_kept(server: Server) -> None:
         ("plain/a.bin", {"model": "resnet8"}, "must have to: checkpoints, got files"),
     ],
 )
-def test_failures_are_named_and_leave_nothing(
-    path: str, entry: dict[str, object], words: str, server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failures_are_named_and_leave_nothing(path, entry, words, server, capsys):
     server.files = {"a.bin": b"wrong!", "a-abcdef12.bin": b"x", "other.tar": tar(b=b"")}
     server.files["outside.tar"] = tar(**{"a/x": b"", "../y": b""})
     assert fetch("a", urls=[server.url(path)], **entry) == 2
@@ -143,18 +141,12 @@ def test_failures_are_named_and_leave_nothing(
     assert not Path("y").exists()
 
 
-def test_weights_are_listed_found_and_evaluated(
-    server: Server, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_are_listed_found_and_evaluated(server, run, capsys):
     content = (run / "student_last.pt").read_bytes()
     name = f"digits_resnet8-{hashlib.sha256(content).hexdigest()[:8]}.pt"
     server.files[name] = content
-    entry = {
-        "urls": [server.url(f"cut/{name}")],
-        "to": "checkpoints",
-        "model": "resnet8",
-        "dataset": "digits",
-    }
+    entry = {"urls": [server.url(f"cut/{name}")], "to": "checkpoints"}
+    entry |= {"model": "resnet8", "dataset": "digits"}
     assert fetch("mine", **entry) == 0
     line = r"resnet8 +digits  top-1 .*360 images.*checkpoints/digits_resnet8"
     assert re.search(line, capsys.readouterr().out)
@@ -165,9 +157,7 @@ def test_weights_are_listed_found_and_evaluated(
     assert len(yaml.safe_load(Path("checkpoints/manifest.yaml").read_text())) == 1
 
 
-def test_teachers_of_mdistiller_are_unpacked_where_training_searches(
-    server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_teachers_of_mdistiller_are_unpacked_where_training_searches(server, capsys):
     server.files["t.tar"] = tar(**{"cifar_teachers/resnet8_vanilla/ckpt_epoch_240.pth": b"not weights"})
     entry = {"urls": [server.url("plain/t.tar")], "to": "download_ckpts", "unpack": "cifar_teachers"}
     assert fetch("teachers", **entry) == 0

@@ -1,4 +1,4 @@
-"""The package as it is installed: its data, its extras and a wheel in another folder."""
+"""The package as it is installed: its data, its extras, a wheel in another folder, and the report of the program."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,14 @@ from mdistiller_norm.data import digits
 
 def test_digits_equal_those_of_scikit_learn() -> None:
     source, data = load_digits(), digits()
-    indices = train_test_split(
-        np.arange(len(source.target)), test_size=360, stratify=source.target, random_state=0
-    )
+    indices = train_test_split(np.arange(1797), test_size=360, stratify=source.target, random_state=0)
     for part, chosen in zip((data.train, data.test), indices, strict=True):
         grey = np.round(source.images[chosen] * (255 / 16)).astype(np.uint8)
         assert (part.images.numpy() == grey.repeat(4, 1).repeat(4, 2)[..., None]).all()
         assert (part.targets.numpy() == source.target[chosen]).all()
 
 
-def test_missing_extra_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["report", "--results", str(tmp_path)]) == 2
@@ -42,9 +39,7 @@ def test_missing_extra_is_named(
 
 
 @pytest.mark.parametrize("name", ["configs/digits/normkd.yaml", "configs/digits/normkd", "digits/normkd"])
-def test_packaged_config_is_found_from_any_folder(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packaged_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packaged = load_config(name)
     assert packaged.node.DISTILLER.TYPE == "NormKD"
@@ -65,13 +60,7 @@ def test_packaged_config_is_found_from_any_folder(
         ("/bin/mdistiller-norm", "mdistiller-norm train"),
     ],
 )
-def test_messages_name_the_program_that_was_started(
-    script: str,
-    command: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_messages_name_the_program_that_was_started(script, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script])
     assert main(["train", "--cfg", "digits/normkd", "DISTILLER.TEACHER=resnet20"]) == 2
@@ -98,12 +87,8 @@ def test_every_key_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of("config keys solver.dot.*", capsys)[0][1:3] == ["0.075", "float"]
 
 
-@pytest.mark.parametrize(
-    "name", ["digits/at", "cifar100/normkd/res32x4_res8x4", "cifar100/ablation/table1/t_1"]
-)
-def test_copied_config_equals_the_packaged_one(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("name", ["digits/at", "cifar100/kd/vgg13_vgg8", "cifar100/ablation/table1/t_1"])
+def test_copied_config_equals_the_packaged_one(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["config", "copy", name]) == 0
     copied = Path(name).name + ".yaml"
@@ -161,21 +146,32 @@ def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
         "list configs digits",
         "reproduce --table digits --methods student --seeds 0 --smoke --dry-run",
     )
-    code = (
-        "import sys, mdistiller_norm.cli as c; sys.exit(sum(c.main(each.split()) for each in sys.argv[1:]))"
-    )
+    code = "import sys, mdistiller_norm.cli as c; sys.exit(sum(c.main(x.split()) for x in sys.argv[1:]))"
     printed = run(bin_ / "python", "-c", code, *commands)
-    for words in (
-        "360 images",
-        "digit.png",
-        f"# {packages}/mdistiller_norm/configs",
-        "digits/normkd ",
-        "1 to run",
-    ):
+    configs = f"# {packages}/mdistiller_norm/configs"
+    for words in ("360 images", "digit.png", configs, "digits/normkd ", "1 to run"):
         assert words in printed, words
-    code = (
-        "from mdistiller_norm.engine.teacher_file import *; teacher = known_teacher('resnet20', 'cifar100')"
-    )
-    printed = run(bin_ / "python", "-c", f"{code}; print(teacher.path, teacher.cache_path(Path('out')))")
+    code = "from mdistiller_norm.engine.teacher_file import *; t = known_teacher('resnet20', 'cifar100')"
+    printed = run(bin_ / "python", "-c", f"{code}; print(t.path, t.cache_path(Path('out')))")
     name = "resnet20_cifar100_seed0.pt"
     assert printed.split() == [f"{packages}/mdistiller_norm/checkpoints/{name}", f"out/teachers/{name}"]
+
+
+def test_report_describes_the_installation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("data/cifar-100-python").mkdir(parents=True)
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["environment"]["torch"]
+    assert report["data"] == {"digits": "in the package", "cifar-100-python": "data/cifar-100-python"}
+    assert any("resnet20 on cifar100" in line for line in report["checkpoints"])
+    assert report["self_test"]["passed"]
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
+
+
+def test_failed_self_test_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "self_test:\n  passed: false" in printed
+    assert "/nowhere" in printed

@@ -122,9 +122,7 @@ def test_forward_and_activations(variant: str, name: str) -> None:
         assert torch.equal(features[0], preacts[0])
         torch.testing.assert_close(F.relu(preacts[-1]).mean((2, 3)), pooled)
     else:
-        assert all(
-            torch.equal(*each) for each in zip(features, [each.relu() for each in preacts], strict=True)
-        )
+        assert all(torch.equal(one, other.relu()) for one, other in zip(features, preacts, strict=True))
         negative = [bool((preact < 0).any()) for preact in preacts]
         assert negative == [not stem_is_activated] + [True] * (len(preacts) - 1)
     if name not in {"MobileNetV2", "ShuffleV2"} and not name.startswith("wrn"):

@@ -1,4 +1,4 @@
-"""Options of the optimizer and of the losses against their formulas, and the figures that a run logs."""
+"""Options of the optimizer, the losses and the images against their formulas, and the figures that a run logs."""
 
 import copy
 import math
@@ -6,28 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import RECIPE, assert_same_state, config, state_of
+from short_runs import RECIPE, assert_same_state, build_step, config, state_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image
 
 from mdistiller_norm.cli import execute
+from mdistiller_norm.data import MemoryTrainLoader, Share, digits
+from mdistiller_norm.data.mix import MixedLoader, mix
+from mdistiller_norm.data.plan import ALONE
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import Schedule, build_fused
-from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.run import build_run, train
 from mdistiller_norm.types import Batch, Losses
-
-
-def build_step(folder: Path, *overrides: str) -> TrainStep:
-    run = build_run(config(folder, "step", *overrides))
-    run.trainer.log.close()
-    run.trainer.step.trainable.train()
-    return run.trainer.step
 
 
 @pytest.mark.parametrize(
@@ -64,14 +62,12 @@ def test_adamw_from_zeros_is_adamw() -> None:
 
 def test_the_norm_of_a_clipped_gradient(tmp_path: Path) -> None:
     plain = ["SOLVER.MOMENTUM=0", "SOLVER.NESTEROV=false", "SOLVER.WEIGHT_DECAY=0", "SOLVER.LR=0.5"]
-    step = build_step(tmp_path, "SOLVER.CLIP_GRAD=0.01", *plain)
+    step = build_step(tmp_path, "step", "SOLVER.CLIP_GRAD=0.01", *plain)
     parameters = list(step.trainable.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
     step(*next(step.loader.batches(1)))
-    change = nn.utils.get_total_norm(
-        [old - new.detach() for old, new in zip(before, parameters, strict=True)]
-    )
-    assert float(change) == pytest.approx(0.5 * 0.01, rel=1e-4)
+    changes = [old - new.detach() for old, new in zip(before, parameters, strict=True)]
+    assert float(nn.utils.get_total_norm(changes)) == pytest.approx(0.5 * 0.01, rel=1e-4)
 
 
 def test_class_probabilities_and_label_smoothing() -> None:
@@ -124,7 +120,7 @@ def test_gradient_norms_are_logged_and_do_not_change_the_run(tmp_path: Path, tea
     assert_same_state(*states)
     records = read_metrics(tmp_path / "distill" / "norms" / "metrics.jsonl")
     assert all(record[f"grad_norm_{name}"] > 0 for record in records for name in ("ce", "distill"))
-    step = build_step(tmp_path, *common)
+    step = build_step(tmp_path, "step", *common)
     step.begin_epoch(1, 0)
     step.optimizer.param_groups[0]["lr"] = 0.0
     norms = step.gradient_norms(*next(step.loader.batches(1)))
@@ -153,3 +149,63 @@ def test_a_cosine_is_not_continued_with_another_length(tmp_path: Path) -> None:
     train(config(tmp_path, "run", "SOLVER.SCHEDULE=cosine", epochs=1))
     with pytest.raises(ConfigError, match=r"other values of SOLVER\.EPOCHS"):
         train(config(tmp_path, "run", "SOLVER.SCHEDULE=cosine", epochs=2), resume=True)
+
+
+CPU = torch.device("cpu")
+
+
+def loader(mixup: float, cutmix: float, seed: int = 0, share: Share = ALONE) -> MixedLoader:
+    return MixedLoader(MemoryTrainLoader(digits(), 240, seed, share), mixup, cutmix, 10, CPU)
+
+
+def test_mixed_images_and_targets_equal_torchvisions() -> None:
+    images, targets, rest = torch.randn(5, 3, 8, 10), torch.tensor([1, 0, 2, 2, 1]), torch.zeros(())
+    batch = Batch(images, targets, rest, rest, rest)
+    common = {"labels": targets, "batch_size": 5}
+    for drawn, transform, parameters in (
+        ([0, 0, 1, 1, 0.3], v2.MixUp(num_classes=3), {"lam": 0.3}),
+        ([-0.1, 0.2, 0.5, 0.6, 0], v2.CutMix(num_classes=3), {"box": (2, 0, 6, 4), "lam_adjusted": 0.8}),
+    ):
+        mixed = mix(batch, torch.tensor(drawn), 3)
+        for ours, whole in ((mixed.images, Image(images)), (mixed.targets, targets)):
+            theirs = transform.transform(whole, common | parameters)
+            torch.testing.assert_close(ours, theirs.as_subclass(torch.Tensor))
+
+
+def test_mixing_does_not_synchronise() -> None:
+    with FakeTensorMode():  # raises where a value is read
+        images, targets = (
+            torch.empty(4, 3, 8, 8, device="cuda"),
+            torch.empty(4, dtype=torch.int64, device="cuda"),
+        )
+        mixed = mix(Batch(images, *[targets] * 4), torch.empty(5, device="cuda"), 3)
+        assert mixed.targets.shape == (4, 3)
+
+
+def test_draws_are_distributed_and_a_function_of_seed_epoch_step_and_rank() -> None:
+    drawn = torch.cat([loader(0.4, 1.0, seed)._draw(1) for seed in range(300)])
+    top, left, bottom, right, weight = drawn.T
+    cut = weight == 0
+    assert cut.float().mean() == pytest.approx(0.5, abs=0.05)
+    area = (bottom - top) * (right - left)
+    assert area[cut].mean() == pytest.approx(0.5, abs=0.05)  # a uniform distribution
+    assert weight[~cut].var() == pytest.approx(0.25 / 1.8, abs=0.02)  # beta(0.4, 0.4)
+    assert (area[~cut] == 1).all()
+    assert (loader(0.4, 0)._draw(1)[:, 4] > 0).all()
+    assert (loader(0, 0.4)._draw(1)[:, 4] == 0).all()
+    first = loader(1, 1)
+    whole = list(first.batches(2))
+    for resumed, expected in zip(loader(1, 1).batches(2, 4), whole[4:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(resumed, expected, strict=True))
+    assert not torch.equal(first._draw(1), first._draw(2))
+    assert not torch.equal(first._draw(1), loader(1, 1, share=Share(1, 2))._draw(1))
+
+
+@pytest.mark.parametrize("trainer", ["base", "dot"])
+def test_run_with_mixed_images_resumes_bit_identically(tmp_path: Path, teacher: str, trainer: str) -> None:
+    given = ["DISTILLER.TYPE=NormKD", "DATASET.MIXUP=0.2", "DATASET.CUTMIX=1"]
+    given += [f"SOLVER.TRAINER={trainer}", teacher]
+    train(config(tmp_path, "whole", *given))
+    train(config(tmp_path, "parts", *given, epochs=1))
+    train(config(tmp_path, "parts", *given), resume=True)
+    assert_same_state(state_of(tmp_path, "parts"), state_of(tmp_path, "whole"))

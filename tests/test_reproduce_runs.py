@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Once
+from conftest import ROOT, Once, wait_for
 
 from mdistiller_norm.cli import execute
 from mdistiller_norm.config import dump, load_config
@@ -61,13 +60,6 @@ def jobs_of(output: Path, method: str, *extra: str, seed: int = 0) -> list[Job]:
     return make_plan([cell], [seed], output / "smoke", True, extra, False)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="session")
 def trained(once: Once) -> Path:
     """An output folder with a finished teacher and one student, trained in this process."""
@@ -88,9 +80,7 @@ def output(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(tmp_path, monkeypatch):
     results, run = tmp_path / "results", tmp_path / "digits" / "vanilla,resnet8,SEED=0"
     arguments = ["--table", "digits", "--methods", "student", "--seeds", "0"]
     arguments += ["--output", str(tmp_path), "--results", str(results)]
@@ -136,9 +126,7 @@ def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(
 
 
 @pytest.mark.slow
-def test_a_failure_is_recorded_and_stops_only_the_students_of_that_teacher(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_a_failure_is_recorded_and_stops_only_the_students_of_that_teacher(trained, tmp_path):
     teacher, finished = (jobs_of(folder, "teacher")[0].folder for folder in (tmp_path, trained))
     teacher.mkdir(parents=True)
     (teacher / "config.yaml").write_text(dump(load_config(finished / "config.yaml").node))
@@ -200,9 +188,7 @@ def test_submitit_runs_jobs_after_their_teacher(tmp_path: Path) -> None:
     assert len(ledger_of(tmp_path).all_runs()) == 2
 
 
-def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(tmp_path, monkeypatch):
     """With programs in place of Slurm's that copy their input."""
     pytest.importorskip("submitit", reason="submitit is not installed")
     for name in ("sbatch", "srun"):
@@ -227,13 +213,20 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(
 
 
 def test_finished_runs_are_added_to_the_ledger_and_not_repeated(output: Path) -> None:
-    runs = output / "smoke" / "results" / "runs"
+    runs, folder = output / "smoke" / "results" / "runs", jobs_of(output, "kd")[-1].folder
     assert "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "--trials", 1)[1]
     shutil.rmtree(runs)
+    result = json.loads((folder / "result.json").read_text())
+    huge = json.dumps(result | {"seed": 10**400})
+    others = ("", "[]", "[" * 100_000, '{"config": 1}', huge, json.dumps({"epochs": 1e999}))
+    for i, content in enumerate(others):
+        (output / "smoke" / "other" / str(i)).mkdir(parents=True)
+        (output / "smoke" / "other" / str(i) / "result.json").write_text(content)  # of another program
+    (output / "smoke" / "other" / "pipe").mkdir()
+    os.mkfifo(output / "smoke" / "other" / "pipe" / "result.json")
     assert "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "--trials", 1, "--dry-run")[1]
     assert not runs.exists()
     assert "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "teacher", "--trials", 1)[1]
-    folder = jobs_of(output, "kd")[-1].folder
     os.utime(folder / "result.json")  # as in a copy of the folder
     assert "already in the ledger" in smoke(output, "--add", folder)[1]
     assert len(list(runs.glob("*.json"))) == 2
@@ -338,19 +331,6 @@ def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
     assert "edited.json is ignored" in smoke(output, "--methods", "kd", "--trials", 1)[1]
 
 
-def test_results_of_other_programs_are_skipped(output: Path) -> None:
-    result = json.loads((jobs_of(output, "kd")[-1].folder / "result.json").read_text())
-    huge = json.dumps(result | {"seed": 10**400})
-    others = ("", "[]", "[" * 100_000, '{"config": 1}', huge, json.dumps({"epochs": 1e999}))
-    for i, content in enumerate(others):
-        folder = output / "smoke" / "other" / str(i)
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(content)
-    (output / "smoke" / "other" / "pipe").mkdir()
-    os.mkfifo(output / "smoke" / "other" / "pipe" / "result.json")
-    assert "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "--trials", 1, "--dry-run")[1]
-
-
 def test_ledgers_merge_by_copying_and_each_seed_counts_once(trained: Path, tmp_path: Path) -> None:
     record = finished_run(jobs_of(trained, "kd")[-1].folder, "configs/digits/kd.yaml", smoke=True).record
     first = write_record(record, tmp_path)
@@ -362,9 +342,7 @@ def test_ledgers_merge_by_copying_and_each_seed_counts_once(trained: Path, tmp_p
     assert [entry.record["at"] for entry in ledger.duplicates] == ["2099-01-01T00:00:00Z"]
 
 
-def test_published_weights_become_teachers_if_trained_alone(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_weights_become_teachers_if_trained_alone(trained, tmp_path, monkeypatch):
     """With run folders as after 240 epochs: made-up numbers, weights of an untrained network."""
     network = build_model("resnet8x4", 100)
 
@@ -374,11 +352,8 @@ def test_published_weights_become_teachers_if_trained_alone(
         last = {"epoch": 240, "top1": 72.5, "top5": 92.0, "loss": 1.0}
         result = json.loads((jobs_of(trained, "kd")[-1].folder / "result.json").read_text())
         result |= {"config": yaml.safe_load(dump(config.node)), "epochs": 240, "last": last, "best": last}
-        result |= {
-            "method": [] if method == "student" else ["KD"],
-            "student": "resnet8x4",
-            "dataset": "cifar100",
-        }
+        methods = [] if method == "student" else ["KD"]
+        result |= {"method": methods, "student": "resnet8x4", "dataset": "cifar100"}
         folder = tmp_path / method
         folder.mkdir()
         (folder / "result.json").write_text(json.dumps(result))

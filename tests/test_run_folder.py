@@ -79,9 +79,7 @@ def test_the_parts_of_a_resumed_run_are_recorded(folder: Path) -> None:
         assert json.loads((folder / "result.json").read_text())["parts"] == expected
 
 
-def test_a_run_that_torchrun_restarts_resumes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_torchrun_restarts_resumes(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for job in ("none", "a-job"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
@@ -119,9 +117,7 @@ def damaged(key: str, value: object) -> Callable[[Path], object]:
         (damaged("meters", {}), [], "Missing key"),
     ],
 )
-def test_what_cannot_be_resumed_is_an_error(
-    folder: Path, damage: Callable[[Path], object], overrides: list[str], words: str
-) -> None:
+def test_what_cannot_be_resumed_is_an_error(folder, damage, overrides, words):
     (folder / PREVIOUS).unlink(missing_ok=True)
     damage(folder)
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
@@ -132,9 +128,7 @@ def test_what_cannot_be_resumed_is_an_error(
 
 
 @pytest.mark.parametrize("content", [b"\0", b"#" * 2**20 + b"#", b"- 1", b"DATASET: {ROOT: [nowhere]}"])
-def test_a_damaged_config_of_a_run_is_one_line_of_eval(
-    run: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_config_of_a_run_is_one_line_of_eval(run, tmp_path, content, capsys):
     shutil.copy(run / "student_best.pt", tmp_path)
     (tmp_path / "config.yaml").write_bytes(content)
     code = main(["eval", "-c", str(tmp_path), "-d", "image_folder"])

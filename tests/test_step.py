@@ -1,30 +1,25 @@
-"""A training step neither reads a value on the host nor changes anything but its state tensors."""
+"""A training step: no values on the host, no change but of its state tensors, half precision with losses in float32."""
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from short_runs import RECIPE, SMALLER, assert_same_state, config
+from conftest import assert_user_error, tool
+from short_runs import RECIPE, SMALLER, assert_same_state, build_step, config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mdistiller_norm.build import build_precision
 from mdistiller_norm.data import digits
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.models import build_model
-from mdistiller_norm.run import build_run
-from mdistiller_norm.types import Outputs
-
-
-def build_step(folder: Path, name: str, *overrides: str) -> TrainStep:
-    run = build_run(config(folder, name, *overrides))
-    run.trainer.log.close()
-    run.trainer.step.trainable.train()
-    return run.trainer.step
+from mdistiller_norm.run import build_run, train
 
 
 class HostTensors(TorchDispatchMode):
@@ -60,9 +55,7 @@ def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path: Path, teacher
 
     if torch.__version__ < "2.7":
         pytest.skip("PyTorch 2.6 initialises CUDA to move parameters to a fake GPU")
-    torch.__future__.set_overwrite_module_params_on_conversion(
-        True
-    )  # real parameters cannot become fake in place
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # parameters cannot become fake in place
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             gpu = torch.device("cuda")
@@ -109,12 +102,8 @@ def test_the_scale_of_fp16_gradients_can_be_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["NormKD", "CRD", "OFD", "KD"])
 def test_everything_that_a_step_changes_can_be_restored(tmp_path: Path, teacher: str, method: str) -> None:
     """Capturing a graph runs the step a few times and restores the state in place."""
-    extra = [
-        f"DISTILLER.TYPE={method}",
-        *SMALLER.get(method, []),
-        *(RECIPE if method == "KD" else []),
-        teacher,
-    ]
+    recipe = RECIPE if method == "KD" else []
+    extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), *recipe, teacher]
     steps = [build_step(tmp_path, name, *extra) for name in ("straight", "restored")]
     raws = list(steps[0].loader.batches(1))[:3]
     state = steps[1].state_tensors()
@@ -129,21 +118,12 @@ def test_everything_that_a_step_changes_can_be_restored(tmp_path: Path, teacher:
         steps[0](*raw)
         restore(static, list(raw))
         steps[1](*static)
-    assert addresses == [
-        tensor.data_ptr() for tensor in steps[1].state_tensors()
-    ]  # momenta existed from the start
+    assert addresses == [tensor.data_ptr() for tensor in steps[1].state_tensors()]  # also of momenta
     for part in ("trainable", "optimizer", "meters"):
         assert_same_state(*(dict(getattr(step, part).state_dict()) for step in steps))
 
 
-class _Untraceable(type(build_model("resnet8", 2))):
-    """A network whose forward pass depends on values."""
-
-    def outputs(self, images: torch.Tensor) -> Outputs:
-        return super().outputs(images if images.mean() > -1e9 else -images)
-
-
-def test_evaluation_folds_batch_norms_of_traceable_networks() -> None:
+def test_evaluation_folds_batch_norms() -> None:
     network = build_model("resnet8", 10).train()
     with torch.no_grad():
         for _ in range(3):
@@ -153,5 +133,75 @@ def test_evaluation_folds_batch_norms_of_traceable_networks() -> None:
     assert (folded.top1, folded.top5) == (plain.top1, plain.top5)
     assert folded.loss == pytest.approx(plain.loss, rel=1e-5)
     assert network.training
-    network.__class__ = _Untraceable
-    assert evaluate(network, loader).loss == plain.loss
+
+
+def half_step(folder: Path, teacher: str, method: str, dtype: torch.dtype) -> TrainStep:
+    """Build a step in half precision, which the CPU emulates."""
+    extra = [f"DISTILLER.TYPE={method}", "SOLVER.BATCH_SIZE=8", *SMALLER.get(method, []), teacher]
+    step = build_step(folder, "run", *extra)
+    step.trainable.autocast = dtype
+    if step.teacher is not None:
+        step.teacher.autocast = dtype
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype is torch.float16)
+    return step
+
+
+@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
+def test_losses_are_float32_and_finite_under_bf16(tmp_path: Path, teacher: str, method: str) -> None:
+    step = half_step(tmp_path, teacher, method, torch.bfloat16)
+    batch = step.loader.prepare(*next(step.loader.batches(1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert step.trainable.student(batch.images).dtype is torch.bfloat16
+    losses = step.trainable(batch, step.teacher(batch) if step.teacher else None, step.loss_weights)
+    assert losses.parts.dtype is torch.float32
+    assert losses.logits.dtype is torch.float32
+    assert losses.parts.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_train_in_half_precision(tmp_path: Path, teacher: str, dtype: torch.dtype) -> None:
+    step = half_step(tmp_path, teacher, "NormKD", dtype)
+    before = step.trainable.student.conv1.weight.detach().clone()
+    for _, raw in zip(range(3), step.loader.batches(1), strict=False):
+        step(*raw)
+    after = step.trainable.student.conv1.weight.detach()
+    assert after.dtype is torch.float32
+    assert after.isfinite().all()
+    assert not torch.equal(before, after)
+    step.meters.read(epoch=1)
+
+
+def test_a_step_whose_gradients_overflow_is_skipped(tmp_path: Path, teacher: str) -> None:
+    step = half_step(tmp_path, teacher, "KD", torch.float16)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    before = {name: p.detach().clone() for name, p in step.trainable.named_parameters()}
+    step(*next(step.loader.batches(1)))
+    assert all(torch.equal(before[name], p) for name, p in step.trainable.named_parameters())
+    assert step.scaler.get_scale() == 2.0**119
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_emulated_half_precision_is_replaced_by_fp32(precision: str) -> None:
+    dtype, warning = build_precision(precision, torch.device("cpu"))
+    if dtype is None:
+        assert f"no fast {precision}: using fp32" in warning
+    else:
+        assert precision == "bf16", "no CPU runs fp16 convolutions fast"
+        assert warning == ""
+
+
+def test_eval_computes_the_figures_of_a_run_in_bf16(tmp_path: Path) -> None:
+    result = train(config(tmp_path, "run", "SOLVER.BATCH_SIZE=64", "SOLVER.PRECISION=bf16"))
+    weights = tmp_path / "distill" / "run" / "student_last.pt"
+    fp16 = tool("eval", "-c", weights, "--precision", "fp16", "--device", "cpu", check=False)
+    assert_user_error(fp16, "--precision fp16", "no fast fp16")
+    done = tool("eval", "-c", weights, "--precision", result["precision"]).stdout
+    last = result["last"]
+    assert f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}" in done
+    assert f"{result['precision']}, " in done
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_missing_wandb_causes_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_run(config(tmp_path, "run", "LOG.WANDB=true")).trainer.log.close()
+    assert "wandb is not installed" in capsys.readouterr().out

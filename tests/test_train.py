@@ -20,7 +20,7 @@ from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import runtime
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError
+from mdistiller_norm.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError, UserError
 from mdistiller_norm.models import build_model
 from mdistiller_norm.run import Run, build_run, train
 
@@ -36,18 +36,13 @@ def few() -> TensorDataset:
     )
 
 
-def build_few(
-    few: TensorDataset, folder: Path, name: str, *overrides: str, epochs: int = 2, resume: bool = False
-) -> Run:
-    return build_run(
-        config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs), resume, dataset=few
-    )
+def build_few(few, folder, name, *keys, epochs=2, resume=False) -> Run:
+    cfg = config(folder, name, "SOLVER.BATCH_SIZE=8", *keys, epochs=epochs)
+    return build_run(cfg, resume, dataset=few)
 
 
-def fit_few(
-    few: TensorDataset, folder: Path, name: str, *overrides: str, epochs: int = 2, **more: bool
-) -> None:
-    run = build_few(few, folder, name, *overrides, epochs=epochs, **more)
+def fit_few(few, folder, name, *keys, epochs=2, **more) -> None:
+    run = build_few(few, folder, name, *keys, epochs=epochs, **more)
     try:
         run.trainer.fit()
     finally:
@@ -84,9 +79,7 @@ def test_a_run_writes_its_files(tmp_path: Path, teacher: str) -> None:
     assert [record["epoch"] for record in records] == [1, 2]
     assert result["last"]["top1"] == records[-1]["test_top1"]
     assert result["best"]["top1"] == max(record["test_top1"] for record in records)
-    assert {"loss_ce", "loss_NormKD", "loss_total", "train_top1", "test_top5", "lr", "data_wait"} <= records[
-        0
-    ].keys()
+    assert {"train_top1", "test_top5", "lr", "data_wait"} <= records[0].keys()
     assert records[0]["loss_total"] == pytest.approx(records[0]["loss_ce"] + records[0]["loss_NormKD"])
     assert result["teacher"]["top1"] > 30
     assert result["config"]["NormKD"]["TEMPERATURE_NORM"] == 2.0
@@ -94,9 +87,7 @@ def test_a_run_writes_its_files(tmp_path: Path, teacher: str) -> None:
     assert list((folder / "tensorboard").glob("events*"))
 
     state = load(folder / "latest.pt")
-    assert not [key for key in state["trainable"] if not key.startswith("student.")], (
-        "a teacher in the checkpoint"
-    )
+    assert all(key.startswith("student.") for key in state["trainable"]), "a teacher in the checkpoint"
     about = load(folder / "student_last.pt")["about"]
     assert (about["name"], about["top1"]) == ("resnet8", result["last"]["top1"])
     assert about["classes"] == [str(i) for i in range(10)]
@@ -117,9 +108,7 @@ DOT_EMA = ["SOLVER.TRAINER=dot", "SOLVER.EMA=0.5"]
 @pytest.mark.parametrize(
     ("method", "more"), [*((method, []) for method in ("NONE", *DISTILLERS)), ("KD", RECIPE), ("KD", DOT_EMA)]
 )
-def test_resuming_is_bit_identical(
-    tmp_path: Path, teacher: str, few: TensorDataset, method: str, more: list[str]
-) -> None:
+def test_resuming_is_bit_identical(tmp_path, teacher, few, method, more):
     extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher, *more]
     fit_few(few, tmp_path, "whole", *extra)
     run = build_few(few, tmp_path, "parts", *extra)
@@ -142,9 +131,7 @@ def test_resuming_is_bit_identical(
     assert [record["epoch"] for record in whole] == [1, 2]
 
 
-def test_a_run_is_compiled_and_resumed_alike(
-    tmp_path: Path, teacher: str, few: TensorDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_compiled_and_resumed_alike(tmp_path, teacher, few, monkeypatch):
     from torch._inductor import config as inductor
 
     extra = ["DISTILLER.TYPE=KD", "SOLVER.TRAINER=dot", "SOLVER.BATCH_SIZE=22", teacher]
@@ -153,9 +140,8 @@ def test_a_run_is_compiled_and_resumed_alike(
     fit_few(few, tmp_path, "run", *extra, epochs=1)
     log = tmp_path / "distill" / "run" / "worklog.txt"
     assert "compiling the teacher" not in log.read_text()
-    with inductor.patch(
-        {"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}
-    ):  # falls back to eager
+    # Falls back to eager.
+    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):
         fit_few(few, tmp_path, "run", *extra, resume=True)
         assert "compiling the teacher" in log.read_text(), "2 of 4 steps are left"
         fit_few(few, tmp_path, "all", *extra, "ENGINE.COMPILE=all")
@@ -166,19 +152,7 @@ def test_a_run_is_compiled_and_resumed_alike(
         assert_same_state(state_of(tmp_path, "eager")["trainable"], state_of(tmp_path, name)["trainable"])
 
 
-def test_losses_of_several_methods_are_summed(tmp_path: Path, teacher: str, few: TensorDataset) -> None:
-    fit_few(few, tmp_path, "both", "DISTILLER.TYPE=[NormKD,FITNET]", teacher, epochs=1)
-    (record,) = metrics_of(tmp_path, "both")
-    assert record["loss_total"] == pytest.approx(
-        sum(record[f"loss_{name}"] for name in ("ce", "NormKD", "FITNET"))
-    )
-    trainable = state_of(tmp_path, "both")["trainable"]
-    assert any(key.startswith("distillers.FITNET.") for key in trainable)
-
-
-def test_the_warm_up_and_the_learning_rate_follow_the_epoch(
-    tmp_path: Path, teacher: str, few: TensorDataset
-) -> None:
+def test_the_warm_up_and_the_learning_rate_follow_the_epoch(tmp_path, teacher, few):
     common = ["DISTILLER.TYPE=DKD", "SOLVER.LR=1e-9", "SOLVER.LR_DECAY_STAGES=[1,2]", teacher]
     for name, warmup in (("none", 0), ("ten", 10)):
         fit_few(few, tmp_path, name, f"DKD.WARMUP={warmup}", *common, epochs=3)
@@ -186,16 +160,6 @@ def test_the_warm_up_and_the_learning_rate_follow_the_epoch(
     assert [record["lr"] for record in full] == pytest.approx([1e-9, 1e-10, 1e-11])
     for a, b in zip(full, ramped, strict=True):
         assert b["loss_DKD"] == pytest.approx(a["loss_DKD"] * b["epoch"] / 10, rel=1e-3)
-
-
-def test_a_run_folder_is_not_overwritten(tmp_path: Path, few: TensorDataset) -> None:
-    fit_few(few, tmp_path, "run", epochs=1, resume=True)
-    folder = tmp_path / "distill" / "run"
-    assert "nothing to resume" in (folder / "worklog.txt").read_text()
-    before = (folder / "latest.pt").read_bytes()
-    with pytest.raises(ConfigError, match="holds a run: add --resume"):
-        build_few(few, tmp_path, "run")
-    assert (folder / "latest.pt").read_bytes() == before
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_finite_state(tmp_path: Path, few: TensorDataset) -> None:
@@ -217,9 +181,7 @@ def test_states_that_are_not_finite_are_not_saved(tmp_path: Path, few: TensorDat
     run = build_few(few, tmp_path, "run", "LOG.CHECKPOINT_STEPS=1")
     tensor = run.trainer.step.trainable.student.state_dict()[name]
     after_step(run, 2, lambda: tensor.fill_(torch.inf))
-    with pytest.raises(
-        NonFiniteLossError, match="the weights or batch norms became NaN or infinite at step 2 of epoch"
-    ):
+    with pytest.raises(NonFiniteLossError, match="batch norms became NaN or infinite at step 2 of epoch"):
         run.trainer.fit()
     run.trainer.log.close()
     assert state_of(tmp_path, "run")["steps_done"] == 1
@@ -239,9 +201,7 @@ def test_a_teacher_is_found_and_not_replaced(tmp_path: Path) -> None:
     assert "trained for" not in (folder / "student" / "worklog.txt").read_text()
     build_run(config(tmp_path, "longer", "DISTILLER.TYPE=KD", epochs=2)).trainer.log.close()
     log = (folder / "longer" / "worklog.txt").read_text()
-    assert (
-        f"warning: the teacher {result['teacher']['file']} was trained for 1 epochs, the student for 2" in log
-    )
+    assert "student_last.pt was trained for 1 epochs, the student for 2" in log
 
     torch.save({"model": build_model("resnet14", 10).state_dict()}, tmp_path / "raw.pth")
     other = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'raw.pth'}"
@@ -250,9 +210,7 @@ def test_a_teacher_is_found_and_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("right", "warned"), [(35, False), (20, True)])
-def test_a_teacher_near_chance_is_a_warning(
-    tmp_path: Path, few: TensorDataset, right: int, warned: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_teacher_near_chance_is_a_warning(tmp_path, few, right, warned, capsys):
     always_first = build_model("resnet14", 2)
     with torch.no_grad():
         always_first.fc.weight.zero_()
@@ -265,18 +223,14 @@ def test_a_teacher_near_chance_is_a_warning(
     assert ("about chance" in capsys.readouterr().out) == warned
 
 
-def test_a_teacher_far_below_its_manifest_is_a_warning_and_nan_an_error(
-    tmp_path: Path, teacher: str, few: TensorDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_far_below_its_manifest_is_a_warning_and_nan_an_error(tmp_path, teacher, few, monkeypatch):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "teacher.pt").write_bytes(Path(teacher.partition("=")[2]).read_bytes())
-    (folder / "manifest.yaml").write_text(
-        "[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99.9}]"
-    )
+    (folder / "manifest.yaml").write_text("[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99}]")
     monkeypatch.chdir(tmp_path)
     run = build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD")
-    assert "far below its stated 99.90" in (run.trainer.folder / "worklog.txt").read_text()
+    assert "far below its stated 99.00" in (run.trainer.folder / "worklog.txt").read_text()
     assert run.facts["teacher"]["file"] == "checkpoints/teacher.pt"
     weights = load("checkpoints/teacher.pt")
     weights["model"]["fc.bias"][0] = torch.nan
@@ -285,9 +239,7 @@ def test_a_teacher_far_below_its_manifest_is_a_warning_and_nan_an_error(
         build_few(few, tmp_path, "nan", "DISTILLER.TYPE=KD", "DISTILLER.TEACHER_WEIGHTS=diverged.pt")
 
 
-def test_eval_reads_students_states_and_bare_weights(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eval_reads_students_states_and_bare_weights(run, tmp_path, monkeypatch, capsys):
     def evaluate(*arguments: object) -> str:
         execute(["eval", *map(str, arguments)])
         return capsys.readouterr().out
@@ -299,6 +251,7 @@ def test_eval_reads_students_states_and_bare_weights(
     assert expected in student
     assert len([line for line in student.splitlines() if line.startswith("  ")]) == 10
     assert expected in evaluate("-c", tmp_path / "bare.pth", "-m", "resnet8", "-d", "digits", "-bs", 360)
+    assert expected in evaluate("-c", tmp_path / "bare.pth", "-m", "resnet8", "--cfg", run / "config.yaml")
     assert expected in evaluate("-c", run / "latest.pt")
     monkeypatch.chdir(tmp_path)
     Path("output").symlink_to(run.parents[1])
@@ -310,31 +263,13 @@ def test_eval_reads_students_states_and_bare_weights(
     monkeypatch.setattr(runtime, "LINE_SECONDS", 0.0)
     execute(["eval", "-c", str(run)])
     assert "\nevaluation: 360 of 360 images, 00:0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["-c", "none.pt"], "none.pt"),
-        (["-c", "broken.pt"], "broken.pt"),
-        (["-c", "bare.pth", "-d", "digits"], "add -m"),
-        (["-c", "pretrain"], "add -m"),
-        (["-c", "torchvision:ResNet9_Weights.V1"], "ResNet9_Weights.V1"),
-        (
-            ["-c", "bare.pth", "-m", "resnet14", "-d", "digits"],
-            "does not fit resnet14 .*layer1.1.conv1.weight",
-        ),
-        (["-c", "nan.pt"], "nan.pt diverged or is damaged: it computes NaN"),
-    ],
-)
-def test_wrong_weights_are_an_error(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    student = load(run / "student_last.pt")
-    torch.save({"state_dict": student["model"]}, "bare.pth")
-    student["model"]["fc.weight"][0, 0] = torch.nan
-    torch.save(student, "nan.pt")
-    Path("broken.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises((CheckpointError, ConfigError), match=words):
-        execute(["eval", *arguments])
+    broken = load(run / "student_last.pt")
+    broken["model"]["fc.weight"][0, 0] = torch.nan
+    torch.save(broken, "nan.pt")
+    for words, message in (
+        ("nan.pt", "nan.pt diverged or is damaged: it computes NaN"),
+        ("bare.pth -d digits", "add -m"),
+        ("bare.pth -m resnet14 -d digits", "does not fit resnet14 .*layer1.1.conv1.weight"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate("-c", *words.split())
