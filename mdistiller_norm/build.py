@@ -16,12 +16,12 @@ from mdistiller_norm.data.folder import ImageDataset
 from mdistiller_norm.data.plan import Share, smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair, build_distiller
 from mdistiller_norm.engine import checkpoint, distributed, teacher_file
-from mdistiller_norm.engine.compile import compile_student, compile_teacher
+from mdistiller_norm.engine.compile import compile_outputs
 from mdistiller_norm.engine.meters import TrainMeters
-from mdistiller_norm.engine.optim import DOT, build_optimizer
+from mdistiller_norm.engine.optim import DOT, build_fused
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
-from mdistiller_norm.engine.teacher_cache import CachedTeacher, teacher_batch_size
+from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
 from mdistiller_norm.files import find_config
@@ -228,12 +228,7 @@ def build_teacher_runner(
         cache = ""
     pooled = probe(network, image_size).pooled.shape[1]
     record = teacher_file.check_teacher(network, file, test, log)
-    compiler = None
-    if compiled:
-        size = teacher_batch_size(loader, device) if cache else loader.batch_size
-        # Created outside inference mode: an inference tensor would cause a second compilation in the first step.
-        example = torch.empty(size, 3, *image_size, device=device, memory_format=torch.channels_last)
-        compiler = partial(compile_teacher, example=example, warn=log)
+    compiler = partial(compile_outputs, name="teacher", warn=log, freezing=True) if compiled else None
     arguments = (
         network, max(method.need for method in distillers.values()), autocast,
         any(method.teacher_in_train_mode for method in distillers.values()), compiler,
@@ -260,6 +255,20 @@ def _no_cache_reason(distillers: Methods, loader: TrainLoader) -> str:
     return ""
 
 
+def build_optimizer(
+    cfg: Any, trainable: Trainable, loader: TrainLoader, teacher: Teacher | None
+) -> torch.optim.Optimizer | DOT:
+    """Return DOT if ``SOLVER.TRAINER`` ends with dot, else the optimizer ``SOLVER.TYPE``."""
+    solver = cfg.SOLVER
+    settings = {
+        "lr": solver.LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY, "nesterov": solver.NESTEROV,
+    }  # fmt: skip
+    if teacher is None or not solver.TRAINER.endswith("dot"):
+        return build_fused(solver.TYPE, trainable.parameters(), **settings)
+    batch = loader.prepare(*next(loader.batches(1)))
+    return DOT(trainable, batch, teacher, solver.DOT.DELTA, **settings)
+
+
 def build_step(
     cfg: Any,
     student: Network,
@@ -278,13 +287,11 @@ def build_step(
         autocast, solver.LABEL_SMOOTHING, solver.EMA,
     ).to(device)  # fmt: skip
     if solver.SYNC_BN and distributed.together():
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)  # type: ignore[no-untyped-call]
-    optimizer = build_optimizer(  # DOT copies the student: before compiling
-        trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA, kind=solver.TYPE, lr=solver.LR,
-        momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
-    )  # fmt: skip
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)
+    optimizer = build_optimizer(cfg, trainable, loader, teacher)  # DOT copies the student: before compiling
     if compiled:
-        trainable.forward_student = compile_student(student, log, twice=isinstance(optimizer, DOT))
+        twice = isinstance(optimizer, DOT)
+        trainable.forward_student = compile_outputs(student.outputs, "student", log, twice)
     return TrainStep(
         loader, teacher, trainable, optimizer, TrainMeters(trainable.loss_names).to(device),
         torch.amp.GradScaler(device.type, enabled=autocast is torch.float16), distributed.wrap(trainable),

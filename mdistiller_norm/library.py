@@ -118,7 +118,7 @@ class Distillation(nn.Module):
             The loss to differentiate, and its detached parts by name (``ce`` and the methods), with their weights and
             warm-up applied.
         """
-        methods, device = self.trainable.methods(), images.device
+        methods, device = self.trainable.methods, images.device
         if indices is None and any(method.needs_indices for method in methods):
             raise ConfigError(f"{' and '.join(self.trainable.distillers)} requires indices")
         if epoch != self._epoch:

@@ -84,9 +84,10 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     if warning:
         log(f"warning: {warning}")
     test = dataset.eval_loader(data.TEST.BATCH_SIZE, device, share)
-    loader = dataset.train_loader(
-        solver.BATCH_SIZE, cfg.SEED, device, share, lambda text: log(f"warning: {text}")
-    )
+    if dataset.hidden:
+        log(f"warning: {dataset.hidden} images are left out: their names begin with a dot")
+    loader = dataset.train_loader(solver.BATCH_SIZE, cfg.SEED, device, share)
+    loader.warn = lambda text: log(f"warning: {text}")
     if data.MIXUP or data.CUTMIX:
         loader = MixedLoader(loader, data.MIXUP, data.CUTMIX, len(dataset.classes), device)
     steps = solver.EPOCHS * loader.steps
@@ -112,7 +113,7 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
         step, Schedule(
             solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, tuple(solver.LR_DECAY_STAGES),
             solver.LR_DECAY_RATE,
-        ), test, solver.EPOCHS, folder.path, folder.log, provenance,
+        ), test, folder.path, folder.log, provenance,
         Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.GRAD_NORMS),
         graph.capture_step(step, capture, log), graph.capture_network(step.trainable.evaluated, test, capture, log),
     )  # fmt: skip

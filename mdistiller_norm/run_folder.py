@@ -134,7 +134,8 @@ def _open_first(path: Path, config: Config, resume: bool) -> RunFolder:
 
 def _was_restarted(path: Path) -> bool:
     with suppress(OSError, ValueError):
-        return distributed.restarted() and (path / _LOCK).read_text() == distributed.launcher()
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        return restarted and (path / _LOCK).read_text() == distributed.launcher()
     return False
 
 

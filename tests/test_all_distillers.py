@@ -16,13 +16,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mdistiller_norm.build import build_distillers, build_student
+from mdistiller_norm.build import build_distillers, build_optimizer, build_student
 from mdistiller_norm.config import default_config, load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS, Pair
 from mdistiller_norm.engine.meters import TrainMeters
-from mdistiller_norm.engine.optim import build_optimizer
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.trainable import Trainable
@@ -85,11 +84,7 @@ def make_step(case: dict[str, Any], **more: Any) -> TrainStep:
     teacher = Teacher(network("resnet14"), need, train_mode=train_mode)
     loader = few().train_loader(cfg.SOLVER.BATCH_SIZE, 0, CPU)
     trainable = Trainable(student, methods, max(method.ce_weight for method in methods.values()))
-    solver = cfg.SOLVER
-    optimizer = build_optimizer(
-        trainable, loader, teacher, trainer=solver.TRAINER, delta=solver.DOT.DELTA,
-        lr=solver.LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY, nesterov=solver.NESTEROV,
-    )  # fmt: skip
+    optimizer = build_optimizer(cfg, trainable, loader, teacher)
     step = TrainStep(loader, teacher, trainable, optimizer, TrainMeters(trainable.loss_names))
     step.begin_epoch(1, 0)
     trainable.train()

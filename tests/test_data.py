@@ -12,7 +12,7 @@ from torchvision.transforms import functional as TF
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import ImageOptions, Share, cifar100, digits, open_dataset
 from mdistiller_norm.data.augment import Normalise, PadCropFlip
-from mdistiller_norm.data.memory import MemoryEvalLoader, MemoryTrainLoader, TensorDataset
+from mdistiller_norm.data.memory import MemoryTrainLoader, TensorDataset
 from mdistiller_norm.data.plan import epoch_plan, share_out, smallest_micro_batch
 from mdistiller_norm.download import read_sources
 from mdistiller_norm.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ def test_every_view_equals_torchvision(cifar: TensorDataset) -> None:
         picture = TF.crop(TF.pad(picture, 4), view // 18, view // 2 % 9, 32, 32)
         picture = TF.hflip(picture) if view % 2 else picture
         assert torch.equal(image, TF.normalize(TF.to_tensor(picture), cifar.mean, cifar.std)), view
-    images, targets = next(iter(MemoryEvalLoader(cifar, 16)))
+    images, targets = next(iter(cifar.eval_loader(16, torch.device("cpu"))))
     test = [TF.to_tensor(image.numpy()) for image in cifar.test.images[:16]]
     assert torch.equal(images, torch.stack([TF.normalize(image, cifar.mean, cifar.std) for image in test]))
     assert torch.equal(targets, cifar.test.targets[:16])
@@ -201,7 +201,7 @@ def test_held_out_part_is_stratified_fixed_and_disjoint() -> None:
     assert torch.equal(everything, whole.train.images.flatten(1).long().sum(1).sort().values)
     torch.manual_seed(5)
     assert torch.equal(whole.hold_out(0.1).test.images, held.test.images)
-    with pytest.raises(ConfigError, match=r"VAL_SPLIT 0\.001 holds out no image of any class of digits"):
+    with pytest.raises(ConfigError, match=r"DATASET\.VAL_SPLIT 0\.001 holds out no image of digits"):
         whole.hold_out(0.001)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 
 from mdistiller_norm.distillers import Distiller, Need
-from mdistiller_norm.engine.compile import compile_student
+from mdistiller_norm.engine.compile import compile_outputs
 from mdistiller_norm.engine.optim import DOT, set_learning_rate
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.models import build_model
@@ -103,7 +103,7 @@ def test_a_compiled_student_can_be_differentiated_twice(monkeypatch: pytest.Monk
     images, eager = torch.randn(2, 3, 8, 8), build_model("resnet8", 4)
     network = copy.deepcopy(eager)
     with functorch.patch(donated_buffer=True):  # the default, which other tests need
-        forward = compile_student(network, pytest.fail, twice=True)
+        forward = compile_outputs(network.outputs, "student", pytest.fail, twice=True)
         forward(images).logits.sum().backward()
         results = []
         for student, run in ((eager, eager.outputs), (network, forward)):

@@ -111,8 +111,8 @@ def test_thin_images_need_little_memory() -> None:
     for height, width in ((1, 20_000), (20_000, 1)):
         image = torch.full((3, height, width), 7, dtype=torch.uint8)
         crop = draw_crop(np.random.default_rng(0), height, width, (0.08, 1.0))
-        for view in (train_image(image, crop, 224), eval_image(image, 256, 224)):
-            assert torch.equal(view, torch.full((3, 224, 224), 7, dtype=torch.uint8))
+        view = train_image(image, crop, 224)
+        assert torch.equal(view, torch.full((3, 224, 224), 7, dtype=torch.uint8))
 
 
 def test_crops_are_within_two_levels_of_torchvision(jpegs: list[Path]) -> None:
@@ -166,7 +166,7 @@ def test_folder_is_counted_named_and_measured(tree: Path) -> None:
     assert data.std == pytest.approx(pixels.double().permute(1, 0, 2, 3).flatten(1).std(1).tolist(), abs=1e-3)
 
 
-def test_nested_folders_count_and_hidden_files_do_not(copy: Path) -> None:
+def test_nested_folders_count_and_hidden_files_do_not(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = image_folder(copy, SMALL)
     folder = copy / "train" / before.classes[1]
     files = sorted(folder.iterdir())
@@ -181,10 +181,9 @@ def test_nested_folders_count_and_hidden_files_do_not(copy: Path) -> None:
     (folder / "z" / "cycle").symlink_to(folder)
     (folder / "b.pgm").write_bytes(encoded(Image.new("L", (8, 8)), "PPM"))
     after = image_folder(copy, SMALL)
-    assert after.summary() == "tiny: 3 classes, 36 + 12 images, 2 hidden ones left out"
-    warnings: list[str] = []
-    after.train_loader(8, 0, CPU, warn=warnings.append)
-    assert warnings == ["2 images of tiny are left out: their names begin with a dot"]
+    assert after.summary() == "tiny: 3 classes, 36 + 12 images"
+    build_run(run_config(copy, copy.parent, "hidden")).trainer.log.close()
+    assert "warning: 2 images are left out: their names begin with a dot" in capsys.readouterr().out
     assert torch.bincount(after.targets).tolist() == [12, 12, 12]
     added = (folder / "b.pgm").read_bytes()
     assert {after.train.read(index) for index in range(12, 24)} == {*kept, added}
@@ -296,7 +295,8 @@ def test_damaged_training_image_is_replaced_and_reported_once(copy: Path, size: 
     for workers in (0, 2):
         lines: list[str] = []
         data = image_folder(copy, replace(SMALL, workers=workers, max_broken=1))
-        loader = data.train_loader(8, 0, CPU, warn=lines.append)
+        loader = data.train_loader(8, 0, CPU)
+        loader.warn = lines.append
         assert same(list(loader.batches(1)), expected)
         list(loader.batches(2))
         (line,) = lines
@@ -569,7 +569,7 @@ def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys)
     assert execute(["compare", str(path.parent), "--json"]) == 0
     (network,) = json.loads(capsys.readouterr().out)["networks"]
     assert network["measured_top1"] == pytest.approx(result["best"]["top1"])
-    whole = image_folder(copy, replace(SMALL, val_split=0.25, train=False))
+    whole = open_dataset("image_folder", copy, replace(SMALL, val_split=0.25, train=False))
     assert whole.test.targets.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     with pytest.raises(DataError, match=r"val cannot be read .* without val, set DATASET\.VAL_SPLIT"):
         image_folder(copy, SMALL)
@@ -580,7 +580,11 @@ def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys)
         open_dataset("webdataset", tmp_path / "packed", options).summary()
         == "packed: 3 classes, 27 + 9 images"
     )
-    assert webdataset(tmp_path / "packed", replace(options, train=False)).summary().endswith("27 + 9 images")
+    assert (
+        open_dataset("webdataset", tmp_path / "packed", replace(options, train=False))
+        .summary()
+        .endswith("27 + 9 images")
+    )
 
 
 # Augmentation

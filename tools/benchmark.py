@@ -140,7 +140,7 @@ def measure_table9(bench: Bench) -> Record:
     table: Record = {}
     for method, side in ours.items():
         ms, kd = spread(times[method]), spread(times[method], times["KD"]) if "KD" in times else None
-        extra = sum(part.extra_parameters() for part in side.step.trainable.methods())
+        extra = sum(part.extra_parameters() for part in side.step.trainable.methods)
         # A separate process: this one's allocator keeps the memory of the other methods.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             peak = pool.submit(memory, bench.config(method, "memory"), bench.options.synthetic).result()
@@ -177,11 +177,13 @@ def measure_evaluation(bench: Bench) -> Record:
         sides["reference"] = bench.reference(method, ours).images_per_second
     interleave(sides, 1)  # warm up
     rates = interleave(sides, bench.options.blocks)
-    record: Record = {"images": len(loader)} | {name: spread(values) for name, values in rates.items()}
+    record: Record = {"images": len(bench.dataset.test)} | {
+        name: spread(values) for name, values in rates.items()
+    }
     record["ratio"] = spread(rates["ours"], rates["reference"]) if "reference" in rates else None
     line = ", ".join(f"{name} {show(record[name], 0)}" for name in rates)
     print(
-        f"evaluation of {len(loader)} images, images/s: {line}, ours / reference {show(record['ratio'], 2)}"
+        f"evaluation of {len(bench.dataset.test)} images, images/s: {line}, ours / reference {show(record['ratio'], 2)}"
     )
     return record
 
@@ -200,7 +202,7 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
     )  # fmt: skip
     images = list_images(folder)
     split, classes = files(folder, images, tuple(images)), tuple(images)
-    ours = ImageDataset("throughput", tuple(classes), split, split, options).train_loader(
+    ours = ImageDataset("throughput", tuple(classes), [split], options).train_loader(
         size, 0, torch.device("cpu")
     )
     steps = [

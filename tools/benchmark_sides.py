@@ -1,6 +1,7 @@
 """The two sides of ``tools/benchmark.py``: this project's training step and the reference's, timed block by block."""
 
 import contextlib
+import ctypes
 import importlib.util
 import itertools
 import os
@@ -183,7 +184,10 @@ class Reference:
                 patch("mdistiller.dataset.cifar100.get_data_folder", return_value=str(data), create=True)
             ]
         with contextlib.ExitStack() as stack:
-            keep_freed_memory(False)
+            with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+                mallopt = ctypes.CDLL("libc.so.6").mallopt
+                mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: the largest of the defaults
+                mallopt(-1, 64 * 2**20)
             stack.callback(keep_freed_memory)
             for context in contexts:
                 stack.enter_context(context)

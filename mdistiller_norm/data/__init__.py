@@ -8,14 +8,14 @@ from mdistiller_norm.data.cifar import cifar10, cifar100
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.folder import image_folder, imagenet, tiny_imagenet
 from mdistiller_norm.data.loader import ImageOptions
-from mdistiller_norm.data.memory import MemoryEvalLoader, MemoryTrainLoader, Split, TensorDataset
+from mdistiller_norm.data.memory import MemoryTrainLoader, Split, TensorDataset
 from mdistiller_norm.data.plan import Share
 from mdistiller_norm.data.shards import webdataset
 from mdistiller_norm.errors import DataError, first_line
 from mdistiller_norm.registry import Registry
 
 DATASETS: Registry[Callable[[Path, ImageOptions], Dataset]] = Registry("data set")
-register = DATASETS.register  # decorator that registers a function under a DATASET.TYPE
+register = DATASETS.register  # decorator of a function for a DATASET.TYPE
 DATASETS.update(
     cifar10=lambda root, options: cifar10(root), cifar100=lambda root, options: cifar100(root),
     digits=lambda root, options: digits(), imagenet=imagenet, image_folder=image_folder,
@@ -34,7 +34,7 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
     if isinstance(dataset, TensorDataset):
         dataset.check()
     try:
-        if options.train and options.val_split:
+        if options.val_split and (options.train or dataset.test is dataset.train):
             dataset = dataset.hold_out(options.val_split)
         return dataset.subset(options.subset) if options.train and options.subset else dataset
     except (AttributeError, TypeError) as error:  # of a plugin's splits
@@ -43,7 +43,7 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
 
 
 __all__ = [
-    "DATASETS", "Dataset", "EvalLoader", "ImageOptions", "MemoryEvalLoader", "MemoryTrainLoader", "Share", "Split",
+    "DATASETS", "Dataset", "EvalLoader", "ImageOptions", "MemoryTrainLoader", "Share", "Split",
     "TensorDataset", "TrainLoader", "cifar10", "cifar100", "digits", "image_folder", "imagenet", "open_dataset",
     "register", "tiny_imagenet", "webdataset",
 ]  # fmt: skip

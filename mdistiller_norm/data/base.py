@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from mdistiller_norm.data.plan import ALONE, Part, Share, share_out
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch
 
+Tensors = tuple[Tensor, ...]
 Warn = Callable[[str], None]
 
 
@@ -30,6 +31,7 @@ class Dataset(ABC):
         mean: mean of each channel, of pixels in [0, 1].
         std: standard deviation of each channel.
         variant: kind of networks that fits the images, a name of :data:`mdistiller_norm.models.VARIANTS`.
+        hidden: image files that are left out because a name begins with a dot.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Dataset(ABC):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     variant: str
+    hidden: int = 0
 
     @property
     @abstractmethod
@@ -52,7 +55,8 @@ class Dataset(ABC):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that identifies the training split, from at least the classes and targets."""
-        return hashlib.sha256("\0".join(self.classes).encode() + self.targets.numpy().tobytes()).hexdigest()
+        classes = "\0".join(self.classes).encode()
+        return hashlib.sha256(classes + self.targets.numpy().tobytes()).hexdigest()
 
     def summary(self) -> str:
         return f"{self.name}: {len(self.classes)} classes, {len(self.train)} + {len(self.test)} images"
@@ -63,37 +67,38 @@ class Dataset(ABC):
 
     def hold_out(self, fraction: float) -> Self:
         """Replace the test split by a fixed fraction of the training samples of each class, rounded."""
-        held = self._choose(lambda label, size: round(fraction * size))
+        sizes = torch.bincount(self.targets, minlength=len(self.classes)).double()
+        held = self._choose((fraction * sizes).round().int().tolist())
         if not held.any():
-            raise ConfigError(f"DATASET.VAL_SPLIT {fraction} holds out no image of any class of {self.name}")
+            raise ConfigError(f"DATASET.VAL_SPLIT {fraction} holds out no image of {self.name}")
         other = copy.copy(self)
         other.train, other.test = self.train[~held], self.train[held]
         return other
 
     def subset(self, count: int) -> Self:
         """Reduce the training split to ``count`` samples, equally many of each class that has enough."""
-        classes = len(self.classes)
-        if count < classes:
-            raise ConfigError(f"DATASET.SUBSET must be >= {classes}, the number of classes, got {count}")
+        number = len(self.classes)
+        if count < number:
+            raise ConfigError(f"DATASET.SUBSET must be >= {number}, the number of classes, got {count}")
         other = copy.copy(self)
-        other.train = self.train[self._choose(lambda label, size: (count + classes - 1 - label) // classes)]
+        chosen = self._choose([(count + number - 1 - label) // number for label in range(number)])
+        other.train = self.train[chosen]
         return other
 
-    def _choose(self, number: Callable[[int, int], int]) -> Tensor:
-        # A mask [N] of number(label, size) training samples of each class of that size.
-        targets = self.targets
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-        chosen = torch.zeros(len(targets), dtype=torch.bool)
-        for label in range(len(self.classes)):
-            members = order[targets[order] == label]
-            chosen[members[: number(label, len(members))]] = True
+    def _choose(self, numbers: Sequence[int]) -> Tensor:
+        # A mask [N] of that many training samples of each class.
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        chosen = torch.zeros(len(self.train), dtype=torch.bool)
+        targets = self.targets[order]
+        for label, number in enumerate(numbers):
+            chosen[order[targets == label][:number]] = True
         return chosen
 
     @abstractmethod
     def train_loader(
-        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
+        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE
     ) -> TrainLoader:
-        """Return a :class:`TrainLoader` of batches on ``device``; ``warn`` is called with each warning."""
+        """Return the loader of this process's part of the training batches, on ``device``."""
 
     @abstractmethod
     def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
@@ -110,12 +115,12 @@ class TrainLoader(ABC):
         global_batch_size: samples of one step over all processes.
         batch_size: samples of this process in a full batch.
         steps: batches of an epoch; the last one may be short.
-        views: number of views of an image; None if the augmentation has no finite set of views.
         on_device: whether the images are stored on the device.
+        warn: called with each warning.
     """
 
-    views: int | None = None
     on_device: bool = False
+    warn: Warn = print
 
     def __init__(self, samples: int, batch_size: int, seed: int, share: Share = ALONE) -> None:
         self.samples, self.seed, self.share = samples, seed, share
@@ -128,7 +133,7 @@ class TrainLoader(ABC):
         return share_out(first, min(self.global_batch_size, self.samples - first), self.share)
 
     @abstractmethod
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Tensors]:
         """Yield the raw batches of an epoch (counted from 1), starting at ``first_step`` (counted from 0)."""
 
     @abstractmethod
@@ -136,19 +141,20 @@ class TrainLoader(ABC):
         """Build the batch from its raw tensors, with operations of static shape only."""
 
 
-class EvalLoader(ABC):
-    """Normalised images ``[B, 3, H, W]`` and targets ``[B]`` of this process's share of the test split, in order."""
+class EvalLoader:
+    """Normalised images ``[B, 3, H, W]`` and targets ``[B]`` of this process's share of the test split, in order.
 
-    def __init__(self, samples: int, normalise: Normalise) -> None:
-        self._samples, self._normalise = samples, normalise
+    Args:
+        batches: sized iterable of images ``[B, H, W, 3]`` uint8 and targets ``[B]``.
+        on_device: whether the images are stored on the device.
+    """
+
+    def __init__(self, batches: Any, normalise: Normalise, on_device: bool = False) -> None:
+        self._batches, self._normalise, self.on_device = batches, normalise, on_device
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets, *_ in self.batches():
+        for images, targets, *_ in self._batches:
             yield self._normalise(images), targets
 
     def __len__(self) -> int:
-        return self._samples  # over all processes
-
-    @abstractmethod
-    def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield images ``[B, H, W, 3]`` uint8 and targets ``[B]``."""
+        return len(self._batches)

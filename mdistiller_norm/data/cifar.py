@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 class _Recorded:
-    # Placeholder of a numpy object in a CIFAR file: records arguments and state, and constructs nothing.
+    # Placeholder of a numpy object in a CIFAR file: constructs nothing.
     def __init__(self, *arguments: Any) -> None:
-        self.arguments, self.state = arguments, ()
+        self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -36,7 +36,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _Unpickler(pickle.Unpickler):
-    # Builds lists, dicts, strings, numbers and recorded arrays; imports and calls nothing that a file names.
+    # Builds lists, dicts, strings, numbers and recorded arrays; calls nothing that a file names.
     allowed = {"_reconstruct": _Recorded, "ndarray": _Recorded, "dtype": _Recorded, "encode": _encode}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -50,9 +50,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
         with path.open("rb") as file:
             return parse(_Unpickler(file, encoding="latin1").load())
     except Exception as error:  # a damaged pickle may raise any exception
-        raise DataError(
-            f"{path} cannot be read as a CIFAR file ({first_line(error)}): download it"
-        ) from error
+        raise DataError(f"{path} cannot be read as a CIFAR file ({first_line(error)})") from error
 
 
 def _split(content: dict[str, Any]) -> Split:
@@ -61,12 +59,8 @@ def _split(content: dict[str, Any]) -> Split:
         raise ValueError("data must be a uint8 array in C order")
     pixels = np.frombuffer(_encode(data, "latin1") if isinstance(data, str) else data, np.uint8)
     images = pixels.reshape(shape[0], 3, 32, 32).transpose(0, 2, 3, 1).copy()
-    labels = content["fine_labels"] if "fine_labels" in content else content["labels"]
-    return Split(torch.from_numpy(images), torch.tensor(labels))
-
-
-def _class_names(content: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(content["fine_label_names"] if "fine_label_names" in content else content["label_names"])
+    labels = torch.tensor(content.get("fine_labels") or content["labels"])
+    return Split(torch.from_numpy(images), labels)
 
 
 def cifar100(root: str | Path) -> TensorDataset:
@@ -75,24 +69,25 @@ def cifar100(root: str | Path) -> TensorDataset:
     ``root/cifar-100-python`` is downloaded if it is missing, else checked by its content, with images in any order.
     """
     folder = _folder(Path(root), "cifar100")
+    classes = _read(folder / "meta", lambda content: tuple(content["fine_label_names"]))
     train, test = _read(folder / "train", _split), _read(folder / "test", _split)
-    return TensorDataset("cifar100", train, test, _read(folder / "meta", _class_names), MEAN, STD)
+    return TensorDataset("cifar100", train, test, classes, MEAN, STD)
 
 
 def cifar10(root: str | Path) -> TensorDataset:
     """Load CIFAR-10, 10 classes, from ``cifar-10-batches-py/{data_batch_1,...}``; otherwise as CIFAR-100."""
     folder = _folder(Path(root), "cifar10")
+    classes = _read(folder / "batches.meta", lambda content: tuple(content["label_names"]))
     parts = [_read(folder / f"data_batch_{number}", _split) for number in range(1, 6)]
-    train = Split(torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts]))
-    classes, test = _read(folder / "batches.meta", _class_names), _read(folder / "test_batch", _split)
-    return TensorDataset("cifar10", train, test, classes, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    images, targets = [part.images for part in parts], [part.targets for part in parts]
+    train, test = Split(torch.cat(images), torch.cat(targets)), _read(folder / "test_batch", _split)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    return TensorDataset("cifar10", train, test, classes, mean, std)
 
 
 def _folder(root: Path, name: str) -> Path:
-    folder = root / FOLDERS[name]
     try:
-        if not folder.exists():
-            obtain(read_sources()[name][0], root)
+        return obtain(read_sources()[name][0], root)
     except (DataError, OSError) as error:
-        raise DataError(f"{folder} does not exist and {error}: set DATASET.ROOT to its parent") from error
-    return folder
+        folder = root / FOLDERS[name]
+        raise DataError(f"{folder} does not exist and {error}: set DATASET.ROOT") from error

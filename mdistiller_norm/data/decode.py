@@ -4,6 +4,7 @@ simplejpeg (libjpeg-turbo) decodes JPEGs if it is installed, Pillow all other fi
 uint8 tensors; the result differs from that on Pillow images by at most 2 of 255 levels.
 """
 
+import contextlib
 import io
 import math
 import warnings
@@ -20,12 +21,10 @@ except ImportError:  # installed by the extra "imagenet"
 
 # Formats that Pillow decodes by itself: it would call Ghostscript for EPS, whatever the name of the file is.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
-Crop = tuple[int, int, int, int, bool]  # top, left, height, width, and whether it is mirrored
-THIN = 16  # aspect ratio above which the ends of a test image are cut off before it is resized
-ATTEMPTS = 10  # of drawing a crop inside the image, as in torchvision's RandomResizedCrop
-# Errors that decoding a damaged file raises.
+Crop = tuple[int, int, int, int, bool]  # top, left, height, width, mirrored
+ATTEMPTS = 10  # to draw a crop inside the image, as in torchvision
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # read PNGs with a large text, up to 64 MiB
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # texts of up to 64 MiB
 
 
 def decode(content: bytes) -> Tensor:
@@ -37,26 +36,19 @@ def decode(content: bytes) -> Tensor:
         UNREADABLE: not an image, a damaged one, or one of 32-bit pixels.
     """
     if simplejpeg is not None and content[:2] == b"\xff\xd8":
-        try:
+        with contextlib.suppress(ValueError):  # Pillow decides
             return torch.from_numpy(simplejpeg.decode_jpeg(content, "RGB")).permute(2, 0, 1)
-        except ValueError:
-            pass  # let Pillow decide whether the file is damaged
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about readable images, in every worker and without their names
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                pixels = np.array(_to_8_bits(image).convert("RGB"))
+        with warnings.catch_warnings(action="ignore"):  # they do not name the file
+            image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits have no known range")
+            if image.mode.startswith("I;16"):  # Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            pixels = np.array(image.convert("RGB"))
     except UnidentifiedImageError as error:  # its message contains an address
         raise ValueError(f"not an image of the formats {', '.join(FORMATS)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits have no known range: save it with 8 bits a channel")
-    if image.mode.startswith("I;16"):  # Pillow's conversion to RGB would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image
 
 
 def draw_crop(random: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> Crop:
@@ -68,7 +60,7 @@ def draw_crop(random: np.random.Generator, height: int, width: int, scale: tuple
     areas = height * width * random.uniform(*scale, ATTEMPTS)
     ratios = np.exp(random.uniform(math.log(3 / 4), math.log(4 / 3), ATTEMPTS))
     offsets = random.random((ATTEMPTS, 2))
-    for area, ratio, (down, right) in zip(areas.tolist(), ratios.tolist(), offsets.tolist(), strict=True):
+    for area, ratio, (down, right) in zip(areas, ratios, offsets, strict=True):
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w, flip
@@ -82,8 +74,8 @@ def train_image(image: Tensor, crop: Crop, size: int) -> Tensor:
     from torchvision.transforms.v2 import functional  # takes a second to import
 
     top, left, height, width, flip = crop
-    # Contiguous images are a third faster to resize.
-    box = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    box = image[:, top : top + height, left : left + width]
+    box = box.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # resized a third faster
     resized: Tensor = functional.resize(box, [size, size], antialias=True)
     return resized.flip(2) if flip else resized
 
@@ -92,9 +84,6 @@ def eval_image(image: Tensor, resize: int, size: int) -> Tensor:
     """Resize the shorter side of an image to ``resize`` and return the centre ``[3, size, size]``."""
     from torchvision.transforms.v2 import functional
 
-    longest = THIN * min(image.shape[1:])
-    if max(image.shape[1:]) > longest:  # resizing all of it could take gigabytes
-        image = functional.center_crop(image, [min(side, longest) for side in image.shape[1:]])
     resized = functional.resize(image, [resize], antialias=True)
     centre: Tensor = functional.center_crop(resized, [size, size])
     return centre

@@ -16,9 +16,10 @@ def digits() -> TensorDataset:
     """Return 1,797 grey 8x8 images, enlarged to 32x32 RGB and split 1,437 / 360, stratified by class."""
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         source = {key: torch.from_numpy(file[key]) for key in ("images", "targets", "train", "test")}
-    pixels = (source["images"].double() * (255 / 16)).round().byte()  # values are 0..16
+    pixels = (source["images"].double() * (255 / 16)).round().byte()
     pixels = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].repeat(1, 1, 1, 3)
     whole = Split(pixels, source["targets"].long())
     train, test = whole[source["train"].long()], whole[source["test"].long()]
+    mean, std = (0.3054,) * 3, (0.3760,) * 3
     # Not flipped: digits are not mirror-symmetric.
-    return TensorDataset("digits", train, test, tuple("0123456789"), (0.3054,) * 3, (0.3760,) * 3, flip=False)
+    return TensorDataset("digits", train, test, tuple("0123456789"), mean, std, flip=False)

@@ -13,15 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mdistiller_norm.data.base import Dataset, Warn
+from mdistiller_norm.data.base import Dataset, EvalLoader
 from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
-from mdistiller_norm.data.loader import (
-    ImageEvalLoader,
-    ImageOptions,
-    ImageSplit,
-    ImageTrainLoader,
-    unreadable,
-)
+from mdistiller_norm.data.loader import ImageOptions, ImageSplit, ImageTrainLoader, eval_loader, unreadable
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.files import regular
@@ -30,8 +24,8 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", 
 # torchvision's constants, with which its published weights were trained.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-_HIDDEN = f"{os.sep}."  # in the name of a hidden file, or of a file in a hidden folder
-MEASURED = 1000  # images that mean and standard deviation are measured on
+_HIDDEN = f"{os.sep}."  # in the name of a hidden file or folder
+MEASURED = 1000  # images
 
 
 class Files(ImageSplit):
@@ -48,35 +42,31 @@ class Files(ImageSplit):
 
 
 def _printable(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode()  # escapes bytes that are not UTF-8
+    return name.encode(errors="backslashreplace").decode()
 
 
 def list_images(folder: Path, classes: Sequence[str] = ()) -> dict[str, list[str]]:
     """Return the sorted names of the images of each class folder of a split: of these classes, or of all."""
     hint = f"images belong in {folder}/<class>/; without val, set DATASET.VAL_SPLIT"
     try:
-        labels = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+        labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): {hint}") from error
     if not labels:
         raise DataError(f"{folder} has no class folders: {hint}")
     if wrong := [_printable(label) for label in labels if _printable(label) != label]:
-        raise DataError(f"the class folder {wrong[0]} in {folder} has a name that is not UTF-8: rename it")
+        raise DataError(f"the class folder {wrong[0]} in {folder} has a name that is not UTF-8")
     if labels == ["images"]:  # Tiny-ImageNet as it is distributed
-        return _annotated_images(folder)
+        images = defaultdict(list)
+        try:
+            for line in regular(folder / "val_annotations.txt").read_text().splitlines():
+                image, label, *_ = line.split("\t")
+                images[label].append(f"images{os.sep}{image}")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} has neither class folders nor val_annotations.txt") from error
+        return images
     labels = [label for label in labels if label in (classes or labels)]
     return {label: sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}")) for label in labels}
-
-
-def _annotated_images(folder: Path) -> dict[str, list[str]]:
-    images = defaultdict(list)
-    try:
-        for line in regular(folder / "val_annotations.txt").read_text().splitlines():
-            image, label, *_ = line.split("\t")
-            images[label].append(f"images{os.sep}{image}")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} has neither class folders nor val_annotations.txt ({error})") from error
-    return images
 
 
 def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
@@ -103,23 +93,22 @@ def files(folder: Path, images: Mapping[str, Sequence[str]], classes: Sequence[s
 
 def data_root(root: Path, name: str) -> Path:
     """Return ``root``, or its folder ``name`` if only that one contains splits."""
-    folders = (root, root / name)
-    return next((path for path in folders if (path / "train").is_dir() or (path / "val").is_dir()), root)
+    splits = [path / split for path in (root, root / name) for split in ("train", "val")]
+    return next((split.parent for split in splits if split.is_dir()), root)
 
 
 def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageDataset:
     """Open a data set of image files, ``root/{train,val}/<class>/*`` or in the folder ``name`` of ``root``."""
     root = data_root(root, name)
-    from_train = options.val_split > 0 and not (root / "val").is_dir()
-    splits = ("train",) if from_train else ("train", "val") if options.train else ("val",)
+    no_val = options.val_split > 0 and not (root / "val").is_dir()  # held out of train
+    splits = ("train",) if no_val else ("train", "val") if options.train else ("val",)
     found = {split: list_images(root / split, options.classes) for split in splits}
     classes = options.classes or tuple(sorted(set().union(*found.values())))
     parts = [files(root / split, images, classes) for split, images in found.items()]
-    dataset = ImageDataset(name or root.resolve().name, classes, parts[0], parts[-1], options)
-    dataset.hidden = sum(
-        _HIDDEN in name for split in found.values() for label in classes for name in split[label]
-    )
-    return dataset.hold_out(options.val_split) if from_train and not options.train else dataset
+    dataset = ImageDataset(name or root.resolve().name, classes, parts, options)
+    listed = sum(len(images[label]) for images in found.values() for label in classes)
+    dataset.hidden = listed - sum(map(len, parts))
+    return dataset
 
 
 def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
@@ -128,7 +117,8 @@ def imagenet(root: Path, options: ImageOptions) -> ImageDataset:
     Class numbers follow the sorted names of the folders, as in torchvision's weights.
     Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge" (2015).
     """
-    return image_folder(root, replace(options, mean=options.mean or MEAN, std=options.std or STD), "imagenet")
+    options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
+    return image_folder(root, options, "imagenet")
 
 
 def tiny_imagenet(root: Path, options: ImageOptions) -> ImageDataset:
@@ -148,22 +138,20 @@ class ImageDataset(Dataset):
 
     train: ImageSplit
     test: ImageSplit
-    hidden: int = 0  # images that are left out because a name begins with a dot
 
     def __init__(
-        self, name: str, classes: tuple[str, ...], train: ImageSplit, test: ImageSplit, options: ImageOptions
+        self, name: str, classes: tuple[str, ...], splits: Sequence[ImageSplit], options: ImageOptions
     ) -> None:
-        if options.resize < options.size:
-            raise ConfigError(
-                f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {options.size}, got {options.resize}"
-            )
+        resize, size = options.resize, options.size
+        if resize < size:
+            raise ConfigError(f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {size}, got {resize}")
         if bool(options.mean) != bool(options.std):
-            raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither to measure them on images")
-        self.name, self.classes, self.train, self.test = name, classes, train, test
-        self.mean, self.std = (options.mean, options.std) if options.mean else measure(train, options)
+            raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither")
+        self.name, self.classes, self.train, self.test = name, classes, splits[0], splits[-1]
+        given = (options.mean, options.std)
+        self.mean, self.std = given if options.mean else measure(self.train, options)
         self.options = replace(options, mean=self.mean, std=self.std)
-        automatic = "imagenet" if options.size > 64 else "cifar"
-        self.variant = automatic if options.variant == "auto" else options.variant
+        self.variant = options.variant.replace("auto", "imagenet" if size > 64 else "cifar")
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -176,18 +164,13 @@ class ImageDataset(Dataset):
                 sizes.append(len(self.train.read(index)))
         return hashlib.sha256(f"{super().fingerprint()} {sizes}".encode()).hexdigest()
 
-    def summary(self) -> str:
-        return super().summary() + (f", {self.hidden} hidden ones left out" if self.hidden else "")
-
     def train_loader(
-        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
+        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE
     ) -> ImageTrainLoader:
-        if self.hidden:
-            warn(f"{self.hidden} images of {self.name} are left out: their names begin with a dot")
-        return ImageTrainLoader(self.train, self.options, batch_size, seed, device, share, warn)
+        return ImageTrainLoader(self.train, self.options, batch_size, seed, device, share)
 
-    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> ImageEvalLoader:
-        return ImageEvalLoader(self.test, self.options, batch_size, device, share)
+    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
+        return eval_loader(self.test, self.options, batch_size, device, share)
 
     def unreadable(self, train: bool = True, share: Share = ALONE) -> list[str]:
         splits = dict.fromkeys((self.train, self.test) if train else (self.test,))
@@ -208,7 +191,7 @@ def measure(split: ImageSplit, options: ImageOptions) -> tuple[tuple[float, ...]
             sums += torch.stack([values.sum(1), values.square().sum(1)])
             pixels += values.shape[1]
     if not pixels:
-        raise DataError(f"none of the images such as {split.name(0)} can be read: set DATASET.ROOT to others")
+        raise DataError(f"none of the images such as {split.name(0)} can be read")
     mean, square = sums / pixels
     std = (square - mean**2).clamp_min(0).sqrt()
     return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) or 1.0 for x in std.tolist())

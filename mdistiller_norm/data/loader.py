@@ -23,17 +23,16 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from mdistiller_norm.data.augment import Normalise
-from mdistiller_norm.data.base import EvalLoader, TrainLoader, Warn
+from mdistiller_norm.data.base import EvalLoader, Tensors, TrainLoader
 from mdistiller_norm.data.decode import UNREADABLE, decode, draw_crop, eval_image, train_image
 from mdistiller_norm.data.plan import ALONE, Share, epoch_plan, eval_share
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.types import Batch
 
-Task = tuple[int | None, Sequence[int]]  # key of the epoch, None for evaluation; indices of a batch
-Tensors = tuple[Tensor, ...]
-# Images [B, size, size, 3] uint8, targets [B], indices [B], and each unreadable file with the reason.
+Task = tuple[int | None, Sequence[int]]  # key of the epoch or None; indices of a batch
+# Images [B, size, size, 3] uint8, targets [B], indices [B], and the unreadable files.
 Decoded = tuple[Tensor, Tensor, Tensor, list[str]]
-GROUP = 8  # images that are decoded, then resized: 6% faster than one at a time, as the code stays in the CPU's cache
+GROUP = 8  # images that are decoded, then resized: 6% faster than one by one
 
 
 class ImageSplit(ABC):
@@ -109,7 +108,7 @@ class Reader(TorchDataset[Decoded]):
     """
 
     def __init__(self, split: ImageSplit, options: ImageOptions) -> None:
-        from torchvision.transforms import v2  # imported before forking, so that workers share it
+        from torchvision.transforms import v2  # imported before forking
 
         self.split, self.options = split, options
         self._transforms: list[Callable[[Tensor], Tensor]] = []
@@ -123,27 +122,26 @@ class Reader(TorchDataset[Decoded]):
         size, broken = self.options.size, list[str]()
         images = torch.zeros(len(indices), size, size, 3, dtype=torch.uint8)
         if get_worker_info() is not None:
-            images.share_memory_()  # type: ignore[no-untyped-call]  # saves a copy
+            images.share_memory_()  # saves a copy
         taken = torch.tensor(indices)
         for first in range(0, len(indices), GROUP):
             group = [self._read(key, index, broken) for index in indices[first : first + GROUP]]
             for row, (index, image, random) in enumerate(group, first):
                 taken[row] = index
-                if image is not None:
-                    images[row] = self._view(image, None if key is None else random).permute(1, 2, 0)
+                images[row] = self._view(image, None if key is None else random).permute(1, 2, 0)
         return images, self.split.targets[taken], taken, broken
 
     def _read(
         self, key: int | None, index: int, broken: list[str]
-    ) -> tuple[int, Tensor | None, np.random.Generator]:
-        random = np.random.Generator(np.random.Philox(key=np.array([key or 0, index], dtype=np.uint64)))
+    ) -> tuple[int, Tensor, np.random.Generator]:
+        random = np.random.Generator(np.random.Philox(key=np.array([key or 0, index], np.uint64)))
         for _ in range(1 if key is None else self.options.max_broken + 1):
             try:
                 return index, decode(self.split.read(index)), random
             except UNREADABLE as error:
                 broken.append(f"{self.split.name(index)} ({error})")
             index = int(random.integers(len(self.split)))
-        return index, None, random
+        return index, torch.zeros(3, 1, 1, dtype=torch.uint8), random
 
     def _view(self, image: Tensor, random: np.random.Generator | None) -> Tensor:
         if random is None:
@@ -159,10 +157,10 @@ class Reader(TorchDataset[Decoded]):
 
 def _start_worker(number: int, trainer: int) -> None:
     # The training process handles signals to the group and needs its workers to finish: only its SIGTERM ends them.
-    sys.excepthook = lambda *error: None  # multiprocessing would print that the training process has ended
+    sys.excepthook = lambda *error: None  # prints no tracebacks of workers
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere the sender of a signal is unknown: SIGTERM ends workers at once
+    if sys.platform == "linux":  # elsewhere the sender is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_exit_on_sigterm, args=(trainer,), daemon=True).start()
 
@@ -175,28 +173,26 @@ def _exit_on_sigterm(trainer: int) -> None:
 
 class _Loader:
     # Decoded batches of a list of tasks, which may change between two iterations, copied to a device.
-    def __init__(
-        self, split: ImageSplit, options: ImageOptions, tasks: list[Task], device: torch.device
-    ) -> None:
-        self.device = device
+    # The unreadable files are the last item of each batch.
+    def __init__(self, reader: Reader, tasks: list[Task], device: torch.device) -> None:
+        self.device, self._tasks = device, tasks
         self._batches = DataLoader(
-            Reader(split, options), batch_size=None, sampler=tasks, num_workers=options.workers,
-            worker_init_fn=partial(_start_worker, trainer=os.getpid()), persistent_workers=options.workers > 0,
-            pin_memory=device.type == "cuda", generator=torch.Generator(),  # leaves the global one as it is
+            reader, batch_size=None, sampler=tasks, num_workers=reader.options.workers,
+            worker_init_fn=partial(_start_worker, trainer=os.getpid()), persistent_workers=bool(reader.options.workers),
+            pin_memory=device.type == "cuda", generator=torch.Generator(),  # not the global one
         )  # fmt: skip
 
-    def read(self, report: Callable[[list[str]], None]) -> Iterator[Tensors]:
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[Any]:
         try:
             for *batch, broken in self._batches:
-                report(broken)
-                yield tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+                yield *(tensor.to(self.device, non_blocking=True) for tensor in batch), broken
         except RuntimeError as error:
             if "</torch_" not in str(error):  # a file of shared memory
                 raise
-            raise DataError(
-                "the shared memory (/dev/shm) is too small for the batches: use docker run --shm-size 8g, or lower "
-                "DATASET.NUM_WORKERS (0 workers need none)"
-            ) from error
+            raise DataError("the shared memory /dev/shm is too small: lower DATASET.NUM_WORKERS") from error
 
 
 def _eval_tasks(samples: int, batch_size: int, share: Share) -> list[Task]:
@@ -206,11 +202,9 @@ def _eval_tasks(samples: int, batch_size: int, share: Share) -> list[Task]:
 
 def unreadable(split: ImageSplit, options: ImageOptions, share: Share = ALONE) -> list[str]:
     """Read the files of a split; return the name of each unreadable one and the reason."""
-    broken: list[str] = []
-    loader = _Loader(split, options, _eval_tasks(len(split), 64, share), torch.device("cpu"))
-    for _ in loader.read(broken.extend):
-        pass
-    return broken
+    tasks = _eval_tasks(len(split), 64, share)
+    batches = _Loader(Reader(split, options), tasks, torch.device("cpu"))
+    return [name for *_, broken in batches for name in broken]
 
 
 class ImageTrainLoader(TrainLoader):
@@ -218,52 +212,44 @@ class ImageTrainLoader(TrainLoader):
 
     def __init__(
         self, split: ImageSplit, options: ImageOptions, batch_size: int, seed: int, device: torch.device,
-        share: Share = ALONE, warn: Warn = print,
+        share: Share = ALONE,
     ) -> None:  # fmt: skip
         super().__init__(len(split), batch_size, seed, share)
-        self._warn, self._max_broken, self._broken = warn, options.max_broken, set[str]()
+        self._max_broken, self._broken = options.max_broken, set[str]()
         self._tasks: list[Task] = []
-        self._loader = _Loader(split, options, self._tasks, device)
+        self._loader = _Loader(Reader(split, options), self._tasks, device)
         self._normalise = Normalise(options.mean, options.std, device)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Tensors]:
         order, _, key = epoch_plan(self.seed, epoch, self.samples, 1)
         steps = range(first_step, self.steps)
         self._tasks[:] = [(key, order[self.part(step).rows].tolist()) for step in steps]
-        for batch, step in zip(self._loader.read(self._report), steps, strict=True):
-            yield *batch, torch.full((), key + step, device=self._loader.device)
-
-    def _report(self, broken: list[str]) -> None:
-        for name in broken:
-            if name not in self._broken:
+        for (*batch, broken), step in zip(self._loader, steps, strict=True):
+            for name in sorted({*broken} - self._broken):
                 self._broken.add(name)
-                self._warn(
-                    f"{name} cannot be read: another sample takes its place ({len(self._broken)} so far)"
-                )
-        if len(self._broken) > self._max_broken:
-            raise DataError(
-                f"{len(self._broken)} training images cannot be read, the last is {broken[-1]}: list them with "
-                "--check-data, or raise DATASET.MAX_BROKEN"
-            )
+                so_far = f"({len(self._broken)} so far)"
+                self.warn(f"{name} cannot be read: another sample takes its place {so_far}")
+            if len(self._broken) > self._max_broken:
+                raise DataError(f"{len(self._broken)} training images cannot be read: use --check-data")
+            yield *batch, torch.full((), key + step, device=self._loader.device)
 
     def prepare(self, *raw: Tensor) -> Batch:
         images, targets, indices, key = raw
         return Batch(self._normalise(images), targets, indices, torch.full_like(indices, -1), key)
 
 
-class ImageEvalLoader(EvalLoader):
-    """Test images: shorter side resized, centre crop, normalised."""
-
-    def __init__(
-        self, split: ImageSplit, options: ImageOptions, batch_size: int, device: torch.device, share: Share
-    ) -> None:
-        super().__init__(len(split), Normalise(options.mean, options.std, device))
-        self._loader = _Loader(split, options, _eval_tasks(len(split), batch_size, share), device)
-
-    def batches(self) -> Iterator[Tensors]:
-        return self._loader.read(_refuse)
+def eval_loader(
+    split: ImageSplit, options: ImageOptions, batch_size: int, device: torch.device, share: Share
+) -> EvalLoader:
+    """Return the loader of test images: shorter side resized, centre crop, normalised."""
+    tasks = _eval_tasks(len(split), batch_size, share)
+    batches = _TestImages(Reader(split, options), tasks, device)
+    return EvalLoader(batches, Normalise(options.mean, options.std, device))
 
 
-def _refuse(broken: list[str]) -> None:
-    if broken:
-        raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
+class _TestImages(_Loader):
+    def __iter__(self) -> Iterator[Any]:
+        for *batch, broken in super().__iter__():
+            if broken:
+                raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
+            yield batch

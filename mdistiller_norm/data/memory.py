@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mdistiller_norm.data.augment import Normalise, PadCropFlip
-from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader, Warn
+from mdistiller_norm.data.base import Dataset, EvalLoader, Tensors, TrainLoader
 from mdistiller_norm.data.plan import ALONE, Share, epoch_plan, eval_share
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.types import Batch
@@ -37,13 +36,14 @@ class Split:
         return Split(self.images.to(device), self.targets.to(device))
 
     def check(self, name: str, classes: int) -> None:
-        images, targets = vars(self).values()  # of any type
-        shape = images.shape if isinstance(images, Tensor) and images.dtype == torch.uint8 else ()
-        if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise DataError(f"{name} images must be a uint8 tensor [N, H, W, 3], got {_describe(images)}")
-        if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.shape != shape[:1]:
-            raise DataError(f"{name} targets must be an int64 tensor [{shape[0]}], got {_describe(targets)}")
-        check_range(targets, classes, f"{name} targets")
+        shape = self.images.shape if getattr(self.images, "dtype", None) == torch.uint8 else ()
+        labels = self.targets.shape if getattr(self.targets, "dtype", None) == torch.int64 else None
+        if shape[3:] != (3,) or 0 in shape or labels != shape[:1]:
+            raise DataError(
+                f"{name} images must be a uint8 tensor [N, H, W, 3], targets must be an int64 tensor [N], "
+                f"got {_describe(self.images)} and {_describe(self.targets)}"
+            )
+        check_range(self.targets, classes, f"{name} targets")
 
 
 def check_range(targets: Tensor, classes: int, name: str) -> None:
@@ -79,11 +79,9 @@ class TensorDataset(Dataset):
     def check(self) -> None:
         if not all(isinstance(label, str) for label in self.classes):
             raise DataError(f"{self.name}: classes must be strings, got {self.classes!r}")
-        for values in (self.mean, self.std):
-            if np.shape(values) != (3,) or not 0 <= min(values) <= max(values) <= 1 or not min(self.std):
-                raise DataError(
-                    f"{self.name}: mean and std must be 3 values in [0, 1], std > 0, got {self.mean} and {self.std}"
-                )
+        values, given = [*self.mean, *self.std], f"{self.mean} and {self.std}"
+        if len(values) != 6 or not 0 <= min(values) <= max(values) <= 1 or 0 in self.std:
+            raise DataError(f"{self.name}: mean and std must be 3 values in [0, 1], std > 0, got {given}")
         self.train.check(f"{self.name}: training", len(self.classes))
         self.test.check(f"{self.name}: test", len(self.classes))
 
@@ -92,15 +90,21 @@ class TensorDataset(Dataset):
         return self.train.images.shape[1], self.train.images.shape[2]
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{super().fingerprint()} {self.train.fingerprint()}".encode()).hexdigest()
+        both = f"{super().fingerprint()} {self.train.fingerprint()}"
+        return hashlib.sha256(both.encode()).hexdigest()
 
     def train_loader(
-        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE, warn: Warn = print
+        self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE
     ) -> MemoryTrainLoader:
         return MemoryTrainLoader(replace(self, train=self.train.to(device)), batch_size, seed, share)
 
-    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> MemoryEvalLoader:
-        return MemoryEvalLoader(replace(self, test=self.test.to(device)), batch_size, share)
+    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
+        rows = eval_share(len(self.test), share)
+        part = self.test[rows.start : rows.stop].to(device)
+        parts = [part[first : first + batch_size] for first in range(0, len(part), batch_size)]
+        batches = [(batch.images, batch.targets) for batch in parts]
+        normalise = Normalise(self.mean, self.std, device)
+        return EvalLoader(batches, normalise, on_device=True)
 
 
 class MemoryTrainLoader(TrainLoader):
@@ -111,11 +115,10 @@ class MemoryTrainLoader(TrainLoader):
     def __init__(self, dataset: TensorDataset, batch_size: int, seed: int, share: Share = ALONE) -> None:
         super().__init__(len(dataset.train), batch_size, seed, share)
         self.augment = PadCropFlip(dataset.padding, dataset.flip)
-        self.views = self.augment.views
         self._train, self._device = dataset.train, dataset.train.targets.device
         self._normalise = Normalise(dataset.mean, dataset.std, self._device)
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Tensors]:
         order, views, key = epoch_plan(self.seed, epoch, self.samples, self.augment.views)
         order, views = order.to(self._device), views.to(self._device)
         keys = torch.arange(self.steps, device=self._device) + key
@@ -125,23 +128,10 @@ class MemoryTrainLoader(TrainLoader):
 
     def fingerprint(self) -> str:
         mean, std = self._normalise.mean.tolist(), self._normalise.std.tolist()
-        return hashlib.sha256(f"{self.augment} {mean} {std} {self._train.fingerprint()}".encode()).hexdigest()
+        inputs = f"{self.augment} {mean} {std} {self._train.fingerprint()}"
+        return hashlib.sha256(inputs.encode()).hexdigest()
 
     def prepare(self, *raw: Tensor) -> Batch:
         indices, views, key = raw
         images = self._normalise(self.augment(self._train.images, indices, views))
         return Batch(images, self._train.targets[indices], indices, views, key)
-
-
-class MemoryEvalLoader(EvalLoader):
-    """Normalised test batches of a data set, on its device."""
-
-    def __init__(self, dataset: TensorDataset, batch_size: int, share: Share = ALONE) -> None:
-        super().__init__(len(dataset.test), Normalise(dataset.mean, dataset.std, dataset.test.targets.device))
-        rows = eval_share(len(dataset.test), share)
-        self._share, self._batch_size = dataset.test[rows.start : rows.stop], batch_size
-
-    def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        for first in range(0, len(self._share), self._batch_size):
-            batch = self._share[first : first + self._batch_size]
-            yield batch.images, batch.targets

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mdistiller_norm.data.base import TrainLoader
+from mdistiller_norm.data.base import Tensors, TrainLoader
 from mdistiller_norm.types import Batch
 
 
@@ -33,7 +33,7 @@ class MixedLoader(TrainLoader):
         self._loader, self._alphas = loader, (mixup, cutmix)
         self._classes, self._device = classes, device
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Tensors]:
         drawn = self._draw(epoch).to(self._device)
         for step, raw in enumerate(self._loader.batches(epoch, first_step), first_step):
             yield *raw, drawn[step]

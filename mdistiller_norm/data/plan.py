@@ -56,9 +56,8 @@ def share_out(first: int, count: int, share: Share) -> Part:
     size, longer = divmod(count, world)
     start = first + rank * size + min(rank, longer)
     stop = start + size + (rank < longer)
-    weight = (stop - start) * world / count
     rows = slice(start, stop) if stop > start else slice(first, first + 1)
-    return Part(rows, weight, max(size, 1))
+    return Part(rows, (stop - start) * world / count, max(size, 1))
 
 
 def smallest_micro_batch(samples: int, batch_size: int, share: Share, accumulate: int) -> int:

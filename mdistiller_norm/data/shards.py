@@ -23,14 +23,13 @@ from mdistiller_norm.files import regular
 from mdistiller_norm.program import command
 
 INDEX, CLASSES = "index.npz", "classes.txt"
+Integers = NDArray[np.int64]
 
 
 class Shards(ImageSplit):
     """Images in tar files; ``entries`` ``[N, 3]`` are shard number, first byte and number of bytes."""
 
-    def __init__(
-        self, folder: Path, shards: list[str], entries: NDArray[np.int64], targets: NDArray[np.int64]
-    ) -> None:
+    def __init__(self, folder: Path, shards: list[str], entries: Integers, targets: Integers) -> None:
         super().__init__(folder, entries, torch.from_numpy(targets))
         self.shards = shards
 
@@ -49,8 +48,8 @@ class Shards(ImageSplit):
 def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     """Open shards, ``root/{train,val}/*.tar`` and ``root/classes.txt``, normalised as ImageNet by default."""
     root = data_root(root, "webdataset")
-    from_train = options.val_split > 0 and not (root / "val").is_dir()
-    names = ("train",) if from_train else ("train", "val") if options.train else ("val",)
+    no_val = options.val_split > 0 and not (root / "val").is_dir()  # held out of train
+    names = ("train",) if no_val else ("train", "val") if options.train else ("val",)
     splits = [open_shards(root / name) for name in names]
     path = root / CLASSES
     try:
@@ -64,8 +63,7 @@ def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     for split in splits:
         check_range(split.targets, len(classes), f"{split.folder}: class numbers of {path}")
     options = replace(options, mean=options.mean or MEAN, std=options.std or STD)
-    dataset = ImageDataset(root.resolve().name, classes, splits[0], splits[-1], options)
-    return dataset.hold_out(options.val_split) if from_train and not options.train else dataset
+    return ImageDataset(root.resolve().name, classes, splits, options)
 
 
 def open_shards(folder: Path) -> Shards:
@@ -73,11 +71,11 @@ def open_shards(folder: Path) -> Shards:
     shards = sorted(path.name for path in folder.glob("*.tar"))
     positions, targets = (_read_index if (folder / INDEX).is_file() else _scan)(folder, shards)
     if not len(targets):
-        raise DataError(f"{folder} has no shards (*.tar) with images: create them with {command('shards')}")
+        raise DataError(f"{folder} has no shards (*.tar) with images: see {command('shards')}")
     return Shards(folder, shards, positions, targets)
 
 
-def _read_index(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _read_index(folder: Path, shards: list[str]) -> tuple[Integers, Integers]:
     sizes = np.array([(folder / name).stat().st_size for name in shards])
     try:
         with np.load(folder / INDEX) as index:
@@ -90,39 +88,36 @@ def _read_index(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDA
         raise DataError(f"{folder / INDEX} does not match the shards ({error}): remove it") from error
 
 
-def _scan(folder: Path, shards: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _scan(folder: Path, shards: list[str]) -> tuple[Integers, Integers]:
     positions: list[tuple[int, int, int]] = []
     targets: list[int] = []
     for number, name in enumerate(shards):
+        images: dict[str, tuple[int, int, int]] = {}
+        labels: dict[str, int] = {}
         try:
-            images, labels = _scan_shard(folder / name)
+            # Not compressed: images are read by position.
+            with tarfile.open(regular(folder / name), "r:") as tar:
+                for member in tar:
+                    key, extension = os.path.splitext(member.name)
+                    if not member.isfile() or os.path.basename(key).startswith("._"):  # of macOS
+                        continue
+                    if extension.lower() in EXTENSIONS:
+                        images[key] = number, member.offset_data, member.size
+                    elif extension == ".cls" and (content := tar.extractfile(member)):
+                        labels[key] = int(content.read())
+            # tarfile ends without an error at a header that it cannot read.
+            with (folder / name).open("rb") as file:
+                file.seek(tar.offset)
+                rest = file.read(2 * tarfile.RECORDSIZE + 1)
+            if any(rest) or not 2 * tarfile.BLOCKSIZE <= len(rest) <= 2 * tarfile.RECORDSIZE:
+                raise ValueError(f"truncated or damaged after byte {tar.offset}")
+            if unpaired := images.keys() ^ labels.keys():
+                raise ValueError(f"{min(unpaired)} must have both an image and a .cls")
         except (OSError, tarfile.TarError, ValueError) as error:
-            raise DataError(f"the shard {folder / name} cannot be read ({error}): create it again") from error
-        positions += [(number, *images[key]) for key in images]
+            raise DataError(f"the shard {folder / name} cannot be read ({error})") from error
+        positions += images.values()
         targets += [labels[key] for key in images]
-    return np.array(positions, dtype=np.int64).reshape(-1, 3), np.array(targets, dtype=np.int64)
-
-
-def _scan_shard(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    with tarfile.open(regular(path), "r:") as tar:  # not compressed: images are read by position
-        for member in tar:
-            key, extension = os.path.splitext(member.name)
-            if not member.isfile() or os.path.basename(key).startswith("._"):  # macOS adds these to archives
-                continue
-            if extension.lower() in EXTENSIONS:
-                images[key] = member.offset_data, member.size
-            elif extension == ".cls" and (content := tar.extractfile(member)):
-                labels[key] = int(content.read())
-    with path.open("rb") as file:  # tarfile ends without an error at a header that it cannot read
-        file.seek(tar.offset)
-        rest = file.read(2 * tarfile.RECORDSIZE + 1)
-    if any(rest) or not 2 * tarfile.BLOCKSIZE <= len(rest) <= 2 * tarfile.RECORDSIZE:
-        raise ValueError(f"truncated or damaged after byte {tar.offset}")
-    if unpaired := images.keys() ^ labels.keys():
-        raise ValueError(f"{min(unpaired)} must have both an image and a .cls")
-    return images, labels
+    return np.array(positions, np.int64).reshape(-1, 3), np.array(targets, np.int64)
 
 
 def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
@@ -131,7 +126,7 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
         raise DataError(f"{folder} has shards: choose another folder, or remove them")
     unfinished = folder / ".unfinished_shards"
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
         splits = {"train": dataset.train} | ({} if dataset.test is dataset.train else {"val": dataset.test})
         counts = {name: _write_split(split, unfinished / name, per_shard) for name, split in splits.items()}
         (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")

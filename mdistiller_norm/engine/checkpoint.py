@@ -10,7 +10,7 @@ import struct
 import textwrap
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,14 @@ _SAFE_TYPES: list[Any] = [
     _numpy.multiarray.scalar, (_numpy.multiarray.scalar, "numpy.core.multiarray.scalar"),
 ]  # fmt: skip
 
-LATEST, PREVIOUS = "latest.pt", "latest.prev.pt"  # the state of a run, and the one before it
+LATEST, PREVIOUS = "latest.pt", "latest.prev.pt"  # the last two states of a run
 _WEIGHT_KEYS = ("model", "state_dict", "trainable", "model_state_dict", "net")
-_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DataParallel and torch.compile
+_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of wrappers
 _MARK = b"mdistiller_norm sha256 "
 _NO_CHECKPOINTS = {
-    b"<": "an HTML or XML page, not a checkpoint: download the file again",
-    b"version https://git-lfs": "a Git LFS pointer, not a checkpoint: run `git lfs pull`",
-    b"\x1f\x8b": "a gzip file, not a checkpoint: unpack it",
+    b"<": "an HTML or XML page",
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"\x1f\x8b": "a gzip file",
 }
 
 
@@ -59,11 +59,10 @@ def save_atomically(content: Any, path: Path, keep: Path | None = None) -> None:
     try:
         with whole_file(path, keep) as file:
             torch.save(content, buffer)
-            archive = buffer.getbuffer()[:-2]  # without the length of the empty comment
+            archive = buffer.getbuffer()[:-2]  # without its empty comment
             file.writelines((archive, _signature(archive)))
     except OSError as error:
-        intact = "; its previous version is intact" if path.exists() else ""
-        raise CheckpointError(f"{path} could not be written ({error.strerror or error}){intact}") from error
+        raise CheckpointError(f"{path} could not be written ({error})") from error
 
 
 def load(path: str | Path) -> Any:
@@ -82,22 +81,20 @@ def load(path: str | Path) -> Any:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling other files may raise anything
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"{path} contains a {refused[1]}, which is not loaded because it could run code: save only the "
-                "state_dict() of the network"
-            ) from error
+            problem = f"{path} contains a {refused[1]}, which could run code"
+            raise CheckpointError(f"{problem}: save only the state_dict() of the network") from error
         reason = first_line(error).split(". ")[0]
         raise CheckpointError(f"{path} is not loaded ({reason}): it may be truncated") from error
 
 
 def _verify(content: bytes, path: Path) -> None:
     archive, signature = memoryview(content)[:-_SIGNATURE_BYTES], content[-_SIGNATURE_BYTES:]
-    for magic, kind in _NO_CHECKPOINTS.items():
-        if content[:512].lstrip().startswith(magic):
-            raise CheckpointError(f"{path} is {kind}")
-    start = content[:512].split()
-    if start and all(word.isascii() and word.decode().isprintable() for word in start):
-        raise CheckpointError(f"{path} is a text file, not a checkpoint: download the file again")
+    start = content[:512].lstrip()
+    kinds = [kind for magic, kind in _NO_CHECKPOINTS.items() if start.startswith(magic)]
+    if start and all(word.isascii() and word.decode().isprintable() for word in start.split()):
+        kinds.append("a text file")
+    if kinds:
+        raise CheckpointError(f"{path} is {kinds[0]}, not a checkpoint")
     damage = ""
     if signature[2:].startswith(_MARK):
         damage = "its SHA-256 does not match" if signature != _signature(archive) else ""
@@ -117,7 +114,7 @@ class Weights:
 
     state: dict[str, Tensor]
     path: Path
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any]
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -125,14 +122,14 @@ def load_weights(path: str | Path) -> Weights:
     path = Path(path)
     content = load(path)
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the weights of a network")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not weights")
     about = content.get("about")
     for candidate in (*(content.get(key) for key in _WEIGHT_KEYS), content):
         if isinstance(candidate, Mapping):
             state = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
             if state:
                 return Weights(state, path, dict(about) if isinstance(about, Mapping) else {})
-    raise CheckpointError(f"{path} holds no weights under {', '.join(_WEIGHT_KEYS)} or at its top level")
+    raise CheckpointError(f"{path} holds no weights, bare or in {', '.join(_WEIGHT_KEYS)}")
 
 
 def _match_names(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,6 +147,6 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     """Load weights strictly: every name and shape must match."""
     try:
         network.load_state_dict(_match_names(weights.state, network.state_dict()))
-    except (RuntimeError, ValueError) as error:  # the latter of modules such as torchvision's MNASNet
+    except (RuntimeError, ValueError) as error:  # ValueError: of MNASNet
         reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300, placeholder=" ...")
         raise CheckpointError(f"{weights.path} does not fit {name}: {reason}") from error

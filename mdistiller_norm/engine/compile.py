@@ -3,16 +3,17 @@
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._functorch import config as functorch
 
 from mdistiller_norm.errors import first_line
-from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Outputs
 
-WORTHWHILE_STEPS = 3000  # with fewer, compiling (30 to 120 seconds) costs more than it saves
+Forward = Callable[[Tensor], Outputs]
+WORTHWHILE_STEPS = 3000  # with fewer, compiling costs more than it saves
 
 
 def compiler_missing(device: torch.device) -> str:
@@ -33,42 +34,34 @@ def choose(setting: str, device: torch.device, steps: int) -> tuple[str, str]:
     if setting != "auto":
         return setting, f"compiling: {setting} (ENGINE.COMPILE)"
     if steps < WORTHWHILE_STEPS:
-        return "none", f"not compiling: {steps} step{'s' * (steps != 1)} (worth it from {WORTHWHILE_STEPS:,})"
+        return "none", f"not compiling: fewer than {WORTHWHILE_STEPS:,} steps"
     return "teacher", "compiling the teacher (ENGINE.COMPILE auto)"
 
 
-def compile_teacher(
-    module: nn.Module, example: Tensor, warn: Callable[[str], None]
-) -> Callable[[Tensor], Outputs]:
-    """Compile a frozen network with its weights as constants; return it uncompiled, with a warning, if that fails."""
-    compiled = torch.compile(module, dynamic=False, options={"freezing": True})
-    try:
-        with torch.no_grad():
-            compiled(example)
-    except Exception as error:  # compilers fail in many ways, and the run does not depend on them
-        warn(f"the teacher could not be compiled ({first_line(error)}): it runs uncompiled")
-        return module
-    return compiled
+def compile_outputs(
+    outputs: Forward, name: str, warn: Callable[[str], None], twice: bool = False, **options: Any
+) -> Forward:
+    """Compile the forward pass of a network; run it uncompiled, with a warning, if that fails.
 
-
-def compile_student(
-    network: Network, warn: Callable[[str], None], twice: bool = False
-) -> Callable[[Tensor], Outputs]:
-    """Compile ``network.outputs`` for training; run it uncompiled, with a warning, if that fails."""
-    if twice:  # each pass is differentiated twice, as in DOT
+    Args:
+        name: of the network in the warning.
+        twice: whether each pass is differentiated twice, as in DOT.
+        options: of TorchInductor, such as ``freezing=True`` for constant weights.
+    """
+    if twice:
         # Otherwise a backward pass may overwrite tensors that the next one reads. PyTorch reads this setting when it
         # compiles and, for programs from its cache on disk, in every backward pass.
         functorch.donated_buffer = False
-    compiled, failed = torch.compile(network.outputs, dynamic=False), False
+    compiled, failed = torch.compile(outputs, dynamic=False, options=options or None), False
 
     def forward(images: Tensor) -> Outputs:
         nonlocal failed
         if not failed:
             try:
                 return compiled(images)
-            except Exception as error:  # the network's own errors are raised again below
+            except Exception as error:  # its errors are raised below
                 failed = True
-                warn(f"the student could not be compiled ({first_line(error)}): it runs uncompiled")
-        return network.outputs(images)
+                warn(f"the {name} could not be compiled ({first_line(error)}): it runs uncompiled")
+        return outputs(images)
 
     return forward

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import ReduceOp
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import ConfigError, UserError, first_line
 
-REPORT_SECONDS = 5.0  # within which processes report to the store after a failed collective
+REPORT_SECONDS = 5.0  # in which processes report after a failed collective
 _store: Store | None = None
 
 
@@ -36,7 +37,7 @@ def local_device() -> torch.device:
     """Return this process's GPU."""
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if not 0 <= local < gpus:
-        raise ConfigError(f"LOCAL_RANK must be less than the number of GPUs, got {local} and {gpus}")
+        raise ConfigError(f"LOCAL_RANK must be < {gpus}, the number of GPUs, got {local}")
     return torch.device("cuda", local)
 
 
@@ -58,8 +59,7 @@ def start(device: torch.device, timeout: int) -> Share:
             _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store)
         distributed.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as error:
-        process = f"process {share.rank} of {share.world}"
-        raise ConfigError(f"{process} could not connect to the others: {first_line(error)}") from error
+        raise ConfigError(f"process {share.rank} could not connect: {first_line(error)}") from error
     return share
 
 
@@ -90,11 +90,6 @@ def is_first() -> bool:
     return not together() or distributed.get_rank() == 0
 
 
-def restarted() -> bool:
-    """Return whether torchrun restarted this process after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def launcher() -> str:
     """Return an identifier of torchrun's job, else of the parent process."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -106,7 +101,7 @@ def all_reduce(tensor: Tensor, maximum: bool = False) -> Tensor:
     if not together():
         return tensor
     tensor = tensor.clone()
-    distributed.all_reduce(tensor, distributed.ReduceOp.MAX if maximum else distributed.ReduceOp.SUM)
+    distributed.all_reduce(tensor, ReduceOp.MAX if maximum else ReduceOp.SUM)
     return tensor
 
 
@@ -131,7 +126,7 @@ def wrap(module: nn.Module) -> nn.Module:
         return module
     # Buffers are not synchronised: batch norms are averaged when they are read, and CRD's memory is updated equally.
     known = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    key = "forward_sync_buffers" if known else "broadcast_buffers"  # renamed in PyTorch 2.14
+    key = "forward_sync_buffers" if known else "broadcast_buffers"  # before 2.14
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **{key: False})  # type: ignore[arg-type]
 
 
@@ -142,10 +137,8 @@ def collective_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "did not receive grad" in str(error):
-            raise ConfigError(
-                "a parameter of the student or of a method takes no part in the loss, which several processes cannot "
-                "train with: remove it or set its requires_grad to False (TORCH_DISTRIBUTED_DEBUG=INFO names it)"
-            ) from error
+            problem = "a parameter takes no part in the loss: remove it or freeze it"
+            raise ConfigError(f"{problem} (TORCH_DISTRIBUTED_DEBUG=INFO names it)") from error
         if not together() or not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
             raise
         raise UserError(_missing_ranks(first_line(error))) from error
@@ -166,7 +159,4 @@ def _missing_ranks(reason: str) -> str:
     if not missing:
         return f"{process} lost its connection to the others ({reason})"
     others = ", ".join(map(str, sorted(missing)))
-    return (
-        f"{process} timed out waiting for process {others}, which hangs or has died ({reason}): --resume continues "
-        "from the last checkpoint"
-    )
+    return f"{process} timed out waiting for process {others} ({reason}): continue with --resume"

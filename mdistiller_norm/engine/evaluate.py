@@ -43,10 +43,8 @@ def evaluate(
         autocast: dtype of the forward pass, None for float32.
         forward: captured form of ``network``. Defaults to ``network``, in float32 with folded batch norms.
     """
-    was_training = network.training
     network.eval()
     device = next(network.parameters()).device
-    # Accumulated on the device and read once, at the end.
     correct, seen = torch.zeros(2, network.num_classes, dtype=torch.int64, device=device)
     in_top5, loss = torch.zeros(2, dtype=torch.float64, device=device)
     start = time.perf_counter()
@@ -54,10 +52,9 @@ def evaluate(
         module = None if autocast else folded(network, Need.LOGITS)
         forward = (lambda images: module(images).logits) if module else network
     keep_freed_memory()
-    share = distributed.process_share()
-    count = len(loader) // share.world
-    bar = progress(total=count, desc="evaluation", unit="image", disable=share.rank > 0)
-    for images, targets in loader:
+    for images, targets in progress(
+        loader, desc="evaluation", unit="step", disable=not distributed.is_first()
+    ):
         # Without autocast's cache: a captured graph would keep the cached copies of old weights.
         with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
             logits = at_least_float32(forward(images))
@@ -65,10 +62,7 @@ def evaluate(
         correct.index_add_(0, targets, ranked[:, 0].long())
         seen.index_add_(0, targets, torch.ones_like(targets))
         in_top5 += ranked.sum()
-        bar.update(len(targets))
         loss += F.cross_entropy(logits, targets, reduction="sum").double()
-    network.train(was_training)
-    bar.close()
     correct, seen, in_top5, loss = map(distributed.all_reduce, (correct, seen, in_top5, loss))
     samples = int(seen.sum())
     top1, top5 = 100 * int(correct.sum()) / samples, 100 * int(in_top5) / samples

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller_norm.data import EvalLoader, MemoryEvalLoader
+from mdistiller_norm.data import EvalLoader
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.errors import first_line
@@ -26,7 +26,7 @@ class Captured:
     """
 
     def __init__(
-        self, function: Callable[..., Any], warn: Warn, state_tensors: Callable[[], list[Tensor]] = list
+        self, function: Callable[..., Any], warn: Warn, state_tensors: Callable[[], Any] = list
     ) -> None:
         self._function, self._state_tensors, self._warn = function, state_tensors, warn
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
@@ -39,7 +39,7 @@ class Captured:
         if shapes not in self._graphs and not self._failed:
             try:
                 # The contexts select the device's streams, and restore the current one if recording fails.
-                device = torch.cuda.device_of(inputs[0])  # type: ignore[no-untyped-call]
+                device = torch.cuda.device_of(inputs[0])
                 with device, torch.cuda.stream(torch.cuda.current_stream(inputs[0].device)):
                     self._graphs[shapes] = self._record(inputs)
             except RuntimeError as error:
@@ -58,7 +58,7 @@ class Captured:
         buffers = [tensor.clone() for tensor in inputs]
         state = self._state_tensors()
         before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
@@ -99,5 +99,5 @@ def capture_network(
     network: Network, test: EvalLoader, setting: str, log: Warn
 ) -> Callable[[Tensor], Tensor] | None:
     """Return the network as CUDA graphs for evaluation if the test images are on a GPU, else None."""
-    on_gpu = next(network.parameters()).is_cuda and isinstance(test, MemoryEvalLoader)
+    on_gpu = next(network.parameters()).is_cuda and test.on_device
     return Captured(network, log) if on_gpu and setting != "off" else None

@@ -21,7 +21,7 @@ from mdistiller_norm.files import write_text
 
 Record = dict[str, Any]
 TENSORBOARD = "tensorboard"  # in the run folder
-_GROUPS = dict.fromkeys(("images_per_second", "data_wait", "seconds"), "speed")  # of TensorBoard's tags
+_SPEEDS = ("images_per_second", "data_wait", "seconds")  # TensorBoard's group
 
 
 def environment(device: torch.device) -> Record:
@@ -35,27 +35,23 @@ def environment(device: torch.device) -> Record:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    checkout = git("rev-parse", "--show-toplevel") == str(root)  # not installed inside another repository
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError, IndexError):
+        processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0].strip()
+    checkout = git("rev-parse", "--show-toplevel") == str(root)  # not of another project
     return {
         "mdistiller_norm": mdistiller_norm.__version__,
         "commit": git("rev-parse", "HEAD") if checkout else None,
         "modified": checkout and bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a str, which checkpoints can hold
+        "torch": str(torch.__version__),  # of another type
         "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
-
-
-def _cpu_name() -> str:
-    match = None
-    with suppress(OSError):
-        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _append_line(path: Path, text: str) -> None:
@@ -70,7 +66,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, first_epoch: int = 1, first_step: int = 0) -> None:
-        self.folder, self.held = folder, ExitStack()  # the lock of the folder, until the log is closed
+        self.folder, self.held = folder, ExitStack()  # the lock of the folder
         if folder:
             self._metrics = folder / "metrics.jsonl"
             kept = [record for record in read_metrics(self._metrics) if record["epoch"] < first_epoch]
@@ -90,7 +86,8 @@ class RunLog:
             _append_line(self._metrics, json.dumps(record))
             for name, value in record.items():
                 if name != "epoch":
-                    self._writer.add_scalar(f"{_GROUPS.get(name, 'epoch')}/{name}", value, record["epoch"])
+                    group = "speed" if name in _SPEEDS else "epoch"
+                    self._writer.add_scalar(f"{group}/{name}", value, record["epoch"])
             self._writer.flush()
 
     def step(self, losses: dict[str, float], step: int) -> None:
@@ -109,13 +106,14 @@ def start_wandb(folder: Path, project: str, tags: str, config: Record, resources
     try:
         import wandb
     except ImportError:
-        return "LOG.WANDB: wandb is not installed (python -m pip install wandb): continuing without it"
+        return "LOG.WANDB: wandb is not installed"
     wandb.tensorboard.patch(root_logdir=str(folder / TENSORBOARD))
     resources.callback(wandb.tensorboard.unpatch)
     try:
-        wandb.init(project=project, name=folder.name, dir=str(folder), config=config, tags=tags.split(","))
+        names = {"project": project, "name": folder.name, "dir": str(folder)}
+        wandb.init(config=config, tags=tags.split(","), **names)
     except wandb.Error as error:
-        return f"LOG.WANDB: wandb does not start ({first_line(error)}): continuing without it"
+        return f"LOG.WANDB: wandb does not start ({first_line(error)})"
     resources.callback(wandb.finish)
     return ""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
-from mdistiller_norm.data import TrainLoader
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.types import Batch
@@ -24,7 +24,7 @@ class Schedule:
     lr: float  # after the warm-up
     epochs: int
     warmup: int  # epochs
-    stages: Sequence[int]  # epochs after which the steps multiply the rate by decay
+    stages: Sequence[int]  # epochs after which decay multiplies the rate
     decay: float
 
     def __call__(self, epoch: int) -> float:
@@ -37,14 +37,9 @@ class Schedule:
 
 
 def build_fused(
-    kind: str,
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-) -> torch.optim.Optimizer:
-    """Build fused SGD, or AdamW without the last two arguments, with weight decay on every parameter.
+    kind: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, **sgd: Any
+) -> Optimizer:
+    """Build fused AdamW, or SGD with ``momentum`` and ``nesterov``, with weight decay on every parameter.
 
     It has the state of its first step, so that a CUDA graph can record any step. On CUDA, the learning rate is a
     tensor that replayed graphs read.
@@ -56,11 +51,11 @@ def build_fused(
     if kind == "AdamW":
         # Eager steps warn.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, capturable=on_gpu, **options)
+        optimizer: Optimizer = AdamW(trained, capturable=on_gpu, **options)
         averages = ["exp_avg", "exp_avg_sq"]
     else:
-        optimizer = torch.optim.SGD(trained, momentum=momentum, nesterov=nesterov, **options)
-        averages = ["momentum_buffer"] if momentum else []
+        optimizer = SGD(trained, **sgd, **options)
+        averages = ["momentum_buffer"] if sgd["momentum"] else []
     for parameter in trained:
         optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in averages}
         if kind == "AdamW":
@@ -90,27 +85,21 @@ class DOT:
     """
 
     def __init__(
-        self,
-        trainable: Trainable,
-        batch: Batch,
-        teacher: Teacher,
-        delta: float,
-        *,
-        momentum: float,
-        weight_decay: float,
-        **sgd: Any,
+        self, trainable: Trainable, batch: Batch, teacher: Teacher, delta: float, **sgd: Any
     ) -> None:
+        momentum, weight_decay = sgd.pop("momentum"), sgd.pop("weight_decay")
         trial = copy.deepcopy(trainable)
         with torch.no_grad():
             teacher_outputs = teacher.network.outputs(batch.images)
         # Not Losses.parts: the gradient of an item of a stacked tensor is zero, not None, for the other items.
-        cross_entropy, *methods = trial.losses(trial.student_outputs(batch.images), batch, teacher_outputs)
+        outputs = trial.student_outputs(batch.images)
+        cross_entropy, *methods = trial.losses(outputs, batch, teacher_outputs)
         copies, parameters = ([p for p in one.parameters() if p.requires_grad] for one in (trial, trainable))
         task = torch.autograd.grad(cross_entropy, copies, retain_graph=True, allow_unused=True)
         distill = torch.autograd.grad(torch.stack(methods).sum(), copies, allow_unused=True)
         reached = [(a is not None, b is not None) for a, b in zip(task, distill, strict=True)]
         both, task_only, distill_only = (
-            [parameter for parameter, by in zip(parameters, reached, strict=True) if by == wanted]
+            [p for p, by in zip(parameters, reached, strict=True) if by == wanted]
             for wanted in ((True, True), (True, False), (False, True))
         )
         self._task, self._distill = both + task_only, both + distill_only
@@ -129,9 +118,6 @@ class DOT:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
-
-    def zero_grad(self) -> None:
-        """Do nothing: :meth:`step` replaces the gradients."""
 
     def backward(self, parts: Tensor) -> None:
         self._parts = parts
@@ -157,20 +143,3 @@ class DOT:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for optimizer, saved in zip(self._optimizers, state["sgd"], strict=True):
             optimizer.load_state_dict(saved)
-
-
-def build_optimizer(
-    trainable: Trainable,
-    loader: TrainLoader,
-    teacher: Teacher | None,
-    *,
-    trainer: str,
-    delta: float,
-    kind: str = "SGD",
-    **options: Any,
-) -> torch.optim.Optimizer | DOT:
-    """Build DOT if ``trainer`` (``SOLVER.TRAINER``) ends with dot, else :func:`build_fused`."""
-    if not trainer.endswith("dot"):
-        return build_fused(kind, trainable.parameters(), **options)
-    assert teacher is not None  # checked by build_execution
-    return DOT(trainable, loader.prepare(*next(loader.batches(1))), teacher, delta, **options)

@@ -4,9 +4,7 @@ import errno
 import fcntl
 import os
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mdistiller_norm.errors import CheckpointError
-from mdistiller_norm.files import open_lock, whole_file, write_json
+from mdistiller_norm.files import open_lock, whole_file
 
 Array = npt.NDArray[Any]
 
@@ -43,33 +41,28 @@ class RowStore:
 
     LAYOUT = "one file, crc32"
 
-    def __init__(
-        self, folder: Path, about: dict[str, object], rows: int, width: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, folder: Path, rows: int, width: int, dtype: torch.dtype) -> None:
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
         self.row_bytes = width * dtype.itemsize
         self._array_dtype = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
-        self._file, self._header = folder / "rows.bin", rows * 4  # the bytes of the checksums
+        self._file, self._header = folder / "rows.bin", rows * 4  # checksums
         self._file_bytes = self._header + rows * self.row_bytes
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._pending: Future[None] | None = None
         try:
-            self.read_only = not self._create(about)
+            self.read_only = not self._create()
             self._checksums: Array = np.memmap(self._file, np.uint32, "r", shape=rows)
             self._values: Array = np.memmap(self._file, self._array_dtype, "r", self._header, (rows, width))
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"the teacher cache {folder} cannot be used ({error}): remove it, or set DISTILLER.TEACHER_CACHE off"
-            ) from error
+            raise CheckpointError(f"the teacher cache {folder} cannot be used ({error})") from error
 
-    def _create(self, about: dict[str, object]) -> bool:
+    def _create(self) -> bool:
         """Create the file unless it exists; return False if it cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked():
+            with open_lock(self.folder / "lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 if not self._file.exists():
-                    shape = {"rows": self.rows, "width": self.width, "dtype": str(self.dtype)}
-                    write_json(about | shape | {"layout": self.LAYOUT}, self.folder / "about.json")
                     with whole_file(self._file) as file:
                         file.truncate(self._file_bytes)
         except OSError as error:
@@ -78,12 +71,6 @@ class RowStore:
             return False
         return True
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open_lock(self.folder / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     def written(self) -> Array:
         """Return the rows that were written, in ascending order; a crash may have made some of them invalid."""
         return np.flatnonzero(self._checksums)
@@ -91,9 +78,7 @@ class RowStore:
     def is_valid(self, rows: Array) -> Array:
         if self._file.exists() and self._file.stat().st_size < self._file_bytes:
             # Reading the memory map would kill the process.
-            raise CheckpointError(
-                f"{self._file} was truncated during the run: remove {self.folder} and add --resume"
-            )
+            raise CheckpointError(f"{self._file} was truncated during the run: remove {self.folder}")
         checksums = self._checksums[rows]
         valid = np.asarray(checksums != 0)
         valid[valid] = _checksums(self.read(rows[valid])) == checksums[valid]
@@ -109,7 +94,8 @@ class RowStore:
     def write(self, rows: Array, values: Array) -> None:
         """Write distinct rows ``[n]`` with values ``[n, width]``; rows that are valid already stay as they are."""
         try:
-            with self._locked(), self._file.open("r+b", buffering=0) as file:
+            with open_lock(self.folder / "lock") as lock, self._file.open("r+b", buffering=0) as file:
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 new = ~self.is_valid(rows)
                 values = np.ascontiguousarray(values[new], self._array_dtype)
                 # Not through the memory map, where a full disk would kill the process.
@@ -117,16 +103,14 @@ class RowStore:
                     os.pwrite(file.fileno(), value, self._header + int(row) * self.row_bytes)
                     os.pwrite(file.fileno(), checksum, int(row) * 4)
         except OSError as error:
-            raise CheckpointError(
-                f"the teacher cache {self.folder} cannot be written ({error.strerror}): free space or set "
-                "DISTILLER.TEACHER_CACHE off; the rows written before stay valid"
-            ) from error
+            problem = f"the teacher cache {self.folder} cannot be written ({error.strerror})"
+            raise CheckpointError(f"{problem}: free space or set DISTILLER.TEACHER_CACHE off") from error
 
     def write_later(self, rows: Array, values: Tensor) -> None:
         """Write rows from any device in a thread, after those of the previous call, whose errors are raised."""
         if self.read_only:
             return
-        host = values.to("cpu", non_blocking=True)  # into pinned memory if it comes from a GPU
+        host = values.to("cpu", non_blocking=True)  # pinned
         ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
         def write() -> None:
@@ -139,9 +123,8 @@ class RowStore:
 
     def flush(self) -> None:
         """Wait until the rows of the last :meth:`write_later` are written; raise its errors."""
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+        if self._pending:
+            self._pending.result()
 
 
 class DeviceRows:

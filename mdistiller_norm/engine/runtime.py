@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
-_LARGEST_MMAP, _LARGEST_TRIM = 32 * 2**20, 64 * 2**20  # of glibc's dynamic thresholds on 64-bit systems
 
 LINE_SECONDS = 60.0  # between two lines of progress without a terminal
 
@@ -40,8 +39,8 @@ def progress(iterable: Any = None, **options: Any) -> Any:
     return tqdm(iterable, leave=False, **options)
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Make glibc keep freed memory for the next step, or restore its default.
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next step.
 
     By default, it maps and unmaps every large activation, which causes hundreds of thousands of page faults in one
     pass of a large network. Has no effect with other C libraries.
@@ -50,9 +49,9 @@ def keep_freed_memory(keep: bool = True) -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    if not (keep and mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)):  # some versions refuse this value
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keep else _LARGEST_TRIM)
+    if not mallopt(_M_MMAP_THRESHOLD, 2**31 - 1):  # some versions refuse this value
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest of the others
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_cuda_kernels(device: torch.device, deterministic: bool) -> None:
@@ -98,7 +97,7 @@ def stop_signals(
     def handle(number: int, frame: FrameType | None) -> None:
         if number in received:
             os.write(2, b"stopped at once: the last saved state is intact\n")
-            os._exit(128 + number)  # raising could block in the exit handlers of threads
+            os._exit(128 + number)  # raising could block
         received.add(number)
         request(number)
 

@@ -10,12 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from mdistiller_norm.data import TrainLoader
+from mdistiller_norm.data.base import Tensors
 from mdistiller_norm.data.plan import Part
 from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.optim import DOT
-from mdistiller_norm.engine.teacher import Raw, Teacher
+from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.trainable import Trainable
-from mdistiller_norm.types import Batch, Losses
+from mdistiller_norm.types import Batch
 
 
 class TrainStep:
@@ -55,14 +56,14 @@ class TrainStep:
         self.accumulate, self.clip_grad = accumulate, clip_grad
         self.part: Part | None = None
         self.loss_weights = torch.tensor(trainable.loss_weights(1), device=device)
-        self.scaler.scale(torch.zeros((), device=device))  # creates its tensors before a step is captured
+        self.scaler.scale(torch.zeros((), device=device))  # creates its tensors
 
     def begin_epoch(self, epoch: int, seed: int) -> None:
         self.loss_weights.copy_(torch.tensor(self.trainable.loss_weights(epoch)))
-        for method in self.trainable.methods():
+        for method in self.trainable.methods:
             method.begin_epoch(epoch, seed)
 
-    def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+    def with_teacher_outputs(self, batches: Iterator[Tensors]) -> Iterator[Tensors]:
         return self.teacher.with_teacher_outputs(batches) if self.teacher else batches
 
     def __call__(self, *raw: Tensor) -> None:
@@ -72,14 +73,18 @@ class TrainStep:
         part_weight, most = (self.part.weight, self.part.smallest) if self.part else (1.0, rows)
         micro_batches = _split(batch, extra, min(self.accumulate, most))
         parallel = self.forward if isinstance(self.forward, DistributedDataParallel) else None
-        self.optimizer.zero_grad()
+        self.trainable.zero_grad()
         for number, (micro_batch, its_extra) in enumerate(micro_batches, 1):
             teacher_outputs = self.teacher(micro_batch, *its_extra) if self.teacher else None
             # Gradients are exchanged after the last micro-batch.
             with parallel.no_sync() if parallel and number < len(micro_batches) else nullcontext():
                 losses = self.forward(micro_batch, teacher_outputs, self.loss_weights)
-                self._backward(losses, part_weight * len(micro_batch.targets) / rows)
-            self.meters.update(losses, micro_batch.targets, new_step=number == 1, counted=part_weight > 0)
+                if isinstance(self.optimizer, DOT):
+                    self.optimizer.backward(losses.parts)
+                else:
+                    loss = losses.total * (part_weight * len(micro_batch.targets) / rows)
+                    self.scaler.scale(loss).backward()
+            self.meters.update(losses, micro_batch.targets, number == 1, counted=part_weight > 0)
         if self.clip_grad and not isinstance(self.optimizer, DOT):
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.trainable.parameters(), self.clip_grad)
@@ -95,7 +100,7 @@ class TrainStep:
         batch, extra = self._prepare(raw)
         trial = copy.deepcopy(self.trainable)
         trial.forward_student = trial.student.outputs
-        parameters = [parameter for parameter in trial.student.parameters() if parameter.requires_grad]
+        parameters = [p for p in trial.student.parameters() if p.requires_grad]
         device = self.loss_weights.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             outputs = self.teacher(batch, *extra) if self.teacher else None
@@ -106,16 +111,9 @@ class TrainStep:
             norms[f"grad_norm_{name}"] = float(nn.utils.get_total_norm(gradients))
         return norms
 
-    def _prepare(self, raw: Raw) -> tuple[Batch, Raw]:
+    def _prepare(self, raw: Tensors) -> tuple[Batch, Tensors]:
         split = len(raw) - (self.teacher.extra if self.teacher else 0)
         return self.loader.prepare(*raw[:split]), raw[split:]
-
-    def _backward(self, losses: Losses, weight: float) -> None:
-        if isinstance(self.optimizer, DOT):
-            self.optimizer.backward(losses.parts)
-            return
-        loss = losses.total if weight == 1 else losses.total * weight
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def state_tensors(self) -> list[Tensor]:
         """Return all tensors that a step writes: weights, statistics, momenta, metrics, the scale of fp16 gradients."""
@@ -124,9 +122,7 @@ class TrainStep:
         return [leaf.detach() for leaf in tree_leaves(states) if isinstance(leaf, Tensor)]
 
 
-def _split(batch: Batch, extra: Raw, count: int) -> list[tuple[Batch, Raw]]:
-    if count == 1:
-        return [(batch, extra)]
+def _split(batch: Batch, extra: Tensors, count: int) -> list[tuple[Batch, Tensors]]:
     *tensors, key = batch
     parts = zip(*(tensor.tensor_split(count) for tensor in (*tensors, *extra)), strict=True)
     return [(Batch._make((*part[:4], key)), part[4:]) for part in parts]

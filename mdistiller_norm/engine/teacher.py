@@ -3,17 +3,16 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from mdistiller_norm.data.base import Tensors
 from mdistiller_norm.distillers.base import Need
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.types import Batch, Outputs
-
-Raw = tuple[Tensor, ...]
 
 
 def weights_hash(network: nn.Module) -> str:
@@ -74,28 +73,21 @@ class Teacher:
         self.network = network.eval().requires_grad_(False)
         self.hash, self.need, self.autocast = weights_hash(network), need, autocast
         module = _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
-        self._runs: Callable[[Tensor], Outputs] = module
-        if compiler and not train_mode:
-            with self._context(next(network.parameters()).device):  # compiled for these modes
-                self._runs = compiler(module)
+        self._runs = compiler(module) if compiler and not train_mode else module
 
-    def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+    def with_teacher_outputs(self, batches: Iterator[Tensors]) -> Iterator[Tensors]:
         """Append to each raw batch the tensors that :meth:`__call__` needs."""
         return batches
 
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
         return self.run(batch.images)
 
-    @contextmanager
-    def _context(self, device: torch.device) -> Iterator[None]:
+    def run(self, images: Tensor) -> Outputs:
         # Tensors that the student's loss saves for backward must not be inference tensors. Copying the small outputs
         # is cheap; for maps, no_grad is cheaper than copies.
         mode = torch.no_grad() if self.need is Need.MAPS else torch.inference_mode()
-        with mode, torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            yield
-
-    def run(self, images: Tensor) -> Outputs:
-        with self._context(images.device):
+        enabled = self.autocast is not None
+        with mode, torch.autocast(images.device.type, self.autocast, enabled=enabled):
             outputs = self._runs(images)
         if self.need is Need.MAPS:
             return outputs

@@ -15,23 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdistiller_norm.data import MemoryTrainLoader, TrainLoader
+from mdistiller_norm.data import MemoryTrainLoader
+from mdistiller_norm.data.base import Tensors
 from mdistiller_norm.distillers.base import Need
 from mdistiller_norm.engine.row_store import Array, DeviceRows, RowStore, to_device
 from mdistiller_norm.engine.runtime import progress
-from mdistiller_norm.engine.teacher import Raw, Teacher
+from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.types import Batch, Outputs
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-PREFETCH_STEPS = 16  # steps whose rows are looked up together, to compute missing ones in full batches
-TOLERANCE = 0.05  # relative; half precision changes outputs by one hundredth, other kernels by much less
-MIN_GPU_BATCH = 256  # with fewer images, launching the teacher's kernels takes longer than running them
-
-
-def teacher_batch_size(loader: TrainLoader, device: torch.device) -> int:
-    """Return the batch size of a cached teacher's passes."""
-    return max(loader.batch_size, MIN_GPU_BATCH) if device.type == "cuda" else loader.batch_size
+PREFETCH_STEPS = 16  # steps whose missing rows are computed together
+TOLERANCE = 0.05  # relative; half precision changes outputs by one hundredth
+MIN_GPU_BATCH = 256  # fewer images do not use a GPU fully
 
 
 class CachedTeacher(Teacher):
@@ -51,17 +47,17 @@ class CachedTeacher(Teacher):
     ) -> None:
         super().__init__(*teacher)
         self.loader, self.classes = loader, self.network.num_classes
-        assert loader.views is not None
-        self._views, self._device = loader.views, next(self.network.parameters()).device
-        self._batch_size = teacher_batch_size(loader, self._device)
-        description: dict[str, object] = {
-            "teacher": self.hash, "data": loader.fingerprint(), "views": loader.views, "need": self.need.name,
+        self._views, self._device = loader.augment.views, next(self.network.parameters()).device
+        on_gpu = self._device.type == "cuda"
+        self._batch_size = max(loader.batch_size, MIN_GPU_BATCH) if on_gpu else loader.batch_size
+        description = {
+            "teacher": self.hash, "data": loader.fingerprint(), "views": self._views, "need": self.need.name,
             "precision": str(self.autocast or torch.float32),
         }  # fmt: skip
         key = json.dumps([description, dtype, RowStore.LAYOUT], sort_keys=True).encode()
         folder = checkpoint.parent / f"{checkpoint.name}.cache" / hashlib.sha256(key).hexdigest()[:12]
         width = self.classes + (pooled if self.need is Need.POOLED else 0)
-        self.store = RowStore(folder, description, loader.samples * loader.views, width, DTYPES[dtype])
+        self.store = RowStore(folder, loader.samples * self._views, width, DTYPES[dtype])
         self.requested = self.computed = 0  # rows
         self.device_rows: DeviceRows | None = None
 
@@ -80,25 +76,23 @@ class CachedTeacher(Teacher):
         stored = self.store.read(rows).astype(np.float64)
         computed = self._run(rows).cpu().numpy().astype(np.float64) if len(rows) else stored
         if not np.linalg.norm(stored - computed) <= TOLERANCE * np.linalg.norm(computed):
-            raise CheckpointError(
-                f"the teacher cache {self.store.folder} holds other outputs than the teacher computes: remove it if "
-                "the network's code has changed"
-            )
+            problem = "holds other outputs than the teacher computes"
+            raise CheckpointError(f"the teacher cache {self.store.folder} {problem}: remove it")
 
     def hold_on_device(self) -> str:
         """Copy the store to the teacher's device if that is a GPU with room for it; return a line about it, or ""."""
         if self._device.type != "cuda":
             return ""
         size, free = self.store.rows * self.store.row_bytes, torch.cuda.mem_get_info(self._device)[0]
-        if fits := free >= 2 * size:  # half of the free memory is left for training
+        if fits := free >= 2 * size:  # half is left for training
             self.device_rows = DeviceRows(self.store, self._device)
         place = "is held on the device" if fits else "stays on the host"
         return f"the teacher cache {place}: {size / 1e9:.2f} GB, {free / 1e9:.2f} GB were free"
 
-    def row_indices(self, raws: Iterable[Raw]) -> Tensor:
+    def row_indices(self, raws: Iterable[Tensors]) -> Tensor:
         return torch.cat([raw[0] * self._views + raw[1] for raw in raws])
 
-    def with_teacher_outputs(self, batches: Iterator[Raw]) -> Iterator[Raw]:
+    def with_teacher_outputs(self, batches: Iterator[Tensors]) -> Iterator[Tensors]:
         """Yield the batches of an epoch with the stored rows of their samples appended."""
         raws = list(batches)  # only indices and views
         groups = [raws[first : first + PREFETCH_STEPS] for first in range(0, len(raws), PREFETCH_STEPS)]
@@ -107,7 +101,15 @@ class CachedTeacher(Teacher):
         # The one host-device synchronisation of an epoch.
         parts = rows.split_with_sizes(counts), rows.cpu().split_with_sizes(counts)
         for group, on_device, on_host in zip(groups, *parts, strict=True):
-            values = self._values(on_host.numpy(), on_device)
+            host = on_host.numpy()
+            self.requested += len(host)
+            missing, computed = self._compute_missing(host)
+            if self.device_rows:
+                values = self.device_rows.read(on_device)
+            else:
+                values = to_device(self.store.read(host).astype(np.float32), self._device)
+                new = np.isin(host, missing)
+                values[to_device(new, self._device)] = computed[np.searchsorted(missing, host[new])].float()
             sizes = [len(raw[0]) for raw in group]
             for raw, value in zip(group, values.split_with_sizes(sizes), strict=True):
                 yield (*raw, value)
@@ -117,7 +119,7 @@ class CachedTeacher(Teacher):
         (rows,) = extra  # [B, C] or [B, C + D]
         return Outputs(rows[:, : self.classes], (), (), rows[:, self.classes :])
 
-    def fill(self, epochs: Iterable[Iterable[Raw]]) -> Iterator[None]:
+    def fill(self, epochs: Iterable[Iterable[Tensors]]) -> Iterator[None]:
         """Compute the missing rows of these epochs' batches. Yields after each group, so that it can be stopped."""
         if self.store.read_only:  # the rows could not be kept
             return
@@ -127,34 +129,23 @@ class CachedTeacher(Teacher):
             yield
         rows = np.flatnonzero(visited)
         size = PREFETCH_STEPS * self._batch_size
-        for first in progress(range(0, len(rows), size), desc="teacher cache", unit="batch"):
+        for first in progress(range(0, len(rows), size), desc="teacher cache", unit="step"):
             self._compute_missing(rows[first : first + size])
             yield
         self.store.flush()
-
-    def _values(self, rows: Array, on_device: Tensor) -> Tensor:
-        self.requested += len(rows)
-        missing, computed = self._compute_missing(rows)
-        if self.device_rows:
-            return self.device_rows.read(on_device)
-        values = to_device(self.store.read(rows).astype(np.float32), self._device)
-        new = np.isin(rows, missing)
-        values[to_device(new, self._device)] = computed[np.searchsorted(missing, rows[new])].float()
-        return values
 
     def _compute_missing(self, rows: Array) -> tuple[Array, Tensor]:
         """Compute missing rows for the store and the device rows, if used; return these rows and their values."""
         if self.device_rows:
             rows = self.device_rows.absent(rows)
-        missing, values = self.store.missing(rows), torch.empty(0, self.store.width, device=self._device)
+        missing = self.store.missing(rows)
+        values = torch.empty(0, self.store.width, device=self._device)
         if len(missing):
             self.computed += len(missing)
             values = self._run(missing)
-            # In float32, only a diverged teacher's outputs are not finite, which is checked before.
             if values.dtype is torch.float16 and not values.isfinite().all():
-                raise CheckpointError(
-                    "the teacher's outputs are too large for fp16: set DISTILLER.TEACHER_CACHE_PRECISION fp32"
-                )
+                key = "DISTILLER.TEACHER_CACHE_PRECISION"
+                raise CheckpointError(f"the teacher's outputs are too large for fp16: set {key} fp32")
             self.store.write_later(missing, values)
             if self.device_rows:
                 self.device_rows.write(missing, values)
@@ -169,7 +160,8 @@ class CachedTeacher(Teacher):
         for first in range(0, len(rows), size):
             # Repeats fill the last batch: with one shape, a compiled teacher is compiled once.
             filled = to_device(np.resize(rows[first : first + size], size), self._device)
-            outputs = self.run(self.loader.prepare(filled // self._views, filled % self._views, key).images)
-            parts = [outputs.logits, outputs.pooled] if self.store.width > self.classes else [outputs.logits]
-            results.append(torch.cat([part.float() for part in parts], 1))
+            batch = self.loader.prepare(filled // self._views, filled % self._views, key)
+            outputs = self.run(batch.images)
+            both = torch.cat([outputs.logits.float(), outputs.pooled.float()], 1)
+            results.append(both[:, : self.store.width])
         return torch.cat(results)[: len(rows)].to(self.store.dtype)

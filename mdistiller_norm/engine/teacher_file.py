@@ -23,7 +23,7 @@ from mdistiller_norm.models.external import expected_images
 MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's weights
 ROOTS = (Path(), PROJECT)  # folders that are searched
-PEER_TEACHERS = Path("download_ckpts/cifar_teachers")  # mdistiller's folder of downloaded teachers
+PEER_TEACHERS = Path("download_ckpts/cifar_teachers")  # of mdistiller
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TeacherFile:
     """A file with a teacher's weights."""
 
     path: Path
-    top1: float | None = None  # accuracy in percent that the manifest, the run or torchvision states
+    top1: float | None = None  # stated accuracy in percent
     warning: str = ""  # why it may not be the intended teacher
     images: dict[str, Any] | None = None  # that torchvision states: size, mean, std, interpolation
 
@@ -48,7 +48,8 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     """
     try:
         entries = list(yaml.safe_load(path.read_text()) or []) if path.is_file() else []
-        if all(isinstance(entry.get(key), str) for entry in entries for key in ("file", "model", "dataset")):
+        required = [entry.get(key) for entry in entries for key in ("file", "model", "dataset")]
+        if all(isinstance(value, str) for value in required):
             return entries
         problem = "each entry must have file, model and dataset"
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
@@ -110,11 +111,8 @@ def pretrained_teacher(
 ) -> TeacherFile:
     """Check that the pretrained weights of a network fit the data set. Its cache is stored in ``runs/pretrained``."""
     about = network.pretrained
-    if about["num_classes"] != len(classes):
-        raise CheckpointError(
-            f"the pretrained weights of {network.name} have {about['num_classes']} classes, the data set has "
-            f"{len(classes)}: train the teacher with `{train_command}`"
-        )
+    if (count := about["num_classes"]) != len(classes):
+        raise CheckpointError(f"{network.name} is pretrained for {count} classes: run {train_command}")
     return TeacherFile(runs / "pretrained" / network.name.replace("/", "_"))
 
 
@@ -164,8 +162,8 @@ def _finished_run(
             if matches and all(parts) and weights.is_file():
                 same_data = all(node.get(key, value) == value for key, value in data.items())
                 found.append((same_data, weights, float(result["last"]["top1"]), int(result["epochs"])))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-            continue  # not this project's file, or one that is being written
+        except Exception:  # files of other programs may have any content
+            continue
     best = max(found, key=lambda run: (run[0], run[3] == epochs, run[3], run[2]), default=None)
     return best[1:] if best else None
 
@@ -174,10 +172,8 @@ def check_classes(weights: Weights, classes: Sequence[str]) -> None:
     """Check that weights were trained on the classes of a data set, in this order, if they name their classes."""
     for number, (theirs, ours) in enumerate(zip(weights.about.get("classes", ()), classes, strict=False)):
         if theirs != ours:
-            raise CheckpointError(
-                f"class {number} is {theirs!r} in {weights.path} and {ours!r} here: set DATASET.CLASSES as in its "
-                "training, or DISTILLER.TEACHER_WEIGHTS to another file"
-            )
+            problem = f"class {number} is {theirs!r} in {weights.path} and {ours!r} here"
+            raise CheckpointError(f"{problem}: set DATASET.CLASSES as in its training")
 
 
 def check_teacher(
@@ -194,5 +190,5 @@ def check_teacher(
     if file.top1 is not None and top1 < file.top1 - 1:
         log(f"warning: the teacher's top-1 {top1:.2f} is far below its stated {file.top1:.2f}")
     elif top1 < chance + min(chance, (100 - chance) / 10):
-        log(f"warning: the teacher's top-1 {top1:.2f} is about chance: its weights or the data are wrong")
+        log(f"warning: the teacher's top-1 {top1:.2f} is about chance")
     return {"name": network.name, "file": str(file.path), "top1": top1, "top5": top5}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller_norm.distillers.base import Distiller, Need, at_least_float32
@@ -23,6 +24,8 @@ class Trainable(nn.Module):
 
     Attributes:
         ema: the student with averaged weights, or None.
+        methods: the distillers, in order.
+        need: outputs that they read.
         forward_student: maps images to the student's outputs: ``student.outputs`` or a compiled form of it.
     """
 
@@ -39,9 +42,11 @@ class Trainable(nn.Module):
         self.student, self.autocast = student, autocast
         self.forward_student: Callable[[Tensor], Outputs] = student.outputs
         self.distillers = nn.ModuleDict(dict(distillers or {}))
+        self.methods = list((distillers or {}).values())
+        self.need = max((method.need for method in self.methods), default=Need.NOTHING)
         self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
         self.ema = copy.deepcopy(student).requires_grad_(False) if ema else None
-        self._average = get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
+        self._average = get_ema_multi_avg_fn(ema)
 
     @property
     def loss_names(self) -> list[str]:
@@ -60,16 +65,9 @@ class Trainable(nn.Module):
             )
             self._average(averages, values, None)
 
-    def methods(self) -> list[Distiller]:
-        return [method for method in self.distillers.values() if isinstance(method, Distiller)]
-
-    @property
-    def need(self) -> Need:
-        return max((method.need for method in self.methods()), default=Need.NOTHING)
-
     def loss_weights(self, epoch: int) -> list[float]:
         """Return the weight of each loss in this epoch (counted from 1), with the warm-up ramp applied."""
-        return [self.ce_weight, *(method.weight * method.ramp(epoch) for method in self.methods())]
+        return [self.ce_weight, *(method.weight * method.ramp(epoch) for method in self.methods)]
 
     def forward(self, batch: Batch, teacher: Outputs | None, loss_weights: Tensor) -> Losses:
         """Run the student and compute all losses.
@@ -91,26 +89,20 @@ class Trainable(nn.Module):
         """Return the unweighted losses in the order of ``loss_names``, each a scalar."""
         with torch.autocast(batch.images.device.type, enabled=False):
             student = _at_least_float32(student, self.need)
-            losses = [
-                nn.functional.cross_entropy(
-                    student.logits, batch.targets, label_smoothing=self.label_smoothing
-                )
-            ]
+            smoothing = self.label_smoothing
+            losses = [F.cross_entropy(student.logits, batch.targets, label_smoothing=smoothing)]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
                 for name, method in self.distillers.items():
                     loss = method(student, teacher, batch)
-                    _check_loss(name, loss, losses[0].requires_grad)
+                    is_tensor = isinstance(loss, Tensor)
+                    got = f"shape {list(loss.shape)}" if is_tensor else type(loss).__name__
+                    if got != "shape []":
+                        raise ConfigError(f"{name}: forward must return a scalar tensor, got {got}")
+                    if losses[0].requires_grad and not loss.requires_grad:
+                        raise ConfigError(f"{name}: the loss must have a gradient")
                     losses.append(loss)
         return losses
-
-
-def _check_loss(name: str, loss: object, differentiable: bool) -> None:
-    if not isinstance(loss, Tensor) or loss.dim():
-        got = f"of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ConfigError(f"{name}: forward must return a scalar tensor (of shape []), got {got}")
-    if differentiable and not loss.requires_grad:
-        raise ConfigError(f"{name}: the loss must have a gradient: is something detached?")
 
 
 def _at_least_float32(outputs: Outputs, need: Need) -> Outputs:

@@ -22,7 +22,7 @@ from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.errors import Interrupted, NonFiniteLossError
 
 NON_FINITE = 1 << 20  # exchanged between processes like the number of a signal
-READ_SECONDS = 1.0  # between two readings of the metrics, which wait for the device
+READ_SECONDS = 1.0  # between two readings of the metrics
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Intervals:
     log_steps: int  # between losses logged by step
     save_steps: int  # between states saved within an epoch; 0 for none
     keep_epochs: int  # between students that are kept (student_<epoch>.pt)
-    grad_norms: bool = False  # whether to log the gradient norms of each epoch's first batch
+    grad_norms: bool = False  # of each epoch's first batch
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Records of a run that are saved with its state."""
 
-    about: Record  # metadata of the student's weights: name, classes, data set, normalisation
-    identity: Record  # hashes and names that must not change when the run is resumed
+    about: Record  # metadata of the student's weights
+    identity: Record  # must not change when the run is resumed
     environment: Record  # versions, device and number of processes
 
 
@@ -63,7 +63,6 @@ class Trainer:
         step: TrainStep,
         schedule: Schedule,
         test: EvalLoader,
-        epochs: int,
         folder: Path,
         log: RunLog,
         provenance: Provenance,
@@ -71,7 +70,7 @@ class Trainer:
         run_step: Callable[..., None] | None = None,
         run_test: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.step, self.schedule, self.test, self.epochs = step, schedule, test, epochs
+        self.step, self.schedule, self.test = step, schedule, test
         self.folder, self.log, self.provenance, self.intervals = folder, log, provenance, intervals
         self.run_step, self.run_test = run_step or step, run_test
         self.prefetch: Iterable[None] = ()
@@ -86,7 +85,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.epoch > self.epochs
+        return self.epoch > self.schedule.epochs
 
     @property
     def total_steps(self) -> int:
@@ -103,20 +102,15 @@ class Trainer:
             for _ in self.prefetch:
                 if self._requested:
                     break
-            self._stop_if_requested()  # once for all processes, which prefetch different numbers of rows
             keep_freed_memory()
             while not self.finished:
+                if stop := distributed.all_reduce_max(self._requested):
+                    raise Interrupted(stop)
                 self._train_epoch()
-                if not self.finished:
-                    self._stop_if_requested()
         return {"last": self.last, "best": self.best, "seconds": self.seconds, "parts": self.parts}
 
     def stop(self, signal_number: int) -> None:
         self._requested = signal_number
-
-    def _stop_if_requested(self) -> None:
-        if stop := distributed.all_reduce_max(self._requested):
-            raise Interrupted(stop)
 
     def _train_epoch(self) -> None:
         step, loader, lr = self.step, self.step.loader, self.schedule(self.epoch)
@@ -128,7 +122,11 @@ class Trainer:
         waited = self._train_steps()
         averages = step.meters.read(self.epoch, together=True)
         trained = time.perf_counter() - start
-        test = self._evaluate()
+        distributed.average_batch_norms(step.trainable)
+        evaluated, autocast = step.trainable.evaluated, step.trainable.autocast
+        test = evaluate(evaluated, self.test, autocast, self.run_test)
+        if not math.isfinite(test.loss):  # of the last update
+            raise NonFiniteLossError(f"the test loss became NaN or infinite after epoch {self.epoch}")
         self.seconds += time.perf_counter() - self._counted_until
         record = {f"loss_{name}": value for name, value in averages.losses.items()} | self.grad_norms | {
             "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1, "test_top5": test.top5,
@@ -141,7 +139,7 @@ class Trainer:
         step, loader, save_steps = self.step, self.step.loader, self.intervals.save_steps
         waited, waiting_since = 0.0, time.perf_counter()
         with progress(
-            total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.epochs}", unit="step",
+            total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.schedule.epochs}", unit="step",
             disable=not distributed.is_first(),
         ) as bar:  # fmt: skip
             for batch in step.with_teacher_outputs(loader.batches(self.epoch, self.steps_done)):
@@ -154,7 +152,7 @@ class Trainer:
                 bar.update()
                 stop = distributed.all_reduce_max(self._requested if self._log_losses(bar) else NON_FINITE)
                 if stop == NON_FINITE:
-                    step.meters.read(self.epoch, together=True)  # raises in all processes
+                    step.meters.read(self.epoch, together=True)  # raises
                 within = self.steps_done < loader.steps
                 if within and (stop or (save_steps and self.steps_done % save_steps == 0)):
                     self._save_latest()
@@ -178,25 +176,18 @@ class Trainer:
         self._last_read = time.perf_counter()
         return True
 
-    def _evaluate(self) -> Evaluation:
-        trainable = self.step.trainable
-        distributed.average_batch_norms(trainable)
-        test = evaluate(trainable.evaluated, self.test, trainable.autocast, self.run_test)
-        if not math.isfinite(test.loss):  # the last update is not covered by the training losses
-            raise NonFiniteLossError(f"the test loss became NaN or infinite after epoch {self.epoch}")
-        return test
-
     def _end_epoch(self, record: Record, test: Evaluation) -> None:
         epoch = self.epoch
         summary = {"epoch": epoch, "top1": test.top1, "top5": test.top5, "loss": test.loss}
-        improved = not self.best or test.top1 >= self.best["top1"]  # the later of equals, as in mdistiller
+        improved = not self.best or test.top1 >= self.best["top1"]  # as in mdistiller
         self.last, self.best = summary, summary if improved else self.best
         self.log.epoch(record)
-        losses = [f"{name[5:]} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
+        losses = [f"{k[5:]} {v:.4f}" for k, v in record.items() if k.startswith("loss_")]
         average = "EMA " if self.step.trainable.ema is not None else ""
-        left = timedelta(seconds=round(self.seconds / epoch * (self.epochs - epoch)))
+        epochs = self.schedule.epochs
+        left = timedelta(seconds=round(self.seconds / epoch * (epochs - epoch)))
         self.log.line(
-            f"epoch {epoch}/{self.epochs}: {' '.join(losses)} | train top-1 {record['train_top1']:.2f} | "
+            f"epoch {epoch}/{epochs}: {' '.join(losses)} | train top-1 {record['train_top1']:.2f} | "
             f"{average}test top-1 {test.top1:.2f} top-5 {test.top5:.2f} loss {test.loss:.4f} | "
             f"lr {record['lr']:.10g} | {record['images_per_second']:.0f} images/s, "
             f"data wait {record['data_wait']:.1%}, ETA {left}{' | best' * improved}"
@@ -251,8 +242,8 @@ class Trainer:
             group["lr"] = rate  # the tensor that a captured step reads
         self.step.scaler.load_state_dict(state["scaler"])
         self.step.meters.load_all_reduced_state(state["meters"])
-        self.epoch, self.steps_done, self.seconds = state["epoch"], state["steps_done"], state["seconds"]
-        self.best, self.last = state["best"], state["last"]
+        self.epoch, self.steps_done = state["epoch"], state["steps_done"]
+        self.seconds, self.best, self.last = state["seconds"], state["best"], state["last"]
         self.grad_norms = state.get("grad_norms", {})
         done = state["total_steps"]
         parts = [part for part in state.get("parts", []) if part["from_step"] < done]
