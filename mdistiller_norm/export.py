@@ -189,7 +189,9 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
     description = "An image classifier."
     if result:
         teacher, best, last = result.get("teacher"), result["best"], result["last"]
-        methods = f"{'+'.join(result['method'])} from {teacher['name']}" if teacher else "without a teacher"
+        methods = (
+            f"with {'+'.join(result['method'])} from {teacher['name']}" if teacher else "without a teacher"
+        )
         description = (
             f"Trained {methods} for {result['epochs']} epochs with seed {result['seed']}. Test top-1 of epoch "
             f"{best['epoch']}, the best: {best['top1']:.2f}; of the last epoch: {last['top1']:.2f}."

@@ -71,7 +71,8 @@ def open_shards(folder: Path) -> Shards:
     shards = sorted(path.name for path in folder.glob("*.tar"))
     positions, targets = (_read_index if (folder / INDEX).is_file() else _scan)(folder, shards)
     if not len(targets):
-        raise DataError(f"{folder} has no shards (*.tar) with images: see {command('shards')}")
+        hint = f"see {command('shards')}; without val, set DATASET.VAL_SPLIT"
+        raise DataError(f"{folder} has no shards (*.tar) with images: {hint}")
     return Shards(folder, shards, positions, targets)
 
 

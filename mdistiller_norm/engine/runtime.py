@@ -34,7 +34,7 @@ def progress(iterable: Any = None, **options: Any) -> Any:
     else:
         options |= {
             "file": _Lines(), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS,
-            "miniters": 1, "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed}<{remaining}{postfix}",
+            "miniters": 1, "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}",
         }  # fmt: skip
     return tqdm(iterable, leave=False, **options)
 
