@@ -71,8 +71,8 @@ def build_execution(cfg: Any) -> tuple[torch.device, torch.dtype | None, str]:
         raise ConfigError(f"SOLVER.SYNC_BN requires a GPU, got {device}")
     if solver.BATCH_SIZE % (world * solver.ACCUMULATE):
         raise ConfigError(
-            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be a multiple of SOLVER.ACCUMULATE {solver.ACCUMULATE} x the "
-            f"number of processes {world}"
+            f"SOLVER.BATCH_SIZE {solver.BATCH_SIZE} must be a multiple of {world} processes x "
+            f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
         )
     conflicts = {
         "DISTILLER.TYPE NONE": cfg.DISTILLER.TYPE == "NONE", "SOLVER.PRECISION fp16": autocast is torch.float16,

@@ -14,14 +14,13 @@ from mdistiller_norm.config import Config, load_config, show
 from mdistiller_norm.data import Dataset
 from mdistiller_norm.data.mix import MixedLoader
 from mdistiller_norm.distillers import Distiller
-from mdistiller_norm.engine import distributed, graph, runtime
+from mdistiller_norm.engine import distributed, graph, optim, runtime, teacher_cache
 from mdistiller_norm.engine.compile import choose
 from mdistiller_norm.engine.logger import Record, environment
-from mdistiller_norm.engine.optim import Schedule
-from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
 from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
+from mdistiller_norm.student import dataset_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +109,7 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     )
     capture = cfg.ENGINE.CUDA_GRAPH
     trainer = Trainer(
-        step, Schedule(
+        step, optim.Schedule(
             solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, tuple(solver.LR_DECAY_STAGES),
             solver.LR_DECAY_RATE,
         ), test, folder.path, folder.log, provenance,
@@ -118,7 +117,7 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
         graph.capture_step(step, capture, log), graph.capture_network(step.trainable.evaluated, test, capture, log),
     )  # fmt: skip
     folder.restore(trainer)
-    if isinstance(teacher, CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
+    if isinstance(teacher, teacher_cache.CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
         trainer.prefetch = teacher.fill(map(loader.batches, range(trainer.epoch, solver.EPOCHS + 1)))
     return Run(trainer, folder, facts)
 
@@ -135,11 +134,10 @@ def _records(
         "precision": build.PRECISIONS[autocast], "processes": distributed.process_share().world,
         "environment": versions, "config": yaml.safe_load(config.yaml),
     }  # fmt: skip
-    about = {
-        "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
-        "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
-        "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
-        "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS), "val_split": cfg.DATASET.VAL_SPLIT,
+    about = dataset_facts(dataset) | {
+        "name": cfg.DISTILLER.STUDENT, "num_classes": len(dataset.classes), "type": cfg.DATASET.TYPE,
+        "resize": cfg.DATASET.RESIZE, "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS),
+        "val_split": cfg.DATASET.VAL_SPLIT,
     }  # fmt: skip
     about |= {"ema": cfg.SOLVER.EMA} if cfg.SOLVER.EMA else {}
     identity = {
@@ -169,7 +167,7 @@ def train(
             else:
                 folder.start(facts["environment"])
             result = folder.write_result(facts | {"command": shlex.join(command)} | trainer.fit())
-            if isinstance(teacher, CachedTeacher):
+            if isinstance(teacher, teacher_cache.CachedTeacher):
                 log(teacher.summary())
             last, best = result["last"], result["best"]
             log(
