@@ -8,7 +8,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +16,13 @@ from torch.utils.benchmark import Timer
 from mdistiller_norm.analysis.collect import Collected, check_same_classes, collect
 from mdistiller_norm.build import build_device, placed
 from mdistiller_norm.catalog import columns
-from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import write_text
 from mdistiller_norm.models import Network, count_macs
-from mdistiller_norm.reproduce.ledger import identity
+from mdistiller_norm.reproduce.ledger import Record, identity
 from mdistiller_norm.reproduce.stats import mean_std, paired_difference
 from mdistiller_norm.run_folder import RESULT
 from mdistiller_norm.student import Student, add_student_arguments, load_student
 
-Record = dict[str, Any]
 # Header of a column -> key of a record and format.
 NETWORKS = {
     "name": ("name", ""), "network": ("network", ""), "method": ("method", ""),
@@ -55,17 +52,18 @@ def mcnemar(first: Tensor, second: Tensor) -> Record:
     return {"only_first": a, "only_second": b, "p": min(1.0, 2 * tail / 2 ** (a + b))}
 
 
+@torch.inference_mode()
 def measure_speed(network: Network, size: Sequence[int], device: torch.device) -> Record:
     """Return the latency at batch 1 in ms, and images per second at batch 64."""
     network = placed(network, device)
     images, threads = torch.rand(64, 3, *size, device=device), torch.get_num_threads()
 
     def median_seconds(batch: Tensor) -> float:
-        timer = Timer("network(batch)", globals={"network": network, "batch": batch}, num_threads=threads)
+        names = {"network": network, "batch": batch}
+        timer = Timer("network(batch)", globals=names, num_threads=threads)
         return timer.blocked_autorange(min_run_time=0.3).median
 
-    with torch.inference_mode():
-        one, many = median_seconds(images[:1]), median_seconds(images)
+    one, many = median_seconds(images[:1]), median_seconds(images)
     return {"latency_ms": 1000 * one, "images_per_second": 64 / many}
 
 
@@ -96,11 +94,12 @@ def describe(label: str, student: Student, results: Sequence[Record]) -> Record:
     }  # fmt: skip
 
 
-def compare_pair(first: Record, second: Record, a: Collected | None, b: Collected | None) -> Record:
+def compare_pair(first: Record, a: Collected | None, second: Record, b: Collected | None) -> Record:
     """Return the paired difference of two networks over common seeds, their agreement and McNemar's test."""
-    pair: Record = dict.fromkeys(("agreement", "only_first", "only_second", "p"))
-    difference = paired_difference(second["last_by_seed"], first["last_by_seed"])
-    pair |= {"first": first["name"], "second": second["name"], "difference": difference}
+    pair: Record = {
+        "first": first["name"], "second": second["name"], "agreement": None, "only_first": None, "only_second": None,
+        "difference": paired_difference(second["last_by_seed"], first["last_by_seed"]), "p": None,
+    }  # fmt: skip
     if a and b:
         x, y = a.logits.argmax(1), b.logits.argmax(1)
         agreement = 100 * float((x == y).double().mean())
@@ -112,8 +111,8 @@ def table(layout: Mapping[str, tuple[str, str]], records: Sequence[Record]) -> l
     """Return a header and a row for each record as text, with a dash for missing values."""
     rows = [[header.format(**records[0]) for header in layout]]
     for record in records:
-        cells = layout.values()
-        rows.append(["-" if record[key] is None else format(record[key], style) for key, style in cells])
+        cells = ((record[key], style) for key, style in layout.values())
+        rows.append(["-" if value is None else format(value, style) for value, style in cells])
     return rows
 
 
@@ -123,14 +122,14 @@ def _as_html(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _as_json(record: Record) -> Record:
-    return {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in record.items()}
+    return record | {key: value._asdict() for key, value in record.items() if hasattr(value, "_asdict")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``compare``."""
     parser.epilog = f"example: {parser.prog} output/digits/student_plain output/digits/student_normkd"
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH", help="run folders or weights; first the reference")
+    add("paths", nargs="+", type=Path, metavar="PATH", help="run folders or weights, reference first")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--html", type=Path, metavar="FILE", help="also write the tables as a page")
     add_student_arguments(parser, batch_size=250)
@@ -138,28 +137,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Compare the networks and print the tables."""
-    if options.html and not options.html.parent.is_dir():
-        raise ConfigError(f"--html {options.html} must be a file in an existing folder")
     device = build_device(options.device)
-    networks: list[Record] = []
-    outputs: list[Collected | None] = []
+    compared: list[tuple[Record, Collected | None]] = []
     for label, runs in group_runs(options.paths).items():
         student = load_student(runs[0][0], options.model, options.dataset, options.root)
         record = describe(label, student, [result for _, result in runs if result])
         record |= measure_speed(student.network, student.about["image_size"], device)
         data = student.dataset
         found = collect(student.network, data, label, options.batch_size, device) if data else None
-        outputs.append(found)
-        networks.append(record | {"measured_top1": found.top1 if found else None})
-    check_same_classes([found for found in outputs if found])
-    rest = zip(networks[1:], outputs[1:], strict=True)
-    pairs = [compare_pair(networks[0], record, outputs[0], found) for record, found in rest]
+        compared.append((record | {"measured_top1": found.top1 if found else None}, found))
+    check_same_classes([found for _, found in compared if found])
+    networks = [record for record, _ in compared]
+    pairs = [compare_pair(*compared[0], *other) for other in compared[1:]]
     tables = [table(NETWORKS, networks), *([table(PAIRS, pairs)] if pairs else [])]
-    if options.html:
-        write_text(_PAGE + "<br>\n".join(map(_as_html, tables)), options.html)
     if options.json:
         content = {"networks": [*map(_as_json, networks)], "pairs": [*map(_as_json, pairs)]}
         print(json.dumps(content, indent=2))
     else:
         print("\n\n".join(map(columns, tables)))
+    if options.html:
+        write_text(_PAGE + "<br>\n".join(map(_as_html, tables)), options.html)
     return 0

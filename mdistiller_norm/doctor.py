@@ -1,13 +1,13 @@
 """The command ``doctor``: describe the installation and test it with 20 steps of NormKD on the digits."""
 
 import argparse
-import importlib.metadata
 import io
 import json
 import shutil
 import tempfile
 import time
 from contextlib import redirect_stdout
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ OPTIONAL = (
     "scikit-learn", "scipy", "matplotlib", "jinja2", "timm", "submitit", "wandb", "onnx", "onnxruntime",
     "safetensors", "simplejpeg",
 )  # fmt: skip
-DATA = (*FOLDERS.values(), "imagenet")  # folders in --root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,22 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print the report; return 1 if the self-test fails."""
     report = diagnose(options.root)
-    print(json.dumps(report, indent=2) if options.json else yaml.safe_dump(report, sort_keys=False).rstrip())
+    text = json.dumps(report, indent=2) if options.json else yaml.safe_dump(report, sort_keys=False)
+    print(text.rstrip())
     return 0 if report["self_test"]["passed"] else 1
 
 
 def diagnose(root: Path) -> dict[str, Any]:
     """Return the environment, the data and checkpoints that were found, the free space and the result of the test."""
-    device = build_device("auto")
-    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    device, folders = build_device("auto"), [root / name for name in (*FOLDERS.values(), "imagenet")]
+    installed = {package.name.lower(): package.version for package in distributions()}
     return {
         "environment": environment(device),
         "optional": {name: installed.get(name) for name in OPTIONAL},
         "compiler": compiler_missing(device) or "found",
-        "data": {
-            "digits": "in the package",
-            **{name: str(root / name) for name in DATA if (root / name).exists()},
-        },
+        "data": {"digits": "in the package"} | {path.name: str(path) for path in folders if path.exists()},
         "checkpoints": _checkpoints(),
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free in {Path.cwd()}",
         "self_test": self_test(),
@@ -83,5 +80,5 @@ def self_test() -> dict[str, Any]:
                 place = [f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}"]
                 train(load_config(file, [*solver, *place, "DISTILLER.TEACHER=resnet8", weights]))
     except Exception as error:  # a broken installation may raise anything
-        return {"passed": False, "error": first_line(error), "output": output.getvalue().splitlines()[-5:]}
+        return {"passed": False, "error": first_line(error), "output": output.getvalue().splitlines()}
     return {"passed": True, "seconds": round(time.perf_counter() - start, 1)}

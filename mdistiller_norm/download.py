@@ -54,7 +54,8 @@ class Source:
         if self.size and path.stat().st_size != self.size:
             return f"its size is {path.stat().st_size} bytes, not {self.size}"
         in_name = re.search(r"-([0-9a-f]{8,64})\.\w+$", self.name)
-        for kind, expected in (("md5", self.md5), ("sha256", self.sha256 or (in_name[1] if in_name else ""))):
+        sha256 = self.sha256 or (in_name[1] if in_name else "")
+        for kind, expected in (("md5", self.md5), ("sha256", sha256)):
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, kind).hexdigest()
             if not found.startswith(expected.lower()):
@@ -159,6 +160,6 @@ def _unpack(archive: Path, target: Path) -> None:
                             shutil.copyfileobj(source, file)
             Path(folder, target.name).rename(target)
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-            raise DataError(f"the archive of {target} cannot be unpacked: {first_line(error)}") from error
+            raise DataError(f"archive of {target} cannot be unpacked: {first_line(error)}") from error
         finally:
             archive.unlink()

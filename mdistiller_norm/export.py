@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, first_line, needs_extra
 from mdistiller_norm.files import whole_file, write_json, write_text
-from mdistiller_norm.models import build_model
 from mdistiller_norm.run_folder import RESULT
-from mdistiller_norm.student import Metadata, Student, add_student_arguments, find_weights, load_student
+from mdistiller_norm.student import Student, add_student_arguments, build, find_weights, load_student
 
 Forward = Callable[[Tensor], Tensor]
-TOLERANCE = 1e-4  # of a logit, relative to the largest of its batch: other kernels sum in another order
+# Of a logit, relative to the largest of its batch: other kernels sum in another order.
+TOLERANCE = 1e-4
 ABOUT = "about.json"  # name of the metadata in a .pt2 and in ONNX
 SUFFIXES = {
     ".pt2": "pt2", ".onnx": "onnx", ".pth": "state_dict", ".safetensors": "safetensors", ".pt": "state_dict",
@@ -38,7 +38,7 @@ _CARD = """---
 from safetensors.torch import load_file
 from mdistiller_norm.models import build_model
 
-network = build_model("{name}", {count}, variant="{variant}", image_size={image_size})
+network = build_model("{name}", {num_classes}, variant="{variant}", image_size=tuple({image_size}))
 network.load_state_dict(load_file("model.safetensors"))
 ```
 
@@ -47,7 +47,7 @@ Preprocessing and class names are in `config.json`.
 
 
 def export(
-    student: Student, path: Path, form: str, with_normalisation: bool = False, count: int = 64
+    student: Student, path: Path, form: str, count: int, with_normalisation: bool = False
 ) -> list[str]:
     """Write a network, load the file again, compare both, and return lines about the file.
 
@@ -57,8 +57,8 @@ def export(
         student: the network.
         path: file to write.
         form: format, a value of :data:`SUFFIXES`.
-        with_normalisation: include the normalisation, so that the input are pixels in [0, 1].
         count: number of test images to compare on.
+        with_normalisation: include the normalisation, so that the input are pixels in [0, 1].
 
     Raises:
         CheckpointError: the file cannot be written, or its logits differ by more than rounding.
@@ -68,9 +68,7 @@ def export(
     pixels = "RGB in 0..1, minus mean, divided by std"
     if with_normalisation:
         norm = nn.BatchNorm2d(3, eps=0.0, affine=False)
-        norm.load_state_dict(
-            {"running_mean": mean.flatten(), "running_var": std.flatten() ** 2}, strict=False
-        )
+        norm.running_mean, norm.running_var = mean.flatten(), std.flatten() ** 2
         module, pixels = nn.Sequential(norm, module).eval(), "RGB in 0..1"
     height, width = student.about["image_size"]
     shape = f"float32 [B, 3, {height}, {width}], {pixels}"
@@ -87,7 +85,8 @@ def export(
             lines = check(exported, student, count)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written ({error})") from error
-    return [f"{path}: {about['name']}, {len(about['classes'])} classes, input {about['input']}", *lines]
+    classes = f"{len(about['classes'])} classes"
+    return [f"{path}: {about['name']}, {classes}, input {about['input']}", *lines]
 
 
 @torch.no_grad()
@@ -99,21 +98,19 @@ def check(forward: Forward, student: Student, count: int) -> list[str]:
         loader = student.dataset.eval_loader(count, torch.device("cpu"))
         kinds[student.about["dataset"]] = next(iter(loader))[0]
     for kind, images in kinds.items():
-        differences = []
-        for batch in (images[:1], images):
-            expected = student.network(batch)
-            differences.append(float((forward(batch) - expected).abs().max()))
-            if not differences[-1] <= TOLERANCE * max(1.0, float(expected.abs().max())):
-                raise CheckpointError(
-                    f"nothing is written: logits of the export differ by {differences[-1]:.2g} on {kind} images"
-                )
-        lines.append(
-            f"largest difference of a logit: {max(differences):.2g} on {kind} images, batches of 1 and {len(images)}"
+        expected, found = (
+            torch.cat([network(batch) for batch in (images[:1], images)])
+            for network in (student.network, forward)
         )
+        difference = float((found - expected).abs().max())
+        text = f"{difference:.2g} on {kind} images"
+        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise CheckpointError(f"nothing is written: logits of the export differ by {text}")
+        lines.append(f"largest difference of a logit: {text}, batches of 1 and {len(images)}")
     return lines if student.dataset else [*lines, f"checked on random images only: {student.missing}"]
 
 
-def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
+def _encode(form: str, module: nn.Module, about: dict[str, Any]) -> bytes:
     # In memory: PyTorch's writers of files abort the process if the disk is full.
     content = io.BytesIO()
     if form == "state_dict":
@@ -143,7 +140,7 @@ def _encode(form: str, module: nn.Module, about: Metadata) -> bytes:
     return bytes(onnx.model_proto.SerializeToString())
 
 
-def read(path: Path, form: str, about: Metadata | None = None) -> tuple[Forward, Metadata]:
+def read(path: Path, form: str, about: Any = None) -> tuple[Forward, dict[str, Any]]:
     """Load an exported file as a function of images, with its metadata; weights alone require ``about``."""
     if form == "pt2":
         extra = {ABOUT: ""}
@@ -159,10 +156,7 @@ def read(path: Path, form: str, about: Metadata | None = None) -> tuple[Forward,
             return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
         return run, json.loads(session.get_modelmeta().custom_metadata_map[ABOUT])
-    assert about is not None
-    network = build_model(
-        about["name"], len(about["classes"]), variant=about["variant"], image_size=tuple(about["image_size"])
-    )
+    network = build(about)
     if form == "state_dict":
         load_into(network, load_weights(path), about["name"])
     else:
@@ -172,16 +166,16 @@ def read(path: Path, form: str, about: Metadata | None = None) -> tuple[Forward,
     return network.eval(), about
 
 
-def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], count: int = 64) -> list[str]:
+def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], count: int) -> list[str]:
     """Write a folder in the layout of the Hugging Face Hub: model.safetensors, config.json and a model card.
 
     ``result`` is the content of the run's ``result.json``, or empty; ``count`` as in :func:`export`.
     """
     about = student.about
     folder.mkdir(parents=True, exist_ok=True)
-    lines = export(student, folder / "model.safetensors", "safetensors", count=count)
-    classes = len(about["classes"])
-    write_json({"architecture": about["name"], "num_classes": classes, **about}, folder / "config.json")
+    lines = export(student, folder / "model.safetensors", "safetensors", count)
+    facts = {"architecture": about["name"], "num_classes": len(about["classes"])}
+    write_json(facts | about, folder / "config.json")
     header: dict[str, Any] = {
         "library_name": "mdistiller_norm", "pipeline_tag": "image-classification", "datasets": [about["dataset"]],
         "tags": ["knowledge-distillation", *result.get("method", [])],
@@ -189,11 +183,10 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
     description = "An image classifier."
     if result:
         teacher, best, last = result.get("teacher"), result["best"], result["last"]
-        methods = (
-            f"with {'+'.join(result['method'])} from {teacher['name']}" if teacher else "without a teacher"
-        )
+        method = "+".join(result["method"])
+        source = f"with {method} from {teacher['name']}" if teacher else "without a teacher"
         description = (
-            f"Trained {methods} for {result['epochs']} epochs with seed {result['seed']}. Test top-1 of epoch "
+            f"Trained {source} for {result['epochs']} epochs with seed {result['seed']}. Test top-1 of epoch "
             f"{best['epoch']}, the best: {best['top1']:.2f}; of the last epoch: {last['top1']:.2f}."
         )
         header["model-index"] = [{"name": about["name"], "results": [{
@@ -201,8 +194,9 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
             "dataset": {"name": about["dataset"], "type": about["dataset"]},
             "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}],
         }]}]  # fmt: skip
-    values = about | {"count": classes, "image_size": tuple(about["image_size"]), "description": description}
-    write_text(_CARD.format(header=yaml.safe_dump(header, sort_keys=False), **values), folder / "README.md")
+    start = yaml.safe_dump(header, sort_keys=False)
+    card = _CARD.format(**about, **facts, header=start, description=description)
+    write_text(card, folder / "README.md")
     return [*lines, f"wrote config.json and README.md in {folder}"]
 
 
@@ -210,12 +204,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``export``."""
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd --format onnx"
     add, forms = parser.add_argument, list(dict.fromkeys(SUFFIXES.values()))
-    add(
-        "-c", "--ckpt", required=True, type=Path, metavar="PATH", help="checkpoint or run folder (best epoch)"
-    )
+    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="weights or run folder")
     add("-o", "--out", type=Path, metavar="FILE", help="default: beside the checkpoint")
     add("--format", choices=forms, help="default: by the suffix of -o, else pt2")
-    add("--push-folder", type=Path, metavar="FOLDER", help="write a folder for the Hugging Face Hub instead")
+    add("--push-folder", type=Path, metavar="FOLDER", help="write one for the Hugging Face Hub")
     add("--with-normalisation", action="store_true", help="include it: the input are pixels in 0..1")
     add("--force", action="store_true", help="replace existing files")
     add_student_arguments(parser, batch_size=64)
@@ -225,7 +217,8 @@ def main(options: argparse.Namespace) -> int:
     """Export a checkpoint; all options are checked before it is loaded."""
     source = find_weights(options.ckpt)
     form: str = options.format or (SUFFIXES.get(options.out.suffix, "") if options.out else "pt2")
-    path: Path = options.out or source.with_suffix(next(s for s, name in SUFFIXES.items() if name == form))
+    suffix = next(suffix for suffix, name in SUFFIXES.items() if name == form)
+    path: Path = options.out or source.with_suffix(suffix)
     hub = options.push_folder
     if hub:
         form, path = "safetensors", hub / "model.safetensors"
@@ -249,6 +242,6 @@ def main(options: argparse.Namespace) -> int:
         result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         lines = write_hub_folder(student, hub, result, options.batch_size)
     else:
-        lines = export(student, path, form, options.with_normalisation, options.batch_size)
+        lines = export(student, path, form, options.batch_size, options.with_normalisation)
     print("\n".join(lines))
     return 0

@@ -6,9 +6,9 @@ from pathlib import Path
 from mdistiller_norm import cli
 from mdistiller_norm.data.cifar import FOLDERS
 from mdistiller_norm.download import Source, obtain, read_sources
-from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, add_to_manifest
+from mdistiller_norm.engine.teacher_file import MANIFEST, add_to_manifest
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.registry import suggest
+from mdistiller_norm.registry import Registry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Download the sources, then evaluate the teachers among them; return 1 if one cannot be evaluated."""
-    sources = read_sources() | (read_sources(options.sources) if options.sources else {})
-    for name in options.names:
-        if name not in sources:
-            raise ConfigError(f"unknown source {name!r}: {suggest(name, sources)}")
+    sources = Registry[list[Source]]("source")
+    sources.update(read_sources() | (read_sources(options.sources) if options.sources else {}))
     selected = [source for name in options.names for source in sources[name]]
     teachers = [teacher for source in selected for teacher in fetch(source, options.root)]
     results = [_evaluate(*teacher, options.root) for teacher in teachers if not options.no_eval]
@@ -44,7 +42,7 @@ def fetch(source: Source, root: Path) -> list[tuple[Path, str, str]]:
         facts = {"model": source.model, "dataset": source.dataset, "top1": source.top1}
         add_to_manifest(MANIFEST, path, **facts, source=source.urls[0])
         return [(path, source.model, source.dataset)]
-    files = sorted(path.glob("*_vanilla/ckpt_epoch_240.pth")) if path.name == PEER_TEACHERS.name else []
+    files = sorted(path.glob("*_vanilla/ckpt_epoch_240.pth"))  # of mdistiller's archive
     return [(file, file.parent.name.removesuffix("_vanilla"), "cifar100") for file in files]
 
 

@@ -17,12 +17,11 @@ from mdistiller_norm.errors import DataError, first_line, needs_extra
 from mdistiller_norm.export import EXECUTABLE, SUFFIXES, Forward, read
 from mdistiller_norm.student import Metadata, add_student_arguments, load_student, positive
 
-Entry = dict[str, Any]
-
 
 def preprocess(path: Path, about: Metadata) -> Tensor:
     """Return an image file as the network's input ``[3, H, W]``: resized, cropped and, if expected, normalised."""
-    pixels = eval_image(decode(path.read_bytes()), about["resize"], about["image_size"][0]).float() / 255
+    image = eval_image(decode(path.read_bytes()), about["resize"], about["image_size"][0])
+    pixels = image.float() / 255
     if not about.get("normalised", True):
         return pixels
     mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
@@ -32,13 +31,13 @@ def preprocess(path: Path, about: Metadata) -> Tensor:
 @torch.inference_mode()
 def predict(
     forward: Forward, about: Metadata, paths: Sequence[Path], top: int, device: torch.device
-) -> list[Entry]:
+) -> list[dict[str, Any]]:
     """Return an entry for each image file, in order: its ``top`` classes with probabilities, or its decoding error.
 
     ``forward`` is a function of images ``[B, 3, H, W]`` on ``device`` that returns logits.
     """
     images: list[Tensor] = []
-    entries: list[Entry] = [{"image": str(path)} for path in paths]
+    entries: list[dict[str, Any]] = [{"image": str(path)} for path in paths]
     for path, entry in zip(paths, entries, strict=True):
         try:
             images.append(preprocess(path, about))
@@ -58,20 +57,19 @@ def predict(
 def find_images(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield the image files in the given order, folders replaced by all images in them."""
     for path in paths:
-        inside = (file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
-        found = sorted(inside) if path.is_dir() else [path]
-        if not found or not path.exists():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        if not found and not path.is_file():
             raise DataError(f"{path} does not exist or has no images ({', '.join(EXTENSIONS)})")
-        yield from found
+        yield from found or [path]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``predict``."""
     parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd photos/ --top 3"
     add = parser.add_argument
-    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="weights, run folder, .pt2 or .onnx")
+    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="weights, run, .pt2 or .onnx")
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of images")
-    add("--top", type=positive, default=5, metavar="N", help="number of classes of each image (default: 5)")
+    add("--top", type=positive, default=5, metavar="N", help="classes of each image (default: 5)")
     add("--json", action="store_true", help="print a JSON list")
     add_student_arguments(parser, batch_size=64)
 
@@ -89,14 +87,15 @@ def main(options: argparse.Namespace) -> int:
         device = build_device(options.device)
         student = load_student(options.ckpt, options.model, options.dataset, options.root, with_data=False)
         forward, about = placed(student.network, device), student.about
-    found: list[Entry] = []
+    found: list[dict[str, Any]] = []
     for start in range(0, len(paths), options.batch_size):
-        for entry in predict(forward, about, paths[start : start + options.batch_size], options.top, device):
+        batch = paths[start : start + options.batch_size]
+        for entry in predict(forward, about, batch, options.top, device):
             found.append(entry)
             if "error" in entry:
                 print(f"error: {entry['image']} cannot be read ({entry['error']})", file=sys.stderr)
             elif not options.json:
-                classes = [f"{each['class']} {100 * each['probability']:.1f}%" for each in entry["classes"]]
+                classes = [f"{each['class']} {each['probability']:.1%}" for each in entry["classes"]]
                 print(f"{entry['image']}: {', '.join(classes)}")
     if options.json:
         print(json.dumps(found, indent=2))

@@ -37,7 +37,7 @@ def add_student_arguments(parser: argparse.ArgumentParser, batch_size: int) -> N
     add("-bs", "--batch-size", type=positive, default=batch_size)
     add("--root", type=Path, help="folder of the data sets (default: of the run, else data)")
     add("--device", default="auto")
-    add("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="EXPERIMENT.PLUGINS of the run")
+    add("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="as EXPERIMENT.PLUGINS")
 
 
 def positive(text: str) -> int:
@@ -75,7 +75,7 @@ def open_checkpoint(
     path = find_weights(Path(path))
     weights = load_weights(path)
     dataset = _open_data(weights, model, kind, _find_root(path, root), dataset)
-    return _build(weights, model, dataset_facts(dataset)), dataset
+    return _load(weights, model, dataset_facts(dataset)), dataset
 
 
 def load_student(
@@ -102,7 +102,7 @@ def load_student(
             if not complete:
                 raise
             missing = str(error)
-    network = _build(weights, model, about)
+    network = _load(weights, model, about)
     kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
     from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
     resize = about.get("resize", 256) if from_files else about["image_size"][0]
@@ -124,7 +124,7 @@ def _open_data(
         )
     if dataset is not None:
         return dataset
-    known: dict[str, Any] = {key: about[key] for key in ("resize", "variant", "val_split") if key in about}
+    known = {key: about[key] for key in about.keys() & {"resize", "variant", "val_split"}}
     known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
     images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
     return open_dataset(kind, data_root(root, about.get("dataset", "")), images)
@@ -138,8 +138,13 @@ def dataset_facts(dataset: Dataset) -> Metadata:
     }  # fmt: skip
 
 
-def _build(weights: Weights, model: str, about: Metadata) -> Network:
-    name, count, size = model or weights.about["name"], len(about["classes"]), tuple(about["image_size"])
-    network = build_model(name, count, variant=about["variant"], image_size=size)
-    load_into(network, weights, f"{name} with {count} classes")
+def build(about: Metadata) -> Network:
+    """Build the network that metadata describe, without its weights."""
+    size = tuple(about["image_size"])
+    return build_model(about["name"], len(about["classes"]), variant=about["variant"], image_size=size)
+
+
+def _load(weights: Weights, model: str, about: Metadata) -> Network:
+    network = build(about | {"name": model or weights.about["name"]})
+    load_into(network, weights, f"{network.name} with {network.num_classes} classes")
     return network.eval()

@@ -273,7 +273,7 @@ def test_commands_of_students_use_the_weights_of_their_teachers_commands(capsys)
         for key, cell in cells.items():
             uses_teacher = f" DISTILLER.TEACHER_WEIGHTS={weights} " in cell_command(cell)
             assert uses_teacher == (key not in ("teacher", "student"))
-    command = cell_command(TABLES["digits"].cells["dkd", "res20_res8"], seed=2)
+    command = cell_command(TABLES["digits"].cells["dkd", "res20_res8"])
     assert execute(["train", *command.split()[2:], "--show"]) == 0
     assert "TYPE: DKD" in capsys.readouterr().out
 

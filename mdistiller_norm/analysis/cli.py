@@ -11,22 +11,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command ``visualize``."""
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     tsne = commands.add_parser("tsne", help="t-SNE of pooled features (Fig. 4)")
-    tsne.add_argument("--samples", type=int, default=2000, help="number of test images (default: 2000)")
-    tsne.add_argument("--classes", type=int, default=0, metavar="N", help="only the first N classes")
-    tsne.add_argument("--seed", type=int, default=0)
-    tsne.add_argument("--perplexity", type=float, default=30.0)
-    correlation = commands.add_parser("correlation", help="class correlations minus the teacher's (Fig. 5)")
-    correlation.add_argument("-t", "--teacher", required=True, type=Path, help="weights of the teacher")
+    correlation = commands.add_parser("correlation", help="correlations minus the teacher's (Fig. 5)")
+    correlation.add_argument("-t", "--teacher", required=True, type=Path, help="its weights")
     correlation.add_argument("-tm", "--teacher-model", default="", help="model name of the teacher")
     logits = commands.add_parser("logits", help="softened logits of a teacher (Fig. 1 and 3)")
-    logits.add_argument("--sample", type=int, default=0, help="index in the test set")
     logits.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
-    logits.add_argument("--fixed", type=float, default=4.0, help="temperature of the whole set (default: 4)")
-    logits.add_argument("--t-norm", type=float, default=2.0, help="T_norm of NormKD (default: 2)")
-    logits.add_argument("--tolerance", type=float, default=1.25, help="factor that counts as too much")
+    for sub, name, default, text in (
+        (tsne, "--samples", 2000, "number of test images"),
+        (tsne, "--classes", 0, "number of classes; 0 for all"),
+        (tsne, "--seed", 0, "of the samples and the embedding"),
+        (tsne, "--perplexity", 30.0, "of the t-SNE"),
+        (logits, "--sample", 0, "index in the test set"),
+        (logits, "--fixed", 4.0, "temperature of all samples"),
+        (logits, "--t-norm", 2.0, "T_norm of NormKD"),
+        (logits, "--tolerance", 1.25, "factor that counts as too much"),
+    ):
+        sub.add_argument(name, type=type(default), default=default, help=f"{text} ({default:g})")
     for sub in (tsne, correlation, logits):
         add, count = sub.add_argument, 1 if sub is logits else "+"
-        add("-c", "--ckpt", nargs=count, required=True, type=Path, metavar="PATH", help="weights or runs")
+        add("-c", "--ckpt", nargs=count, required=True, type=Path, metavar="PATH", help="weights/runs")
         add("--out", type=Path, metavar="STEM", help="default: output/figures/FIGURE")
         add("--data", action="store_true", help="also write the numbers as JSON")
         add("--names", nargs="+", default=[], help="one label for each file of -c")
@@ -44,15 +47,13 @@ def main(options: argparse.Namespace) -> int:
     from mdistiller_norm.analysis.collect import Collected, collect, short_names
     from mdistiller_norm.build import build_device
 
-    device = build_device(options.device)
-
     def outputs(path: Path, name: str, model: str) -> Collected:
         student = open_checkpoint(path, model, options.dataset, options.root)
-        return collect(*student, name, options.batch_size, device)
+        return collect(*student, name, options.batch_size, build_device(options.device))
 
     paths = [find_weights(path) for path in options.ckpt]
-    names = options.names or short_names(paths)
-    networks = [outputs(path, name, options.model) for path, name in zip(paths, names, strict=True)]
+    labels = zip(paths, options.names or short_names(paths), strict=True)
+    networks = [outputs(path, name, options.model) for path, name in labels]
     with mpl.rc_context(figures.STYLE):
         if options.figure == "tsne":
             figure, data, lines = figures.draw_tsne(
@@ -69,6 +70,6 @@ def main(options: argparse.Namespace) -> int:
                 t_norm=options.t_norm, tolerance=options.tolerance,
             )  # fmt: skip
         stem = options.out or Path("output", "figures", options.figure)
-        lines += [f"wrote {path}" for path in figures.save(figure, data if options.data else None, stem)]
-    print("\n".join(lines))
+        figures.save(figure, data if options.data else {}, stem)
+    print("\n".join([*lines, f"wrote {stem}.png and .svg{' and .json' if options.data else ''}"]))
     return 0

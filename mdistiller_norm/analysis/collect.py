@@ -1,6 +1,5 @@
 """Outputs of a network for a whole test split."""
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +30,8 @@ class Collected(NamedTuple):
 
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Return distinct labels of weights files: the run folder, the stem of other files, or the whole path."""
-    names = [path.parent.name if re.match("student_|latest|best", path.name) else path.stem for path in paths]
+    in_runs = ("student_", "latest", "best")
+    names = [path.parent.name if path.name.startswith(in_runs) else path.stem for path in paths]
     return names if len(set(names)) == len(paths) and all(names) else [str(path) for path in paths]
 
 
@@ -55,4 +55,4 @@ def check_same_classes(networks: Sequence[Collected]) -> None:
     """Check that all networks were run over the same data set."""
     for first, other in pairwise(networks):
         if other.classes != first.classes or not torch.equal(other.targets, first.targets):
-            raise ConfigError(f"{first.name} and {other.name} are of different data sets: remove one of them")
+            raise ConfigError(f"{first.name} and {other.name} are of different data sets")

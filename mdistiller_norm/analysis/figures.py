@@ -32,15 +32,14 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def save(figure: Figure, data: dict[str, Any] | None, stem: Path) -> list[Path]:
-    """Write ``stem.png``, ``stem.svg`` and, with data, ``stem.json``; return the paths."""
+def save(figure: Figure, data: dict[str, Any], stem: Path) -> None:
+    """Write ``stem.png``, ``stem.svg`` and, with data, ``stem.json``."""
     png, svg, numbers = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg", "json"))
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=160)
     figure.savefig(svg, metadata={"Date": None})
-    if data is not None:
+    if data:
         numbers.write_text(json.dumps(data) + "\n", encoding="utf-8")
-    return [png, svg] if data is None else [png, svg, numbers]
 
 
 def correlation_matrix(logits: Tensor, normalise: bool = False) -> Tensor:
@@ -70,8 +69,8 @@ def draw_correlation(teacher: Collected, students: Sequence[Collected]) -> Drawi
             panels.append(panel | {"difference": difference.tolist()})
             lines.append(f"{student.name}, {kind}: mean |difference| {mean:.4f}")
     largest = float(torch.tensor([panel["difference"] for panel in panels]).abs().max()) or 1.0
-    width = 3.3 + 1.2 / len(students)  # the colour scale needs an inch
-    figure, axes = new_figure(2, len(students), width, 3.4)
+    # The colour scale needs an inch.
+    figure, axes = new_figure(2, len(students), 3.3 + 1.2 / len(students), 3.4)
     for axis, panel, line in zip(axes, panels, lines, strict=True):
         image = axis.imshow(panel["difference"], cmap="RdBu_r", vmin=-largest, vmax=largest)
         axis.set(title=line.replace(": ", "\n"), xlabel="class", ylabel="class")
@@ -110,12 +109,11 @@ def draw_softening(
         raise ConfigError("--temperatures, --fixed and --t-norm must be > 0, and --tolerance > 1")
     logits, std = network.logits.double(), network.logits.double().std(1)
     by_sample = t_norm * std.clamp_min(1e-6)
-    over, under = int((fixed > tolerance * by_sample).sum()), int((fixed < by_sample / tolerance).sum())
+    over = int((fixed > tolerance * by_sample).sum())
+    under = int((fixed < by_sample / tolerance).sum())
     counted = f"T = {fixed:g} over-softens {over} and under-softens {under}"
-    lines = [
-        f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}",
-        f"{counted} of {len(std)} samples",
-    ]
+    lines = [f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}"]
+    lines.append(f"{counted} of {len(std)} samples")
     figure, (first, second, third) = new_figure(1, 3, 4.2, 3.4)
     figure.suptitle(f"{network.name}, top-1 {network.top1:.2f}", fontsize=10)
     used = {f"T = {value:g}": value for value in temperatures}
@@ -123,10 +121,8 @@ def draw_softening(
     softened = {name: (logits[sample] / value).tolist() for name, value in used.items()}
     target = network.classes[int(network.targets[sample])]
     _draw_histograms(first, softened)
-    first.set(
-        title=f"Softened logits of test sample {sample} (class {target})",
-        xlabel="logit / temperature (bars: number of classes)",
-    )
+    title = f"Softened logits of test sample {sample} (class {target})"
+    first.set(title=title, xlabel="logit / temperature (bars: number of classes)")
     second.hist(std.numpy(), _BINS, alpha=0.7)
     equal = fixed / t_norm  # the std with which NormKD's temperature is the fixed one
     for position, style in ((equal / tolerance, ":"), (equal, "-"), (equal * tolerance, ":")):
@@ -145,13 +141,12 @@ def draw_softening(
         lines.append(f"entropy at {name}: {mean:.3f} ± {deviation:.3f} nats")
         third.hist(values, _BINS, alpha=0.5, label=f"{name}: {mean:.2f} ± {deviation:.2f}")
     third.axvline(math.log(len(network.classes)), color="black", lw=1, ls="--")
-    third.set(title="Entropy of the softened prediction", xlabel="nats (dashed: uniform)", ylabel="samples")
+    third.set(title="Entropy of soft predictions", xlabel="nats (dashed: uniform)", ylabel="samples")
     third.legend(fontsize=7)
-    data = {
+    return figure, {
         "network": network.name, "top1": network.top1, "sample": sample, "target": target, "softened": softened,
         "std": std.tolist(), "entropy": entropies, "over_softened": over, "under_softened": under,
-    }  # fmt: skip
-    return figure, data, lines
+    }, lines  # fmt: skip
 
 
 def draw_tsne(
@@ -196,7 +191,7 @@ def draw_tsne(
         axis.spines[:].set_visible(False)
         entries.append({"name": network.name, "silhouette": silhouette, "points": points.tolist()})
     if len(names) <= 20:
-        shown = axes[0].get_legend_handles_labels()
-        figure.legend(*shown, loc="outside lower center", ncols=5, markerscale=2)
+        labels = axis.get_legend_handles_labels()
+        figure.legend(*labels, loc="outside lower center", ncols=5, markerscale=2)
     numbers = {"samples": chosen.tolist(), "targets": targets.tolist()}
     return figure, {"classes": list(names), **numbers, "networks": entries}, lines

@@ -41,11 +41,9 @@ def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Mark
 
 def run_charts(runs: Mapping[int, Entry]) -> list[Markup]:
     """Return charts of the test top-1 and of the losses of some runs by seed."""
-    accuracy, losses = [], []
-    for seed, entry in sorted(runs.items()):
-        metrics = entry.record["metrics"]
-        accuracy.append((f"seed {seed}", metrics["test_top1"]))
-        losses += [item for item in metrics.items() if item[0].startswith(("loss_", "test_loss"))]
+    metrics = {seed: entry.record["metrics"] for seed, entry in sorted(runs.items())}
+    accuracy = [(f"seed {seed}", values["test_top1"]) for seed, values in metrics.items()]
+    losses = [item for values in metrics.values() for item in values.items() if "loss" in item[0]]
     return [line_chart("Test top-1 (%)", accuracy), line_chart("Losses", losses)]
 
 

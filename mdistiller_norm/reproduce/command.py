@@ -18,12 +18,9 @@ from mdistiller_norm.engine.teacher_file import MANIFEST, add_to_manifest
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.program import command
 from mdistiller_norm.registry import suggest
-from mdistiller_norm.reproduce import runner
+from mdistiller_norm.reproduce import report, runner, slurm, stats
 from mdistiller_norm.reproduce.ledger import Ledger, Record, finished_run, read_ledger, write_record
 from mdistiller_norm.reproduce.plan import Job, cell_identity, counted, duration, estimate, make_plan
-from mdistiller_norm.reproduce.report import write_report
-from mdistiller_norm.reproduce.slurm import submit
-from mdistiller_norm.reproduce.stats import mean_std
 from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
 from mdistiller_norm.student import positive
 
@@ -85,7 +82,7 @@ def main(options: argparse.Namespace) -> int:
         for run in options.publish:
             print(f"published {publish(Path(run))}")
         if options.publish:
-            write_report(results, results, options.smoke)
+            report.write_report(results, results, options.smoke)
         return 0
     cells = select_cells(options.table, options.methods, options.pairs, options.queue)
     if options.sweep:
@@ -97,7 +94,9 @@ def main(options: argparse.Namespace) -> int:
         print(f"published weights, nothing to train: {cell.name}")
     ledger = _updated_ledger(jobs, folder, options)
     todo = runner.pending_jobs(jobs, ledger)
-    finished = _comparable_runs(ledger, options)
+    device = environment(build_device(load_config(None, options.overrides).node.DEVICE))["device"]
+    runs = [run.record for run in ledger.all_runs() if run.record["environment"]["device"] == device]
+    finished = [run for run in runs if run.get("processes", 1) == options.processes]
     if options.dry_run:
         _print_jobs(jobs, todo, finished)
     done = len(jobs) - len(todo)
@@ -110,7 +109,7 @@ def main(options: argparse.Namespace) -> int:
         # Running jobs need time to save.
         outcomes = here.run(started + options.budget - min(10.0, options.budget / 10))
     else:
-        outcomes = submit(todo, folder, options.launcher, options.slurm, options.processes)
+        outcomes = slurm.submit(todo, folder, options.launcher, options.slurm, options.processes)
     _print_cells(cells, read_ledger(folder, options.smoke), options)
     code = _print_outcomes(todo, outcomes, finished) if todo else 0
     print(f"report: {command('report')} --results {results}{' --smoke' if options.smoke else ''}")
@@ -143,11 +142,9 @@ def select_cells(
 ) -> list[Cell]:
     """Return the cells of some tables, rows and columns; a row or column has to exist in one of the tables."""
     if not tables and queue:
-        paper = [table for table in TABLES.values() if table.in_paper]
-        tables = [table.id for table in paper if table.dataset == "cifar100"]
+        tables = [key for key, table in TABLES.items() if table.in_paper and table.dataset == "cifar100"]
     if not tables or set(tables) - set(TABLES):
-        got = ", ".join(tables) or "none"
-        raise ConfigError(f"--table must be among {', '.join(TABLES)}, got {got}")
+        raise ConfigError(f"--table must be among {', '.join(TABLES)}, got {tables or 'none'}")
     cells = [cell for name in tables for cell in TABLES[name].cells.values()]
     known_rows = dict.fromkeys(cell.row.key for cell in cells)
     known_columns = dict.fromkeys(cell.column.key for cell in cells)
@@ -223,12 +220,6 @@ def _updated_ledger(jobs: Sequence[Job], folder: Path, options: argparse.Namespa
     return ledger
 
 
-def _comparable_runs(ledger: Ledger, options: argparse.Namespace) -> list[Record]:
-    device = environment(build_device(load_config(None, options.overrides).node.DEVICE))["device"]
-    runs = [run.record for run in ledger.all_runs() if run.record["environment"]["device"] == device]
-    return [run for run in runs if run.get("processes", 1) == options.processes]
-
-
 def _print_jobs(jobs: Sequence[Job], todo: Sequence[Job], finished: Sequence[Record]) -> None:
     pending = {job.key for job in todo}
     for job in jobs:
@@ -252,8 +243,8 @@ def _print_cells(cells: Sequence[Cell], ledger: Ledger, options: argparse.Namesp
     held_out, rows = " on held-out images" if options.sweep else "", []
     for cell in cells:
         runs = ledger.of(cell_identity(cell, options.smoke)).values()
-        if last := mean_std(run.record["last"]["top1"] for run in runs):
-            best = mean_std(run.record["best"]["top1"] for run in runs)
+        if last := stats.mean_std(run.record["last"]["top1"] for run in runs):
+            best = stats.mean_std(run.record["best"]["top1"] for run in runs)
             text = f"  {cell.name}: last top-1 {last}, best {best} (n = {last.n}){held_out}"
             rows.append((last.mean, text))
     for _, text in sorted(rows, reverse=True) if options.sweep else rows:

@@ -104,10 +104,9 @@ def identity(tree: Mapping[str, Any]) -> str:
     defaults = dict(leaves(default_config())) | {key: default for key, (default, _) in REMOVED.items()}
     kept = {}
     for key, value in leaves(tree):
-        if key.startswith(left_out) or (key == "DISTILLER.TEACHER" and not used):
-            continue
         value = used if key == "DISTILLER.TYPE" else list(value) if isinstance(value, tuple) else value
-        if key not in defaults or value != defaults[key]:
+        ignored = key.startswith(left_out) or (key == "DISTILLER.TEACHER" and not used)
+        if not ignored and (key not in defaults or value != defaults[key]):
             kept[key] = value
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -1,10 +1,9 @@
 """From table cells to jobs: configs, teachers, order and estimated time."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -40,7 +39,7 @@ class Job:
     key: JobKey
     folder: Path
     smoke: bool
-    cells: tuple[str, ...] = ()
+    cells: list[str] = field(default_factory=list)
     teacher: Self | None = None
     rank: int = 0  # jobs of lower ranks run first
 
@@ -80,14 +79,14 @@ def cell_identity(cell: Cell, smoke: bool = False) -> str:
     return identity(config.node) if config else ""
 
 
-def cell_command(cell: Cell, seed: int = 0) -> str:
-    """Return the command that trains one run of a cell; in a table with its own teacher, after that teacher's."""
+def cell_command(cell: Cell) -> str:
+    """Return the command that trains a cell with seed 0; in a table with its own teacher, after that teacher's."""
     words = [f"{command('train')} --cfg", cell.config, *cell.overrides]
     table, config = TABLES[cell.table], cell_config(cell)
     if table.own_teacher and config and method_names(config.node):
         teacher = run_folder(_load(table.teacher_config(cell.column), (f"SEED={TEACHER_SEED}",)))
         words.append(f"DISTILLER.TEACHER_WEIGHTS={teacher / 'student_last.pt'}")
-    return " ".join([*words, f"SEED={seed}"])
+    return " ".join([*words, "SEED=0"])
 
 
 def value_rank(cell: Cell) -> int:
@@ -139,9 +138,8 @@ class _Planner:
             weights = teacher.weights
         more = (f"DISTILLER.TEACHER_WEIGHTS={weights}",) if weights else ()
         for seed in [TEACHER_SEED] if is_teacher else seeds:
-            self._add_job(
-                cell.config, cell.overrides, more, seed, cells=(cell.name,), teacher=teacher, rank=rank
-            )
+            job = self._add_job(cell.config, cell.overrides, more, seed, teacher=teacher, rank=rank)
+            job.cells.append(cell.name)
 
     def _add_job(
         self, file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any
@@ -154,10 +152,7 @@ class _Planner:
         if key in self._finished and not (folder / "result.json").is_file():
             folder = self._finished[key]  # in another precision: the students need one teacher
         job = Job(name, config.node, file, overrides, key, folder, self.smoke, **fields)
-        if known := self.jobs.get(key):
-            job = dataclasses.replace(known, cells=tuple(dict.fromkeys((*known.cells, *job.cells))))
-        self.jobs[key] = job
-        return job
+        return self.jobs.setdefault(key, job)
 
 
 def make_plan(
@@ -188,8 +183,7 @@ def training_flops(tree: Mapping[str, Any]) -> float:
     """Return the operations of three forward passes of the student and one of the teacher per image; 0 if unknown."""
     student, teacher, dataset, _ = _speed_key(tree)
     try:
-        passes = (student, student, student, teacher)
-        flops = sum(forward_flops(model, dataset) for model in passes if model)
+        flops = sum(forward_flops(model, dataset) for model in [student] * 3 + [teacher] if model)
     except (KeyError, ConfigError):
         return 0.0
     return float(tree["SOLVER"]["EPOCHS"] * DATASETS[dataset]["images"] * flops)

@@ -14,7 +14,6 @@ from mdistiller_norm.files import write_text
 from mdistiller_norm.program import command
 from mdistiller_norm.reproduce import plan, stats, tables
 from mdistiller_norm.reproduce.ledger import SCHEMA, Entry, Record, read_ledger
-from mdistiller_norm.reproduce.stats import MeanStd, PairedDifference
 from mdistiller_norm.reproduce.tables import TABLES, Cell, Claim, Column, Delta, Table
 
 # Properties that do not change the identity of a run but may change its result.
@@ -39,10 +38,10 @@ class CellView:
     def top1(self, which: str) -> dict[int, float]:
         return {seed: float(entry.record[which]["top1"]) for seed, entry in self.runs.items()}
 
-    def mean(self, which: str) -> MeanStd | None:
+    def mean(self, which: str) -> stats.MeanStd | None:
         return stats.mean_std(self.top1(which).values())
 
-    def minus(self, other: Self, which: str) -> PairedDifference | None:
+    def minus(self, other: Self, which: str) -> stats.PairedDifference | None:
         """Return the paired difference of two rows; None without common seeds with the same teacher."""
         teachers = {entry.teacher_hash for entry in (*self.runs.values(), *other.runs.values())} - {""}
         if len(teachers) > 1:
@@ -62,12 +61,6 @@ class CellView:
             return ""
         return "within" if abs(difference) <= 2 * best.std else "outside"
 
-    @property
-    def state(self) -> str:
-        if not self.cell.config:
-            return "published weights"
-        return "measured" if self.runs else "failed" if self.failure else "pending"
-
 
 class TableView(NamedTuple):
     """A table with its cells by (row key, column key)."""
@@ -82,7 +75,7 @@ class TableView(NamedTuple):
     def column(self, column: Column) -> dict[str, CellView]:
         return {row.key: self.cells[row.key, column.key] for row in self.table.rows}
 
-    def delta(self, delta: Delta, column: Column) -> tuple[float | None, PairedDifference | None]:
+    def delta(self, delta: Delta, column: Column) -> tuple[float | None, stats.PairedDifference | None]:
         first, second = (self.cells[row, column.key] for row in (delta.row, delta.minus))
         papers, printed = [cell.cell.paper.get("top1") for cell in (first, second)], None
         if delta.printed:
@@ -150,12 +143,13 @@ def _teacher(view: TableView, column: Column) -> list[Record]:
     cells = view.column(column)
     runs = [entry for cell in cells.values() for entry in cell.runs.values() if entry.teacher_hash]
     measured = sorted({entry.record["teacher"]["top1"] for entry in runs})
-    hashes = sorted({entry.teacher_hash for entry in runs})
     paper, own = None, cells.get("teacher")
     if own and measured:
         own.teacher_top1, paper = measured[-1], own.cell.paper.get("top1")
-    row = {"table": view.table.name, "name": column.teacher, "paper": paper}
-    return [row | {"measured": measured, "hashes": hashes}] if measured else []
+    return [{
+        "table": view.table.name, "name": column.teacher, "paper": paper, "measured": measured,
+        "hashes": sorted({entry.teacher_hash for entry in runs}),
+    }] if measured else []  # fmt: skip
 
 
 def environment_text(environment: Record) -> str:
@@ -219,8 +213,7 @@ def write_csv(report: Record, path: Path) -> None:
         rows.writerow(["file", "cells", "ms_per_batch", "precision", *columns])
         for entry in sorted(report["runs"], key=lambda entry: entry.path.name):
             names = [cell.cell.name for cell in cells if entry in cell.runs.values()]
-            values = dict(leaves(entry.record))
-            values["method"] = "+".join(entry.record["method"]) or "none"
+            values = dict(leaves(entry.record | {"method": "+".join(entry.record["method"]) or "none"}))
             head = [entry.path.name, "; ".join(names), entry.milliseconds, entry.precision]
             rows.writerow(head + [values.get(key, "") for key in columns.values()])
 

@@ -37,11 +37,9 @@ def trained(job: Job) -> Entry | None:
 def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
     """Return the jobs that are missing in the ledger, and the teachers of these whose weights are missing."""
     done = {job.key for job in jobs if ledger.has(*job.key, job.teacher_hash())}
-    needed = {job.teacher.key for job in jobs if job.teacher and job.key not in done}
-    pending = {job.key for job in jobs if job.cells} - done
-    for job in jobs:
-        if job.key in needed and not (job.weights.is_file() and trained(job)):
-            pending.add(job.key)
+    teachers = {job.teacher.key: job.teacher for job in jobs if job.teacher and job.key not in done}
+    pending = {key for key, job in teachers.items() if not (job.weights.is_file() and trained(job))}
+    pending |= {job.key for job in jobs if job.cells} - done
     return [job for job in jobs if job.key in pending]
 
 
@@ -140,7 +138,8 @@ class Runner:
     def __init__(self, jobs: Sequence[Job], folder: Path, slots: int, processes: int) -> None:
         self.folder, self.slots, self.processes = folder, slots, processes
         self.signals: list[int] = []
-        self._outcomes, self._waiting, self._running = Outcomes(), list(jobs), dict[int, Execution]()
+        self._outcomes = {job.key: "" for job in jobs}  # empty until the job has ended
+        self._waiting, self._running = list(jobs), dict[int, Execution]()
         self._number = {job.key: f"{i}/{len(jobs)}" for i, job in enumerate(jobs, 1)}
         self._locked: set[JobKey] = set()
 
@@ -161,7 +160,7 @@ class Runner:
             finally:
                 for execution in self._running.values():
                     execution.stop()
-        return {job.key: STOPPED for job in self._waiting} | self._outcomes
+        return {key: outcome or STOPPED for key, outcome in self._outcomes.items()}
 
     def _print(self, job: Job, text: str) -> None:
         print(f"{self._number[job.key]} {job.name}: {text}", flush=True)
@@ -176,15 +175,13 @@ class Runner:
             self._print(execution.job, execution.text(outcome))
 
     def _start(self, job: Job) -> None:
-        running = [execution.job for execution in self._running.values()]
-        unfinished = [other.key for other in (*self._waiting, *running)]
         outcome = self._outcomes.get(job.teacher.key, DONE) if job.teacher else DONE
         free = [slot for slot in range(self.slots) if slot not in self._running]
-        if outcome != DONE:
+        if outcome not in (DONE, ""):
             self._waiting.remove(job)
             self._outcomes[job.key] = BLOCKED
             self._print(job, f"not started, its teacher {outcome}")
-        elif free and not (job.teacher and job.teacher.key in unfinished):
+        elif free and outcome:
             environment = slot_environment(job.config["DEVICE"], free[0], self.slots, self.processes)
             execution = Execution(job, self.folder, self.processes, environment)
             if execution.start():

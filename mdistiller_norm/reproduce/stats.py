@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from mdistiller_norm.errors import needs_extra
 
-ROUNDING = 1e-6  # in percent: differences of accuracies below this are rounding errors
 HOLDS, CONTRADICTED, UNDECIDED, UNTESTED = "holds", "does not hold", "not decided", "not tested"
 MINUS = "\N{MINUS SIGN}"
 
@@ -67,7 +66,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     if not result:
         return None
     n, mean, std = result
-    if n < 3 or std is None or std < ROUNDING:
+    if n < 3 or std is None or std < 1e-6:  # rounding errors of percentages
         return PairedDifference(n, mean)
     with needs_extra("report", "a confidence interval"):
         from scipy import stats
