@@ -5,7 +5,6 @@ import html
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -69,11 +68,12 @@ def measure_speed(network: Network, size: Sequence[int], device: torch.device) -
 
 def group_runs(paths: Iterable[Path]) -> dict[str, list[tuple[Path, Record]]]:
     """Return the paths with the content of their ``result.json`` by label; runs that differ in the seed are a group."""
-    groups = defaultdict(list)
+    groups: dict[str, list[tuple[Path, Record]]] = {}
     for path in paths:
         file = path / RESULT
         result: Record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        groups[identity(result["config"]) if result else str(path)].append((path, result))
+        key = identity(result["config"]) if result else str(path)
+        groups.setdefault(key, []).append((path, result))
     labels = [re.sub(r",?SEED=\d+", "", runs[0][0].name) for runs in groups.values()]
     if len(set(labels)) < len(groups):
         labels = [str(runs[0][0]) for runs in groups.values()]

@@ -59,14 +59,13 @@ def diagnose(root: Path) -> dict[str, Any]:
 
 
 def _checkpoints() -> list[str]:
-    found = []
-    for root in {root.resolve() for root in ROOTS}:
-        found += [
-            f"{entry['model']} on {entry['dataset']}: {root / MANIFEST.parent / entry['file']}"
-            for entry in read_manifest(root / MANIFEST)
-        ]
-        found += map(str, sorted((root / PEER_TEACHERS).glob("*/*.pth")))
-    return found
+    roots = {root.resolve() for root in ROOTS}
+    listed = [
+        f"{entry['model']} on {entry['dataset']}: {root / MANIFEST.parent / entry['file']}"
+        for root in roots
+        for entry in read_manifest(root / MANIFEST)
+    ]
+    return listed + [str(path) for root in roots for path in (root / PEER_TEACHERS).glob("*/*.pth")]
 
 
 def self_test() -> dict[str, Any]:

@@ -156,8 +156,7 @@ def _unpack(archive: Path, target: Path) -> None:
                         raise tarfile.TarError(f"{member.name} is outside the destination")
                     if source:
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        with path.open("wb") as file:
-                            shutil.copyfileobj(source, file)
+                        path.write_bytes(source.read())
             Path(folder, target.name).rename(target)
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
             raise DataError(f"archive of {target} cannot be unpacked: {first_line(error)}") from error

@@ -217,7 +217,7 @@ def main(options: argparse.Namespace) -> int:
     """Export a checkpoint; all options are checked before it is loaded."""
     source = find_weights(options.ckpt)
     form: str = options.format or (SUFFIXES.get(options.out.suffix, "") if options.out else "pt2")
-    suffix = next(suffix for suffix, name in SUFFIXES.items() if name == form)
+    suffix = next((suffix for suffix, name in SUFFIXES.items() if name == form), "")
     path: Path = options.out or source.with_suffix(suffix)
     hub = options.push_folder
     if hub:

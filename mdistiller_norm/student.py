@@ -1,7 +1,6 @@
 """Trained networks, loaded with their metadata from weights files and run folders."""
 
 import argparse
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +116,7 @@ def _open_data(
     if not name:
         raise ConfigError(f"{weights.path} does not name its network: add -m, for example -m resnet20")
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
-    built_in = name.startswith(PREFIXES) or name in chain(*VARIANTS.values())
+    built_in = name.startswith(PREFIXES) or any(name in models for models in VARIANTS.values())
     if about.get("plugins") and not (built_in and (dataset is not None or kind in DATASETS)):
         raise CheckpointError(
             f"{weights.path} is {name} on {kind}, registered by a plugin: add --plugin {' '.join(about['plugins'])}"

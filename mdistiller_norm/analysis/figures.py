@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from torch import Tensor
+from torch.special import entr
 
 from mdistiller_norm.analysis.collect import Collected, check_same_classes
 from mdistiller_norm.errors import ConfigError
@@ -24,12 +25,6 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 _BINS = 40
 Drawing = tuple[Figure, dict[str, Any], list[str]]
-
-
-def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of ``rows`` by ``columns`` panels, each ``width`` by ``height`` inches."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def save(figure: Figure, data: dict[str, Any], stem: Path) -> None:
@@ -69,20 +64,14 @@ def draw_correlation(teacher: Collected, students: Sequence[Collected]) -> Drawi
             panels.append(panel | {"difference": difference.tolist()})
             lines.append(f"{student.name}, {kind}: mean |difference| {mean:.4f}")
     largest = float(torch.tensor([panel["difference"] for panel in panels]).abs().max()) or 1.0
-    # The colour scale needs an inch.
-    figure, axes = new_figure(2, len(students), 3.3 + 1.2 / len(students), 3.4)
+    figure = Figure(figsize=(3.3 * len(students) + 1.2, 6.8), layout="constrained")
+    axes = figure.subplots(2, len(students), squeeze=False).ravel()
     for axis, panel, line in zip(axes, panels, lines, strict=True):
         image = axis.imshow(panel["difference"], cmap="RdBu_r", vmin=-largest, vmax=largest)
         axis.set(title=line.replace(": ", "\n"), xlabel="class", ylabel="class")
         axis.grid(False)
     figure.colorbar(image, ax=axes, shrink=0.6, label=f"correlation minus that of {teacher.name}")
     return figure, {"teacher": teacher.name, "classes": list(teacher.classes), "panels": panels}, lines
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Return the entropy in nats of each row's softmax, ``[N]``."""
-    log_probabilities = logits.log_softmax(1)
-    return -(log_probabilities.exp() * log_probabilities).sum(1)
 
 
 def _draw_histograms(axis: Axes, rows: dict[str, list[float]]) -> None:
@@ -114,7 +103,8 @@ def draw_softening(
     counted = f"T = {fixed:g} over-softens {over} and under-softens {under}"
     lines = [f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}"]
     lines.append(f"{counted} of {len(std)} samples")
-    figure, (first, second, third) = new_figure(1, 3, 4.2, 3.4)
+    figure = Figure(figsize=(12.6, 3.4), layout="constrained")
+    first, second, third = figure.subplots(1, 3)
     figure.suptitle(f"{network.name}, top-1 {network.top1:.2f}", fontsize=10)
     used = {f"T = {value:g}": value for value in temperatures}
     used[f"NormKD, T = {t_norm:g} * {std[sample]:.2f}"] = float(by_sample[sample])
@@ -133,8 +123,8 @@ def draw_softening(
         ylabel="samples",
     )
     entropies = {
-        f"T = {fixed:g}": entropy(logits / fixed).tolist(),
-        f"NormKD, T_norm = {t_norm:g}": entropy(logits / by_sample[:, None]).tolist(),
+        f"T = {fixed:g}": entr((logits / fixed).softmax(1)).sum(1).tolist(),
+        f"NormKD, T_norm = {t_norm:g}": entr((logits / by_sample[:, None]).softmax(1)).sum(1).tolist(),
     }
     for name, values in entropies.items():
         mean, deviation = np.mean(values), np.std(values, ddof=1)
@@ -175,7 +165,8 @@ def draw_tsne(
         raise ConfigError(f"t-SNE needs 8 samples and 2 classes, got {len(chosen)} and {present}")
     tsne = TSNE(perplexity=min(perplexity, (len(chosen) - 1) / 3), init="pca", random_state=seed)
     palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
-    figure, axes = new_figure(1, len(networks), 3.6, 3.8)
+    figure = Figure(figsize=(3.6 * len(networks), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(networks), squeeze=False).ravel()
     entries, lines = [], []
     for axis, network in zip(axes, networks, strict=True):
         features = network.pooled[chosen].numpy()

@@ -72,7 +72,6 @@ def parse_duration(text: str) -> float:
 def main(options: argparse.Namespace) -> int:
     """Plan and run the selected cells; returns the exit code."""
     started = time.monotonic()
-    _move_overrides(options)
     _check_options(options)
     output = Path(options.output, "smoke" if options.smoke else "")
     results = Path(options.results or (output / "results" if options.smoke else "results"))
@@ -116,16 +115,13 @@ def main(options: argparse.Namespace) -> int:
     return 128 + here.signals[0] if here.signals else code
 
 
-def _move_overrides(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     # Config keys may follow the values of a list option, as in --seeds 0 1 DEVICE cpu.
     for name in ("table", "pairs", "methods", "seeds", "slurm", "add", "publish"):
         values = getattr(options, name)
         first = next((i for i, word in enumerate(values) if _OVERRIDE.fullmatch(word)), len(values))
         options.overrides += values[first:]
         setattr(options, name, values[:first])
-
-
-def _check_options(options: argparse.Namespace) -> None:
     here, limited = options.launcher == "here", options.jobs > 1 or options.budget < math.inf
     for wrong, message in (
         (not all(map(str.isdecimal, options.seeds)), "--seeds must be integers >= 0"),
@@ -251,7 +247,9 @@ def _print_cells(cells: Sequence[Cell], ledger: Ledger, options: argparse.Namesp
         print(text)
 
 
-def _print_outcomes(todo: Sequence[Job], outcomes: runner.Outcomes, finished: Sequence[Record]) -> int:
+def _print_outcomes(
+    todo: Sequence[Job], outcomes: dict[tuple[str, int], str], finished: Sequence[Record]
+) -> int:
     counts = Counter(outcomes.values())
     failed, blocked, queued = counts[runner.FAILED], counts[runner.BLOCKED], counts[runner.QUEUED]
     print(f"{counts[runner.DONE]} done, {failed} failed, {blocked} waiting for a teacher")

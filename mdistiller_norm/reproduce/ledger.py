@@ -217,10 +217,8 @@ def write_record(record: Record, folder: Path) -> Path:
     name = f"{experiment['PROJECT']}-{experiment['TAG']}-seed{record['seed']}{failed}-{record['sha256'][:10]}"
     path = folder / (re.sub(r"[^A-Za-z0-9_.+-]+", "-", name) + ".json")
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        # Two processes may add the same record at once.
-        temporary = path.with_suffix(f".{os.getpid()}")
-        lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
-        write_text("{\n" + ",\n".join(lines) + "\n}\n", temporary)
-        temporary.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}")  # two processes may add the same record at once
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+    write_text("{\n" + ",\n".join(lines) + "\n}\n", temporary)
+    temporary.replace(path)
     return path

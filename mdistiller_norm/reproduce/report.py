@@ -243,7 +243,6 @@ def write_report(results: Path, out: Path, smoke: bool = False, with_csv: bool =
 
 def main(options: argparse.Namespace) -> int:
     """Write the report; returns the exit code."""
-    default = Path(options.output, "smoke/results") if options.smoke else "results"
-    results = Path(options.results or default)
+    results = Path(options.results or (Path(options.output, "smoke/results") if options.smoke else "results"))
     write_report(results, Path(options.out or results), options.smoke, options.export == "csv")
     return 0

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from mdistiller_norm.engine.runtime import STOP_SIGNALS, slot_environment, stop_signals
@@ -21,17 +20,17 @@ from mdistiller_norm.reproduce.plan import Job, JobKey, duration
 GRACE = 35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun gives its processes 30
 PROGRESS = 60.0  # seconds between two lines about a running job
 DONE, FAILED, BLOCKED, STOPPED, QUEUED = "done", "failed", "blocked", "stopped", "queued"
-Outcomes = dict[JobKey, str]
 _STOP_CODES = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
 _EXCEPTION = re.compile(r"error: |[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 
 
 def trained(job: Job) -> Entry | None:
     """Return the record of a job's run folder, or None if the run has not finished there."""
-    with suppress(DataError):
+    try:
         run = finished_run(job.folder, job.config_file, job.smoke)
-        return run if run.key == job.key else None
-    return None
+    except DataError:
+        return None
+    return run if run.key == job.key else None
 
 
 def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
@@ -143,7 +142,7 @@ class Runner:
         self._number = {job.key: f"{i}/{len(jobs)}" for i, job in enumerate(jobs, 1)}
         self._locked: set[JobKey] = set()
 
-    def run(self, deadline: float) -> Outcomes:
+    def run(self, deadline: float) -> dict[JobKey, str]:
         """Run until all jobs have ended, ``time.monotonic()`` reaches the deadline, or SIGINT or SIGTERM arrives."""
         stopping = False
         with stop_signals(self.signals.append, (signal.SIGINT, signal.SIGTERM)):

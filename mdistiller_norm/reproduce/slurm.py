@@ -9,7 +9,7 @@ import yaml
 
 from mdistiller_norm.errors import ConfigError, first_line, needs_extra
 from mdistiller_norm.reproduce.plan import Job, JobKey
-from mdistiller_norm.reproduce.runner import BLOCKED, DONE, FAILED, QUEUED, Execution, Outcomes
+from mdistiller_norm.reproduce.runner import BLOCKED, DONE, FAILED, QUEUED, Execution
 
 
 class ClusterTask:
@@ -40,11 +40,11 @@ class ClusterTask:
 
 def submit(
     jobs: Sequence[Job], folder: Path, launcher: str, options: Sequence[str], processes: int
-) -> Outcomes:
+) -> dict[JobKey, str]:
     """Submit jobs to ``slurm`` with dependencies on their teachers, or run them by ``submitit-local``."""
     with needs_extra("slurm", "--launcher slurm"):
         import submitit
-    outcomes, submitted = Outcomes(), dict[JobKey, Any]()
+    outcomes, submitted = dict[JobKey, str](), dict[JobKey, Any]()
     parameters: dict[str, Any] = {"name": "mdistiller_norm", "timeout_min": 24 * 60}
     try:
         for name, _, value in (option.partition("=") for option in options):
