@@ -357,7 +357,8 @@ def test_published_weights_become_teachers_if_trained_alone(trained, tmp_path, m
         folder = tmp_path / method
         folder.mkdir()
         (folder / "result.json").write_text(json.dumps(result))
-        lines = [json.dumps({"epoch": i, "test_top1": 72.5, "images_per_second": 1.0}) for i in range(1, 241)]
+        metrics = {"test_top1": 72.5, "loss_total": 1.0, "images_per_second": 1.0}
+        lines = [json.dumps({"epoch": i} | metrics) for i in range(1, 241)]
         (folder / "metrics.jsonl").write_text("\n".join(lines))
         weights = {"model": network.state_dict(), "about": {"name": "resnet8x4"}}
         torch.save(weights, folder / "student_last.pt")
