@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import re
-import shutil
 import ssl
 import tarfile
 import tempfile
