@@ -78,6 +78,8 @@ def main(options: argparse.Namespace) -> int:
     """Print the top classes of each image; return 1 if an image cannot be read."""
     paths = list(find_images(options.images))
     device, form = torch.device("cpu"), SUFFIXES.get(options.ckpt.suffix, "")
+    if form == "safetensors":
+        raise DataError(f"{options.ckpt} has no network: use the run folder, its .pt file, .pt2 or .onnx")
     if form in EXECUTABLE:
         if not options.ckpt.is_file():
             raise DataError(f"{options.ckpt} does not exist")

@@ -82,6 +82,7 @@ COMMANDS = [
     ("eval -c none.pt", "none.pt"),
     ("eval -c 'two\nlines.pt'", "two lines.pt"),
     ("shards --root x --out y", "x"),
+    ("predict -c x.safetensors run.yaml", "x.safetensors has no network: use the run folder"),
     ("visualize", "required: FIGURE: see mdistiller-norm visualize --help"),
     ("export -c", "argument -c/--ckpt: expected one argument"),
     ("config show digits/normkt", "digits/normkt does not exist; see mdistiller-norm list configs"),
