@@ -255,20 +255,6 @@ def _no_cache_reason(distillers: Methods, loader: TrainLoader) -> str:
     return ""
 
 
-def build_optimizer(
-    cfg: Any, trainable: Trainable, loader: TrainLoader, teacher: Teacher | None
-) -> torch.optim.Optimizer | DOT:
-    """Return DOT if ``SOLVER.TRAINER`` ends with dot, else the optimizer ``SOLVER.TYPE``."""
-    solver = cfg.SOLVER
-    settings = {
-        "lr": solver.LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY, "nesterov": solver.NESTEROV,
-    }  # fmt: skip
-    if teacher is None or not solver.TRAINER.endswith("dot"):
-        return build_fused(solver.TYPE, trainable.parameters(), **settings)
-    batch = loader.prepare(*next(loader.batches(1)))
-    return DOT(trainable, batch, teacher, solver.DOT.DELTA, **settings)
-
-
 def build_step(
     cfg: Any,
     student: Network,
@@ -288,7 +274,15 @@ def build_step(
     ).to(device)  # fmt: skip
     if solver.SYNC_BN and distributed.together():
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)
-    optimizer = build_optimizer(cfg, trainable, loader, teacher)  # DOT copies the student: before compiling
+    settings = {
+        "lr": solver.LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY, "nesterov": solver.NESTEROV,
+    }  # fmt: skip
+    optimizer: torch.optim.Optimizer | DOT
+    if teacher is not None and solver.TRAINER.endswith("dot"):  # DOT copies the student before it is compiled
+        batch = loader.prepare(*next(loader.batches(1)))
+        optimizer = DOT(trainable, batch, teacher, solver.DOT.DELTA, **settings)
+    else:
+        optimizer = build_fused(solver.TYPE, trainable.parameters(), **settings)
     if compiled:
         twice = isinstance(optimizer, DOT)
         trainable.forward_student = compile_outputs(student.outputs, "student", log, twice)

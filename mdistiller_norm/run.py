@@ -20,7 +20,6 @@ from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
 from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
-from mdistiller_norm.student import dataset_facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,10 +133,11 @@ def _records(
         "precision": build.PRECISIONS[autocast], "processes": distributed.process_share().world,
         "environment": versions, "config": yaml.safe_load(config.yaml),
     }  # fmt: skip
-    about = dataset_facts(dataset) | {
-        "name": cfg.DISTILLER.STUDENT, "num_classes": len(dataset.classes), "type": cfg.DATASET.TYPE,
-        "resize": cfg.DATASET.RESIZE, "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS),
-        "val_split": cfg.DATASET.VAL_SPLIT,
+    about = {
+        "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
+        "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
+        "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
+        "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS), "val_split": cfg.DATASET.VAL_SPLIT,
     }  # fmt: skip
     about |= {"ema": cfg.SOLVER.EMA} if cfg.SOLVER.EMA else {}
     identity = {

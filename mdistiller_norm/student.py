@@ -74,7 +74,7 @@ def open_checkpoint(
     path = find_weights(Path(path))
     weights = load_weights(path)
     dataset = _open_data(weights, model, kind, _find_root(path, root), dataset)
-    return _load(weights, model, dataset_facts(dataset)), dataset
+    return _load(weights, model, _facts(dataset)), dataset
 
 
 def load_student(
@@ -96,7 +96,7 @@ def load_student(
     elif with_data or not complete:
         try:
             dataset = _open_data(weights, model, kind, root)
-            about = about | dataset_facts(dataset)
+            about = about | _facts(dataset)
         except DataError as error:
             if not complete:
                 raise
@@ -129,8 +129,7 @@ def _open_data(
     return open_dataset(kind, data_root(root, about.get("dataset", "")), images)
 
 
-def dataset_facts(dataset: Dataset) -> Metadata:
-    """Return the metadata of a data set that weights files store."""
+def _facts(dataset: Dataset) -> Metadata:
     return {
         "variant": dataset.variant, "dataset": dataset.name, "classes": list(dataset.classes),
         "mean": list(dataset.mean), "std": list(dataset.std), "image_size": list(dataset.image_size),

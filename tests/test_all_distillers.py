@@ -16,15 +16,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mdistiller_norm.build import build_distillers, build_optimizer, build_student
+from mdistiller_norm.build import build_distillers, build_step, build_student
 from mdistiller_norm.config import default_config, load_config
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS, Pair
-from mdistiller_norm.engine.meters import TrainMeters
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
-from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.models import build_model, probe
 from mdistiller_norm.models.base import Network
 
@@ -83,11 +81,9 @@ def make_step(case: dict[str, Any], **more: Any) -> TrainStep:
     need = max(method.need for method in methods.values())
     teacher = Teacher(network("resnet14"), need, train_mode=train_mode)
     loader = few().train_loader(cfg.SOLVER.BATCH_SIZE, 0, CPU)
-    trainable = Trainable(student, methods, max(method.ce_weight for method in methods.values()))
-    optimizer = build_optimizer(cfg, trainable, loader, teacher)
-    step = TrainStep(loader, teacher, trainable, optimizer, TrainMeters(trainable.loss_names))
+    step = build_step(cfg, student, methods, loader, teacher, None, CPU, compiled=False, log=print)
     step.begin_epoch(1, 0)
-    trainable.train()
+    step.trainable.train()
     return step
 
 
