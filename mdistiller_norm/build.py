@@ -278,7 +278,8 @@ def build_step(
         "lr": solver.LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY, "nesterov": solver.NESTEROV,
     }  # fmt: skip
     optimizer: torch.optim.Optimizer | DOT
-    if teacher is not None and solver.TRAINER.endswith("dot"):  # DOT copies the student before it is compiled
+    if teacher is not None and solver.TRAINER.endswith("dot"):
+        # DOT copies the student, before it is compiled.
         batch = loader.prepare(*next(loader.batches(1)))
         optimizer = DOT(trainable, batch, teacher, solver.DOT.DELTA, **settings)
     else:
