@@ -84,8 +84,7 @@ def main(
 def _prepare_streams() -> None:
     """Replace closed streams, escape characters that a stream cannot encode, and silence failed writer threads."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
+        if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

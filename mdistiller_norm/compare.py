@@ -122,7 +122,9 @@ def _as_html(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _as_json(record: Record) -> Record:
-    return record | {key: value._asdict() for key, value in record.items() if hasattr(value, "_asdict")}
+    return record | {
+        key: value._asdict() for key, value in record.items() if hasattr(value, "_asdict")
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -77,8 +77,7 @@ def load_config(
     items = iter(overrides)
     for item in items:
         key, equals, value = item.partition("=")
-        text = value if equals else next(items, None)
-        if text is None:
+        if (text := value if equals else next(items, None)) is None:
             raise ConfigError(f"{origin}: {key} has no value: overrides are KEY VALUE pairs")
         settings[key] = (text, origin)
     text, source = settings.get("EXPERIMENT.PLUGINS", ("", ""))
@@ -128,7 +127,9 @@ def dump(node: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> s
             line += " {}"
         lines.append((line, (sources or {}).get(key, "")))
     width = max(len(line) for line, _ in lines)
-    return "".join(f"{line:<{width}}  # {source}\n" if source else f"{line}\n" for line, source in lines)
+    return "".join(
+        f"{line:<{width}}  # {source}\n" if source else f"{line}\n" for line, source in lines
+    )
 
 
 def method_names(tree: Mapping[str, Any]) -> list[str]:
@@ -137,7 +138,9 @@ def method_names(tree: Mapping[str, Any]) -> list[str]:
     return [name for name in ([types] if isinstance(types, str) else types) if name != "NONE"]
 
 
-def leaves(tree: Mapping[str, Any], sections: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(
+    tree: Mapping[str, Any], sections: bool = False, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Yield every dotted key of a config or of a record's config with its value, with or without the sections."""
     for name, value in tree.items():
         is_section = isinstance(value, Mapping)
@@ -147,13 +150,16 @@ def leaves(tree: Mapping[str, Any], sections: bool = False, prefix: str = "") ->
             yield from leaves(value, sections, f"{prefix}{name}.")
 
 
-def _check_together(node: CfgNode, sources: Mapping[str, str], others: Sequence[str], skipped: bool) -> None:
+def _check_together(
+    node: CfgNode, sources: Mapping[str, str], others: Sequence[str], skipped: bool
+) -> None:
     used = method_names(node)
     types = f"DISTILLER.TYPE ({sources['DISTILLER.TYPE']})"
     name = next((name for name in used if name not in DISTILLERS), "")
     if name and not skipped:
-        hint = suggest(name, ["NONE", *DISTILLERS])
-        raise ConfigError(f"{types}: unknown distiller {name!r}: {hint}")
+        raise ConfigError(
+            f"{types}: unknown distiller {name!r}: {suggest(name, ['NONE', *DISTILLERS])}"
+        )
     for key, source in sources.items():
         section = key.split(".")[0]
         if source in OVERRIDES and section in DISTILLERS and section not in (*used, *others):

@@ -43,8 +43,7 @@ def copy(name: str, to: Path) -> Path:
     source = find_config(name).resolve()
     if not source.is_relative_to(CONFIGS) or not source.is_file():
         raise ConfigError(f"{name} is not a packaged config; see {command('list')} configs")
-    target = to / source.name if to.is_dir() else to
-    if target.exists():
+    if (target := to / source.name if to.is_dir() else to).exists():
         raise ConfigError(f"{target} exists: choose another name")
 
     def packaged(match: re.Match[str]) -> str:

@@ -51,7 +51,8 @@ def diagnose(root: Path) -> dict[str, Any]:
         "environment": environment(device),
         "optional": {name: installed.get(name) for name in OPTIONAL},
         "compiler": compiler_missing(device) or "found",
-        "data": {"digits": "in the package"} | {path.name: str(path) for path in folders if path.exists()},
+        "data": {"digits": "in the package"}
+        | {path.name: str(path) for path in folders if path.exists()},
         "checkpoints": _checkpoints(),
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free in {Path.cwd()}",
         "self_test": self_test(),

@@ -219,8 +219,7 @@ def main(options: argparse.Namespace) -> int:
     form: str = options.format or (SUFFIXES.get(options.out.suffix, "") if options.out else "pt2")
     suffix = next((suffix for suffix, name in SUFFIXES.items() if name == form), "")
     path: Path = options.out or source.with_suffix(suffix)
-    hub = options.push_folder
-    if hub:
+    if hub := options.push_folder:
         form, path = "safetensors", hub / "model.safetensors"
     problems = {
         "--push-folder cannot be combined with -o or --format": hub and (options.out or options.format),

@@ -79,7 +79,9 @@ def main(options: argparse.Namespace) -> int:
     paths = list(find_images(options.images))
     device, form = torch.device("cpu"), SUFFIXES.get(options.ckpt.suffix, "")
     if form == "safetensors":
-        raise DataError(f"{options.ckpt} has no network: use the run folder, its .pt file, .pt2 or .onnx")
+        raise DataError(
+            f"{options.ckpt} has no network: use the run folder, its .pt file, .pt2 or .onnx"
+        )
     if form in EXECUTABLE:
         if not options.ckpt.is_file():
             raise DataError(f"{options.ckpt} does not exist")
@@ -87,7 +89,9 @@ def main(options: argparse.Namespace) -> int:
             forward, about = read(options.ckpt, form)
     else:
         device = build_device(options.device)
-        student = load_student(options.ckpt, options.model, options.dataset, options.root, with_data=False)
+        student = load_student(
+            options.ckpt, options.model, options.dataset, options.root, with_data=False
+        )
         forward, about = placed(student.network, device), student.about
     found: list[dict[str, Any]] = []
     for start in range(0, len(paths), options.batch_size):

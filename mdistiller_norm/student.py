@@ -112,8 +112,7 @@ def _open_data(
     weights: Weights, model: str, kind: str, root: Path, dataset: Dataset | None = None
 ) -> Dataset:
     about = weights.about
-    name = model or about.get("name", "")
-    if not name:
+    if not (name := model or about.get("name", "")):
         raise ConfigError(f"{weights.path} does not name its network: add -m, for example -m resnet20")
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
     built_in = name.startswith(PREFIXES) or any(name in models for models in VARIANTS.values())

@@ -42,7 +42,9 @@ def unpacked(name: str, marker: str) -> Path:
     with (root / ".unpacking").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / marker).exists() and unpack.is_file():
-            subprocess.run([sys.executable, str(unpack), str(root), name], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, str(unpack), str(root), name], check=True, capture_output=True
+            )
     if not (root / marker).exists():
         pytest.skip(f"{name} is not in data/: download it, or set MDISTILLER_NORM_DATA to its folder")
     return root

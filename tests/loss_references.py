@@ -14,11 +14,17 @@ Arrays = Sequence[np.ndarray]
 Reference = Callable[[Arrays, Arrays, np.ndarray], Any]
 
 
-def derivative(function: Callable[[Arrays], Any], at: Arrays, direction: Arrays, analytic: bool) -> float:
+def derivative(
+    function: Callable[[Arrays], Any], at: Arrays, direction: Arrays, analytic: bool
+) -> float:
     """Derivative along a direction: exact for analytic functions, else by central differences."""
     if analytic:
-        return float(function([x + 1e-30j * d for x, d in zip(at, direction, strict=True)]).imag / 1e-30)
-    ahead, behind = (function([x + h * d for x, d in zip(at, direction, strict=True)]) for h in (1e-6, -1e-6))
+        return float(
+            function([x + 1e-30j * d for x, d in zip(at, direction, strict=True)]).imag / 1e-30
+        )
+    ahead, behind = (
+        function([x + h * d for x, d in zip(at, direction, strict=True)]) for h in (1e-6, -1e-6)
+    )
     return float(ahead - behind) / 2e-6
 
 
@@ -87,14 +93,18 @@ def softened(
                 divergence = kl(log_mean_softmax(u_t, scales), log_mean_softmax(u_s, scales))
             else:
                 divergence = decoupled(u_s / scales[0], u_t / scales[0], y, *dkd)
-            weight = {"teacher": tau_t**2, "student_teacher": np.real(tau_s) * tau_t, "none": 1.0}[weighting]
+            weight = {"teacher": tau_t**2, "student_teacher": np.real(tau_s) * tau_t, "none": 1.0}[
+                weighting
+            ]
             total = total + max(scales) ** 2 * weight * divergence  # the weight has no gradient
         return total / len(targets)
 
     return loss
 
 
-def dist(students: Arrays, teachers: Arrays, targets: np.ndarray, beta: float, gamma: float, t: float) -> Any:
+def dist(
+    students: Arrays, teachers: Arrays, targets: np.ndarray, beta: float, gamma: float, t: float
+) -> Any:
     p_s, p_t = (np.array([softmax(z / t) for z in side]) for side in (students[0], teachers[0]))
 
     def distance(a: np.ndarray, b: np.ndarray) -> Any:
@@ -113,7 +123,9 @@ def ttm(students: Arrays, teachers: Arrays, targets: np.ndarray, gamma: float, w
     for z_s, z_t in zip(students[0], teachers[0], strict=True):
         log_powers = gamma * log_softmax(z_t)
         log_sum = log_sum_exp(log_powers)
-        total = total + (np.exp(log_sum) if weighted else 1.0) * kl(log_powers - log_sum, log_softmax(z_s))
+        total = total + (np.exp(log_sum) if weighted else 1.0) * kl(
+            log_powers - log_sum, log_softmax(z_s)
+        )
     return total / len(targets)
 
 
@@ -125,12 +137,16 @@ def nkd(students: Arrays, teachers: Arrays, targets: np.ndarray, gamma: float, t
     return total / len(targets)
 
 
-def dtkd(students: Arrays, teachers: Arrays, targets: np.ndarray, alpha: float, beta: float, t: float) -> Any:
+def dtkd(
+    students: Arrays, teachers: Arrays, targets: np.ndarray, alpha: float, beta: float, t: float
+) -> Any:
     total: Any = 0.0
     for z_s, z_t in zip(students[0], teachers[0], strict=True):
         top_s, top_t = z_s[z_s.real.argmax()], z_t[z_t.real.argmax()]
         t_s, t_t = 2 * t * top_s / (top_s + top_t), 2 * t * top_t / (top_s + top_t)
-        total = total + alpha * t_s * t_t * kd(z_s / t_s, z_t / t_t) + beta * t**2 * kd(z_s / t, z_t / t)
+        total = (
+            total + alpha * t_s * t_t * kd(z_s / t_s, z_t / t_t) + beta * t**2 * kd(z_s / t, z_t / t)
+        )
     return total / len(targets)
 
 
@@ -198,7 +214,9 @@ def nst(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
     for pair in same_size(students, teachers):
         for one_s, one_t in zip(*pair, strict=True):
             s, t = ([unit(channel.ravel()) for channel in one] for one in (one_s, one_t))
-            total = total + (mean_kernel(t, t) + mean_kernel(s, s) - 2 * mean_kernel(s, t)) / len(pair[0])
+            total = total + (mean_kernel(t, t) + mean_kernel(s, s) - 2 * mean_kernel(s, t)) / len(
+                pair[0]
+            )
     return total
 
 
@@ -292,7 +310,10 @@ def ofd(students: Arrays, teachers: Arrays, targets: np.ndarray, margin: np.ndar
 def hcl(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
     total: Any = 0.0
     for s, t in zip(students, teachers, strict=True):
-        grids = [(s, t), *((block_mean(s, n, n), block_mean(t, n, n)) for n in (4, 2, 1) if n < s.shape[2])]
+        grids = [
+            (s, t),
+            *((block_mean(s, n, n), block_mean(t, n, n)) for n in (4, 2, 1) if n < s.shape[2]),
+        ]
         weights = [0.5**level for level in range(len(grids))]
         terms = [weight * ((a - b) ** 2).mean() for weight, (a, b) in zip(weights, grids, strict=True)]
         total = total + sum(terms) / sum(weights)

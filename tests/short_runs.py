@@ -13,7 +13,12 @@ from mdistiller_norm.run import build_run
 from mdistiller_norm.student import open_checkpoint
 
 # An epoch has 6 steps, the last one with a smaller batch.
-SHORT = ["DATASET.TYPE=digits", "SOLVER.BATCH_SIZE=240", "SOLVER.NESTEROV=true", "SOLVER.WEIGHT_DECAY=5e-4"]
+SHORT = [
+    "DATASET.TYPE=digits",
+    "SOLVER.BATCH_SIZE=240",
+    "SOLVER.NESTEROV=true",
+    "SOLVER.WEIGHT_DECAY=5e-4",
+]
 PAIR = [*SHORT, "DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
 # All options of the optimizer and of the losses.
 RECIPE = [
@@ -28,7 +33,13 @@ def config(folder: Path, name: str, *overrides: str, epochs: int = 2) -> Config:
     """Return the config of a run in ``folder/distill/name``."""
     return load_config(
         None,
-        [*PAIR, f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", *overrides],
+        [
+            *PAIR,
+            f"LOG.PREFIX={folder}",
+            f"EXPERIMENT.NAME={name}",
+            f"SOLVER.EPOCHS={epochs}",
+            *overrides,
+        ],
     )
 
 

@@ -69,7 +69,11 @@ def network(name: str) -> Network:
 
 def make_step(case: dict[str, Any], **more: Any) -> TrainStep:
     """Build the step of a run of resnet14 -> resnet8 on the digits."""
-    settings = {"DATASET.TYPE": "digits", "DISTILLER.TEACHER": "resnet14", "DISTILLER.STUDENT": "resnet8"}
+    settings = {
+        "DATASET.TYPE": "digits",
+        "DISTILLER.TEACHER": "resnet14",
+        "DISTILLER.STUDENT": "resnet8",
+    }
     settings |= {"SOLVER.NESTEROV": True, "SOLVER.LR": 0.01} | more | case
     if "CRD" in str(settings.get("DISTILLER.TYPE")):
         settings = {"CRD.NCE.K": 64} | settings
@@ -117,7 +121,9 @@ def measure(name: str) -> list[list[float]]:
 def store() -> None:
     """Write ``tests/data/twenty_steps.json``."""
     torch.set_num_threads(1)
-    losses = {name: [" ".join(value.hex() for value in parts) for parts in measure(name)] for name in CASES}
+    losses = {
+        name: [" ".join(value.hex() for value in parts) for parts in measure(name)] for name in CASES
+    }
     STORED.parent.mkdir(exist_ok=True)
     STORED.write_text(json.dumps({"machine": machine(), "losses": losses}, indent=1) + "\n")
 
@@ -131,7 +137,9 @@ def test_losses_equal_the_stored_ones(name: str) -> None:
         assert measured == expected
     else:  # on another processor they differed by up to 2%
         ours, theirs = torch.tensor(measured), torch.tensor(expected)
-        torch.testing.assert_close(ours[:FIRST_STEPS], theirs[:FIRST_STEPS], **FIRST_OF.get(name, FIRST))
+        torch.testing.assert_close(
+            ours[:FIRST_STEPS], theirs[:FIRST_STEPS], **FIRST_OF.get(name, FIRST)
+        )
         later = slice(FIRST_STEPS, STEPS_OF_DIST if name == "DIST" else STEPS)
         torch.testing.assert_close(ours[later], theirs[later], rtol=5e-2, atol=1e-3)
 
@@ -145,7 +153,9 @@ def test_table_of_methods_in_the_docs() -> None:
     with torch.device("meta"):
         networks = [build_model(name, 100) for name in ("resnet8x4", "resnet32x4")]
     pair = Pair(*(probe(made) for made in networks), networks[1], torch.arange(50_000) % 100, 100)
-    for name, _, _, reads, weights, extra, published in ([row[0].strip("` "), *row[1:]] for row in rows):
+    for name, _, _, reads, weights, extra, published in (
+        [row[0].strip("` "), *row[1:]] for row in rows
+    ):
         with torch.device("meta"):
             method = DISTILLERS[name].from_config(default_config()[name], pair)
         assert reads.split(" + ")[0] == method.need.name.lower(), name

@@ -98,7 +98,10 @@ def written(content: bytes) -> Callable[[Path], object]:
             for text in (b"0 epochs\n", b"J\n", b"(l.\n", b"Entry not found")
         ),
         (written(b"<!DOCTYPE html><html></html>"), "an HTML or XML page"),
-        (written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "a Git LFS pointer"),
+        (
+            written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+            "a Git LFS pointer",
+        ),
         (written(b"\x1f\x8b\x08\0\0\0"), "a gzip file"),
         (lambda path: torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path), "not loaded"),
         (saved({"model": {"a": 1}}), "holds no weights"),
@@ -119,13 +122,17 @@ def test_other_files_are_refused(tmp_path, write, message, capfd):
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "resnet8.pth")
     weights = load_weights(tmp_path / "resnet8.pth")
-    with pytest.raises(CheckpointError, match=r"does not fit resnet14: Missing.*layer1\.1\.conv1\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit resnet14: Missing.*layer1\.1\.conv1\.weight"
+    ):
         load_into(build_model("resnet14", 10), weights, "resnet14")
     with pytest.raises(CheckpointError, match=r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]"):
         load_into(build_model("resnet8", 100), weights, "resnet8")
     versioned = Wrapped(mnasnet0_5(num_classes=4), 4, classifier="classifier.1")  # requires a version
     torch.save(versioned.state_dict(), tmp_path / "mnasnet.pth")
-    with pytest.raises(CheckpointError, match=r"mnasnet\.pth does not fit mnasnet: version sh.* be set"):
+    with pytest.raises(
+        CheckpointError, match=r"mnasnet\.pth does not fit mnasnet: version sh.* be set"
+    ):
         load_into(versioned, load_weights(tmp_path / "mnasnet.pth"), "mnasnet")
 
 
@@ -228,7 +235,9 @@ def test_finished_runs_are_searched_by_data_length_and_accuracy(project: Path) -
     smoke = add_run(project, "smoke", 2, 99.0)
     assert find(epochs=2) == TeacherFile(smoke, 99.0)
     warning = find(epochs=240).warning
-    assert warning.startswith(f"the teacher {smoke} was trained for 2 epochs, the student for 240: set")
+    assert warning.startswith(
+        f"the teacher {smoke} was trained for 2 epochs, the student for 240: set"
+    )
     assert "python x.py" in warning
     add_run(project, "worse", 240, 90.0)
     full = add_run(project, "full", 240, 95.0)

@@ -90,7 +90,17 @@ def test_defaults_are_a_superset_of_mdistillers(facts, tmp_path):
     theirs = json.loads((facts / "config_defaults.json").read_text())["NormKD"]
     ours = default_config()
     known = {name: node for name, node in theirs.items() if name in ours}
-    sections = {"EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG", "KD", "NormKD", "NormKD_W_DKD", "DKD"}
+    sections = {
+        "EXPERIMENT",
+        "DATASET",
+        "DISTILLER",
+        "SOLVER",
+        "LOG",
+        "KD",
+        "NormKD",
+        "NormKD_W_DKD",
+        "DKD",
+    }
     assert sections <= set(known)
     assert set(theirs) - set(known) <= set(theirs) - set(DISTILLERS)
     node = load_config(write(tmp_path, "theirs.yaml", yaml.safe_dump(known))).node
@@ -121,7 +131,12 @@ def test_default_trees_are_independent_and_those_of_an_empty_file(tmp_path):
 def test_file_of_mdistillers_kind_loads_unchanged(tmp_path):
     node = load_config(write(tmp_path, "normkd.yaml", PEER_FILE)).node
     found = values(
-        node, "NormKD.TEMPERATURE_NORM", "KD.TEMPERATURE", "SOLVER.NESTEROV", "SOLVER.TRAINER", "LOG.WANDB"
+        node,
+        "NormKD.TEMPERATURE_NORM",
+        "KD.TEMPERATURE",
+        "SOLVER.NESTEROV",
+        "SOLVER.TRAINER",
+        "LOG.WANDB",
     )
     assert found == (1.0, 4.0, False, "crd", True)
     assert [type(value) for value in found[:2]] == [float, float]
@@ -134,9 +149,15 @@ def test_file_of_mdistillers_kind_loads_unchanged(tmp_path):
 def test_later_bases_override_earlier_ones_and_the_file_overrides_all(tmp_path):
     write(tmp_path, "base/a.yaml", "SOLVER: {LR: 0.1, EPOCHS: 1, BATCH_SIZE: 8}\n")
     write(tmp_path, "base/b.yaml", "SOLVER: {LR: 0.2, EPOCHS: 2}\n")
-    path = write(tmp_path, "run/c.yaml", "SOLVER: {EPOCHS: 3}\n_BASE_: [../base/a.yaml, ../base/b.yaml]\n")
+    path = write(
+        tmp_path, "run/c.yaml", "SOLVER: {EPOCHS: 3}\n_BASE_: [../base/a.yaml, ../base/b.yaml]\n"
+    )
     config = load_config(path, ["SEED", "5"])
-    assert (config.node.SOLVER.BATCH_SIZE, config.node.SOLVER.LR, config.node.SOLVER.EPOCHS) == (8, 0.2, 3)
+    assert (config.node.SOLVER.BATCH_SIZE, config.node.SOLVER.LR, config.node.SOLVER.EPOCHS) == (
+        8,
+        0.2,
+        3,
+    )
     assert config.sources["SOLVER.BATCH_SIZE"] == str(tmp_path / "base/a.yaml")
     assert config.sources["SOLVER.LR"] == str(tmp_path / "base/b.yaml")
     assert config.sources["SOLVER.EPOCHS"] == str(path)
@@ -200,7 +221,9 @@ def test_overrides_may_set_the_keys_of_used_methods():
 
 def test_merge_keys_replace_whole_values(tmp_path):
     text = "KD: {LOSS: &a {CE_WEIGHT: 0.3, KD_WEIGHT: 0.7}}\nAT.LOSS: &b {CE_WEIGHT: 0.4, FEAT_WEIGHT: 2}\n"
-    text += "NormKD:\n  LOSS:\n    <<: *a\n    KD_WEIGHT: 0.5\nPKT: {LOSS: {<<: [*b, {CE_WEIGHT: 9}]}}\n"
+    text += (
+        "NormKD:\n  LOSS:\n    <<: *a\n    KD_WEIGHT: 0.5\nPKT: {LOSS: {<<: [*b, {CE_WEIGHT: 9}]}}\n"
+    )
     node = load_config(write(tmp_path, "run.yaml", text)).node
     assert plain(node.NormKD.LOSS) == {"CE_WEIGHT": 0.3, "KD_WEIGHT": 0.5}
     assert plain(node.PKT.LOSS) == {"CE_WEIGHT": 0.4, "FEAT_WEIGHT": 2.0}
@@ -210,7 +233,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "base.yaml", "DISTILLER: {TEACHER_WEIGHTS: ~/w.pt}\nDATASET: {ROOT: ~}\n")
     write(tmp_path, "e.py", "")
-    file = write(tmp_path, "r/r.yaml", "_BASE_: ~/base.yaml\nLOG.PREFIX: ~/runs\nEXPERIMENT.PLUGINS: ~/e.py")
+    file = write(
+        tmp_path, "r/r.yaml", "_BASE_: ~/base.yaml\nLOG.PREFIX: ~/runs\nEXPERIMENT.PLUGINS: ~/e.py"
+    )
     node = load_config(file).node
     assert (f"{tmp_path}/w.pt", str(tmp_path)) == (node.DISTILLER.TEACHER_WEIGHTS, node.DATASET.ROOT)
     assert (f"{tmp_path}/runs", [f"{tmp_path}/e.py"]) == (node.LOG.PREFIX, node.EXPERIMENT.PLUGINS)
@@ -227,7 +252,12 @@ def test_values_have_the_types_of_their_defaults(tmp_path):
     found = values(node, "SOLVER.WEIGHT_DECAY", "SOLVER.LR", "SOLVER.EPOCHS", "SOLVER.LR_DECAY_STAGES")
     assert found == (5e-4, 1e-2, 7, [3, 5])
     found = values(
-        node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH", "EXPERIMENT.TAG"
+        node,
+        "SOLVER.NESTEROV",
+        "DATASET.CLASSES",
+        "DATASET.MEAN",
+        "ENGINE.CUDA_GRAPH",
+        "EXPERIMENT.TAG",
     )
     assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on", "3")
 

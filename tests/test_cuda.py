@@ -15,7 +15,9 @@ from mdistiller_norm.run import build_run, train
 
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or not selected by -m cuda"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device, or not selected by -m cuda"
+    ),
 ]
 
 COMMON = ["DEVICE=cuda", "SOLVER.BATCH_SIZE=64", "ENGINE.COMPILE=none", "ENGINE.DETERMINISTIC=true"]
@@ -56,7 +58,11 @@ def trainer_of(folder: Path, name: str, *overrides: str) -> Trainer:
 
 @pytest.mark.parametrize("method", METHODS, ids=" ".join)
 def test_a_captured_step_equals_an_eager_step(method: list[str], teacher: str, tmp_path: Path) -> None:
-    overrides = [f"DISTILLER.TYPE={method[0]}", *method[1:], *([teacher] if method != ["NONE"] else [])]
+    overrides = [
+        f"DISTILLER.TYPE={method[0]}",
+        *method[1:],
+        *([teacher] if method != ["NONE"] else []),
+    ]
     eager = trained(tmp_path, "eager", *overrides, "ENGINE.CUDA_GRAPH=off")
     captured = trained(tmp_path, "captured", *overrides, "ENGINE.CUDA_GRAPH=on")
     assert "no CUDA graph" not in log_of(tmp_path, "captured")

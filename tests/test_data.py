@@ -48,7 +48,9 @@ def test_every_view_equals_torchvision(cifar: TensorDataset) -> None:
         assert torch.equal(image, TF.normalize(TF.to_tensor(picture), cifar.mean, cifar.std)), view
     images, targets = next(iter(cifar.eval_loader(16, torch.device("cpu"))))
     test = [TF.to_tensor(image.numpy()) for image in cifar.test.images[:16]]
-    assert torch.equal(images, torch.stack([TF.normalize(image, cifar.mean, cifar.std) for image in test]))
+    assert torch.equal(
+        images, torch.stack([TF.normalize(image, cifar.mean, cifar.std) for image in test])
+    )
     assert torch.equal(targets, cifar.test.targets[:16])
 
 
@@ -58,7 +60,9 @@ def test_plan_is_a_function_of_seed_and_epoch() -> None:
     assert 0 <= views.min() <= views.max() < 162
     for seed, epoch, same in ((3, 7, True), (4, 7, False), (3, 8, False)):
         others = epoch_plan(seed, epoch, 1437, 162)
-        assert [torch.equal(others[0], order), torch.equal(others[1], views), others[2] == key] == [same] * 3
+        assert [torch.equal(others[0], order), torch.equal(others[1], views), others[2] == key] == [
+            same
+        ] * 3
 
 
 def test_epoch_contains_every_sample_once_and_can_start_at_any_step() -> None:
@@ -172,8 +176,21 @@ def test_cifar10_is_read_from_its_files(tmp_path: Path) -> None:
     for name, data, batch in zip(names, pixels, labels, strict=True):
         content = {"batch_label": name, "labels": batch, "data": data, "filenames": ["a.png"] * 20}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"num_cases_per_batch": 20, "label_names": classes}))
+    classes = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({"num_cases_per_batch": 20, "label_names": classes})
+    )
     data = open_dataset("cifar10", tmp_path, ImageOptions())
     assert data.summary() == "cifar10: 10 classes, 100 + 20 images"
     assert data.classes == tuple(classes)
@@ -186,7 +203,9 @@ def test_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     sources = tmp_path / "sources.yaml"  # no server listens
     sources.write_text("cifar100: [{urls: ['http://127.0.0.1:9/archive.tar.gz'], to: data}]")
     monkeypatch.setattr("mdistiller_norm.data.cifar.read_sources", lambda: read_sources(sources))
-    with pytest.raises(DataError, match=r"archive.tar.gz cannot be downloaded: http://.*: set DATASET.ROOT"):
+    with pytest.raises(
+        DataError, match=r"archive.tar.gz cannot be downloaded: http://.*: set DATASET.ROOT"
+    ):
         cifar100(tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
 
@@ -197,7 +216,9 @@ def test_held_out_part_is_stratified_fixed_and_disjoint() -> None:
     assert len(held.train) + len(held.test) == len(whole.train)
     counts = torch.bincount(whole.train.targets)
     assert torch.bincount(held.test.targets).tolist() == [round(0.1 * int(count)) for count in counts]
-    everything = torch.cat([held.train.images, held.test.images]).flatten(1).long().sum(1).sort().values
+    everything = (
+        torch.cat([held.train.images, held.test.images]).flatten(1).long().sum(1).sort().values
+    )
     assert torch.equal(everything, whole.train.images.flatten(1).long().sum(1).sort().values)
     torch.manual_seed(5)
     assert torch.equal(whole.hold_out(0.1).test.images, held.test.images)
@@ -211,7 +232,9 @@ def test_subset_is_balanced_and_fixed() -> None:
     assert part.train.targets.bincount().tolist() == [11] * 3 + [10] * 7
     assert torch.equal(part.test.images, whole.test.images)
     assert torch.equal(whole.subset(103).train.images, part.train.images)
-    with pytest.raises(ConfigError, match=r"DATASET\.SUBSET must be >= 10, the number of classes, got 9"):
+    with pytest.raises(
+        ConfigError, match=r"DATASET\.SUBSET must be >= 10, the number of classes, got 9"
+    ):
         whole.subset(9)
     for name in ("EXPERIMENT.NAME=quick", "EXPERIMENT.TAG=quick"):
         folder = run_folder(load_config(None, [name, "DATASET.SUBSET=20"]))

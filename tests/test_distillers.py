@@ -60,7 +60,9 @@ def pair_with_norms(student: Maps, teacher: Maps, *norms: nn.Module | None) -> P
 
 
 def make_pair(student: Maps = STUDENT, teacher: Maps = TEACHER) -> Pair:
-    return pair_with_norms(student, teacher, None, *(nn.BatchNorm2d(channels) for channels, _ in teacher[1:]))
+    return pair_with_norms(
+        student, teacher, None, *(nn.BatchNorm2d(channels) for channels, _ in teacher[1:])
+    )
 
 
 def build(name: str, pair: Pair | None = None, changes: dict[str, Any] | None = None) -> Distiller:
@@ -119,7 +121,11 @@ STEMS = make_pair(STUDENT[:1], TEACHER[:1])
         ("FITNET", make_pair([(4, 16), (6, 8), (8, 3)], [(8, 16), (5, 16), (7, 8)]), "8x3x3.*7x8x8"),
         *((name, STEMS, "4x16x16.*8x16x16") for name in ("AT", "NST", "VID", "KDSVD", "OFD")),
         ("REVIEWKD", make_pair(STUDENT, TEACHER[:1]), "teacher stages none"),
-        ("OFD", pair_with_norms(STUDENT, TEACHER, *(nn.BatchNorm2d(c) for c in (5, 7, 3))), "map 9x8x8"),
+        (
+            "OFD",
+            pair_with_norms(STUDENT, TEACHER, *(nn.BatchNorm2d(c) for c in (5, 7, 3))),
+            "map 9x8x8",
+        ),
         ("OFD", pair_with_norms(STUDENT, TEACHER), "map 5x16x16"),  # as of a wrapped network
     ],
 )
@@ -149,7 +155,9 @@ def ofd_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
         source = method.connectors[stage - 1](s.preacts[stage])
         assert source.shape[2:] == s.preacts[stage].shape[2:]
         margin = torch.full((1, source.shape[1], 1, 1), -math.sqrt(2 / math.pi))  # of N(0, 1)
-        total = total + weight * losses.feat_loss(source, pool_to(t.preacts[stage], source.shape[2:]), margin)
+        total = total + weight * losses.feat_loss(
+            source, pool_to(t.preacts[stage], source.shape[2:]), margin
+        )
     return total
 
 
@@ -201,10 +209,14 @@ def test_every_key_of_a_method_with_modules_reaches_it(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, cls in DISTILLERS.items() if hasattr(cls, "loss")])
 def test_every_key_of_a_method_is_an_argument_of_its_loss(name: str) -> None:
     cls = DISTILLERS[name]
-    keys = {key for key, _ in leaves(cls.defaults) if key.split(".")[-1] not in (*WEIGHT_KEYS, *UNUSED)}
+    keys = {
+        key for key, _ in leaves(cls.defaults) if key.split(".")[-1] not in (*WEIGHT_KEYS, *UNUSED)
+    }
     assert keys == set(cls.arguments.values())
     values = dict.fromkeys(keys, 1.3) | dict.fromkeys(keys & {"K"}, 3)
-    values |= dict.fromkeys(keys & {"STATISTIC"}, "range") | dict.fromkeys(keys & {"WEIGHTING"}, "none")
+    values |= dict.fromkeys(keys & {"STATISTIC"}, "range") | dict.fromkeys(
+        keys & {"WEIGHTING"}, "none"
+    )
     values |= dict.fromkeys(keys & {"PDIST.SQUARED"}, True)
     for number, key in enumerate(key for key, value in values.items() if value == 1.3):
         values[key] += number
@@ -267,11 +279,17 @@ def step_without_values(method: Distiller, pair: Pair, count: int = 5) -> None:
     """Forward and backward on fake tensors, which raise for host synchronisation and data-dependent shapes."""
     with FakeTensorMode() as mode:
         state = {name: mode.from_tensor(buffer) for name, buffer in method.named_buffers()}
-        parameters = {name: torch.empty(p.shape, requires_grad=True) for name, p in method.named_parameters()}
-        student = tree_map(lambda x: torch.empty(count, *x.shape[1:], requires_grad=True), pair.student)
+        parameters = {
+            name: torch.empty(p.shape, requires_grad=True) for name, p in method.named_parameters()
+        }
+        student = tree_map(
+            lambda x: torch.empty(count, *x.shape[1:], requires_grad=True), pair.student
+        )
         teacher = tree_map(lambda x: torch.empty(count, *x.shape[1:]), pair.teacher)
         index = torch.empty(count, dtype=torch.int64)
-        batch = Batch(torch.empty(count, 3, 8, 8), index, index, index, torch.empty((), dtype=torch.int64))
+        batch = Batch(
+            torch.empty(count, 3, 8, 8), index, index, index, torch.empty((), dtype=torch.int64)
+        )
         loss = torch.func.functional_call(method, state | parameters, (student, teacher, batch))
         assert loss.shape == ()
         assert loss.dtype == torch.float32
@@ -321,7 +339,10 @@ def test_fusion_of_reviewkd() -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-    x, deeper = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    x, deeper = (
+        torch.randn(2, 3, 4, 4, dtype=torch.float64),
+        torch.randn(2, 4, 2, 2, dtype=torch.float64),
+    )
     state = fusion.state_dict()
 
     def norm(maps: Tensor, name: str) -> Tensor:
@@ -345,13 +366,19 @@ def test_extra_parameters_are_the_references(facts: Path) -> None:
     """All counts of the reference, which includes five scalars for CRD and omits the variances of VID."""
     rows = json.loads((facts / "distiller_pairs.json").read_text())["rows"]
     rows = [row for row in rows if row["dataset"] == "cifar100" and row.get("forward") == "ok"]
-    rows = [row for row in rows if row["method"] in ("FITNET", "AT", "RKD", "CRD", "OFD", "REVIEWKD", "VID")]
+    rows = [
+        row
+        for row in rows
+        if row["method"] in ("FITNET", "AT", "RKD", "CRD", "OFD", "REVIEWKD", "VID")
+    ]
     assert len(rows) >= 60
     for row in rows:
         pair = real_pair(row["teacher"], row["student"])
         expected = row["extra_parameters_reported_by_peer"]
         expected -= 5 if row["method"] == "CRD" else 0
-        expected += sum(maps.shape[1] for maps in pair.teacher.features[1:]) if row["method"] == "VID" else 0
+        expected += (
+            sum(maps.shape[1] for maps in pair.teacher.features[1:]) if row["method"] == "VID" else 0
+        )
         with torch.device("meta"):
             method = build(row["method"], pair, {"NCE.K": 16384} if row["method"] == "CRD" else {})
         assert method.extra_parameters() == expected, row
@@ -368,7 +395,10 @@ def splitmix64(state: int, count: int) -> list[int]:
 
 
 def test_keyed_integers_are_splitmix64() -> None:
-    assert splitmix64(1234567, 2) == [6457827717110365317, 3203168211198807973]  # test vector of the authors
+    assert splitmix64(1234567, 2) == [
+        6457827717110365317,
+        3203168211198807973,
+    ]  # test vector of the authors
     gamma = 0x9E3779B97F4A7C15
     for key in (0, 1, -7, 2**62 - 1):
         (start,) = splitmix64((key - gamma) % 2**64, 1)
@@ -416,7 +446,9 @@ def crd_batch(indices: list[int], key: int, seed: int = 0) -> tuple[Outputs, Out
     rng = np.random.default_rng(seed)
     student = torch.tensor(rng.standard_normal((count, 6)), requires_grad=True)
     teacher = torch.tensor(rng.standard_normal((count, 10)))
-    batch = Batch(torch.empty(count), TARGETS[index], index, torch.full((count,), -1), torch.tensor(key))
+    batch = Batch(
+        torch.empty(count), TARGETS[index], index, torch.full((count,), -1), torch.tensor(key)
+    )
     empty = torch.empty(0)
     return Outputs(empty, (), (), student), Outputs(empty, (), (), teacher), batch
 
@@ -433,7 +465,10 @@ class ReferenceCRD:
     def __call__(self, student: Tensor, teacher: Tensor, chosen: Tensor, indices: Tensor) -> Tensor:
         samples, total = len(self.memory_s), torch.zeros((), dtype=torch.float64)
         embedded = []
-        for linear, pooled in ((self.method.embed_student, student), (self.method.embed_teacher, teacher)):
+        for linear, pooled in (
+            (self.method.embed_student, student),
+            (self.method.embed_teacher, teacher),
+        ):
             v = pooled @ linear.weight.T + linear.bias
             embedded.append(v / v.square().sum(1, keepdim=True).sqrt())
         exponentials = [
@@ -493,7 +528,9 @@ def test_config_keys_reach_their_arguments(mode: str) -> None:
     assert (method.ce_weight, method.weight, method.warmup) == (0.37, 4.3, 9)
     assert method.student_memory.shape == method.teacher_memory.shape == (33, 11)
     reference = ReferenceCRD(method, momentum=0.8, temperature=0.2)
-    chosen = ContrastSampler(TARGETS, 5, 5, relaxed=mode == "relax")(batch.targets, batch.indices, batch.key)
+    chosen = ContrastSampler(TARGETS, 5, 5, relaxed=mode == "relax")(
+        batch.targets, batch.indices, batch.key
+    )
     expected = reference(student.pooled, teacher.pooled, chosen, batch.indices)
     torch.testing.assert_close(method(student, teacher, batch), expected)
     torch.testing.assert_close(method.student_memory, reference.memory_s)
@@ -511,7 +548,9 @@ def test_the_first_of_two_equal_samples_updates_the_memory() -> None:
 
 
 def _one_of_two(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     torch.manual_seed(0)
     method, values = make_crd(), []
     for student, teacher, batch in _shared_batches():

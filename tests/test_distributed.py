@@ -47,7 +47,9 @@ def free_port() -> int:
 
 
 def start(*command: object, **more: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "80"} | more
+    environment = (
+        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "80"} | more
+    )
     return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=environment,
@@ -67,7 +69,8 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedP
         for process in processes:
             process.kill()
     return [
-        subprocess.CompletedProcess([], p.returncode, "", e) for p, e in zip(processes, errors, strict=True)
+        subprocess.CompletedProcess([], p.returncode, "", e)
+        for p, e in zip(processes, errors, strict=True)
     ]
 
 
@@ -95,7 +98,9 @@ def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
         return batch._replace(images=batch.images.double())
 
     step.loader.prepare = in_float64
-    optimizer = build_fused("SGD", step.trainable.parameters(), 0.002, 1e-4, momentum=0.9, nesterov=True)
+    optimizer = build_fused(
+        "SGD", step.trainable.parameters(), 0.002, 1e-4, momentum=0.9, nesterov=True
+    )
     teacher = Teacher(step.teacher.network.double(), step.trainable.need) if step.teacher else None
     whole = TrainStep(
         step.loader, teacher, step.trainable, optimizer, step.meters,
@@ -158,12 +163,18 @@ def assert_same_training(result: dict[str, Any], expected: dict[str, Any]) -> No
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     for key, weights in expected["weights"].items():
         torch.testing.assert_close(
-            result["weights"][key], weights, rtol=0, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}"
+            result["weights"][key],
+            weights,
+            rtol=0,
+            atol=1e-9,
+            msg=lambda text, key=key: f"{key}: {text}",
         )
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one(both: Path, alone: Callable[..., dict[str, Any]], method: str) -> None:
+def test_two_processes_train_as_one(
+    both: Path, alone: Callable[..., dict[str, Any]], method: str
+) -> None:
     single = alone(method)
     one, two = (torch.load(both / f"{method}_{rank}.pt") for rank in range(2))
     assert [a + b for a, b in zip(one["seen"], two["seen"], strict=True)] == single["seen"]
@@ -173,7 +184,9 @@ def test_two_processes_train_as_one(both: Path, alone: Callable[..., dict[str, A
         assert torch.equal(two["weights"][key], weights), key
 
 
-def test_accumulated_gradients_give_the_same_update(both: Path, alone: Callable[..., dict[str, Any]]) -> None:
+def test_accumulated_gradients_give_the_same_update(
+    both: Path, alone: Callable[..., dict[str, Any]]
+) -> None:
     for rank in range(2):
         assert_same_training(torch.load(both / f"accumulated_{rank}.pt"), alone("NormKD"))
     for method in ("NormKD", "REVIEWKD"):
@@ -185,7 +198,9 @@ def test_several_processes_evaluate_every_image_once(both: Path) -> None:
     expected = evaluate(build_model("resnet8", 10), digits().eval_loader(7, torch.device("cpu")))
     data = digits()
     parts = [list(data.eval_loader(50, torch.device("cpu"), Share(rank, 7))) for rank in range(7)]
-    assert torch.equal(torch.cat([targets for part in parts for _, targets in part]), data.test.targets)
+    assert torch.equal(
+        torch.cat([targets for part in parts for _, targets in part]), data.test.targets
+    )
     for rank in range(2):
         found = torch.load(both / f"evaluation_{rank}.pt")
         assert (found["top1"], found["top5"], found["samples"]) == (expected.top1, expected.top5, 360)
@@ -212,16 +227,27 @@ def wait_for_state(folder: Path, process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
 def test_training_with_a_killed_worker_is_bit_identical(tmp_path: Path) -> None:
-    assert [done.returncode for done in finish(start_pair(*run_arguments(tmp_path, "whole", epochs=1)))] == [
+    assert [
+        done.returncode for done in finish(start_pair(*run_arguments(tmp_path, "whole", epochs=1)))
+    ] == [
         0,
         0,
     ]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    torchrun = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
     killed = run_arguments(tmp_path, "killed", epochs=1)
     process = start("-m", *torchrun, "--monitor-interval", "0.2", *killed)
     wait_for_state(tmp_path / "digits" / "killed", process)  # the first is saved within the epoch
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"tools/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [
+        pid for pid in children if b"tools/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     os.kill(int(workers[1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -311,7 +337,9 @@ models.register("unread")(lambda num_classes: Own(num_classes, unread=True))
         ("unread", ("takes no part in the loss", "remove it")),
     ],
 )
-def test_all_processes_report_an_error_of_one(tmp_path: Path, student: str, words: tuple[str, ...]) -> None:
+def test_all_processes_report_an_error_of_one(
+    tmp_path: Path, student: str, words: tuple[str, ...]
+) -> None:
     (tmp_path / "own.py").write_text(OWN_STUDENT.replace("FOLDER", str(tmp_path)))
     own = [f"EXPERIMENT.PLUGINS={tmp_path / 'own.py'}", f"DISTILLER.STUDENT={student}"]
     own += ["SOLVER.BATCH_SIZE=240", "LOG.TENSORBOARD_FREQ=1"]

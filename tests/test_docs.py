@@ -15,7 +15,9 @@ from conftest import ROOT
 from mdistiller_norm import cli, config
 from mdistiller_norm.errors import ConfigError
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/README.md")]
+PAGES = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/README.md")
+]
 PAGES += sorted(ROOT.glob("docs/*.md"))
 TOOLS = {"make_shards": "shards"}
 STARTS = re.compile(
@@ -28,7 +30,9 @@ def code(text: str) -> list[str]:
     fenced = re.findall(r"^ *```.*?\n(.*?)^ *```", text, flags=re.M | re.S)
     text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
     inline = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
-    lines = "\n".join([*fenced, *inline, *re.findall(r"^ {4}(.*)", text, flags=re.M)]).replace("\\\n", " ")
+    lines = "\n".join([*fenced, *inline, *re.findall(r"^ {4}(.*)", text, flags=re.M)]).replace(
+        "\\\n", " "
+    )
     return [re.sub(r"\s#\s.*", "", line) for line in lines.splitlines()]
 
 
@@ -63,7 +67,9 @@ def test_documented_command_parses(page, tool, arguments, monkeypatch):
 def test_quoted_examples_equal_their_files() -> None:
     text = "".join((ROOT / "docs" / page).read_text() for page in ("custom.md", "library.md"))
     quoted = re.findall(r"```\w+\n# (examples/\S+)\n(.*?)\n```", text, flags=re.S)
-    assert {path for path, _ in quoted} == {f"examples/{path.name}" for path in ROOT.glob("examples/*.[py]*")}
+    assert {path for path, _ in quoted} == {
+        f"examples/{path.name}" for path in ROOT.glob("examples/*.[py]*")
+    }
     for path, text in quoted:
         assert text == (ROOT / path).read_text().rstrip(), path
 
@@ -136,4 +142,6 @@ def test_the_imagenet_script_starts_one_process_per_gpu(tmp_path: Path) -> None:
     (tmp_path / "torchrun").chmod(0o755)
     done = run_script("imagenet_r34_r18.sh normkd 4 SEED 1", path=str(tmp_path))
     assert "--nproc-per-node 4" in done.stdout
-    assert done.stdout.endswith("tools/train.py --cfg configs/imagenet/r34_r18/normkd.yaml --resume SEED 1\n")
+    assert done.stdout.endswith(
+        "tools/train.py --cfg configs/imagenet/r34_r18/normkd.yaml --resume SEED 1\n"
+    )

@@ -30,11 +30,17 @@ COMMANDS = [
     (f"{DIGITS} SOLVER.LRR 1", "command line: unknown key SOLVER.LRR: did you mean SOLVER.LR"),
     (f"{DIGITS} LR 1", "unknown key LR: did you mean SOLVER.LR?"),
     (f"{DIGITS} SOLVER.LR", "SOLVER.LR has no value"),
-    (f"{DIGITS} SOLVER '{{LR: 1}}'", "SOLVER is a section: set one of its keys, such as SOLVER.TRAINER"),
+    (
+        f"{DIGITS} SOLVER '{{LR: 1}}'",
+        "SOLVER is a section: set one of its keys, such as SOLVER.TRAINER",
+    ),
     (f"{DIGITS} SOLVER.TRIALS 3", "unknown key SOLVER.TRIALS: it was removed … --trials"),
     (f"{DIGITS} SOLVER.LR fast", "command line: SOLVER.LR must be a finite number, got fast"),
     (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", "SOLVER.MOMENTUM must be > 0 with NESTEROV"),
-    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", "DOT.DELTA must be in (0, 1) … and 0.9 (comm"),
+    (
+        f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9",
+        "DOT.DELTA must be in (0, 1) … and 0.9 (comm",
+    ),
     (
         f"{NORMKD} SOLVER.TRAINER dot SOLVER.TYPE AdamW SOLVER.CLIP_GRAD 1",
         "dot does not support SOLVER.TYPE AdamW",
@@ -52,15 +58,24 @@ COMMANDS = [
     ("train --cfg /dev/zero", "config file /dev/zero cannot be read … not a regular file"),
     (f"{NORMKD} KD.TEMPERATURE 8", "KD.TEMPERATURE has no effect … digits/normkd.yaml) is NormKD"),
     (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", "plugin no/file.py does not exist in /"),
-    (f"{NORMKD} EXPERIMENT.PLUGINS no_module", "plugin no_module cannot be imported: ModuleNotFoundError"),
+    (
+        f"{NORMKD} EXPERIMENT.PLUGINS no_module",
+        "plugin no_module cannot be imported: ModuleNotFoundError",
+    ),
     (f"{DIGITS} DATASET.TYPE digit", "unknown data set 'digit': did you mean digits?"),
     (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, the number of classes, got 9"),
     (f"{DIGITS} DATASET.RANDAUGMENT 31", "DATASET.RANDAUGMENT must be in [0, 30], got 31"),
-    (f"{DIGITS} DATASET.RANDAUGMENT=9", "DATASET.RANDAUGMENT requires image files, digits is in memory"),
+    (
+        f"{DIGITS} DATASET.RANDAUGMENT=9",
+        "DATASET.RANDAUGMENT requires image files, digits is in memory",
+    ),
     (f"{DIGITS} DATASET.CLASSES '[a, a]'", "DATASET.CLASSES must be different names, got ['a', 'a']"),
     ("reproduce --table 1 --dry-run DATASET.SUBSET 2000", "DATASET.SUBSET would change the result"),
     (f"{DIGITS} DEVICE tpu", "DEVICE … tpu"),
-    (f"{DIGITS} DISTILLER.STUDENT resnet21", "DISTILLER.STUDENT: unknown CIFAR model 'resnet21' … resnet20"),
+    (
+        f"{DIGITS} DISTILLER.STUDENT resnet21",
+        "DISTILLER.STUDENT: unknown CIFAR model 'resnet21' … resnet20",
+    ),
     (
         f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19",
         "'torchvision:resnet19': did you mean torchvision:resnet18",
@@ -69,12 +84,18 @@ COMMANDS = [
         f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9",
         "resnet18.V9': did you mean torchvision:resnet18.DEFAULT",
     ),
-    (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", "pretrained weights require a model named timm:"),
+    (
+        f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained",
+        "pretrained weights require a model named timm:",
+    ),
     (
         "distill --teacher resnet44 --student resnet8 --data digits",
         "teacher resnet44 … or add --train-teacher",
     ),
-    ("distill --teacher resnet44 --student resnet9 --data digits", "STUDENT: unknown CIFAR model 'resnet9'"),
+    (
+        "distill --teacher resnet44 --student resnet9 --data digits",
+        "STUDENT: unknown CIFAR model 'resnet9'",
+    ),
     ("eval -c x.pt -bs 0", "must be an integer >= 1, got 0"),
     ("eval -c x.pt --cfg x.yaml -d digits", "--cfg sets the data set"),
     ("eval -c pretrain", "add -m"),
@@ -114,13 +135,25 @@ CONFIGS = [
     ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", "must be increasing epochs >= 1, got ['2', '2']"),
     ("SOLVER: {PRECISION: tf32}", "SOLVER.PRECISION must be one of fp32, bf16, fp16, got tf32"),
     ("SEED: 99999999999999999999", "SEED must be in [0, 2**63), got 9999"),
-    ("DATASET: {MEAN: [7, 7, 7]}", "DATASET.MEAN must be [] or three numbers in [0, 1], got ['7', '7', '7']"),
-    ("EXPERIMENT: {NAME: ../../evil}", "NAME must be the name of one folder, without /, got ../../evil"),
+    (
+        "DATASET: {MEAN: [7, 7, 7]}",
+        "DATASET.MEAN must be [] or three numbers in [0, 1], got ['7', '7', '7']",
+    ),
+    (
+        "EXPERIMENT: {NAME: ../../evil}",
+        "NAME must be the name of one folder, without /, got ../../evil",
+    ),
     ("EXPERIMENT: {PROJECT: ''}", "EXPERIMENT.PROJECT must be the name of one folder"),
     ("EXPERIMENT: {TAG: ''}", "EXPERIMENT.NAME or TAG (run.yaml) must not be empty"),
-    ("NormKD: {TEMPERATURE_NORM: [1, 2]}", "NormKD.TEMPERATURE_NORM must be a finite number, got ['1', '2']"),
+    (
+        "NormKD: {TEMPERATURE_NORM: [1, 2]}",
+        "NormKD.TEMPERATURE_NORM must be a finite number, got ['1', '2']",
+    ),
     ("DISTILLER: {TYPE: normkd}", "TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"),
-    ("DISTILLER: {TYPE: [KD, KD]}", "DISTILLER.TYPE must be NONE or different methods, got ['KD', 'KD']"),
+    (
+        "DISTILLER: {TYPE: [KD, KD]}",
+        "DISTILLER.TYPE must be NONE or different methods, got ['KD', 'KD']",
+    ),
     ("NORMKD: {TEMPERATURE_NORM: 2}", "NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"),
     ("SOLVER: {LR: 1}\nSOLVER.LR: 2", "cannot be read: key SOLVER.LR is given twice"),
     ("- 1", "config file run.yaml cannot be read: it must be a mapping"),
@@ -147,9 +180,15 @@ PLUGINS = [
     ("import sys\nsys.exit(3)", "own.py:2: SystemExit: 3"),
     (f"{REGISTER}models.register('resnet8x4')(len)", "own.py:2:  … 'resnet8x4' is registered already"),
     (f"{REGISTER}data.register('digits')(len)", "data set 'digits' is registered already"),
-    (f"{REGISTER}distillers.register('KD')(distillers.Distiller)", "distiller 'KD' is registered already"),
+    (
+        f"{REGISTER}distillers.register('KD')(distillers.Distiller)",
+        "distiller 'KD' is registered already",
+    ),
     (f"{REGISTER}distillers.register('New')(object)", "own.py:2:  … must be a subclass of Distiller"),
-    (f"{REGISTER}models.register('new')(lambda: 0)", "own.py:2:  … 'new' requires a function … num_classes"),
+    (
+        f"{REGISTER}models.register('new')(lambda: 0)",
+        "own.py:2:  … 'new' requires a function … num_classes",
+    ),
     (
         f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
         "    def forward(self, student, teacher, batch):\n        return teacher.features[-1].mean()",
@@ -184,7 +223,9 @@ def method(loss: str) -> tuple[str, str]:
 
 
 def data_set(mistake: str) -> tuple[str, str]:
-    return DATA.format(mistake=mistake), "DISTILLER.TYPE=NONE DISTILLER.STUDENT=resnet8 DATASET.TYPE=own_data"
+    return DATA.format(
+        mistake=mistake
+    ), "DISTILLER.TYPE=NONE DISTILLER.STUDENT=resnet8 DATASET.TYPE=own_data"
 
 
 def network(expression: str, *overrides: str) -> tuple[str, str]:
@@ -239,7 +280,10 @@ USED_PLUGINS = [
         ("", "DISTILLER.TYPE=DKD DATASET.MIXUP=0.2"),
         "DATASET.MIXUP cannot be used with DKD: an image needs one class",
     ),
-    (("", "DISTILLER.TYPE=[KD,CRD] CRD.NCE.K=16 DATASET.CUTMIX=1"), "DATASET.CUTMIX cannot be used with CRD"),
+    (
+        ("", "DISTILLER.TYPE=[KD,CRD] CRD.NCE.K=16 DATASET.CUTMIX=1"),
+        "DATASET.CUTMIX cannot be used with CRD",
+    ),
     (
         ("", "DISTILLER.TEACHER_CACHE=lazy DATASET.MIXUP=1"),
         "MIXUP cannot be used with DISTILLER.TEACHER_CACHE",
@@ -294,7 +338,9 @@ def test_plugin_that_cannot_be_used(plugin, words, teacher, capsys):
 
 def command_with_plugin(plugin: tuple[str, str], teacher: str) -> str:
     text, overrides = plugin
-    imports = "import torch\nfrom torchvision.models import resnet18\nsmall = resnet18(num_classes=10)\n"
+    imports = (
+        "import torch\nfrom torchvision.models import resnet18\nsmall = resnet18(num_classes=10)\n"
+    )
     Path("own.py").write_text(f"{REGISTER}{imports}{text}")
     pair = f"DISTILLER.TYPE=NormKD DISTILLER.TEACHER=resnet14 {teacher} DISTILLER.STUDENT=resnet8"
     return f"{DIGITS} EXPERIMENT.PLUGINS=own.py SOLVER.BATCH_SIZE=12 {pair} {overrides}"
@@ -330,7 +376,11 @@ def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:
     Path("own.py").write_text("open('imported', 'w')\n")
     keys = "EXPERIMENT.PLUGINS: own.py\nDATASET.TYPE: own_data\nDISTILLER.TYPE: Own\nOwn: {SCALE: {A: 007}}\n"
     Path("run.yaml").write_text(keys)
-    check("train --cfg run.yaml --no-plugins", "run.yaml: --no-plugins refuses EXPERIMENT.PLUGINS", capsys)
+    check(
+        "train --cfg run.yaml --no-plugins",
+        "run.yaml: --no-plugins refuses EXPERIMENT.PLUGINS",
+        capsys,
+    )
     check("eval --cfg run.yaml -c x.pt", "unknown data set 'own_data'", capsys)
     assert main(["train", "--cfg", "run.yaml", "--show"]) == 0
     assert "    A: '007'" in capsys.readouterr().out
@@ -339,7 +389,9 @@ def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:
     assert Path("imported").exists()
 
 
-@pytest.mark.parametrize("stream", [None, io.TextIOWrapper(io.BytesIO(), "ascii")], ids=["closed", "ASCII"])
+@pytest.mark.parametrize(
+    "stream", [None, io.TextIOWrapper(io.BytesIO(), "ascii")], ids=["closed", "ASCII"]
+)
 def test_standard_output_that_cannot_show_a_name(stream, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     short = ["SOLVER.EPOCHS=1", "SOLVER.LR_DECAY_STAGES=[]", "SOLVER.BATCH_SIZE=479"]

@@ -48,7 +48,9 @@ def test_pt2_beside_the_checkpoint(student: Path) -> None:
     assert "Unable to load" not in done.stderr
     assert "on digits images, batches of 1 and 64" in done.stdout
     stored = load_weights(student).about
-    assert all(about[key] == stored[key] for key in ("name", "dataset", "classes", "mean", "std", "top1"))
+    assert all(
+        about[key] == stored[key] for key in ("name", "dataset", "classes", "mean", "std", "top1")
+    )
     assert (about["resize"], about["crop"], about["channels"]) == (32, "center", "RGB")
     mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
     for count in (1, 3, 360):
@@ -115,7 +117,9 @@ def test_a_failed_export_keeps_the_existing_file(student, tmp_path, limited_file
     content["model"]["fc.bias"][3] = float("nan")
     torch.save(content, tmp_path / "s.pt")
     out.write_text("before")
-    with pytest.raises(CheckpointError, match=r"nothing is written: .* differ by nan on random images"):
+    with pytest.raises(
+        CheckpointError, match=r"nothing is written: .* differ by nan on random images"
+    ):
         export("-c", tmp_path / "s.pt", "--force")
     limited_files(100_000)
     with pytest.raises(CheckpointError, match=r"s\.pt2 cannot be written \(.*File too large"):
@@ -154,7 +158,9 @@ def test_onnx(student: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_for_the_hub(run: Path, tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch", reason="the extra safetensors is not installed")
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="the extra safetensors is not installed"
+    )
     export("-c", run, "--push-folder", tmp_path / "hub")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert (config["architecture"], config["num_classes"], config["resize"]) == ("resnet8", 10, 32)

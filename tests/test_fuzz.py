@@ -25,7 +25,9 @@ WORDS = st.sampled_from(
     ["", "0", "-1", "1e400", "nan", "007", "true", "KD", "[1, 2]", "(a, b", "[", "~", "x: y", "*a"]
 )
 TEXT = st.one_of(
-    WORDS, st.text(max_size=12), st.text("[](){}&*#'\"\\<>:,|-~\n\t\0\x85\u2028\ud800\udce9", max_size=8)
+    WORDS,
+    st.text(max_size=12),
+    st.text("[](){}&*#'\"\\<>:,|-~\n\t\0\x85\u2028\ud800\udce9", max_size=8),
 )
 NAMES = st.one_of(st.sampled_from(KEYS), TEXT)
 TREES: st.SearchStrategy[Any] = st.recursive(
@@ -45,7 +47,9 @@ def check(content: bytes | None, *overrides: str) -> None:
     Path("run.yaml").write_bytes(b"DISTILLER: {TYPE: NONE}" if content is None else content)
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
-        code = main(["train", "--no-plugins", "--cfg", "run.yaml", "--", "DATASET.TYPE", "none", *overrides])
+        code = main(
+            ["train", "--no-plugins", "--cfg", "run.yaml", "--", "DATASET.TYPE", "none", *overrides]
+        )
     assert code == 2
     assert errors.getvalue().startswith("error: ")
     assert errors.getvalue().count("\n") == 1

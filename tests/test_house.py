@@ -12,7 +12,8 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS = 330, 60, 10
 FILES = sorted((ROOT / "mdistiller_norm").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in FILES
 }
 
 
@@ -33,8 +34,12 @@ def test_file_keeps_the_limits(path: Path) -> None:
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, node.name
-            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            assert len([name for name in names if name not in ("self", "cls")]) <= PARAMETERS, node.name
+            names = [
+                each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            ]
+            assert len([name for name in names if name not in ("self", "cls")]) <= PARAMETERS, (
+                node.name
+            )
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             assert not (ast.get_docstring(node) or "").startswith("See :"), path
 

@@ -26,7 +26,14 @@ from torchvision import transforms as T
 
 from mdistiller_norm.cli import execute, main
 from mdistiller_norm.config import load_config
-from mdistiller_norm.data import ImageOptions, Share, image_folder, imagenet, open_dataset, tiny_imagenet
+from mdistiller_norm.data import (
+    ImageOptions,
+    Share,
+    image_folder,
+    imagenet,
+    open_dataset,
+    tiny_imagenet,
+)
 from mdistiller_norm.data.decode import decode, draw_crop, eval_image, train_image
 from mdistiller_norm.data.folder import MEAN, STD, ImageDataset, measure
 from mdistiller_norm.data.shards import INDEX, webdataset
@@ -47,7 +54,9 @@ RUN = [
 
 @pytest.fixture(scope="module")
 def jpegs() -> list[Path]:
-    return sorted((unpacked("imagenet_samples", "imagenet_samples/val") / "imagenet_samples").rglob("*.JPEG"))
+    return sorted(
+        (unpacked("imagenet_samples", "imagenet_samples/val") / "imagenet_samples").rglob("*.JPEG")
+    )
 
 
 @pytest.fixture
@@ -61,7 +70,9 @@ def epoch(dataset: ImageDataset, number: int = 1, first: int = 0, **options: Any
 
 
 def same(a: Epoch, b: Epoch) -> bool:
-    return all(torch.equal(x, y) for pair in zip(a, b, strict=True) for x, y in zip(*pair, strict=True))
+    return all(
+        torch.equal(x, y) for pair in zip(a, b, strict=True) for x, y in zip(*pair, strict=True)
+    )
 
 
 def contents(split: Any) -> list[tuple[bytes, int]]:
@@ -125,7 +136,10 @@ def test_crops_are_within_two_levels_of_torchvision(jpegs: list[Path]) -> None:
         usual = T.functional.resized_crop(picture, *crop[:4], [224, 224])
         usual = T.functional.hflip(usual) if crop[4] else usual
         centre = T.Compose([T.Resize(256), T.CenterCrop(224)])(picture)
-        for ours, theirs in ((train_image(image, crop, 224), usual), (eval_image(image, 256, 224), centre)):
+        for ours, theirs in (
+            (train_image(image, crop, 224), usual),
+            (eval_image(image, 256, 224), centre),
+        ):
             difference = ours.int() - T.functional.pil_to_tensor(theirs).int()
             assert difference.abs().max() <= 2
             assert difference.float().abs().mean() < 0.3
@@ -136,7 +150,9 @@ def test_crops_are_distributed_as_in_torchvision() -> None:
     for height, width, scale in ((375, 500, (0.08, 1.0)), (100, 400, (0.5, 1.0))):
         blank = torch.empty(3, height, width)
         ours = np.array([draw_crop(random, height, width, scale) for _ in range(draws)], dtype=float)
-        usual = [T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)]
+        usual = [
+            T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(draws)
+        ]
         theirs = np.array(usual)
         assert (ours[:, :2] + ours[:, 2:4] <= (height, width)).all()
         for a, b in zip(ours.T[:4], theirs.T, strict=True):
@@ -163,10 +179,14 @@ def test_folder_is_counted_named_and_measured(tree: Path) -> None:
     images = [decode(path.read_bytes()) for path in sorted((tree / "train").rglob("*.JPEG"))]
     pixels = torch.stack(images) / 255
     assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-3)
-    assert data.std == pytest.approx(pixels.double().permute(1, 0, 2, 3).flatten(1).std(1).tolist(), abs=1e-3)
+    assert data.std == pytest.approx(
+        pixels.double().permute(1, 0, 2, 3).flatten(1).std(1).tolist(), abs=1e-3
+    )
 
 
-def test_nested_folders_count_and_hidden_files_do_not(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nested_folders_count_and_hidden_files_do_not(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = image_folder(copy, SMALL)
     folder = copy / "train" / before.classes[1]
     files = sorted(folder.iterdir())
@@ -197,14 +217,18 @@ def test_names_that_are_not_utf8_are_escaped(copy: Path) -> None:
     assert sum(data.test.name(index).endswith(r"caf\udce9.jpg") for index in range(12)) == 1
     assert len(data.unreadable()) == 0
     (copy / "train" / os.fsdecode(b"caf\xe9")).mkdir()
-    with pytest.raises(DataError, match=r"class folder caf\\udce9 in .*train has a name that is not UTF-8"):
+    with pytest.raises(
+        DataError, match=r"class folder caf\\udce9 in .*train has a name that is not UTF-8"
+    ):
         image_folder(copy, SMALL)
 
 
 def test_measuring_skips_unreadable_images_and_constant_channels(copy: Path) -> None:
     first, *others = sorted((copy / "train").rglob("*.JPEG"))
     with Image.open(first) as image:
-        Image.fromarray(np.asarray(image.convert("RGB")) * np.array([1, 1, 0], np.uint8)).save(first, "PNG")
+        Image.fromarray(np.asarray(image.convert("RGB")) * np.array([1, 1, 0], np.uint8)).save(
+            first, "PNG"
+        )
     for path in others:
         path.write_bytes(b"")
     mean, std = measure(image_folder(copy, SMALL).train, SMALL)
@@ -222,7 +246,9 @@ def test_epochs_contain_every_sample_once_in_new_orders_and_crops(tree: Path) ->
     data = image_folder(tree, SMALL)
     first, second = epoch(data), epoch(data, 2)
     for batches in (first, second):
-        assert torch.cat([indices for _, _, indices, _ in batches]).sort().values.tolist() == list(range(36))
+        assert torch.cat([indices for _, _, indices, _ in batches]).sort().values.tolist() == list(
+            range(36)
+        )
         assert [len(images) for images, *_ in batches] == [8, 8, 8, 8, 4]
         assert all(torch.equal(targets, data.targets[indices]) for _, targets, indices, _ in batches)
     assert not same(first, second)
@@ -280,7 +306,9 @@ batches = image_folder(Path({str(tree)!r}), options).train_loader(8, 0, torch.de
 next(batches)
 raise RuntimeError("out of memory")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
@@ -306,7 +334,9 @@ def test_damaged_training_image_is_replaced_and_reported_once(copy: Path, size: 
         epoch(image_folder(copy, replace(SMALL, max_broken=0)))
 
 
-def test_check_data_and_shards_list_unreadable_files(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_data_and_shards_list_unreadable_files(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [sorted((copy / split).rglob("*.JPEG"))[3] for split in ("train", "val")]
     files[0].write_bytes(b"")
     files[1].write_bytes(b"\xff\xd8\xff\xe0 not an image")
@@ -334,9 +364,13 @@ def test_small_shared_memory_is_reported(tree: Path, limited_files: Callable[[in
 
 def test_batch_norm_on_a_single_value_is_refused(tree: Path, tmp_path: Path) -> None:
     refused = ["DATASET.VARIANT=imagenet", "DISTILLER.STUDENT=ResNet18", "SOLVER.BATCH_SIZE=35"]
-    with pytest.raises(ConfigError, match=r"BATCH_SIZE 35 leaves one of the 36 images .* norm of ResNet18"):
+    with pytest.raises(
+        ConfigError, match=r"BATCH_SIZE 35 leaves one of the 36 images .* norm of ResNet18"
+    ):
         build_run(run_config(tree, tmp_path, "single", *refused))
-    build_run(run_config(tree, tmp_path, "maps", "SOLVER.BATCH_SIZE=35"))  # resnet8 has maps of 8 x 8 pixels
+    build_run(
+        run_config(tree, tmp_path, "maps", "SOLVER.BATCH_SIZE=35")
+    )  # resnet8 has maps of 8 x 8 pixels
     assert [path.name for path in (tmp_path / "distill").iterdir()] == ["maps"]
 
 
@@ -413,8 +447,14 @@ CLASSES = r"classes\.txt must contain one class name per line"
         (shard(lambda whole, middle: lone_image()), "a must have both an image and a .cls"),
         (shard(lambda whole, middle: whole[:5000], keep_index=True), STALE),
         (index(shards=["000000.tar"]), STALE),
-        (index(targets=np.full(36, -1)), r"class numbers of .*classes\.txt must be in 0\.\.2, got -1\.\.-1"),
-        (index(places=np.empty((0, 3), np.int64), targets=np.empty(0, np.int64)), "train has no shards"),
+        (
+            index(targets=np.full(36, -1)),
+            r"class numbers of .*classes\.txt must be in 0\.\.2, got -1\.\.-1",
+        ),
+        (
+            index(places=np.empty((0, 3), np.int64), targets=np.empty(0, np.int64)),
+            "train has no shards",
+        ),
         (lambda root: (root / "classes.txt").write_bytes(b"a\nb\nc\n\n\nd\n"), CLASSES),
     ],
 )
@@ -425,7 +465,9 @@ def test_damaged_shards_are_refused(shards, tmp_path, damage, message):
         webdataset(copy, SMALL)
 
 
-def test_wrong_options_and_missing_folders_are_refused(copy: Path, shards: Path, tmp_path: Path) -> None:
+def test_wrong_options_and_missing_folders_are_refused(
+    copy: Path, shards: Path, tmp_path: Path
+) -> None:
     first = image_folder(copy, SMALL).classes[0]
     for size, message in (
         (replace(SMALL, resize=47), r"DATASET\.RESIZE must be >= DATASET\.IMAGE_SIZE 48, got 47"),
@@ -433,7 +475,9 @@ def test_wrong_options_and_missing_folders_are_refused(copy: Path, shards: Path,
     ):
         with pytest.raises(ConfigError, match=message):
             image_folder(copy, size)
-    with pytest.raises(DataError, match=r"must contain the classes of DATASET\.CLASSES in the same order"):
+    with pytest.raises(
+        DataError, match=r"must contain the classes of DATASET\.CLASSES in the same order"
+    ):
         webdataset(shards, replace(SMALL, classes=("b", "a", "c")))
     shutil.rmtree(copy / "val" / first)
     with pytest.raises(DataError, match=f"val has no images .* of the class {first}"):
@@ -442,7 +486,9 @@ def test_wrong_options_and_missing_folders_are_refused(copy: Path, shards: Path,
     with pytest.raises(DataError, match=rf"has no images \(.jpeg.* of the class {first}"):
         image_folder(copy, SMALL)
     shutil.rmtree(copy / "val")
-    with pytest.raises(DataError, match=r"val cannot be read \(No such file or directory\): images belong"):
+    with pytest.raises(
+        DataError, match=r"val cannot be read \(No such file or directory\): images belong"
+    ):
         train(load_config(None, [*RUN, f"DATASET.ROOT={copy}", f"LOG.PREFIX={tmp_path / 'out'}"]))
     assert not (tmp_path / "out").exists()
 
@@ -457,7 +503,11 @@ def test_shards_are_written_completely_or_not_at_all(copy, shards, tmp_path, lim
     assert not list((tmp_path / "full").iterdir())
     (tmp_path / "full" / ".unfinished_shards" / "train").mkdir(parents=True)  # of a killed process
     pack(copy, tmp_path / "full")
-    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["classes.txt", "train", "val"]
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == [
+        "classes.txt",
+        "train",
+        "val",
+    ]
     assert webdataset(tmp_path / "full", SMALL).summary() == "full: 3 classes, 36 + 12 images"
 
 
@@ -465,7 +515,12 @@ def test_shards_are_written_completely_or_not_at_all(copy, shards, tmp_path, lim
 
 
 def run_config(tree: Path, out: Path, name: str, *overrides: str):
-    places = [f"DATASET.ROOT={tree}", f"LOG.PREFIX={out}", f"EXPERIMENT.NAME={name}", "SOLVER.EPOCHS=2"]
+    places = [
+        f"DATASET.ROOT={tree}",
+        f"LOG.PREFIX={out}",
+        f"EXPERIMENT.NAME={name}",
+        "SOLVER.EPOCHS=2",
+    ]
     return load_config(None, [*RUN, *places, *overrides])
 
 
@@ -487,7 +542,9 @@ def test_teacher_trained_on_other_images_is_reported(tree, run, tmp_path, capsys
 
     assert build("same") == ""
     (tmp_path / "moved").symlink_to(shutil.copytree(tree, tmp_path / "another"))
-    assert "was trained on tiny, not on another" in build("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
+    assert "was trained on tiny, not on another" in build(
+        "moved", f"DATASET.ROOT={tmp_path / 'moved'}"
+    )
     larger = build("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
     assert "image_size [32, 32] (here [40, 40])" in larger
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
@@ -510,8 +567,17 @@ SOLVER:
 def train_short(config: Path, root: Path, out: Path) -> dict[str, Any]:
     """Train a config for two epochs, with small networks in place of residual ones."""
     torch.save(build_model("resnet8", 3).state_dict(), out / "teacher.pth")
-    keys = ["DATASET.NUM_WORKERS=0", "SOLVER.EPOCHS=2", "DISTILLER.TEACHER=resnet8", "DATASET.VARIANT=cifar"]
-    keys += [f"DATASET.ROOT={root}", f"LOG.PREFIX={out}", f"DISTILLER.TEACHER_WEIGHTS={out}/teacher.pth"]
+    keys = [
+        "DATASET.NUM_WORKERS=0",
+        "SOLVER.EPOCHS=2",
+        "DISTILLER.TEACHER=resnet8",
+        "DATASET.VARIANT=cifar",
+    ]
+    keys += [
+        f"DATASET.ROOT={root}",
+        f"LOG.PREFIX={out}",
+        f"DISTILLER.TEACHER_WEIGHTS={out}/teacher.pth",
+    ]
     if load_config(config).node.DISTILLER.STUDENT == "ResNet18":
         keys.append("DISTILLER.STUDENT=resnet8")
     return train(load_config(config, keys))
@@ -539,7 +605,11 @@ def test_layouts_of_tiny_imagenet_are_equal(tree: Path, original: Path) -> None:
     options = ImageOptions(workers=0)
     folders, downloaded = tiny_imagenet(tree, options), tiny_imagenet(original.parent, options)
     assert downloaded.summary() == "tiny_imagenet: 3 classes, 36 + 12 images"
-    assert (downloaded.image_size, downloaded.variant, downloaded.mean[0]) == ((64, 64), "cifar", 0.4802)
+    assert (downloaded.image_size, downloaded.variant, downloaded.mean[0]) == (
+        (64, 64),
+        "cifar",
+        0.4802,
+    )
     assert downloaded.classes == folders.classes
     assert same(epoch(downloaded), epoch(folders))
     assert contents(downloaded.test) == contents(folders.test)
@@ -551,7 +621,11 @@ def test_layouts_of_tiny_imagenet_are_equal(tree: Path, original: Path) -> None:
 def test_a_config_of_mdistiller_for_tiny_imagenet_runs(original: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(MDISTILLER)
     result = train_short(tmp_path / "run.yaml", original.parent, tmp_path)
-    assert (result["dataset"], result["method"], result["last"]["epoch"]) == ("tiny_imagenet", ["KD"], 2)
+    assert (result["dataset"], result["method"], result["last"]["epoch"]) == (
+        "tiny_imagenet",
+        ["KD"],
+        2,
+    )
 
 
 def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys):
@@ -592,7 +666,10 @@ def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys)
 
 def test_resumed_run_with_mixed_images_and_randaugment_is_bit_identical(tree: Path, run: Path) -> None:
     given = ["DATASET.MIXUP=0.2", "DATASET.CUTMIX=1", "DATASET.RANDAUGMENT=9", "DISTILLER.TYPE=KD"]
-    given += ["DISTILLER.TEACHER=resnet8", f"DISTILLER.TEACHER_WEIGHTS={run}/distill/whole/student_last.pt"]
+    given += [
+        "DISTILLER.TEACHER=resnet8",
+        f"DISTILLER.TEACHER_WEIGHTS={run}/distill/whole/student_last.pt",
+    ]
     train(run_config(tree, run, "mixed", *given))
     train(run_config(tree, run, "mixed_parts", *given, "SOLVER.EPOCHS=1"))
     train(run_config(tree, run, "mixed_parts", *given, "DATASET.NUM_WORKERS=2"), resume=True)

@@ -38,7 +38,9 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["configs/digits/normkd.yaml", "configs/digits/normkd", "digits/normkd"])
+@pytest.mark.parametrize(
+    "name", ["configs/digits/normkd.yaml", "configs/digits/normkd", "digits/normkd"]
+)
 def test_packaged_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packaged = load_config(name)
@@ -87,7 +89,9 @@ def test_every_key_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of("config keys solver.dot.*", capsys)[0][1:3] == ["0.075", "float"]
 
 
-@pytest.mark.parametrize("name", ["digits/at", "cifar100/kd/vgg13_vgg8", "cifar100/ablation/table1/t_1"])
+@pytest.mark.parametrize(
+    "name", ["digits/at", "cifar100/kd/vgg13_vgg8", "cifar100/ablation/table1/t_1"]
+)
 def test_copied_config_equals_the_packaged_one(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["config", "copy", name]) == 0
@@ -99,7 +103,9 @@ def test_copied_config_equals_the_packaged_one(name, tmp_path, monkeypatch, caps
     assert load_config(name).node.EXPERIMENT.TAG in capsys.readouterr().out
 
 
-def test_models_are_listed_with_parameters_and_macs(facts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_are_listed_with_parameters_and_macs(
+    facts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     known = json.loads((facts / "models.json").read_text())
     for name, variant, _, parameters, macs in output_of("list models *x4", capsys)[1:]:
         model = known["cifar100" if variant == "cifar" else variant][name]
@@ -124,7 +130,9 @@ def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def run(*words: object) -> str:
-        done = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=work, env=environment)
+        done = subprocess.run(
+            [*map(str, words)], capture_output=True, text=True, cwd=work, env=environment
+        )
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -137,7 +145,9 @@ def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
     (packages,) = tmp_path.glob("env/lib/*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
 
-    short = "--cfg digits/vanilla_resnet8 SOLVER.EPOCHS 2 SOLVER.LR_DECAY_STAGES [1] EXPERIMENT.NAME plain"
+    short = (
+        "--cfg digits/vanilla_resnet8 SOLVER.EPOCHS 2 SOLVER.LR_DECAY_STAGES [1] EXPERIMENT.NAME plain"
+    )
     assert "done: last top-1" in run(bin_ / "mdistiller-norm", "train", *short.split())
     commands = (
         "eval -c output/digits/plain",
@@ -146,15 +156,22 @@ def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
         "list configs digits",
         "reproduce --table digits --methods student --seeds 0 --smoke --dry-run",
     )
-    code = "import sys, mdistiller_norm.cli as c; sys.exit(sum(c.main(x.split()) for x in sys.argv[1:]))"
+    code = (
+        "import sys, mdistiller_norm.cli as c; sys.exit(sum(c.main(x.split()) for x in sys.argv[1:]))"
+    )
     printed = run(bin_ / "python", "-c", code, *commands)
     configs = f"# {packages}/mdistiller_norm/configs"
     for words in ("360 images", "digit.png", configs, "digits/normkd ", "1 to run"):
         assert words in printed, words
-    code = "from mdistiller_norm.engine.teacher_file import *; t = known_teacher('resnet20', 'cifar100')"
+    code = (
+        "from mdistiller_norm.engine.teacher_file import *; t = known_teacher('resnet20', 'cifar100')"
+    )
     printed = run(bin_ / "python", "-c", f"{code}; print(t.path, t.cache_path(Path('out')))")
     name = "resnet20_cifar100_seed0.pt"
-    assert printed.split() == [f"{packages}/mdistiller_norm/checkpoints/{name}", f"out/teachers/{name}"]
+    assert printed.split() == [
+        f"{packages}/mdistiller_norm/checkpoints/{name}",
+        f"out/teachers/{name}",
+    ]
 
 
 def test_report_describes_the_installation(tmp_path, monkeypatch, capsys):

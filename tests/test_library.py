@@ -98,7 +98,11 @@ def test_the_parameters_of_a_method_train_with_the_student() -> None:
     [
         ("NormKDD", {}, "NormKD"),
         ("NormKD", {"T": 2.0}, "^arguments: unknown key NormKD.T"),
-        ("NormKD", {"TEMPERATURE_NORM": "hot"}, "NormKD.TEMPERATURE_NORM must be a finite number, got hot"),
+        (
+            "NormKD",
+            {"TEMPERATURE_NORM": "hot"},
+            "NormKD.TEMPERATURE_NORM must be a finite number, got hot",
+        ),
         ("AT", {}, "AT requires features"),
     ],
 )
@@ -116,7 +120,9 @@ def test_errors_of_train_name_its_argument() -> None:
 
 def test_crd_requires_targets_and_indices() -> None:
     networks = mdn.create_model("resnet8", 5), mdn.create_model("resnet8", 5)
-    with pytest.raises(ConfigError, match="CRD requires the classes of the training set: pass targets"):
+    with pytest.raises(
+        ConfigError, match="CRD requires the classes of the training set: pass targets"
+    ):
         mdn.Distillation("CRD", *networks)
     kd = mdn.Distillation("CRD", *networks, targets=TARGETS, NCE={"K": 4})
     with pytest.raises(ConfigError, match="CRD requires indices"):
@@ -134,7 +140,16 @@ def test_train_runs_a_config_with_overrides(tmp_path: Path) -> None:
 
 
 SMALL = ["DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36", "SOLVER.BATCH_SIZE=4"]
-SHORT = ["SOLVER.EPOCHS", "1", "SOLVER.LR_DECAY_STAGES", "[]", "DATASET.NUM_WORKERS", "0", "DEVICE", "cpu"]
+SHORT = [
+    "SOLVER.EPOCHS",
+    "1",
+    "SOLVER.LR_DECAY_STAGES",
+    "[]",
+    "DATASET.NUM_WORKERS",
+    "0",
+    "DEVICE",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +216,9 @@ def test_training_loops_of_other_libraries(package: str, example: str, tmp_path:
     if package == "lightning":
         loader = torch.utils.data.DataLoader(items, 4)
         options = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
-        module["distill"](student, teacher, loader, max_epochs=2, enable_checkpointing=False, **options)
+        module["distill"](
+            student, teacher, loader, max_epochs=2, enable_checkpointing=False, **options
+        )
     else:
         named = [{"pixel_values": images, "labels": target} for images, target in items]
         options = {"use_cpu": True, "save_strategy": "no", "report_to": "none"}

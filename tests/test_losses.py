@@ -34,7 +34,9 @@ class Case(NamedTuple):
     zero: bool = True  # for equal inputs
 
 
-def logit(loss: Callable[..., Tensor], reference: Callable[..., Any], *arguments: Any, **more: Any) -> Case:
+def logit(
+    loss: Callable[..., Tensor], reference: Callable[..., Any], *arguments: Any, **more: Any
+) -> Case:
     """A loss of logits and its reference with the arguments of both."""
     takes_targets = "targets" in inspect.signature(loss).parameters
 
@@ -128,7 +130,10 @@ Inputs = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]
 def draw(name: str, seed: int = 0, shape: tuple[int, int] | None = None, scale: float = 3.0) -> Inputs:
     """Random inputs of a case; ``shape`` replaces that of logits."""
     case, rng = CASES[name], np.random.RandomState(seed)
-    sides = [[rng.standard_normal(shape or size) for size in sizes] for sizes in (case.student, case.teacher)]
+    sides = [
+        [rng.standard_normal(shape or size) for size in sizes]
+        for sizes in (case.student, case.teacher)
+    ]
     if case.positive:
         sides = [[np.abs(x) for x in side] for side in sides]
     if name in LOGITS:
@@ -217,7 +222,9 @@ HARD_LOGITS: dict[str, tuple[Change, Change]] = {
     "offset": (lambda x: x + 1e4, lambda x: x - 1e4),
 }
 # The reference divides by the sum of the largest logits of both sides, or by the spread of constant rows.
-UNDEFINED = [("dtkd", kind) for kind in ("zero", "constant_student", "negative", "offset", "dead_samples")]
+UNDEFINED = [
+    ("dtkd", kind) for kind in ("zero", "constant_student", "negative", "offset", "dead_samples")
+]
 UNDEFINED += [("dist", kind) for kind in ("tiny", "equal_samples", "dead_samples")]
 
 
@@ -256,7 +263,9 @@ def test_equal_inputs_have_no_loss_and_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["kd", "norm_dkd", "dist", "ttm", "rld"])
 @pytest.mark.parametrize(("student", "teacher"), [((3, 1), (3, 1)), ((5, 7), (5, 6)), ((7,), (7,))])
-def test_shapes_of_logits_are_checked(name: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+def test_shapes_of_logits_are_checked(
+    name: str, student: tuple[int, ...], teacher: tuple[int, ...]
+) -> None:
     targets = torch.zeros(student[0], dtype=torch.long)
     with pytest.raises(ValueError, match="at least 2 classes and of the same shape"):
         CASES[name].loss([torch.ones(student)], [torch.ones(teacher)], targets)
@@ -297,18 +306,25 @@ def test_kdsvd_gradient_is_finite_for_equal_and_zero_singular_values(dtype: torc
 
 
 def test_margins_are_means_of_negative_values() -> None:
-    means, deviations = [0.3, -2.0, 5.0, 0.0, 0.9, -0.4, 0.0, 0.4], [0.7, -0.5, 1.0, 1.3, 0.3, 0.0, 0.0, 0.0]
+    means, deviations = (
+        [0.3, -2.0, 5.0, 0.0, 0.9, -0.4, 0.0, 0.4],
+        [0.7, -0.5, 1.0, 1.3, 0.3, 0.0, 0.0, 0.0],
+    )
     norm = nn.BatchNorm2d(8)
     with torch.no_grad():
         norm.bias.copy_(torch.tensor(means))
         norm.weight.copy_(torch.tensor(deviations))
     margins = margins_of(norm)
     assert margins.shape == (1, 8, 1, 1)
-    for margin, mean, deviation in zip(margins.flatten().tolist(), means, np.abs(deviations), strict=True):
+    for margin, mean, deviation in zip(
+        margins.flatten().tolist(), means, np.abs(deviations), strict=True
+    ):
         expected = min(mean, 0.0)
         if deviation:
             x = np.linspace(min(mean, 0) - 12 * deviation, 0, 400_001)
-            density = np.exp(-(((x - mean) / deviation) ** 2) / 2) / (deviation * math.sqrt(2 * math.pi))
+            density = np.exp(-(((x - mean) / deviation) ** 2) / 2) / (
+                deviation * math.sqrt(2 * math.pi)
+            )
             probability = density.mean() * -x[0]
             expected = (x * density).sum() / density.sum() if probability > 0.001 else -3 * deviation
         assert margin == pytest.approx(expected, rel=1e-4)

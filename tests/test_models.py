@@ -33,7 +33,11 @@ MODELS = [("cifar", name) for name in CIFAR_MODELS] + [("imagenet", name) for na
 EVERY = pytest.mark.parametrize(("variant", "name"), MODELS)
 # The smallest of each family, for tests in which depth and width do not matter.
 SMALL = ["resnet8x4", "ResNet18", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
-FAMILIES = [*(("cifar", name) for name in SMALL), ("imagenet", "ResNet18"), ("imagenet", "MobileNetV1")]
+FAMILIES = [
+    *(("cifar", name) for name in SMALL),
+    ("imagenet", "ResNet18"),
+    ("imagenet", "MobileNetV1"),
+]
 EACH_FAMILY = pytest.mark.parametrize(("variant", "name"), FAMILIES)
 
 
@@ -117,12 +121,16 @@ def test_forward_and_activations(variant: str, name: str) -> None:
     assert logits.std() > 0
     stem_is_activated = not (variant == "imagenet" or name.startswith("wrn"))
     if name == "MobileNetV2":
-        assert all(torch.equal(feature, preact) for feature, preact in zip(features, preacts, strict=True))
+        assert all(
+            torch.equal(feature, preact) for feature, preact in zip(features, preacts, strict=True)
+        )
     elif name.startswith("wrn"):
         assert torch.equal(features[0], preacts[0])
         torch.testing.assert_close(F.relu(preacts[-1]).mean((2, 3)), pooled)
     else:
-        assert all(torch.equal(one, other.relu()) for one, other in zip(features, preacts, strict=True))
+        assert all(
+            torch.equal(one, other.relu()) for one, other in zip(features, preacts, strict=True)
+        )
         negative = [bool((preact < 0).any()) for preact in preacts]
         assert negative == [not stem_is_activated] + [True] * (len(preacts) - 1)
     if name not in {"MobileNetV2", "ShuffleV2"} and not name.startswith("wrn"):
@@ -141,7 +149,9 @@ def test_features_without_activation_are_not_overwritten(name: str, modules: lis
     seen: list[Tensor] = []
     for module in modules:
         network.get_submodule(module).register_forward_hook(
-            lambda module, inputs, out: seen.append((out[0] if isinstance(out, tuple) else out).clone())
+            lambda module, inputs, out: seen.append(
+                (out[0] if isinstance(out, tuple) else out).clone()
+            )
         )
     features = network.outputs(images("cifar")).features
     assert all(torch.equal(feature, before) for feature, before in zip(features, seen, strict=True))
@@ -151,11 +161,15 @@ def test_features_without_activation_are_not_overwritten(name: str, modules: lis
 def test_norms_run_once_and_channels_last_gives_the_same(variant: str, name: str) -> None:
     network, batch = build(variant, name, "cpu").train(), images(variant)
     network.outputs(batch)
-    counts = [value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")]
+    counts = [
+        value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")
+    ]
     assert all(count == 1 for count in counts)
     with torch.no_grad():
         expected = network.eval()(batch)
-        found = network.to(memory_format=torch.channels_last)(batch.to(memory_format=torch.channels_last))
+        found = network.to(memory_format=torch.channels_last)(
+            batch.to(memory_format=torch.channels_last)
+        )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
@@ -178,7 +192,9 @@ def test_initialisation(variant: str, name: str) -> None:
             assert not module.bias.any()
             assert (module.eps, module.momentum) == (1e-5, 0.1)
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.03)
-    assert sum(flatness) / len(flatness) == pytest.approx(3 if he else 1.8, abs=0.1)  # normal or uniform
+    assert sum(flatness) / len(flatness) == pytest.approx(
+        3 if he else 1.8, abs=0.1
+    )  # normal or uniform
     linear = next(module for module in network.modules() if isinstance(module, nn.Linear))
     small = name in {"vgg8", "MobileNetV2"}
     spread = 0.01 if small else 1 / math.sqrt(3 * linear.in_features)
@@ -213,11 +229,15 @@ def test_probe_does_not_change_the_network(variant: str, name: str) -> None:
     state = copy.deepcopy(network.state_dict())
     rng = torch.get_rng_state()
     outputs = probe(network, (64, 64))
-    assert all(each.is_meta for each in (outputs.logits, outputs.pooled, *outputs.features, *outputs.preacts))
+    assert all(
+        each.is_meta for each in (outputs.logits, outputs.pooled, *outputs.features, *outputs.preacts)
+    )
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(module.training for module in network.modules())
     assert all(torch.equal(each, state[key]) for key, each in network.state_dict().items())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in network.parameters()
+    )
 
 
 @pytest.mark.parametrize(

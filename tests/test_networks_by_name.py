@@ -29,7 +29,9 @@ CHANNELS = {  # of the maps: a stem, or the first map twice, then the stages
 
 def train(folder: Path, name: str, *overrides: str) -> dict:
     words = ["DATASET.TYPE=digits", "SOLVER.EPOCHS=1", "SOLVER.BATCH_SIZE=240", f"LOG.PREFIX={folder}"]
-    assert main(["train", f"--cfg={folder}/run.yaml", f"EXPERIMENT.NAME={name}", *words, *overrides]) == 0
+    assert (
+        main(["train", f"--cfg={folder}/run.yaml", f"EXPERIMENT.NAME={name}", *words, *overrides]) == 0
+    )
     return json.loads((folder / "distill" / name / "result.json").read_text())
 
 
@@ -75,12 +77,17 @@ def test_pretrained_weights_of_a_hub_folder(folder: Path, capsys: pytest.Capture
     result = train(folder, "hub", *words, "DISTILLER.TEACHER_CACHE=full")
     assert "was trained on images with another image_size [160, 160]" in capsys.readouterr().out
     train(folder, "live", *words)
-    cached, live = (read_metrics(folder / "distill" / run / "metrics.jsonl") for run in ("hub", "live"))
+    cached, live = (
+        read_metrics(folder / "distill" / run / "metrics.jsonl") for run in ("hub", "live")
+    )
     assert [epoch["loss_KD"] for epoch in cached] == [epoch["loss_KD"] for epoch in live]
     stored = build_model(name, 10, pretrained=True).eval()
     other = build_model(name, 7, pretrained=True)
     assert (stored.pretrained["num_classes"], other.module.fc.out_features) == (10, 7)
-    before, after = stored.state_dict(), torch.load(folder / "distill" / "hub" / "student_last.pt")["model"]
+    before, after = (
+        stored.state_dict(),
+        torch.load(folder / "distill" / "hub" / "student_last.pt")["model"],
+    )
     assert torch.equal(before["layer1.0.conv1.weight"], other.state_dict()["layer1.0.conv1.weight"])
     torch.testing.assert_close(before["layer1.0.conv1.weight"], after["layer1.0.conv1.weight"])
     assert result["teacher"]["cache"] == "fp32"
@@ -104,7 +111,9 @@ def test_pretrained_weights_of_torchvision(weights_of_torchvision: dict[str, tor
 
 
 @pytest.mark.usefixtures("weights_of_torchvision")
-@pytest.mark.parametrize("name", ["timm:test_vit", "timm:resnet10t", "torchvision:resnet18.IMAGENET1K_V1"])
+@pytest.mark.parametrize(
+    "name", ["timm:test_vit", "timm:resnet10t", "torchvision:resnet18.IMAGENET1K_V1"]
+)
 def test_the_teacher_sees_the_preprocessing_of_its_library(name: str) -> None:
     network = build_model(name, 10, pretrained=name.startswith("torchvision")).eval()
     ours = {"image_size": (64, 64), "mean": (0.48, 0.45, 0.4), "std": (0.28, 0.26, 0.27)}
@@ -130,4 +139,7 @@ def test_the_images_are_converted_for_published_weights() -> None:
     cfg = load_config(None, ["DISTILLER.TEACHER=torchvision:resnet18", name]).node
     network, file = build_teacher(cfg, dataset)
     assert (type(network), network.size) == (Preprocessed, (224, 224))
-    assert "was trained on images with another image_size [224, 224] (here [32, 32]), mean" in file.warning
+    assert (
+        "was trained on images with another image_size [224, 224] (here [32, 32]), mean"
+        in file.warning
+    )

@@ -74,7 +74,10 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, name: str, *overrides: str) -> Path:
-    assert execute(["train", "--cfg", str(folder / "mine.yaml"), f"EXPERIMENT.NAME={name}", *overrides]) == 0
+    assert (
+        execute(["train", "--cfg", str(folder / "mine.yaml"), f"EXPERIMENT.NAME={name}", *overrides])
+        == 0
+    )
     return folder / "distill" / f"{name}{SUBSET}"
 
 
@@ -88,7 +91,9 @@ def run(folder: Path, name: str, *overrides: str) -> Path:
         ("PKT", "blind"),
     ],
 )
-def test_a_wrapped_student_trains_on_a_registered_data_set(mine: Path, method: str, student: str) -> None:
+def test_a_wrapped_student_trains_on_a_registered_data_set(
+    mine: Path, method: str, student: str
+) -> None:
     folder = run(mine, method, f"DISTILLER.TYPE={method}", f"DISTILLER.STUDENT={student}")
     result = json.loads((folder / "result.json").read_text())
     assert (result["student"], result["dataset"]) == (student, "three_digits")
@@ -135,7 +140,9 @@ def test_training_and_evaluation_in_processes_of_their_own(mine: Path) -> None:
     assert evaluated.stdout.split()[:4] == ["resnet10", "three_digits", "top-1", f"{top1:.2f}"]
 
 
-def test_folders_in_which_a_plugin_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_in_which_a_plugin_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "installed")])
     for name in ("configs/beside.py", "work/below/here.py", "installed/a_module.py", "work/twice.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +168,11 @@ def test_wrapping_changes_nothing_about_a_module() -> None:
     network = Wrapped(module, 10, classifier="classifier", features=maps)
     assert list(network.state_dict()) == list(before)
     shapes = probe(network, (64, 64))
-    assert [tuple(each.shape) for each in shapes.features] == [(2, 16, 32, 32), (2, 24, 8, 8), (2, 576, 2, 2)]
+    assert [tuple(each.shape) for each in shapes.features] == [
+        (2, 16, 32, 32),
+        (2, 24, 8, 8),
+        (2, 576, 2, 2),
+    ]
     assert shapes.pooled.shape == (2, 576)
     assert (shapes.preacts, network.norms_before_relu()) == ((), ())
     twin = copy.deepcopy(network).to(memory_format=torch.channels_last).eval()

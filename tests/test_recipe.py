@@ -90,7 +90,9 @@ def test_class_probabilities_and_label_smoothing() -> None:
     assert meters.read(1).top1 == pytest.approx(100 * float(hits))
 
 
-def test_averaged_weights_are_evaluated_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_averaged_weights_are_evaluated_and_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = build_run(config(tmp_path, "run", "SOLVER.EMA=0.75", epochs=1))
     student, run_step = run.trainer.step.trainable.student, run.trainer.run_step
     expected = {name: value.clone() for name, value in student.state_dict().items()}
@@ -133,7 +135,9 @@ def test_gradient_norms_are_logged_and_do_not_change_the_run(tmp_path: Path, tea
     assert norms["grad_norm_ce"] == records[0]["grad_norm_ce"]
     step.loss_weights[1] = 0.0
     step(*next(step.loader.batches(1)))
-    total = nn.utils.get_total_norm([parameter.grad for parameter in step.trainable.student.parameters()])
+    total = nn.utils.get_total_norm(
+        [parameter.grad for parameter in step.trainable.student.parameters()]
+    )
     assert float(total) == pytest.approx(norms["grad_norm_ce"], rel=1e-4)
 
 
@@ -170,7 +174,11 @@ def test_mixed_images_and_targets_equal_torchvisions() -> None:
     common = {"labels": targets, "batch_size": 5}
     for drawn, transform, parameters in (
         ([0, 0, 1, 1, 0.3], v2.MixUp(num_classes=3), {"lam": 0.3}),
-        ([-0.1, 0.2, 0.5, 0.6, 0], v2.CutMix(num_classes=3), {"box": (2, 0, 6, 4), "lam_adjusted": 0.8}),
+        (
+            [-0.1, 0.2, 0.5, 0.6, 0],
+            v2.CutMix(num_classes=3),
+            {"box": (2, 0, 6, 4), "lam_adjusted": 0.8},
+        ),
     ):
         mixed = mix(batch, torch.tensor(drawn), 3)
         for ours, whole in ((mixed.images, Image(images)), (mixed.targets, targets)):
@@ -208,7 +216,9 @@ def test_draws_are_distributed_and_a_function_of_seed_epoch_step_and_rank() -> N
 
 
 @pytest.mark.parametrize("trainer", ["base", "dot"])
-def test_run_with_mixed_images_resumes_bit_identically(tmp_path: Path, teacher: str, trainer: str) -> None:
+def test_run_with_mixed_images_resumes_bit_identically(
+    tmp_path: Path, teacher: str, trainer: str
+) -> None:
     given = ["DISTILLER.TYPE=NormKD", "DATASET.MIXUP=0.2", "DATASET.CUTMIX=1"]
     given += [f"SOLVER.TRAINER={trainer}", teacher]
     train(config(tmp_path, "whole", *given))
@@ -270,7 +280,9 @@ def test_dot_computes_its_formula(nesterov: bool) -> None:
     index, weights = torch.arange(BATCH), torch.tensor(WEIGHTS, dtype=torch.float64)
     both, task, own = (rng.standard_normal(shape) for shape in ((INPUTS, CLASSES), CLASSES, CLASSES))
     trainable = Trainable(Student(both, task), {"REGRESSION": Regression(own)})
-    parameters = {key.split(".")[-1]: each.detach().numpy() for key, each in trainable.named_parameters()}
+    parameters = {
+        key.split(".")[-1]: each.detach().numpy() for key, each in trainable.named_parameters()
+    }
     velocities = {name: [np.zeros_like(parameters[name]) for _ in UPDATES[name]] for name in UPDATES}
     optimizer = None
     for rate in RATES:
@@ -279,7 +291,9 @@ def test_dot_computes_its_formula(nesterov: bool) -> None:
         batch = Batch(torch.tensor(images), torch.as_tensor(targets), index, index, torch.tensor(0))
         outputs = Outputs(torch.zeros(BATCH, CLASSES), (), (), torch.tensor(features))
         if not optimizer:
-            teacher = SimpleNamespace(network=SimpleNamespace(outputs=lambda _, outputs=outputs: outputs))
+            teacher = SimpleNamespace(
+                network=SimpleNamespace(outputs=lambda _, outputs=outputs: outputs)
+            )
             sgd = {"lr": rate, "momentum": MOMENTUM, "weight_decay": DECAY, "nesterov": nesterov}
             optimizer = DOT(trainable, batch, teacher, DELTA, **sgd)
         expected = {name: value.copy() for name, value in parameters.items()}

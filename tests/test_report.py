@@ -31,12 +31,17 @@ PAIR = "res32x4_res8x4"
 PUBLIC = "271c7bfa8a"  # the hash of a public teacher
 
 
-def made_up(cell: Cell, seed: int, last: float, best: float, teacher_hash="a" * 64, **more: object) -> Record:
+def made_up(
+    cell: Cell, seed: int, last: float, best: float, teacher_hash="a" * 64, **more: object
+) -> Record:
     """Return a valid record with chosen accuracies: input of the report, not a measurement."""
     config = cell_config(cell)
     assert config is not None
     node = config.node
-    epochs, methods = node.SOLVER.EPOCHS, [] if node.DISTILLER.TYPE == "NONE" else [node.DISTILLER.TYPE]
+    epochs, methods = (
+        node.SOLVER.EPOCHS,
+        [] if node.DISTILLER.TYPE == "NONE" else [node.DISTILLER.TYPE],
+    )
     curve = [best - 30 + 30 * i / epochs for i in range(epochs)]
     curve[-2], curve[-1] = best, last
     losses = {f"loss_{name}": [3 - 2 * i / epochs for i in range(epochs)] for name in ["ce", *methods]}
@@ -79,7 +84,9 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = cell_config(cell)
     assert config is not None
     error, more = "error: no <memory> | left", {"smoke": False, "seed": 0, "command": "train.py <x>"}
-    write_record(failed_record(error, ["line 1"], config.node, config_file=cell.config, **more), folder)
+    write_record(
+        failed_record(error, ["line 1"], config.node, config_file=cell.config, **more), folder
+    )
     (folder / "broken.json").write_text("{")
     return folder
 
@@ -126,8 +133,14 @@ def test_paired_intervals_equal_the_t_test() -> None:
     a, b = {0: 76.2, 1: 76.6, 2: 76.4, 7: 1.0}, {0: 73.0, 1: 73.4, 2: 73.1, 9: 2.0}
     result = paired_difference(a, b)
     assert result is not None
-    test = scipy_stats.ttest_rel([a[i] for i in range(3)], [b[i] for i in range(3)]).confidence_interval(0.95)
-    assert (result.n, result.low, result.high) == (3, pytest.approx(test.low), pytest.approx(test.high))
+    test = scipy_stats.ttest_rel(
+        [a[i] for i in range(3)], [b[i] for i in range(3)]
+    ).confidence_interval(0.95)
+    assert (result.n, result.low, result.high) == (
+        3,
+        pytest.approx(test.low),
+        pytest.approx(test.high),
+    )
     assert result.verdict == HOLDS
     for first, second, expected in (
         (b, a, (3, CONTRADICTED)),
@@ -140,7 +153,11 @@ def test_paired_intervals_equal_the_t_test() -> None:
         assert (result.n, result.verdict) == expected
     assert str(result) == "+0.20 (n = 3, identical in all seeds)"
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
-    assert [signed(value) for value in (0.034, -0.5, -0.001)] == ["+0.03", "\N{MINUS SIGN}0.50", "±0.00"]
+    assert [signed(value) for value in (0.034, -0.5, -0.001)] == [
+        "+0.03",
+        "\N{MINUS SIGN}0.50",
+        "±0.00",
+    ]
 
 
 def test_verdicts_of_claims(report: Record) -> None:
@@ -159,7 +176,9 @@ def test_a_peak_is_tested_once_all_rows_have_runs(tmp_path: Path) -> None:
     for row in TABLES["6"].rows:
         for seed in range(3):
             step = 0.02 if row.key == "t_norm_4" else 0.01
-            top1 = {"t_norm_1.5": 76.6, "t_norm_2": 76.5, "t_norm_4": 77.0}.get(row.key, 75.0) + step * seed
+            top1 = {"t_norm_1.5": 76.6, "t_norm_2": 76.5, "t_norm_4": 77.0}.get(
+                row.key, 75.0
+            ) + step * seed
             write_record(made_up(TABLES["6"].cells[row.key, PAIR], seed, top1, top1), tmp_path)
     (comparison,) = collect(tmp_path)["claims"][2]["comparisons"]
     assert comparison["verdict"] == CONTRADICTED
@@ -233,7 +252,9 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
     ):
         write_record(made_up(TABLES["2"].cells[row, PAIR], seed, 73.0, 73.2, **more), tmp_path)
     for row, seed in (("kd", 1), ("dkd", 1)):
-        write_record(made_up(TABLES["2"].cells[row, PAIR], seed, 74.0, 74.2, PUBLIC.ljust(64, "0")), tmp_path)
+        write_record(
+            made_up(TABLES["2"].cells[row, PAIR], seed, 74.0, 74.2, PUBLIC.ljust(64, "0")), tmp_path
+        )
     report = collect(tmp_path)
     kd, normkd, dkd = (view(report, "2", row) for row in ("kd", "normkd", "dkd"))
     assert sorted(kd.top1("best").items()) == [(0, 73.2), (1, 73.2)], "the teacher of most runs counts"
@@ -249,7 +270,9 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
     ):
         assert f"- Runs of resnet32x4 → resnet8x4 differ in {line}" in text
         assert f"Runs of resnet32x4 → resnet8x4 differ in {line}</p>" in page
-    assert f"- The teacher {PUBLIC} of resnet32x4 → resnet8x4 is public (pytorch-cifar-models, " in text
+    assert (
+        f"- The teacher {PUBLIC} of resnet32x4 → resnet8x4 is public (pytorch-cifar-models, " in text
+    )
     assert not re.search(r" differ in .*fp16", text)
     assert "- 1 run: 2 processes on Test GPU &lt;1&gt;, bf16" in text
 
@@ -266,8 +289,12 @@ def test_parts_of_resumed_runs_and_settings_of_other_runs_are_shown(tmp_path: Pa
     write_record(signed_record(other), tmp_path)
     text = render(collect(tmp_path), "report.md.j2")
     assert text.count("trained in parts") == 2
-    assert re.search(r"seed 1, trained in parts: from step 0 on Test GPU .*; from step 700 on .*d{10}", text)
-    assert "seed 2, trained in parts: the first 900 steps on an unknown machine; from step 900 on" in text
+    assert re.search(
+        r"seed 1, trained in parts: from step 0 on Test GPU .*; from step 700 on .*d{10}", text
+    )
+    assert (
+        "seed 2, trained in parts: the first 900 steps on an unknown machine; from step 900 on" in text
+    )
     assert "seed 1: best 73.20, last 73.00 on 10% of the training set, held out (`" in text
     assert ".json`), by `train.py SOLVER.LR 0.1`" in text
 
@@ -278,7 +305,11 @@ def test_the_command_writes_all_files(ledger: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert len(rows) == sum(map(len, NUMBERS.values())) + 1
     first = next(row for row in rows if row["method"] == "NormKD" and row["seed"] == "0")
-    assert (first["last_top1"], first["best_top1"], first["teacher_hash"]) == ("76.2", "76.5", "a" * 64)
+    assert (first["last_top1"], first["best_top1"], first["teacher_hash"]) == (
+        "76.2",
+        "76.5",
+        "a" * 64,
+    )
     assert "table 6, T_norm = 2" in first["cells"]
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "TABLES.md").is_file()

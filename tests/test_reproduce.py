@@ -23,7 +23,11 @@ from mdistiller_norm.run_folder import run_folder
 
 PAIR, KD = "res32x4_res8x4", "--table digits --dry-run --methods kd"
 CELLS = [cell for table in TABLES.values() for cell in table.cells.values()]
-NAMES = {"teacher": "teacher", "student": "student", "dkd_normkd": "DKD+NormKD"}  # of rows in the facts
+NAMES = {
+    "teacher": "teacher",
+    "student": "student",
+    "dkd_normkd": "DKD+NormKD",
+}  # of rows in the facts
 # Shapes are read from the networks, the width in the middle is computed from them, and ReviewKD's weight depends on
 # the pair, but not in the facts.
 COMPUTED = {
@@ -61,10 +65,14 @@ def test_printed_numbers_equal_the_facts(facts: Path) -> None:
         ("7", "T_norm", "NormKD.TEMPERATURE_NORM"),
         ("8", "statistic", "NormKD.STATISTIC"),
     ):
-        for cell, row in zip(TABLES[number].cells.values(), paper[f"table{number}"]["rows"], strict=True):
+        for cell, row in zip(
+            TABLES[number].cells.values(), paper[f"table{number}"]["rows"], strict=True
+        ):
             value = row.pop(setting)
             value = value[0] if isinstance(value, list) and len(value) == 1 else value
-            assert dict(leaves(cell_config(cell).node))[key] == {"max - min": "range"}.get(str(value), value)
+            assert dict(leaves(cell_config(cell).node))[key] == {"max - min": "range"}.get(
+                str(value), value
+            )
             assert cell.paper == row
 
 
@@ -81,7 +89,9 @@ def test_every_cell_has_a_config_of_its_pair_and_method() -> None:
         assert TYPES.get(cell.row.key, node.DISTILLER.TYPE) == node.DISTILLER.TYPE, cell.name
         assert not is_teacher or cell.config == table.teacher_config(column)
         if table.in_paper and table.id != "9" and node.DISTILLER.TYPE != "NONE":
-            paper = ", ".join(f"{top:.2f} {key.replace('top', 'top-')}" for key, top in cell.paper.items())
+            paper = ", ".join(
+                f"{top:.2f} {key.replace('top', 'top-')}" for key, top in cell.paper.items()
+            )
             assert paper in (ROOT / cell.config).read_text(), cell.name
         if table.dataset == "cifar100" and node.DISTILLER.TYPE == "NONE":
             slow = node.DISTILLER.STUDENT.startswith(("Shuffle", "Mobile"))
@@ -100,9 +110,17 @@ def test_configs_have_the_papers_protocol(facts: Path) -> None:
         node = cell_config(cell).node
         solver, method = node.SOLVER, node[node.DISTILLER.TYPE]
         lr = row.get("lr_for_this_pair(paper rule)", row["lr_in_config"])
-        assert (row["batch"], lr, row["epochs"]) == (solver.BATCH_SIZE, solver.LR, solver.EPOCHS), cell.name
-        assert (row["stages"], row["decay"]) == (solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE), cell.name
-        assert (row["wd"], row["momentum"], True) == (solver.WEIGHT_DECAY, solver.MOMENTUM, solver.NESTEROV)
+        assert (row["batch"], lr, row["epochs"]) == (solver.BATCH_SIZE, solver.LR, solver.EPOCHS), (
+            cell.name
+        )
+        assert (row["stages"], row["decay"]) == (solver.LR_DECAY_STAGES, solver.LR_DECAY_RATE), (
+            cell.name
+        )
+        assert (row["wd"], row["momentum"], True) == (
+            solver.WEIGHT_DECAY,
+            solver.MOMENTUM,
+            solver.NESTEROV,
+        )
         for key in row["method_params"].keys() - COMPUTED:
             ours, theirs = method[key], row["method_params"][key]
             assert (dict(ours) if isinstance(theirs, dict) else ours) == theirs, (cell.name, key)
@@ -130,23 +148,38 @@ def test_identity_depends_on_the_result_only(tmp_path: Path) -> None:
     def of(*overrides: str) -> str:
         return identity(load_config(ROOT / "configs/digits/normkd.yaml", overrides).node)
 
-    same = ["SEED=7", "LOG.PREFIX=/elsewhere", "DEVICE=cpu", "SOLVER.PRECISION=bf16", "EXPERIMENT.TAG=x"]
+    same = [
+        "SEED=7",
+        "LOG.PREFIX=/elsewhere",
+        "DEVICE=cpu",
+        "SOLVER.PRECISION=bf16",
+        "EXPERIMENT.TAG=x",
+    ]
     assert {of(override) for override in same} == {of()} == {of("DISTILLER.TYPE=[NormKD]")}
     unused = tmp_path / "unused.yaml"
     unused.write_text(f"_BASE_: {ROOT / 'configs/digits/normkd.yaml'}\nCRD.NCE.K: 3\n")
     assert identity(load_config(unused).node) == of()
-    other = ["SOLVER.EPOCHS=3", "NormKD.TEMPERATURE_NORM=1.5", "DISTILLER.STUDENT=vgg8", "DISTILLER.TYPE=KD"]
+    other = [
+        "SOLVER.EPOCHS=3",
+        "NormKD.TEMPERATURE_NORM=1.5",
+        "DISTILLER.STUDENT=vgg8",
+        "DISTILLER.TYPE=KD",
+    ]
     assert len({of(), *(of(override) for override in other)}) == len(other) + 1
     stored = yaml.safe_load(dump(load_config(ROOT / "configs/digits/normkd.yaml").node))
     del stored["SOLVER"]["DOT"]  # a record from before that key existed
     stored["DATASET"]["DECODE"] = "cpu"  # and before these keys were removed
     stored["SOLVER"] |= {"TRIALS": 1, "TRIALS_MODE": "processes", "INIT_SEED": 3}
     assert identity(stored) == of()
-    plain = load_config(ROOT / "configs/digits/vanilla_resnet8.yaml", ["DISTILLER.TEACHER=resnet56"]).node
+    plain = load_config(
+        ROOT / "configs/digits/vanilla_resnet8.yaml", ["DISTILLER.TEACHER=resnet56"]
+    ).node
     assert identity(plain) == identity(load_config(ROOT / "configs/digits/vanilla_resnet8.yaml").node)
 
 
-def make_plan(cells: Sequence[Cell], seeds: Sequence[int], output: Path, by_value: bool = False) -> list[Job]:
+def make_plan(
+    cells: Sequence[Cell], seeds: Sequence[int], output: Path, by_value: bool = False
+) -> list[Job]:
     return plan.make_plan(cells, seeds, output, False, (), by_value)
 
 
@@ -192,7 +225,13 @@ def test_operations_are_counted() -> None:
 
 
 def test_config_keys_after_the_values_of_a_list_option_are_overrides(tmp_path, capsys):
-    where = ["reproduce", f"--results={tmp_path}", f"--output={tmp_path}", "--dry-run", "--table=digits"]
+    where = [
+        "reproduce",
+        f"--results={tmp_path}",
+        f"--output={tmp_path}",
+        "--dry-run",
+        "--table=digits",
+    ]
     for words in (
         ["--methods", "student", "--seeds", "0", "1", "SOLVER.PRECISION", "bf16"],
         ["SOLVER.PRECISION=bf16", "--seeds", "0", "1", "--methods", "student"],
@@ -208,7 +247,10 @@ def test_config_keys_after_the_values_of_a_list_option_are_overrides(tmp_path, c
         ("", "got none"),
         ("--table 2 --pairs res56", "--pairs: no 'res56'"),
         ("--table 2 --methods KD NormKD DEVICE cpu", "did you mean kd"),
-        ("--table digits --budget 9", "--budget: must be a duration such as 90s, 9m or 1h30m, got '9'"),
+        (
+            "--table digits --budget 9",
+            "--budget: must be a duration such as 90s, 9m or 1h30m, got '9'",
+        ),
         ("--table digits --budget minutes", "--budget: must be a duration"),
         ("--table digits --sweep KD.TEMPERATURE", "--sweep must be KEY=A,B,C"),
         ("--table digits --sweep KD.TEMPERATURE=1 --val-split 0", "--val-split must be > 0"),
@@ -240,7 +282,14 @@ def test_durations_are_parsed() -> None:
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
-    where = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--trials", "1"]
+    where = [
+        "--output",
+        str(tmp_path / "out"),
+        "--results",
+        str(tmp_path / "results"),
+        "--trials",
+        "1",
+    ]
     assert execute(["reproduce", "--table", "4", "digits", *where, "--dry-run"]) == 0
     listed = capsys.readouterr().out
     assert "[seed 0] digits/normkd,resnet20,resnet8: 0 of 12 epochs done" in listed
@@ -278,7 +327,9 @@ def test_commands_of_students_use_the_weights_of_their_teachers_commands(capsys)
     assert "TYPE: DKD" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("study", "stages"), [("short", [160, 200, 220]), ("short16", [150, 180, 210])])
+@pytest.mark.parametrize(
+    ("study", "stages"), [("short", [160, 200, 220]), ("short16", [150, 180, 210])]
+)
 def test_short_studies_change_only_length_pair_and_precision(study: str, stages: list[int]) -> None:
     for method in ("kd", "normkd", "dkd", "dkd_normkd"):
         nodes = []
@@ -286,7 +337,9 @@ def test_short_studies_change_only_length_pair_and_precision(study: str, stages:
             node = load_config(ROOT / f"configs/cifar100/{file}.yaml").node.clone()
             node.defrost()
             if not nodes:
-                assert [240 * stage / node.SOLVER.EPOCHS for stage in node.SOLVER.LR_DECAY_STAGES] == stages
+                assert [
+                    240 * stage / node.SOLVER.EPOCHS for stage in node.SOLVER.LR_DECAY_STAGES
+                ] == stages
             node.SOLVER.EPOCHS, node.SOLVER.LR_DECAY_STAGES = 0, []
             node.DISTILLER.TEACHER, node.DISTILLER.STUDENT = "", ""
             for name in DISTILLERS:

@@ -26,7 +26,13 @@ from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher_file import find_teacher
 from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.models import build_model
-from mdistiller_norm.reproduce.ledger import Ledger, finished_run, read_ledger, signed_record, write_record
+from mdistiller_norm.reproduce.ledger import (
+    Ledger,
+    finished_run,
+    read_ledger,
+    signed_record,
+    write_record,
+)
 from mdistiller_norm.reproduce.plan import (
     Job,
     cell_config,
@@ -95,7 +101,9 @@ def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(tmp_pat
     assert "1 run left, about" in printed
 
     monkeypatch.setattr("mdistiller_norm.reproduce.runner.GRACE", 0.5)
-    (job,) = make_plan([TABLES["digits"].cells["student", "res20_res8"]], [0], tmp_path, False, (), False)
+    (job,) = make_plan(
+        [TABLES["digits"].cells["student", "res20_res8"]], [0], tmp_path, False, (), False
+    )
     execution, before = Execution(job, results, 1, {}), job.progress
     assert execution.start()
     assert execution.process is not None
@@ -114,8 +122,12 @@ def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(tmp_pat
     code, printed = reproduce(*arguments)
     assert code == 0
     assert "1 done, 0 failed, 0 waiting for a teacher" in printed
-    assert re.search(r"\] digits/vanilla,resnet8: .*, last top-1 \d+\.\d\d, best top-1 \d+\.\d\d\n", printed)
-    assert re.search(r"  table digits, Student, .*: last top-1 \d+\.\d\d, best .* \(n = 1\)\n", printed)
+    assert re.search(
+        r"\] digits/vanilla,resnet8: .*, last top-1 \d+\.\d\d, best top-1 \d+\.\d\d\n", printed
+    )
+    assert re.search(
+        r"  table digits, Student, .*: last top-1 \d+\.\d\d, best .* \(n = 1\)\n", printed
+    )
     assert f"report: mdistiller-norm report --results {results}\n" in printed
     assert "1 run: 1 done, 0 to run" in reproduce(*arguments)[1]
     (entry,) = read_ledger(results / "runs").all_runs()
@@ -166,7 +178,10 @@ def test_a_sweep_by_torchrun_is_evaluated_on_held_out_images_and_fills_no_cell(t
     options = ["--methods", "student", "teacher", "--sweep", "SOLVER.MOMENTUM=0.8", "--trials", 1]
     code, printed = smoke(tmp_path, *options, "--processes", 2)
     assert code == 0
-    assert "  table digits, Student with SOLVER.MOMENTUM = 0.8, resnet20 → resnet8: last top-1 " in printed
+    assert (
+        "  table digits, Student with SOLVER.MOMENTUM = 0.8, resnet20 → resnet8: last top-1 "
+        in printed
+    )
     assert "(n = 1) on held-out images" in printed
     entries = ledger_of(tmp_path).all_runs()
     (record,) = (entry.record for entry in entries)
@@ -207,7 +222,9 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(tmp_path, monke
     assert all("--constraint=a100" in script and "--time=7" in script for script in (teacher, student))
     assert "--dependency=afterok:0" in student
     assert "--dependency" not in teacher
-    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    (tmp_path / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n"
+    )
     with pytest.raises(ConfigError, match=r"--launcher slurm: .* \(0 jobs submitted\)"):
         smoke(tmp_path / "output", "--methods", "kd", "--trials", 1, *slurm)
 
@@ -224,7 +241,9 @@ def test_finished_runs_are_added_to_the_ledger_and_not_repeated(output: Path) ->
         (output / "smoke" / "other" / str(i) / "result.json").write_text(content)  # of another program
     (output / "smoke" / "other" / "pipe").mkdir()
     os.mkfifo(output / "smoke" / "other" / "pipe" / "result.json")
-    assert "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "--trials", 1, "--dry-run")[1]
+    assert (
+        "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "--trials", 1, "--dry-run")[1]
+    )
     assert not runs.exists()
     assert "2 runs: 2 done, 0 to run" in smoke(output, "--methods", "kd", "teacher", "--trials", 1)[1]
     os.utime(folder / "result.json")  # as in a copy of the folder
@@ -315,7 +334,10 @@ def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
         "type": (changed(seed="0"), "seed must be int, got '0'"),
         "future": (changed(format=2), "format must be 1, got 2"),
         "better": (changed(best=record["best"] | {"top1": 99.9}), "best top1 99.9 differs"),
-        "short": (changed(metrics=metrics | {"epoch": [1, 1]}), "do not cover the epochs 1 to SOLVER.EPOCHS"),
+        "short": (
+            changed(metrics=metrics | {"epoch": [1, 1]}),
+            "do not cover the epochs 1 to SOLVER.EPOCHS",
+        ),
         "schedule": (changed(epochs=3), "does not have 3 numbers"),
     }
     for name, (content, _) in cases.items():
@@ -332,7 +354,9 @@ def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
 
 
 def test_ledgers_merge_by_copying_and_each_seed_counts_once(trained: Path, tmp_path: Path) -> None:
-    record = finished_run(jobs_of(trained, "kd")[-1].folder, "configs/digits/kd.yaml", smoke=True).record
+    record = finished_run(
+        jobs_of(trained, "kd")[-1].folder, "configs/digits/kd.yaml", smoke=True
+    ).record
     first = write_record(record, tmp_path)
     assert write_record(record, tmp_path) == first
     write_record(signed_record(record | {"at": "2099-01-01T00:00:00Z"}), tmp_path)
@@ -351,7 +375,12 @@ def test_published_weights_become_teachers_if_trained_alone(trained, tmp_path, m
         assert config is not None
         last = {"epoch": 240, "top1": 72.5, "top5": 92.0, "loss": 1.0}
         result = json.loads((jobs_of(trained, "kd")[-1].folder / "result.json").read_text())
-        result |= {"config": yaml.safe_load(dump(config.node)), "epochs": 240, "last": last, "best": last}
+        result |= {
+            "config": yaml.safe_load(dump(config.node)),
+            "epochs": 240,
+            "last": last,
+            "best": last,
+        }
         methods = [] if method == "student" else ["KD"]
         result |= {"method": methods, "student": "resnet8x4", "dataset": "cifar100"}
         folder = tmp_path / method
@@ -376,7 +405,10 @@ def test_published_weights_become_teachers_if_trained_alone(trained, tmp_path, m
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(again.eval()(images), network.eval()(images), rtol=0.02, atol=0.02)
     assert "| KD | 73.33 | 72.50 | 72.50 | 1 |" in (tmp_path / "results" / "TABLES.md").read_text()
-    for folder, message in ((runs[0], "exists"), (jobs_of(trained, "kd")[-1].folder, "does not fill a cell")):
+    for folder, message in (
+        (runs[0], "exists"),
+        (jobs_of(trained, "kd")[-1].folder, "does not fill a cell"),
+    ):
         with pytest.raises(ConfigError, match=message):
             reproduce("--publish", folder)
     manifest = tmp_path / "checkpoints" / "manifest.yaml"

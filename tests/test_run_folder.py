@@ -71,7 +71,9 @@ def test_the_parts_of_a_resumed_run_are_recorded(folder: Path) -> None:
         ([elsewhere, not_begun], [elsewhere, second]),
         (None, [second]),  # a state of an older version, which has fewer facts
     ):
-        older = {key: value for key, value in state.items() if key != "parts"} | {"identity": {"teacher": ""}}
+        older = {key: value for key, value in state.items() if key != "parts"} | {
+            "identity": {"teacher": ""}
+        }
         torch.save(state | {"parts": saved} if saved else older, folder / LATEST)
         for _ in range(2):  # nothing is left to train the second time
             assert resume(folder)["parts"] == expected
@@ -105,15 +107,31 @@ def damaged(key: str, value: object) -> Callable[[Path], object]:
         (lambda folder: None, ["SOLVER.LR=0.1", "SEED=5"], r"with other values of SOLVER\.LR, SEED"),
         (lambda folder: None, ["SOLVER.EPOCHS=0"], "SOLVER.EPOCHS"),
         (lambda folder: (folder / "config.yaml").unlink(), [], r"config\.yaml does not exist"),
-        (lambda folder: (folder / "config.yaml").write_bytes(b"\0"), [], r"config\.yaml cannot be read"),
+        (
+            lambda folder: (folder / "config.yaml").write_bytes(b"\0"),
+            [],
+            r"config\.yaml cannot be read",
+        ),
         (lambda folder: (folder / LATEST).unlink(), [], r"there is no checkpoint .*latest\.pt"),
-        (lambda folder: torch.save([1, 2], folder / LATEST), [], r"latest\.pt is not the state of a run"),
+        (
+            lambda folder: torch.save([1, 2], folder / LATEST),
+            [],
+            r"latest\.pt is not the state of a run",
+        ),
         (lambda folder: (folder / LATEST).write_bytes(b"PK\3\4"), [], r"latest\.pt is damaged"),
         (damaged("epoch", 4), [], r"SOLVER\.EPOCHS must be >= 3"),
         (damaged("identity", {"precision": "bf16"}), [], r"another precision \(bf16, now fp32\)"),
         (damaged("identity", {"data": "other"}), [], "another data"),
-        (damaged("trainable", {"student.fc.weight": torch.zeros(10, 3)}), [], r"does not fit this run \("),
-        (damaged("optimizer", {"state": {}, "param_groups": []}), [], "different number of parameter groups"),
+        (
+            damaged("trainable", {"student.fc.weight": torch.zeros(10, 3)}),
+            [],
+            r"does not fit this run \(",
+        ),
+        (
+            damaged("optimizer", {"state": {}, "param_groups": []}),
+            [],
+            "different number of parameter groups",
+        ),
         (damaged("meters", {}), [], "Missing key"),
     ],
 )
@@ -124,10 +142,14 @@ def test_what_cannot_be_resumed_is_an_error(folder, damage, overrides, words):
     with pytest.raises((CheckpointError, ConfigError), match=words) as caught:
         resume(folder, *overrides)
     assert "\n" not in str(caught.value)
-    assert {path.name: path.read_bytes() for path in folder.glob("*.*") if path.name in before} == before
+    assert {
+        path.name: path.read_bytes() for path in folder.glob("*.*") if path.name in before
+    } == before
 
 
-@pytest.mark.parametrize("content", [b"\0", b"#" * 2**20 + b"#", b"- 1", b"DATASET: {ROOT: [nowhere]}"])
+@pytest.mark.parametrize(
+    "content", [b"\0", b"#" * 2**20 + b"#", b"- 1", b"DATASET: {ROOT: [nowhere]}"]
+)
 def test_a_damaged_config_of_a_run_is_one_line_of_eval(run, tmp_path, content, capsys):
     shutil.copy(run / "student_best.pt", tmp_path)
     (tmp_path / "config.yaml").write_bytes(content)
@@ -137,7 +159,9 @@ def test_a_damaged_config_of_a_run_is_one_line_of_eval(run, tmp_path, content, c
 
 
 def test_an_unusable_folder_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be written \(File name too long\): .*EXPERIMENT\.NAME"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be written \(File name too long\): .*EXPERIMENT\.NAME"
+    ):
         build_run(config(tmp_path, "n" * 300))
     (tmp_path / "distill" / "run" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(ConfigError, match="cannot be written"):
@@ -158,7 +182,9 @@ def test_a_signal_to_the_process_group_saves_the_state_despite_workers(tmp_path:
     from PIL import Image
 
     for number in range(64):
-        path = tmp_path / "tree" / ("train", "val")[number % 2] / str(number // 2 % 2) / f"{number}.png"
+        path = (
+            tmp_path / "tree" / ("train", "val")[number % 2] / str(number // 2 % 2) / f"{number}.png"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy()).save(path)
     command = [
@@ -167,7 +193,12 @@ def test_a_signal_to_the_process_group_saves_the_state_despite_workers(tmp_path:
         "SOLVER.BATCH_SIZE=4", "SOLVER.EPOCHS=100000", f"LOG.PREFIX={tmp_path}", "EXPERIMENT.NAME=run",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -179,4 +210,6 @@ def test_a_signal_to_the_process_group_saves_the_state_despite_workers(tmp_path:
     assert "stopped by SIGTERM; the state is saved" in output[1]
     (state,) = (load(path) for path in tmp_path.rglob(LATEST))
     assert state["epoch"] >= 2
-    assert [path.name for path in (tmp_path / "digits" / "run").glob(".*")] == [".lock"]  # no partial files
+    assert [path.name for path in (tmp_path / "digits" / "run").glob(".*")] == [
+        ".lock"
+    ]  # no partial files

@@ -31,13 +31,17 @@ class HostTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        tensors = [
+            leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)
+        ]
         self.seen += [str(function)] * any(tensor.device.type == "cpu" for tensor in tensors)
         return result
 
 
 @pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
-def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path: Path, teacher: str, method: str) -> None:
+def test_a_step_needs_no_value_and_no_tensor_on_the_host(
+    tmp_path: Path, teacher: str, method: str
+) -> None:
     """Fake tensors have no values, so that a host synchronisation or a data-dependent shape is an error.
 
     On a fake GPU, which cannot run a backward pass, tensors on the host are found too: a CUDA graph cannot copy them.
@@ -55,7 +59,9 @@ def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path: Path, teacher
 
     if torch.__version__ < "2.7":
         pytest.skip("PyTorch 2.6 initialises CUDA to move parameters to a fake GPU")
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # parameters cannot become fake in place
+    torch.__future__.set_overwrite_module_params_on_conversion(
+        True
+    )  # parameters cannot become fake in place
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             gpu = torch.device("cuda")
@@ -100,7 +106,9 @@ def test_the_scale_of_fp16_gradients_can_be_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["NormKD", "CRD", "OFD", "KD"])
-def test_everything_that_a_step_changes_can_be_restored(tmp_path: Path, teacher: str, method: str) -> None:
+def test_everything_that_a_step_changes_can_be_restored(
+    tmp_path: Path, teacher: str, method: str
+) -> None:
     """Capturing a graph runs the step a few times and restores the state in place."""
     recipe = RECIPE if method == "KD" else []
     extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), *recipe, teacher]

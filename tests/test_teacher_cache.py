@@ -63,7 +63,9 @@ def build(folder: Path, name: str, *overrides: str, epochs: int = 1) -> tuple[Tr
     return trainer, trainer.step.teacher
 
 
-def run(folder: Path, name: str, *overrides: str, epochs: int = 1, on_device: bool = False) -> CachedTeacher:
+def run(
+    folder: Path, name: str, *overrides: str, epochs: int = 1, on_device: bool = False
+) -> CachedTeacher:
     trainer = build_run(config(folder, name, NORMKD, *overrides, epochs=epochs)).trainer
     found = trainer.step.teacher
     assert isinstance(found, CachedTeacher)
@@ -96,7 +98,9 @@ def test_folding_changes_outputs_by_rounding_only(name: str) -> None:
     images = torch.randn(4, 3, 32, 32)
     for need in (Need.LOGITS, Need.MAPS):
         module = folded(network, need)
-        norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (module, network)]
+        norms = [
+            sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (module, network)
+        ]
         assert norms[0] < norms[1]
         with torch.no_grad():
             expected, got = network.outputs(images), module(images)
@@ -147,7 +151,9 @@ def test_full_computes_each_row_once_before_the_first_step(tmp_path: Path, own_t
         pass
     rows = np.unique([found.row_indices(found.loader.batches(epoch)).numpy() for epoch in (1, 2)])
     assert len(found.store.written()) == found.computed == len(rows)
-    assert len(found.store.missing(rows)) == len(found.device_rows.absent(rows)) == found.requested == 0
+    assert (
+        len(found.store.missing(rows)) == len(found.device_rows.absent(rows)) == found.requested == 0
+    )
 
 
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-4), ("fp16", 1e-2)])
@@ -191,7 +197,9 @@ def test_a_cache_of_changed_code_is_refused(filled, monkeypatch):
 
 def test_outputs_too_large_for_fp16_are_refused(tmp_path: Path, own_teacher: str) -> None:
     edit_weights(own_teacher, lambda state: (state["fc.weight"].mul_(1e5), state["fc.bias"].mul_(1e5)))
-    with pytest.raises(CheckpointError, match=r"for fp16: set DISTILLER\.TEACHER_CACHE_PRECISION fp32"):
+    with pytest.raises(
+        CheckpointError, match=r"for fp16: set DISTILLER\.TEACHER_CACHE_PRECISION fp32"
+    ):
         run(tmp_path, "half", own_teacher, LAZY, FP16)
 
 
@@ -305,19 +313,25 @@ def test_a_read_only_cache_is_read_and_missing_rows_are_computed(tmp_path: Path,
     shutil.rmtree(folder)
 
 
-def test_a_full_disk_is_an_error(tmp_path: Path, own_teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error(
+    tmp_path: Path, own_teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)  # a disk cannot be filled up for a test
-    with pytest.raises(CheckpointError, match=r"written \(No space left on device\): free space or set"):
+    with pytest.raises(
+        CheckpointError, match=r"written \(No space left on device\): free space or set"
+    ):
         run(tmp_path, "run", own_teacher, LAZY)
 
 
 # Compilation
 
 
-def test_the_choice_depends_on_the_number_of_steps_and_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_depends_on_the_number_of_steps_and_the_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "")
     assert choose("all", CPU, 10**6) == ("none", f"not compiling: {compiler_missing(CPU)}")
@@ -344,7 +358,9 @@ def test_compiled_networks_compute_the_same() -> None:
     network = copy.deepcopy(eager.train())
     for forward in (eager.outputs, compile_outputs(network.outputs, "", pytest.fail)):
         forward(images).logits.square().mean().backward()
-    expected, got = ({name: each.grad for name, each in net.named_parameters()} for net in (eager, network))
+    expected, got = (
+        {name: each.grad for name, each in net.named_parameters()} for net in (eager, network)
+    )
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(network.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
 

@@ -31,7 +31,9 @@ def groups(once: Once) -> tuple[list[Path], list[Path]]:
     def fill(folder: Path) -> None:
         for name, lr in (("plain", 0.02), ("fast", 0.05)):
             for seed in (0, 1, 2):
-                train(config(folder, f"{name},SEED={seed}", f"SEED={seed}", f"SOLVER.LR={lr}", epochs=1))
+                train(
+                    config(folder, f"{name},SEED={seed}", f"SEED={seed}", f"SOLVER.LR={lr}", epochs=1)
+                )
 
     folder = once("seeds", fill) / "distill"
     return sorted(folder.glob("plain*")), sorted(folder.glob("fast*"))
@@ -62,14 +64,19 @@ def test_runs_are_grouped_by_seed_and_compared(groups, tmp_path, capsys):
     assert (first["network"], first["parameters"]) == ("resnet8", 78042)
     assert first["macs"] == pytest.approx(12.6e6, rel=0.02)
     assert first["last"]["mean"] == pytest.approx(np.mean([top1(folder) for folder in plain]))
-    assert first["best"]["std"] == pytest.approx(np.std([top1(folder, "best") for folder in plain], ddof=1))
+    assert first["best"]["std"] == pytest.approx(
+        np.std([top1(folder, "best") for folder in plain], ddof=1)
+    )
     (pair,) = record["pairs"]
     (a, a_correct), (b, b_correct) = correct(plain[0]), correct(fast[0])
     assert pair["agreement"] == pytest.approx(100 * np.mean(a == b), abs=0.3)
     difference = np.sum(a_correct) - np.sum(b_correct)
     assert pair["only_first"] - pair["only_second"] == pytest.approx(difference, abs=1)
     differences = [top1(b) - top1(a) for a, b in zip(plain, fast, strict=True)]
-    assert (pair["difference"]["n"], pair["difference"]["mean"]) == (3, pytest.approx(np.mean(differences)))
+    assert (pair["difference"]["n"], pair["difference"]["mean"]) == (
+        3,
+        pytest.approx(np.mean(differences)),
+    )
     text = page.read_text()
     assert "<td>compared with plain</td>" in text
     assert f"{abs(np.mean(differences)):.2f} [" in text
@@ -83,7 +90,9 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert mcnemar(first, first)["p"] == 1
 
 
-def test_weights_without_a_result(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_without_a_result(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = tmp_path / "weights.pth"
     torch.save(torch.load(run / "student_last.pt")["model"], weights)
     with pytest.raises(UserError, match="add -m"):
@@ -107,7 +116,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def predict(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> list[dict[str, Any]]:
+def predict(
+    capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0
+) -> list[dict[str, Any]]:
     capsys.readouterr()
     assert execute(["predict", *map(str, arguments), "--json"]) == code
     return json.loads(capsys.readouterr().out)
@@ -196,8 +207,12 @@ def test_tsne(networks: tuple[str, str], tmp_path: Path) -> None:
     assert data["targets"] == targets[chosen].tolist()
     first, second = data["networks"]
     assert (first["name"], second["name"]) == ("teacher", "run")
-    assert second["silhouette"] == pytest.approx(silhouette_score(pooled[chosen], targets[chosen]), abs=1e-4)
-    assert silhouette_score(first["points"], data["targets"]) > 0.1, "classes of a trained network are apart"
+    assert second["silhouette"] == pytest.approx(
+        silhouette_score(pooled[chosen], targets[chosen]), abs=1e-4
+    )
+    assert silhouette_score(first["points"], data["targets"]) > 0.1, (
+        "classes of a trained network are apart"
+    )
     before = dict(mpl.rcParams)
     assert drawn(tmp_path / "again", *options) == data, "the seed fixes the embedding"
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "new" / "tsne.v1.svg").read_bytes()
@@ -206,7 +221,9 @@ def test_tsne(networks: tuple[str, str], tmp_path: Path) -> None:
 
 def test_correlation(networks: tuple[str, str], tmp_path: Path) -> None:
     teacher, student = networks
-    data = drawn(tmp_path / "f", "correlation", "-t", teacher, "-c", student, teacher, "--names", "a", "b")
+    data = drawn(
+        tmp_path / "f", "correlation", "-t", teacher, "-c", student, teacher, "--names", "a", "b"
+    )
     assert [(panel["name"], panel["kind"]) for panel in data["panels"]] == [
         ("a", "raw"), ("b", "raw"), ("a", "normalised"), ("b", "normalised"),
     ]  # fmt: skip

@@ -20,7 +20,13 @@ from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import runtime
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.errors import CheckpointError, ConfigError, Interrupted, NonFiniteLossError, UserError
+from mdistiller_norm.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    NonFiniteLossError,
+    UserError,
+)
 from mdistiller_norm.models import build_model
 from mdistiller_norm.run import Run, build_run, train
 
@@ -68,7 +74,9 @@ def after_step(run: Run, number: int, action: Callable[[], object]) -> None:
 
 
 def test_a_run_writes_its_files(tmp_path: Path, teacher: str) -> None:
-    result = train(config(tmp_path, "run", "DISTILLER.TYPE=NormKD", "LOG.SAVE_CHECKPOINT_FREQ=1", teacher))
+    result = train(
+        config(tmp_path, "run", "DISTILLER.TYPE=NormKD", "LOG.SAVE_CHECKPOINT_FREQ=1", teacher)
+    )
     folder = tmp_path / "distill" / "run"
     assert {
         "config.yaml", "environment.json", "metrics.jsonl", "result.json", "tensorboard", "worklog.txt", "latest.pt",
@@ -106,7 +114,8 @@ DOT_EMA = ["SOLVER.TRAINER=dot", "SOLVER.EMA=0.5"]
 
 
 @pytest.mark.parametrize(
-    ("method", "more"), [*((method, []) for method in ("NONE", *DISTILLERS)), ("KD", RECIPE), ("KD", DOT_EMA)]
+    ("method", "more"),
+    [*((method, []) for method in ("NONE", *DISTILLERS)), ("KD", RECIPE), ("KD", DOT_EMA)],
 )
 def test_resuming_is_bit_identical(tmp_path, teacher, few, method, more):
     extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher, *more]
@@ -149,7 +158,9 @@ def test_a_run_is_compiled_and_resumed_alike(tmp_path, teacher, few, monkeypatch
     for name in ("teacher", "student"):
         assert re.search(rf"the {name} could not be compiled \(.*\): it runs uncompiled", text)
     for name in ("run", "all"):
-        assert_same_state(state_of(tmp_path, "eager")["trainable"], state_of(tmp_path, name)["trainable"])
+        assert_same_state(
+            state_of(tmp_path, "eager")["trainable"], state_of(tmp_path, name)["trainable"]
+        )
 
 
 def test_the_warm_up_and_the_learning_rate_follow_the_epoch(tmp_path, teacher, few):
@@ -162,26 +173,34 @@ def test_the_warm_up_and_the_learning_rate_follow_the_epoch(tmp_path, teacher, f
         assert b["loss_DKD"] == pytest.approx(a["loss_DKD"] * b["epoch"] / 10, rel=1e-3)
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_finite_state(tmp_path: Path, few: TensorDataset) -> None:
+def test_a_non_finite_loss_stops_and_keeps_the_last_finite_state(
+    tmp_path: Path, few: TensorDataset
+) -> None:
     fit_few(few, tmp_path, "run", epochs=1)
     latest = tmp_path / "distill" / "run" / "latest.pt"
     state = load(latest)
     state["trainable"]["student.fc.weight"][0, 0] = torch.inf
     torch.save(state, latest)
     before = latest.read_bytes()
-    with pytest.raises(NonFiniteLossError, match="the loss ce became NaN or infinite in epoch 2, step 1"):
+    with pytest.raises(
+        NonFiniteLossError, match="the loss ce became NaN or infinite in epoch 2, step 1"
+    ):
         fit_few(few, tmp_path, "run", resume=True)
     assert latest.read_bytes() == before
     assert load(latest.with_name("best.pt"))["trainable"]["student.fc.weight"].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "bn1.running_var"])
-def test_states_that_are_not_finite_are_not_saved(tmp_path: Path, few: TensorDataset, name: str) -> None:
+def test_states_that_are_not_finite_are_not_saved(
+    tmp_path: Path, few: TensorDataset, name: str
+) -> None:
     """The loss of a step is computed before its update."""
     run = build_few(few, tmp_path, "run", "LOG.CHECKPOINT_STEPS=1")
     tensor = run.trainer.step.trainable.student.state_dict()[name]
     after_step(run, 2, lambda: tensor.fill_(torch.inf))
-    with pytest.raises(NonFiniteLossError, match="batch norms became NaN or infinite at step 2 of epoch"):
+    with pytest.raises(
+        NonFiniteLossError, match="batch norms became NaN or infinite at step 2 of epoch"
+    ):
         run.trainer.fit()
     run.trainer.log.close()
     assert state_of(tmp_path, "run")["steps_done"] == 1
@@ -217,17 +236,23 @@ def test_a_teacher_near_chance_is_a_warning(tmp_path, few, right, warned, capsys
         always_first.fc.bias.copy_(torch.tensor([1.0, 0.0]))
     torch.save({"model": always_first.state_dict()}, tmp_path / "teacher.pth")
     test = Split(few.test.images, (torch.arange(40) >= right).long())
-    two = replace(few, classes=("a", "b"), train=Split(few.train.images, few.train.targets % 2), test=test)
+    two = replace(
+        few, classes=("a", "b"), train=Split(few.train.images, few.train.targets % 2), test=test
+    )
     override = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'teacher.pth'}"
     build_few(two, tmp_path, "run", "DISTILLER.TYPE=KD", override)
     assert ("about chance" in capsys.readouterr().out) == warned
 
 
-def test_a_teacher_far_below_its_manifest_is_a_warning_and_nan_an_error(tmp_path, teacher, few, monkeypatch):
+def test_a_teacher_far_below_its_manifest_is_a_warning_and_nan_an_error(
+    tmp_path, teacher, few, monkeypatch
+):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "teacher.pt").write_bytes(Path(teacher.partition("=")[2]).read_bytes())
-    (folder / "manifest.yaml").write_text("[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99}]")
+    (folder / "manifest.yaml").write_text(
+        "[{file: teacher.pt, model: resnet14, dataset: digits, top1: 99}]"
+    )
     monkeypatch.chdir(tmp_path)
     run = build_few(few, tmp_path, "run", "DISTILLER.TYPE=KD")
     assert "far below its stated 99.00" in (run.trainer.folder / "worklog.txt").read_text()
@@ -250,8 +275,12 @@ def test_eval_reads_students_states_and_bare_weights(run, tmp_path, monkeypatch,
     student = evaluate("-c", run / "student_last.pt", "--per-class")
     assert expected in student
     assert len([line for line in student.splitlines() if line.startswith("  ")]) == 10
-    assert expected in evaluate("-c", tmp_path / "bare.pth", "-m", "resnet8", "-d", "digits", "-bs", 360)
-    assert expected in evaluate("-c", tmp_path / "bare.pth", "-m", "resnet8", "--cfg", run / "config.yaml")
+    assert expected in evaluate(
+        "-c", tmp_path / "bare.pth", "-m", "resnet8", "-d", "digits", "-bs", 360
+    )
+    assert expected in evaluate(
+        "-c", tmp_path / "bare.pth", "-m", "resnet8", "--cfg", run / "config.yaml"
+    )
     assert expected in evaluate("-c", run / "latest.pt")
     monkeypatch.chdir(tmp_path)
     Path("output").symlink_to(run.parents[1])

@@ -28,7 +28,9 @@ def corrupt(content: bytes, chance: random.Random) -> bytes:
     """Flip a bit, overwrite up to 64 bytes, cut the end off, or insert a byte."""
     place, kind = chance.randrange(len(content)), chance.randrange(4)
     if kind == 0:
-        return content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :]
+        return (
+            content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :]
+        )
     if kind == 1:
         noise = chance.randbytes(chance.randrange(1, 65))
         return (content[:place] + noise + content[place + len(noise) :])[: len(content)]
@@ -111,7 +113,9 @@ def last_save(folder: Path) -> int:
         return -1
 
 
-def run_killed(start: Callable[[], object], kills: int, longest: float, folder: Path | None = None) -> None:
+def run_killed(
+    start: Callable[[], object], kills: int, longest: float, folder: Path | None = None
+) -> None:
     """Run a function in forked processes; kill the first ones after random times, which begin at a save in a folder."""
     chance = random.Random(0)
     for number in range(kills + 1):
@@ -142,7 +146,12 @@ def assert_killed_run_equals_whole_one(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_equals_one_that_was_not(tmp_path: Path, teacher: str) -> None:
-    settings = ("DISTILLER.TYPE=NormKD", "DISTILLER.TEACHER_CACHE=lazy", "LOG.CHECKPOINT_STEPS=2", teacher)
+    settings = (
+        "DISTILLER.TYPE=NormKD",
+        "DISTILLER.TEACHER_CACHE=lazy",
+        "LOG.CHECKPOINT_STEPS=2",
+        teacher,
+    )
     train(config(tmp_path, "whole", *settings, epochs=4))
     killed = config(tmp_path, "killed", *settings, epochs=4)
     run_killed(lambda: train(killed, resume=True), KILLS, longest=1.5)
@@ -155,7 +164,9 @@ def test_two_processes_killed_ten_times_equal_ones_that_were_not(tmp_path: Path)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     def start(name: str) -> None:
-        pair = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+        pair = LaunchConfig(
+            1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork"
+        )
         settings = ("LOG.CHECKPOINT_STEPS=1", "DEVICE=cpu")
         elastic_launch(pair, train)(config(tmp_path, name, *settings, epochs=8), True)
 
@@ -166,16 +177,32 @@ def test_two_processes_killed_ten_times_equal_ones_that_were_not(tmp_path: Path)
 
 @pytest.mark.slow
 def test_parallel_runs_of_a_table_killed_ten_times_equal_runs_that_were_not(tmp_path: Path) -> None:
-    table = ["--table", "digits", "--methods", "student", "--seeds", "0", "1", "--smoke", "--jobs", "2"]
+    table = [
+        "--table",
+        "digits",
+        "--methods",
+        "student",
+        "--seeds",
+        "0",
+        "1",
+        "--smoke",
+        "--jobs",
+        "2",
+    ]
 
     def start(name: str) -> None:
-        assert execute(["reproduce", *table, "--output", str(tmp_path / name), "LOG.CHECKPOINT_STEPS=1"]) == 0
+        assert (
+            execute(["reproduce", *table, "--output", str(tmp_path / name), "LOG.CHECKPOINT_STEPS=1"])
+            == 0
+        )
 
     run_killed(lambda: start("whole"), 0, 0)
     run_killed(lambda: start("killed"), KILLS // 2, 0.1, tmp_path / "killed")
     folders = [tmp_path / name / "smoke" / "results" / "runs" for name in ("whole", "killed")]
     ledgers = [read_ledger(folder, smoke=True) for folder in folders]
-    whole, killed = ({entry.seed: entry.record["metrics"] for entry in each.all_runs()} for each in ledgers)
+    whole, killed = (
+        {entry.seed: entry.record["metrics"] for entry in each.all_runs()} for each in ledgers
+    )
     assert whole.keys() == killed.keys() == {0, 1}
     assert not ledgers[1].duplicates
     for seed, metrics in whole.items():

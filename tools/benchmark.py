@@ -53,7 +53,9 @@ def spread(values: Sequence[float], by: Sequence[float] | None = None) -> Record
 def show(found: Record | None, digits: int) -> str:
     """Return the median and, in parentheses, the quartiles of a spread as text."""
     return (
-        f"{found['median']:.{digits}f} ({found['q1']:.{digits}f}-{found['q3']:.{digits}f})" if found else "-"
+        f"{found['median']:.{digits}f} ({found['q1']:.{digits}f}-{found['q3']:.{digits}f})"
+        if found
+        else "-"
     )
 
 
@@ -82,7 +84,9 @@ class Bench:
             raise ConfigError(
                 f"SOLVER.BATCH_SIZE must be <= {len(self.dataset.train)}, the number of training images"
             )
-        self.teacher = self.weights = options.teacher or self.node.DISTILLER.TEACHER_WEIGHTS or "random"
+        self.teacher = self.weights = (
+            options.teacher or self.node.DISTILLER.TEACHER_WEIGHTS or "random"
+        )
         if self.teacher == "random":
             torch.manual_seed(0)
             network = build_model(self.node.DISTILLER.TEACHER, len(self.dataset.classes))
@@ -99,7 +103,10 @@ class Bench:
         if options.cfg:
             return load_config(options.cfg, [*overrides, f"DISTILLER.TYPE={method}"], options.methods)
         folder = (
-            PROJECT / "configs" / "cifar100" / ("dkd_normkd" if method == "NormKD_W_DKD" else method.lower())
+            PROJECT
+            / "configs"
+            / "cifar100"
+            / ("dkd_normkd" if method == "NormKD_W_DKD" else method.lower())
         )
         return load_config(folder / f"{options.pair}.yaml", overrides, options.methods)
 
@@ -123,7 +130,9 @@ class Bench:
         for side in sides.values():
             side.block(max(self.options.warmup, steps) if self.options.replay else self.options.warmup)
         return interleave(
-            {name: partial(side.block, steps) for name, side in sides.items()}, self.options.blocks, 1000
+            {name: partial(side.block, steps) for name, side in sides.items()},
+            self.options.blocks,
+            1000,
         )
 
 
@@ -133,7 +142,8 @@ def measure_table9(bench: Bench) -> Record:
     # The compiled losses of many methods exceed the default limit.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(methods))
     ours = {
-        method: Ours(bench.config(method, "timed"), bench.dataset, bench.options.replay) for method in methods
+        method: Ours(bench.config(method, "timed"), bench.dataset, bench.options.replay)
+        for method in methods
     }
     times = bench.step_times(ours)
     print(f"{'':14}{'ms a step':>24}{'x KD':>20}{'memory MB':>11}{'parameters':>12}")
@@ -143,7 +153,9 @@ def measure_table9(bench: Bench) -> Record:
         extra = sum(part.extra_parameters() for part in side.step.trainable.methods)
         # A separate process: this one's allocator keeps the memory of the other methods.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            peak = pool.submit(memory, bench.config(method, "memory"), bench.options.synthetic).result()
+            peak = pool.submit(
+                memory, bench.config(method, "memory"), bench.options.synthetic
+            ).result()
         print(f"{method:14}{show(ms, 1):>24}{show(kd, 3):>20}{peak:>11.0f}{extra:>12,}")
         table[method] = {
             "ms": ms,
@@ -159,7 +171,9 @@ def measure_against(bench: Bench, method: str) -> Record:
     """Time training steps of the reference and of ours."""
     ours = Ours(bench.config(method, "against"), bench.dataset, bench.options.replay)
     times = bench.step_times({"reference": bench.reference(method, ours), "ours": ours})
-    record: Record = {f"{name}_ms": spread(values) for name, values in times.items()} | {"log": ours.log}
+    record: Record = {f"{name}_ms": spread(values) for name, values in times.items()} | {
+        "log": ours.log
+    }
     record["ratio"] = spread(times["reference"], times["ours"])
     line = ", ".join(f"{name} {show(record[f'{name}_ms'], 1)} ms" for name in times)
     print(f"{method:14}{line}, reference / ours {show(record['ratio'], 2)}")
@@ -190,7 +204,9 @@ def measure_evaluation(bench: Bench) -> Record:
 
 def measure_loader(node: Any, name: str, passes: int) -> Record:
     """Measure images/s of reading class folders with our loader and with torchvision's ImageFolder, best of passes."""
-    folder = Path(name) if name != "imagenet" else data_root(Path(node.DATASET.ROOT), "imagenet") / "train"
+    folder = (
+        Path(name) if name != "imagenet" else data_root(Path(node.DATASET.ROOT), "imagenet") / "train"
+    )
     if not folder.is_dir():
         raise DataError(
             f"--loader: the folder {folder} does not exist; it must have one folder of images per class"
@@ -239,8 +255,18 @@ def parse(arguments: Sequence[str]) -> Any:
     add("--table9", action="store_true", help="time, memory and extra parameters of the methods")
     add("--evaluate", action="store_true", help="images/s of evaluating the student on the test split")
     add("--against", type=Path, metavar="PATH", help="compare with the checkout of a reference")
-    add("--loader", default="", metavar="FOLDER", help="images/s of reading class folders, or: imagenet")
-    add("--methods", default="", metavar="A,B", help="DISTILLER.TYPEs; default: those of Table 9, or NormKD")
+    add(
+        "--loader",
+        default="",
+        metavar="FOLDER",
+        help="images/s of reading class folders, or: imagenet",
+    )
+    add(
+        "--methods",
+        default="",
+        metavar="A,B",
+        help="DISTILLER.TYPEs; default: those of Table 9, or NormKD",
+    )
     add("--pair", default="res32x4_res8x4", help="stem of the config files in configs/cifar100/METHOD")
     add("--cfg", default="", metavar="FILE", help="config file to use instead of the pair's")
     add("--blocks", type=int, default=7, help="rounds, the n of medians and quartiles")
@@ -248,7 +274,13 @@ def parse(arguments: Sequence[str]) -> Any:
     add("--warmup", type=int, default=3, help="untimed steps before")
     add("--batch-size", type=int, help="short for SOLVER.BATCH_SIZE")
     add("--teacher", default="", metavar="FILE", help="the teacher's weights (default: random ones)")
-    add("--synthetic", type=int, default=0, metavar="N", help="use N images of noise instead of real ones")
+    add(
+        "--synthetic",
+        type=int,
+        default=0,
+        metavar="N",
+        help="use N images of noise instead of real ones",
+    )
     add(
         "--replay",
         action="store_true",
@@ -267,7 +299,9 @@ def parse(arguments: Sequence[str]) -> Any:
     if min(options.blocks, options.steps, options.warmup) < 1:
         raise ConfigError("--blocks, --steps and --warmup must be >= 1")
     if not (options.table9 or options.evaluate or options.against or options.loader):
-        raise ConfigError("nothing to measure: add --table9, --evaluate, --against PATH or --loader FOLDER")
+        raise ConfigError(
+            "nothing to measure: add --table9, --evaluate, --against PATH or --loader FOLDER"
+        )
     methods = options.methods or (TABLE9 if options.table9 else "NormKD")
     options.methods = list(dict.fromkeys(methods.split(",")))
     if options.batch_size is not None:
@@ -287,13 +321,20 @@ def measure(options: Any, record: Record, folder: Path) -> None:
     timer = Timer("a @ a", globals={"a": matrix}, num_threads=threads)
     peak = 2e-9 * size**3 / min(timer.timeit(1).mean for _ in range(10))
     machine = record["machine"] = environment(device) | {"matmul_gflops": peak}
-    print(f"machine: {machine['device']}, {threads} threads, PyTorch {machine['torch']}, {peak:.0f} GFLOP/s")
+    print(
+        f"machine: {machine['device']}, {threads} threads, PyTorch {machine['torch']}, {peak:.0f} GFLOP/s"
+    )
     if options.loader:
         record["loader"] = measure_loader(plain, options.loader, options.blocks)
     if bench is None:
         return
     names, size = bench.node.DISTILLER, bench.node.SOLVER.BATCH_SIZE
-    record |= {"data": bench.data, "teacher": names.TEACHER, "student": names.STUDENT, "batch_size": size}
+    record |= {
+        "data": bench.data,
+        "teacher": names.TEACHER,
+        "student": names.STUDENT,
+        "batch_size": size,
+    }
     print(f"{names.TEACHER} -> {names.STUDENT}, batch {size}\nteacher's weights: {bench.teacher}\ndata: {bench.data}\n"
           f"blocks of {options.steps} steps, n = {options.blocks}; median (quartiles)")  # fmt: skip
     if options.table9:

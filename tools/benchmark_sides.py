@@ -62,7 +62,9 @@ class Ours:
 
     def __init__(self, config: Config, dataset: TensorDataset, replay: bool = False) -> None:
         self.seed, self.replay = config.node.SEED, replay
-        few = Split(dataset.test.images[:64], dataset.test.targets[:64])  # the teacher is evaluated on these
+        few = Split(
+            dataset.test.images[:64], dataset.test.targets[:64]
+        )  # the teacher is evaluated on these
         with contextlib.redirect_stdout(StringIO()):
             run = build_run(config, dataset=replace(dataset, test=few))
             for _ in run.trainer.prefetch:  # a full teacher cache
@@ -136,7 +138,9 @@ class Reference:
     It receives our hyper-parameters, images (``data`` contains ``cifar-100-python``) and state dicts of both networks.
     """
 
-    def __init__(self, cfg: Any, data: Path, weights: list[Any], folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, cfg: Any, data: Path, weights: list[Any], folder: Path, device: torch.device
+    ) -> None:
         self.device = device
         self._null = open(os.devnull, "w")  # noqa: SIM115 - its progress bars keep it
         method, node = cfg.DISTILLER.TYPE, _reference_config(cfg, folder)
@@ -181,12 +185,16 @@ class Reference:
         if data:  # the checksums are those of the original files
             contexts += [patch("torchvision.datasets.cifar.check_integrity", return_value=True)]
             contexts += [
-                patch("mdistiller.dataset.cifar100.get_data_folder", return_value=str(data), create=True)
+                patch(
+                    "mdistiller.dataset.cifar100.get_data_folder", return_value=str(data), create=True
+                )
             ]
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
                 mallopt = ctypes.CDLL("libc.so.6").mallopt
-                mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: the largest of the defaults
+                mallopt(
+                    -3, 32 * 2**20
+                )  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: the largest of the defaults
                 mallopt(-1, 64 * 2**20)
             stack.callback(keep_freed_memory)
             for context in contexts:
@@ -236,5 +244,7 @@ def write_cifar(dataset: TensorDataset, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         pixels = split.images.permute(0, 3, 1, 2).reshape(len(split), -1).numpy()
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": split.targets.tolist()}))
+        (folder / name).write_bytes(
+            pickle.dumps({"data": pixels, "fine_labels": split.targets.tolist()})
+        )
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": list(dataset.classes)}))

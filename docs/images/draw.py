@@ -47,7 +47,9 @@ def read_runs(study: str) -> dict[str, list[float]]:
 def draw_results() -> None:
     """Plot the methods of the short study, and the top-1 against NormKD's T_norm."""
     runs = read_runs("short")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(3, 2), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.2), width_ratios=(3, 2), layout="constrained"
+    )
     for row, name in enumerate(METHODS):
         values = runs[name]
         color = BLUE if "normkd" in name else GREY
@@ -55,7 +57,11 @@ def draw_results() -> None:
         left.errorbar(mean, row, xerr=std, fmt="o", color=color, capsize=3, markersize=7)
         left.plot(values, [row + 0.25] * len(values), ".", color=color, alpha=0.5)
         left.annotate(
-            f"{mean:.2f} (n = {len(values)})", (mean, row), (0, 8), textcoords="offset points", ha="center"
+            f"{mean:.2f} (n = {len(values)})",
+            (mean, row),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
         )
     left.set(
         yticks=range(len(METHODS)),
@@ -81,7 +87,9 @@ def main() -> None:
     draw_results()
     if len(sys.argv) > 1:
         teacher, kd, normkd = sys.argv[1:]
-        execute(["visualize", "logits", "-c", teacher, "--sample", "7", "--out", str(HERE / "softening")])
+        execute(
+            ["visualize", "logits", "-c", teacher, "--sample", "7", "--out", str(HERE / "softening")]
+        )
         names = ["--names", "KD", "NormKD", "--out", str(HERE / "correlation")]
         execute(["visualize", "correlation", "-t", teacher, "-c", kd, normkd, *names])
 

@@ -79,7 +79,9 @@ class Dataset(ABC):
         """Reduce the training split to ``count`` samples, equally many of each class that has enough."""
         number = len(self.classes)
         if count < number:
-            raise ConfigError(f"DATASET.SUBSET must be >= {number}, the number of classes, got {count}")
+            raise ConfigError(
+                f"DATASET.SUBSET must be >= {number}, the number of classes, got {count}"
+            )
         other = copy.copy(self)
         chosen = self._choose([(count + number - 1 - label) // number for label in range(number)])
         other.train = self.train[chosen]

@@ -51,7 +51,9 @@ def decode(content: bytes) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def draw_crop(random: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> Crop:
+def draw_crop(
+    random: np.random.Generator, height: int, width: int, scale: tuple[float, float]
+) -> Crop:
     """Draw a crop, distributed as torchvision's RandomResizedCrop and RandomHorizontalFlip.
 
     ``scale`` is the smallest and largest fraction of the image's area; aspect ratios are between 3:4 and 4:3.

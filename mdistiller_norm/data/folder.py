@@ -15,7 +15,13 @@ import torch
 
 from mdistiller_norm.data.base import Dataset, EvalLoader
 from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
-from mdistiller_norm.data.loader import ImageOptions, ImageSplit, ImageTrainLoader, eval_loader, unreadable
+from mdistiller_norm.data.loader import (
+    ImageOptions,
+    ImageSplit,
+    ImageTrainLoader,
+    eval_loader,
+    unreadable,
+)
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import ConfigError, DataError
 from mdistiller_norm.files import regular
@@ -49,7 +55,9 @@ def list_images(folder: Path, classes: Sequence[str] = ()) -> dict[str, list[str
     """Return the sorted names of the images of each class folder of a split: of these classes, or of all."""
     hint = f"images belong in {folder}/<class>/; without val, set DATASET.VAL_SPLIT"
     try:
-        labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+        labels = sorted(
+            path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
+        )
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): {hint}") from error
     if not labels:

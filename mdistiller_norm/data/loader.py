@@ -157,10 +157,12 @@ class Reader(TorchDataset[Decoded]):
 
 def _start_worker(number: int, trainer: int) -> None:
     # The training process handles signals to the group and needs its workers to finish: only its SIGTERM ends them.
-    sys.excepthook = lambda *error: None  # prints no tracebacks of workers
+    sys.excepthook = lambda *error: (
+        None
+    )  # a worker prints no traceback when the training process has ended
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere the sender is unknown
+    if sys.platform == "linux":  # elsewhere, the sender of a signal is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         Thread(target=_exit_on_sigterm, args=(trainer,), daemon=True).start()
 
@@ -179,7 +181,7 @@ class _Loader:
         self._batches = DataLoader(
             reader, batch_size=None, sampler=tasks, num_workers=reader.options.workers,
             worker_init_fn=partial(_start_worker, trainer=os.getpid()), persistent_workers=bool(reader.options.workers),
-            pin_memory=device.type == "cuda", generator=torch.Generator(),  # not the global one
+            pin_memory=device.type == "cuda", generator=torch.Generator(),  # leaves the global one as it is
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -192,7 +194,9 @@ class _Loader:
         except RuntimeError as error:
             if "</torch_" not in str(error):  # a file of shared memory
                 raise
-            raise DataError("the shared memory /dev/shm is too small: lower DATASET.NUM_WORKERS") from error
+            raise DataError(
+                "the shared memory /dev/shm is too small: lower DATASET.NUM_WORKERS"
+            ) from error
 
 
 def _eval_tasks(samples: int, batch_size: int, share: Share) -> list[Task]:
@@ -230,7 +234,9 @@ class ImageTrainLoader(TrainLoader):
                 so_far = f"({len(self._broken)} so far)"
                 self.warn(f"{name} cannot be read: another sample takes its place {so_far}")
             if len(self._broken) > self._max_broken:
-                raise DataError(f"{len(self._broken)} training images cannot be read: use --check-data")
+                raise DataError(
+                    f"{len(self._broken)} training images cannot be read: use --check-data"
+                )
             yield *batch, torch.full((), key + step, device=self._loader.device)
 
     def prepare(self, *raw: Tensor) -> Batch:

@@ -81,7 +81,9 @@ class TensorDataset(Dataset):
             raise DataError(f"{self.name}: classes must be strings, got {self.classes!r}")
         values, given = [*self.mean, *self.std], f"{self.mean} and {self.std}"
         if len(values) != 6 or not 0 <= min(values) <= max(values) <= 1 or 0 in self.std:
-            raise DataError(f"{self.name}: mean and std must be 3 values in [0, 1], std > 0, got {given}")
+            raise DataError(
+                f"{self.name}: mean and std must be 3 values in [0, 1], std > 0, got {given}"
+            )
         self.train.check(f"{self.name}: training", len(self.classes))
         self.test.check(f"{self.name}: test", len(self.classes))
 
@@ -103,8 +105,7 @@ class TensorDataset(Dataset):
         part = self.test[rows.start : rows.stop].to(device)
         parts = [part[first : first + batch_size] for first in range(0, len(part), batch_size)]
         batches = [(batch.images, batch.targets) for batch in parts]
-        normalise = Normalise(self.mean, self.std, device)
-        return EvalLoader(batches, normalise, on_device=True)
+        return EvalLoader(batches, Normalise(self.mean, self.std, device), on_device=True)
 
 
 class MemoryTrainLoader(TrainLoader):
@@ -112,7 +113,9 @@ class MemoryTrainLoader(TrainLoader):
 
     on_device = True
 
-    def __init__(self, dataset: TensorDataset, batch_size: int, seed: int, share: Share = ALONE) -> None:
+    def __init__(
+        self, dataset: TensorDataset, batch_size: int, seed: int, share: Share = ALONE
+    ) -> None:
         super().__init__(len(dataset.train), batch_size, seed, share)
         self.augment = PadCropFlip(dataset.padding, dataset.flip)
         self._train, self._device = dataset.train, dataset.train.targets.device

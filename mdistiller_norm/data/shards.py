@@ -128,8 +128,12 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
     unfinished = folder / ".unfinished_shards"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
-        splits = {"train": dataset.train} | ({} if dataset.test is dataset.train else {"val": dataset.test})
-        counts = {name: _write_split(split, unfinished / name, per_shard) for name, split in splits.items()}
+        splits = {"train": dataset.train} | (
+            {} if dataset.test is dataset.train else {"val": dataset.test}
+        )
+        counts = {
+            name: _write_split(split, unfinished / name, per_shard) for name, split in splits.items()
+        }
         (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for path in unfinished.iterdir():
             path.rename(folder / path.name)

@@ -3,7 +3,14 @@
 import importlib
 import pkgutil
 
-from mdistiller_norm.distillers.base import DISTILLERS, Distiller, Need, Pair, build_distiller, register
+from mdistiller_norm.distillers.base import (
+    DISTILLERS,
+    Distiller,
+    Need,
+    Pair,
+    build_distiller,
+    register,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -163,7 +163,9 @@ def register(name: str) -> Callable[[D], D]:
         if not (isinstance(cls, type) and issubclass(cls, Distiller)):
             raise TypeError(f"distiller {name!r} must be a subclass of Distiller")
         methods = [value for name, value in vars(cls).items() if not name.startswith("__")]
-        read = {name for each in methods if hasattr(each, "__code__") for name in each.__code__.co_names}
+        read = {
+            name for each in methods if hasattr(each, "__code__") for name in each.__code__.co_names
+        }
         for attribute, need in _READS.items():
             if attribute in read and cls.need < need:
                 raise TypeError(
@@ -201,7 +203,11 @@ def loss_weights(node: Any) -> dict[str, Any]:
         if isinstance(value, (int, float)) and value < 0:
             raise ConfigError(f"{key} must be >= 0, got {value}")
     weight = values.get("KD_WEIGHT", values.get("FEAT_WEIGHT", 1.0))
-    return {"ce_weight": values.get("CE_WEIGHT", 1.0), "weight": weight, "warmup": values.get("WARMUP", 0)}
+    return {
+        "ce_weight": values.get("CE_WEIGHT", 1.0),
+        "weight": weight,
+        "warmup": values.get("WARMUP", 0),
+    }
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

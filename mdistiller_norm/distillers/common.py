@@ -60,7 +60,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
         return super().forward(x)
 
 
@@ -93,7 +95,9 @@ def check_typed(key: str, value: object, default: object, probed: object) -> Non
     mdistiller's configs contain shapes that are probed here. Its defaults fit one pair only, so they are ignored.
     """
     if value not in (default, probed):
-        raise ConfigError(f"{key} must be {probed} for this pair, got {value}: correct it or leave it out")
+        raise ConfigError(
+            f"{key} must be {probed} for this pair, got {value}: correct it or leave it out"
+        )
 
 
 def unit(x: Tensor, dim: int) -> Tensor:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
+from mdistiller_norm.distillers.base import (
+    Distiller,
+    Need,
+    Pair,
+    at_least_float32,
+    loss_weights,
+    register,
+)
 from mdistiller_norm.distillers.common import check_typed, keyed_below, keyed_permutation
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
@@ -84,7 +91,9 @@ class ContrastSampler(nn.Module):
     if ``relaxed`` any sample of its class.
     """
 
-    def __init__(self, targets: Tensor, num_classes: int, negatives: int, relaxed: bool = False) -> None:
+    def __init__(
+        self, targets: Tensor, num_classes: int, negatives: int, relaxed: bool = False
+    ) -> None:
         super().__init__()
         targets = targets.detach().cpu()
         counts = torch.bincount(targets, minlength=num_classes)
@@ -154,7 +163,9 @@ class CRD(Distiller):
         self.momentum, self.temperature, self.sampler = momentum, temperature, sampler
         self.embed_student, self.embed_teacher = (nn.Linear(width, dim) for width in widths)
         memories = ((2 * torch.rand(sampler.samples, dim) - 1) * math.sqrt(3 / dim) for _ in range(2))
-        self.student_memory, self.teacher_memory = map(nn.Buffer, memories)  # rows of expected length 1
+        self.student_memory, self.teacher_memory = map(
+            nn.Buffer, memories
+        )  # rows of expected length 1
         self.log_z = nn.Buffer(torch.full((2,), torch.inf))  # infinite until the first batch
 
     @classmethod
@@ -179,8 +190,12 @@ class CRD(Distiller):
         anchors_s, anchors_t = (F.normalize(at_least_float32(pooled), dim=1) for pooled in embedded)
         chosen = self.sampler(batch.targets, batch.indices, batch.key)
         sizes = _batch_sizes(batch.indices)
-        student_loss, student_z = self._contrast(anchors_s, self.teacher_memory, chosen, self.log_z[0], sizes)
-        teacher_loss, teacher_z = self._contrast(anchors_t, self.student_memory, chosen, self.log_z[1], sizes)
+        student_loss, student_z = self._contrast(
+            anchors_s, self.teacher_memory, chosen, self.log_z[0], sizes
+        )
+        teacher_loss, teacher_z = self._contrast(
+            anchors_t, self.student_memory, chosen, self.log_z[1], sizes
+        )
         if self.training:
             self.log_z.copy_(torch.stack([student_z, teacher_z]))
             self._update_memory(anchors_s.detach(), anchors_t.detach(), batch.indices, sizes)
@@ -201,12 +216,16 @@ class CRD(Distiller):
         # memory from before its update.
         return loss + ((anchors - anchors.detach()) * pull).sum(), log_z
 
-    def _update_memory(self, anchors_s: Tensor, anchors_t: Tensor, indices: Tensor, sizes: list[int]) -> None:
+    def _update_memory(
+        self, anchors_s: Tensor, anchors_t: Tensor, indices: Tensor, sizes: list[int]
+    ) -> None:
         indices = _gather(indices, sizes)
         # Duplicate indices all write the first embedding, so the order of the writes is irrelevant.
         first = (indices[:, None] == indices).byte().argmax(1)
         for anchors, memory in ((anchors_s, self.student_memory), (anchors_t, self.teacher_memory)):
-            moved = torch.lerp(_gather(anchors, sizes)[first].to(memory), memory[indices], self.momentum)
+            moved = torch.lerp(
+                _gather(anchors, sizes)[first].to(memory), memory[indices], self.momentum
+            )
             memory.index_copy_(0, indices, F.normalize(moved, dim=1))
 
 

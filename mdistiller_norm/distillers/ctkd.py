@@ -47,7 +47,9 @@ class CTKD(Distiller):
         super().__init__(**weights)
         self.start, self.span, self.epochs = start, span, epochs
         self.theta = nn.Parameter(torch.ones(()))
-        self.strength = nn.Buffer(torch.zeros(()), persistent=False)  # begin_epoch computes it from the epoch
+        self.strength = nn.Buffer(
+            torch.zeros(()), persistent=False
+        )  # begin_epoch computes it from the epoch
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:

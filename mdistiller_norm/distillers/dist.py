@@ -20,7 +20,9 @@ def _pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     spreads = [torch.linalg.vector_norm(rows, dim=1) for rows in (x, y)]
     constant = (spreads[0] <= 1e-6 * sizes[0]) | (spreads[1] <= 1e-6 * sizes[1])
-    correlation: Tensor = (x * y).sum(1) / (spreads[0] * spreads[1] + eps).masked_fill(constant, torch.inf)
+    correlation: Tensor = (x * y).sum(1) / (spreads[0] * spreads[1] + eps).masked_fill(
+        constant, torch.inf
+    )
     return correlation
 
 

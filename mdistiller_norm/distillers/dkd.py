@@ -56,7 +56,9 @@ def dkd_loss(
         student_logits, teacher_logits: ``[B, C]``.
         targets: ``[B]``, int64 class indices.
     """
-    return decoupled_divergence(soften(student_logits, teacher_logits, temperature), targets, alpha, beta)
+    return decoupled_divergence(
+        soften(student_logits, teacher_logits, temperature), targets, alpha, beta
+    )
 
 
 @register("DKD")

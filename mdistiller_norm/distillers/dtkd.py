@@ -30,7 +30,9 @@ def dtkd_loss(
     """
     softened = soften(student_logits, teacher_logits, temperature)
     # The shares do not change if all logits are divided by T.
-    height_s, height_t = (maximum(side).clamp_min(FLOOR) for side in (softened.student, softened.teacher))
+    height_s, height_t = (
+        maximum(side).clamp_min(FLOOR) for side in (softened.student, softened.teacher)
+    )
     share_s, share_t = (2 * height / (height_s + height_t) for height in (height_s, height_t))
     weight = softened.weight * (share_s * share_t).squeeze(1)
     dynamic = Softened(softened.student / share_s, softened.teacher / share_t, weight)

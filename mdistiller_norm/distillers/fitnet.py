@@ -7,7 +7,14 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
+from mdistiller_norm.distillers.base import (
+    Distiller,
+    Need,
+    Pair,
+    at_least_float32,
+    loss_weights,
+    register,
+)
 from mdistiller_norm.distillers.common import BatchNorm, shapes
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
@@ -36,7 +43,9 @@ def make_regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
     elif [2 * side for side in source] == target:
         convolution = nn.ConvTranspose2d(channels, hints, 4, stride=2, padding=1)
     elif source[0] >= target[0] and source[1] >= target[1]:
-        convolution = nn.Conv2d(channels, hints, (source[0] - target[0] + 1, source[1] - target[1] + 1))
+        convolution = nn.Conv2d(
+            channels, hints, (source[0] - target[0] + 1, source[1] - target[1] + 1)
+        )
     else:
         raise ConfigError(
             f"FITNET.HINT_LAYER selects the student map {shapes([student])}, too small for the teacher map "

@@ -41,7 +41,12 @@ def nkd_loss(
 class NKD(TargetDistiller):
     """Normalized knowledge distillation."""
 
-    defaults = {"TEMPERATURE": 3.0, "GAMMA": 3.5, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 1.0}}
+    defaults = {
+        "TEMPERATURE": 3.0,
+        "GAMMA": 3.5,
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 1.0},
+    }
     meanings = {"GAMMA": "weight of the non-target part"}
     loss = staticmethod(nkd_loss)
     arguments = {"gamma": "GAMMA", "temperature": "TEMPERATURE"}

@@ -48,7 +48,9 @@ def norm_dkd_loss(
         student_logits, teacher_logits: ``[B, C]``.
         targets: ``[B]``, int64 class indices.
     """
-    return decoupled_divergence(soften(student_logits, teacher_logits, t_norm, "std"), targets, alpha, beta)
+    return decoupled_divergence(
+        soften(student_logits, teacher_logits, t_norm, "std"), targets, alpha, beta
+    )
 
 
 @register("NormKD")
@@ -76,6 +78,8 @@ class NormKDWithDKD(TargetDistiller):
     defaults = {
         "TEMPERATURE_NORM": 2.0, "LOSS": {}, "CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "WARMUP": 20,
     }  # fmt: skip
-    meanings = DKD.meanings | {"TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the logits' std"}
+    meanings = DKD.meanings | {
+        "TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the logits' std"
+    }
     loss = staticmethod(norm_dkd_loss)
     arguments = {"alpha": "ALPHA", "beta": "BETA", "t_norm": "TEMPERATURE_NORM"}

@@ -12,8 +12,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
-from mdistiller_norm.distillers.common import BatchNorm, matched_stages, pool_to, require_preacts, shapes
+from mdistiller_norm.distillers.base import (
+    Distiller,
+    Need,
+    Pair,
+    at_least_float32,
+    loss_weights,
+    register,
+)
+from mdistiller_norm.distillers.common import (
+    BatchNorm,
+    matched_stages,
+    pool_to,
+    require_preacts,
+    shapes,
+)
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -49,7 +62,9 @@ def margins_of(norm: nn.BatchNorm2d) -> Tensor:
 
 
 def _connector(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    convolution = nn.Conv2d(
+        in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
+    )
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(convolution, BatchNorm(out_channels))
 
@@ -82,7 +97,9 @@ class OFD(Distiller):
         super().__init__(**weights)
         self.teacher_in_train_mode = teacher_train_mode
         pairs = zip(channels, norms, strict=True)
-        self.connectors = nn.ModuleList(_connector(ins, n.num_features, kernel_size) for ins, n in pairs)
+        self.connectors = nn.ModuleList(
+            _connector(ins, n.num_features, kernel_size) for ins, n in pairs
+        )
         for stage, norm in enumerate(norms):
             self.register_buffer(f"margin{stage}", margins_of(norm))
 
@@ -109,5 +126,7 @@ class OFD(Distiller):
             zip(self.connectors, students, teachers, strict=True)
         ):
             target, margin = pool_to(target, source.shape[-2:]), self.get_buffer(f"margin{stage}")
-            losses.append(feat_loss(connector(source), target, margin) / 2 ** (len(students) - 1 - stage))
+            losses.append(
+                feat_loss(connector(source), target, margin) / 2 ** (len(students) - 1 - stage)
+            )
         return torch.stack(losses).sum()

@@ -11,8 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
-from mdistiller_norm.distillers.common import BatchNorm, Maps, check_typed, pool_to, require_preacts, shapes
+from mdistiller_norm.distillers.base import (
+    Distiller,
+    Need,
+    Pair,
+    at_least_float32,
+    loss_weights,
+    register,
+)
+from mdistiller_norm.distillers.common import (
+    BatchNorm,
+    Maps,
+    check_typed,
+    pool_to,
+    require_preacts,
+    shapes,
+)
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
 
@@ -100,7 +114,11 @@ class ReviewKD(Distiller):
     need = Need.MAPS
 
     def __init__(
-        self, in_channels: Sequence[int], out_channels: Sequence[int], student_preact: bool, **weights: Any
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        student_preact: bool,
+        **weights: Any,
     ) -> None:
         super().__init__(**weights)
         self.student_preact = student_preact

@@ -58,4 +58,9 @@ class RLD(TargetDistiller):
         "ALPHA_T": "temperature of the sample confidence",
     }  # fmt: skip
     loss = staticmethod(rld_loss)
-    arguments = {"alpha": "ALPHA", "beta": "BETA", "temperature": "T", "confidence_temperature": "ALPHA_T"}
+    arguments = {
+        "alpha": "ALPHA",
+        "beta": "BETA",
+        "temperature": "T",
+        "confidence_temperature": "ALPHA_T",
+    }

@@ -19,7 +19,9 @@ from mdistiller_norm.types import Softened
 
 def _transformed(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> Softened:
     softened = soften(student_logits, teacher_logits, 1 / gamma)
-    return Softened(at_least_float32(student_logits), softened.teacher, torch.ones_like(softened.weight))
+    return Softened(
+        at_least_float32(student_logits), softened.teacher, torch.ones_like(softened.weight)
+    )
 
 
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1) -> Tensor:
@@ -35,7 +37,9 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1)
 def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1) -> Tensor:
     """:func:`ttm_loss` with each sample weighted by ``sum(p_t^gamma)``."""
     power_sum = (gamma * at_least_float32(teacher_logits).log_softmax(1)).logsumexp(1).exp()
-    return kl_divergence(_transformed(student_logits, teacher_logits, gamma)._replace(weight=power_sum))
+    return kl_divergence(
+        _transformed(student_logits, teacher_logits, gamma)._replace(weight=power_sum)
+    )
 
 
 @register("TTM")

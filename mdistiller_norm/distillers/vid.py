@@ -11,7 +11,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32, loss_weights, register
+from mdistiller_norm.distillers.base import (
+    Distiller,
+    Need,
+    Pair,
+    at_least_float32,
+    loss_weights,
+    register,
+)
 from mdistiller_norm.distillers.common import matched_stages, same_size
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch, Outputs
@@ -49,7 +56,12 @@ class VID(Distiller):
     need = Need.MAPS
 
     def __init__(
-        self, channels: Sequence[int], targets: Sequence[int], variance: float, eps: float, **weights: Any
+        self,
+        channels: Sequence[int],
+        targets: Sequence[int],
+        variance: float,
+        eps: float,
+        **weights: Any,
     ) -> None:
         super().__init__(**weights)
         if not 0 < eps < variance:
@@ -58,7 +70,9 @@ class VID(Distiller):
         # Inverse of softplus, without overflow and accurate for small variances.
         start = variance - eps
         start += math.log(-math.expm1(-start))
-        self.regressors = nn.ModuleList(_regressor(s, t) for s, t in zip(channels, targets, strict=True))
+        self.regressors = nn.ModuleList(
+            _regressor(s, t) for s, t in zip(channels, targets, strict=True)
+        )
         self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t,), start)) for t in targets)
 
     @classmethod

@@ -31,7 +31,7 @@ _SAFE_TYPES: list[Any] = [
 
 LATEST, PREVIOUS = "latest.pt", "latest.prev.pt"  # the last two states of a run
 _WEIGHT_KEYS = ("model", "state_dict", "trainable", "model_state_dict", "net")
-_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of wrappers
+_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")  # of DataParallel and torch.compile
 _MARK = b"mdistiller_norm sha256 "
 _NO_CHECKPOINTS = {
     b"<": "an HTML or XML page",
@@ -62,7 +62,10 @@ def save_atomically(content: Any, path: Path, keep: Path | None = None) -> None:
             archive = buffer.getbuffer()[:-2]  # without its empty comment
             file.writelines((archive, _signature(archive)))
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error})") from error
+        intact = "; its previous version is intact" if path.exists() else ""
+        raise CheckpointError(
+            f"{path} could not be written ({error.strerror or error}){intact}"
+        ) from error
 
 
 def load(path: str | Path) -> Any:
@@ -126,7 +129,9 @@ def load_weights(path: str | Path) -> Weights:
     about = content.get("about")
     for candidate in (*(content.get(key) for key in _WEIGHT_KEYS), content):
         if isinstance(candidate, Mapping):
-            state = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
+            state = {
+                str(name): value for name, value in candidate.items() if isinstance(value, Tensor)
+            }
             if state:
                 return Weights(state, path, dict(about) if isinstance(about, Mapping) else {})
     raise CheckpointError(f"{path} holds no weights, bare or in {', '.join(_WEIGHT_KEYS)}")
@@ -147,6 +152,6 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
     """Load weights strictly: every name and shape must match."""
     try:
         network.load_state_dict(_match_names(weights.state, network.state_dict()))
-    except (RuntimeError, ValueError) as error:  # ValueError: of MNASNet
+    except (RuntimeError, ValueError) as error:  # ValueError: raised by torchvision's MNASNet
         reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300, placeholder=" ...")
         raise CheckpointError(f"{weights.path} does not fit {name}: {reason}") from error

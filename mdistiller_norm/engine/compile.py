@@ -59,7 +59,7 @@ def compile_outputs(
         if not failed:
             try:
                 return compiled(images)
-            except Exception as error:  # its errors are raised below
+            except Exception as error:  # the network's own errors are raised again below
                 failed = True
                 warn(f"the {name} could not be compiled ({first_line(error)}): it runs uncompiled")
         return outputs(images)

@@ -57,7 +57,9 @@ def start(device: torch.device, timeout: int) -> Share:
             # When torchrun restarts the processes of one machine, its store still holds the addresses of the dead:
             # each attempt uses a prefix. (With several machines, their counts of attempts may differ.)
             _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store)
-        distributed.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=limit)
+        distributed.init_process_group(
+            backend, store=_store, rank=rank, world_size=world, timeout=limit
+        )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"process {share.rank} could not connect: {first_line(error)}") from error
     return share
@@ -126,7 +128,7 @@ def wrap(module: nn.Module) -> nn.Module:
         return module
     # Buffers are not synchronised: batch norms are averaged when they are read, and CRD's memory is updated equally.
     known = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    key = "forward_sync_buffers" if known else "broadcast_buffers"  # before 2.14
+    key = "forward_sync_buffers" if known else "broadcast_buffers"  # the name before PyTorch 2.14
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **{key: False})  # type: ignore[arg-type]
 
 
@@ -139,7 +141,9 @@ def collective_errors() -> Iterator[None]:
         if "did not receive grad" in str(error):
             problem = "a parameter takes no part in the loss: remove it or freeze it"
             raise ConfigError(f"{problem} (TORCH_DISTRIBUTED_DEBUG=INFO names it)") from error
-        if not together() or not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
+        if not together() or not (
+            isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+        ):
             raise
         raise UserError(_missing_ranks(first_line(error))) from error
 

@@ -21,7 +21,7 @@ from mdistiller_norm.files import write_text
 
 Record = dict[str, Any]
 TENSORBOARD = "tensorboard"  # in the run folder
-_SPEEDS = ("images_per_second", "data_wait", "seconds")  # TensorBoard's group
+_SPEEDS = ("images_per_second", "data_wait", "seconds")  # of TensorBoard's group speed
 
 
 def environment(device: torch.device) -> Record:
@@ -38,13 +38,15 @@ def environment(device: torch.device) -> Record:
     processor = platform.processor() or platform.machine()
     with suppress(OSError, IndexError):
         processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0].strip()
-    checkout = git("rev-parse", "--show-toplevel") == str(root)  # not of another project
+    checkout = git("rev-parse", "--show-toplevel") == str(
+        root
+    )  # not installed inside another repository
     return {
         "mdistiller_norm": mdistiller_norm.__version__,
         "commit": git("rev-parse", "HEAD") if checkout else None,
         "modified": checkout and bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # of another type
+        "torch": str(torch.__version__),  # a str, which checkpoints can hold
         "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "platform": platform.platform(),
@@ -66,7 +68,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, first_epoch: int = 1, first_step: int = 0) -> None:
-        self.folder, self.held = folder, ExitStack()  # the lock of the folder
+        self.folder, self.held = folder, ExitStack()  # the lock of the folder, until the log is closed
         if folder:
             self._metrics = folder / "metrics.jsonl"
             kept = [record for record in read_metrics(self._metrics) if record["epoch"] < first_epoch]

@@ -31,7 +31,9 @@ class TrainMeters(nn.Module):
         self.first_bad = nn.Buffer(torch.full((len(names),), -1, dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, losses: Losses, targets: Tensor, new_step: bool = True, counted: bool = True) -> None:
+    def update(
+        self, losses: Losses, targets: Tensor, new_step: bool = True, counted: bool = True
+    ) -> None:
         """Add a micro-batch, without host synchronisation.
 
         Args:

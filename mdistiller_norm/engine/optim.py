@@ -94,7 +94,9 @@ class DOT:
         # Not Losses.parts: the gradient of an item of a stacked tensor is zero, not None, for the other items.
         outputs = trial.student_outputs(batch.images)
         cross_entropy, *methods = trial.losses(outputs, batch, teacher_outputs)
-        copies, parameters = ([p for p in one.parameters() if p.requires_grad] for one in (trial, trainable))
+        copies, parameters = (
+            [p for p in one.parameters() if p.requires_grad] for one in (trial, trainable)
+        )
         task = torch.autograd.grad(cross_entropy, copies, retain_graph=True, allow_unused=True)
         distill = torch.autograd.grad(torch.stack(methods).sum(), copies, allow_unused=True)
         reached = [(a is not None, b is not None) for a, b in zip(task, distill, strict=True)]

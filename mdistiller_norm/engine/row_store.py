@@ -45,14 +45,16 @@ class RowStore:
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
         self.row_bytes = width * dtype.itemsize
         self._array_dtype = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
-        self._file, self._header = folder / "rows.bin", rows * 4  # checksums
+        self._file, self._header = folder / "rows.bin", rows * 4  # bytes of the checksums
         self._file_bytes = self._header + rows * self.row_bytes
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._pending: Future[None] | None = None
         try:
             self.read_only = not self._create()
             self._checksums: Array = np.memmap(self._file, np.uint32, "r", shape=rows)
-            self._values: Array = np.memmap(self._file, self._array_dtype, "r", self._header, (rows, width))
+            self._values: Array = np.memmap(
+                self._file, self._array_dtype, "r", self._header, (rows, width)
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the teacher cache {folder} cannot be used ({error})") from error
 
@@ -104,13 +106,15 @@ class RowStore:
                     os.pwrite(file.fileno(), checksum, int(row) * 4)
         except OSError as error:
             problem = f"the teacher cache {self.folder} cannot be written ({error.strerror})"
-            raise CheckpointError(f"{problem}: free space or set DISTILLER.TEACHER_CACHE off") from error
+            raise CheckpointError(
+                f"{problem}: free space or set DISTILLER.TEACHER_CACHE off"
+            ) from error
 
     def write_later(self, rows: Array, values: Tensor) -> None:
         """Write rows from any device in a thread, after those of the previous call, whose errors are raised."""
         if self.read_only:
             return
-        host = values.to("cpu", non_blocking=True)  # pinned
+        host = values.to("cpu", non_blocking=True)  # into pinned memory if it comes from a GPU
         ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
         def write() -> None:

@@ -97,7 +97,7 @@ def stop_signals(
     def handle(number: int, frame: FrameType | None) -> None:
         if number in received:
             os.write(2, b"stopped at once: the last saved state is intact\n")
-            os._exit(128 + number)  # raising could block
+            os._exit(128 + number)  # an exception could wait for a thread
         received.add(number)
         request(number)
 

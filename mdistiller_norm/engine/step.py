@@ -107,7 +107,9 @@ class TrainStep:
             parts = trial(batch, outputs, self.loss_weights).parts
         norms = {}
         for name, loss in (("ce", parts[0]), ("distill", parts[1:].sum())):
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            gradients = torch.autograd.grad(
+                loss, parameters, retain_graph=True, materialize_grads=True
+            )
             norms[f"grad_norm_{name}"] = float(nn.utils.get_total_norm(gradients))
         return norms
 

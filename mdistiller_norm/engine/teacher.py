@@ -72,7 +72,9 @@ class Teacher:
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.hash, self.need, self.autocast = weights_hash(network), need, autocast
-        module = _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
+        module = (
+            _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
+        )
         self._runs = compiler(module) if compiler and not train_mode else module
 
     def with_teacher_outputs(self, batches: Iterator[Tensors]) -> Iterator[Tensors]:

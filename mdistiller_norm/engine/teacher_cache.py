@@ -95,7 +95,9 @@ class CachedTeacher(Teacher):
     def with_teacher_outputs(self, batches: Iterator[Tensors]) -> Iterator[Tensors]:
         """Yield the batches of an epoch with the stored rows of their samples appended."""
         raws = list(batches)  # only indices and views
-        groups = [raws[first : first + PREFETCH_STEPS] for first in range(0, len(raws), PREFETCH_STEPS)]
+        groups = [
+            raws[first : first + PREFETCH_STEPS] for first in range(0, len(raws), PREFETCH_STEPS)
+        ]
         counts = [sum(len(raw[0]) for raw in group) for group in groups]
         rows = self.row_indices(raws)
         # The one host-device synchronisation of an epoch.
@@ -109,7 +111,9 @@ class CachedTeacher(Teacher):
             else:
                 values = to_device(self.store.read(host).astype(np.float32), self._device)
                 new = np.isin(host, missing)
-                values[to_device(new, self._device)] = computed[np.searchsorted(missing, host[new])].float()
+                values[to_device(new, self._device)] = computed[
+                    np.searchsorted(missing, host[new])
+                ].float()
             sizes = [len(raw[0]) for raw in group]
             for raw, value in zip(group, values.split_with_sizes(sizes), strict=True):
                 yield (*raw, value)

@@ -23,7 +23,7 @@ from mdistiller_norm.models.external import expected_images
 MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's weights
 ROOTS = (Path(), PROJECT)  # folders that are searched
-PEER_TEACHERS = Path("download_ckpts/cifar_teachers")  # of mdistiller
+PEER_TEACHERS = Path("download_ckpts/cifar_teachers")  # mdistiller's folder of downloaded teachers
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def add_to_manifest(manifest: Path, file: Path, **fields: Any) -> None:
 
 
 def _manifest_files(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    return [(root / MANIFEST.parent / entry["file"], entry) for entry in read_manifest(root / MANIFEST)]
+    return [
+        (root / MANIFEST.parent / entry["file"], entry) for entry in read_manifest(root / MANIFEST)
+    ]
 
 
 def find_teacher(
@@ -89,8 +91,7 @@ def find_teacher(
     if weights.startswith(TORCHVISION):
         return published(weights.removeprefix(TORCHVISION))
     if weights:
-        file = Path(weights)
-        if not file.is_file():
+        if not (file := Path(weights)).is_file():
             raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
         listed = chain(*map(_manifest_files, ROOTS))
         entries = [entry for path, entry in listed if path.resolve() == file.resolve()]
@@ -100,7 +101,9 @@ def find_teacher(
     hint = f"set DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
     if trained := _finished_run(model, dataset, runs, epochs, data or {}):
         path, top1, length = trained
-        warning = f"the teacher {path} was trained for {length} epochs, the student for {epochs}: {hint}"
+        warning = (
+            f"the teacher {path} was trained for {length} epochs, the student for {epochs}: {hint}"
+        )
         return TeacherFile(path, top1, warning if length < epochs else "")
     places = f"{MANIFEST}, {PEER_TEACHERS} or the runs of {runs}"
     raise CheckpointError(f"no weights for the teacher {model} on {dataset} in {places}: {hint}")
@@ -138,8 +141,7 @@ def published(name: str) -> TeacherFile:
 
     try:
         weights = get_weight(name)
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-        if not path.is_file():
+        if not (path := Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)).is_file():
             weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"torchvision's weights {name} are not available ({error})") from error
@@ -161,7 +163,9 @@ def _finished_run(
             parts = [node.get(key, 0) in (0, data.get(key)) for key in ("VAL_SPLIT", "SUBSET")]
             if matches and all(parts) and weights.is_file():
                 same_data = all(node.get(key, value) == value for key, value in data.items())
-                found.append((same_data, weights, float(result["last"]["top1"]), int(result["epochs"])))
+                found.append(
+                    (same_data, weights, float(result["last"]["top1"]), int(result["epochs"]))
+                )
         except Exception:  # files of other programs may have any content
             continue
     best = max(found, key=lambda run: (run[0], run[3] == epochs, run[3], run[2]), default=None)
@@ -170,7 +174,9 @@ def _finished_run(
 
 def check_classes(weights: Weights, classes: Sequence[str]) -> None:
     """Check that weights were trained on the classes of a data set, in this order, if they name their classes."""
-    for number, (theirs, ours) in enumerate(zip(weights.about.get("classes", ()), classes, strict=False)):
+    for number, (theirs, ours) in enumerate(
+        zip(weights.about.get("classes", ()), classes, strict=False)
+    ):
         if theirs != ours:
             problem = f"class {number} is {theirs!r} in {weights.path} and {ours!r} here"
             raise CheckpointError(f"{problem}: set DATASET.CLASSES as in its training")

@@ -150,7 +150,9 @@ class Trainer:
                 self.run_step(*batch)
                 self.steps_done += 1
                 bar.update()
-                stop = distributed.all_reduce_max(self._requested if self._log_losses(bar) else NON_FINITE)
+                stop = distributed.all_reduce_max(
+                    self._requested if self._log_losses(bar) else NON_FINITE
+                )
                 if stop == NON_FINITE:
                     step.meters.read(self.epoch, together=True)  # raises
                 within = self.steps_done < loader.steps
@@ -170,7 +172,9 @@ class Trainer:
             averages = self.step.meters.read(self.epoch)
         except NonFiniteLossError:
             return False
-        bar.set_postfix(loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False)
+        bar.set_postfix(
+            loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False
+        )
         if due:
             self.log.step(averages.losses, self.total_steps)
         self._last_read = time.perf_counter()

@@ -23,7 +23,9 @@ VARIANTS: Registry[Registry[Builder]] = Registry("model variant")
 VARIANTS.update(cifar=CIFAR_MODELS, imagenet=IMAGENET_MODELS)
 
 
-def register(name: str, variants: Sequence[str] = ("cifar", "imagenet")) -> Callable[[Builder], Builder]:
+def register(
+    name: str, variants: Sequence[str] = ("cifar", "imagenet")
+) -> Callable[[Builder], Builder]:
     """Register a function from the number of classes to a network (decorator).
 
     Args:

@@ -104,7 +104,10 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
             if key in own and own[key].shape != state[key].shape:
                 state[key] = own[key]
         module.load_state_dict(state)
-        network.pretrained = {"num_classes": len(weights.meta["categories"]), **expected_images(weights)}
+        network.pretrained = {
+            "num_classes": len(weights.meta["categories"]),
+            **expected_images(weights),
+        }
     return network
 
 
@@ -112,7 +115,12 @@ def expected_images(weights: Any) -> dict[str, Any]:
     """Return size, normalisation and interpolation of the images that weights of torchvision expect."""
     images = weights.transforms()
     kind = images.interpolation.value
-    return {"mean": images.mean, "std": images.std, "image_size": images.crop_size * 2, "interpolation": kind}
+    return {
+        "mean": images.mean,
+        "std": images.std,
+        "image_size": images.crop_size * 2,
+        "interpolation": kind,
+    }
 
 
 def _stages(module: nn.Module, classifier: str) -> tuple[str, ...]:

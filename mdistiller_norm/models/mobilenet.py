@@ -24,7 +24,9 @@ V2_FEATURES = (1, 2, 4, 6)
 V2_STEM, V2_HEAD = 16, 1280
 
 
-def _conv_bn_relu(ins: int, outs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def _conv_bn_relu(
+    ins: int, outs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
     return [*conv_bn(ins, outs, kernel, stride, groups), nn.ReLU(inplace=True)]
 
 

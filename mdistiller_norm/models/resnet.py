@@ -23,7 +23,9 @@ class ResidualBlock(nn.Module):
     of the identity's projection, which exists if the shape changes.
     """
 
-    def __init__(self, in_channels: int, width: int, stride: int, bottleneck: bool, projection: str) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, bottleneck: bool, projection: str
+    ) -> None:
         super().__init__()
         out_channels = 4 * width if bottleneck else width
         if bottleneck:

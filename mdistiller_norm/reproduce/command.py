@@ -138,7 +138,9 @@ def select_cells(
 ) -> list[Cell]:
     """Return the cells of some tables, rows and columns; a row or column has to exist in one of the tables."""
     if not tables and queue:
-        tables = [key for key, table in TABLES.items() if table.in_paper and table.dataset == "cifar100"]
+        tables = [
+            key for key, table in TABLES.items() if table.in_paper and table.dataset == "cifar100"
+        ]
     if not tables or set(tables) - set(TABLES):
         raise ConfigError(f"--table must be among {', '.join(TABLES)}, got {tables or 'none'}")
     cells = [cell for name in tables for cell in TABLES[name].cells.values()]
@@ -186,8 +188,7 @@ def publish(folder: Path) -> Path:
         raise ConfigError(f"{folder} does not fill a cell of the paper's tables")
     record = run.record
     words = [record["student"], record["dataset"], *record["method"], f"seed{record['seed']}"]
-    path = MANIFEST.with_name("_".join(words) + ".pt")
-    if path.exists():
+    if (path := MANIFEST.with_name("_".join(words) + ".pt")).exists():
         raise ConfigError(f"{path} exists: remove it and its entry in {MANIFEST} to publish another")
     weights = load_weights(folder / "student_last.pt")
     for name, value in weights.state.items():
@@ -227,8 +228,7 @@ def _print_jobs(jobs: Sequence[Job], todo: Sequence[Job], finished: Sequence[Rec
 
 
 def _time(jobs: Sequence[Job], finished: Sequence[Record]) -> str:
-    estimates = [found for job in jobs if (found := estimate(job, finished))]
-    if not estimates:
+    if not (estimates := [found for job in jobs if (found := estimate(job, finished))]):
         return ", no finished run to estimate the time from" if jobs else ""
     sources = " and ".join(dict.fromkeys(source for _, source in estimates))
     missing = f", {len(jobs) - len(estimates)} without estimate" if len(estimates) < len(jobs) else ""

@@ -186,8 +186,9 @@ def finished_run(run: Path, config_file: str = "", smoke: bool = False) -> Entry
     record: Record = {"format": FORMAT, "status": "finished", "smoke": smoke}
     try:
         text = regular(path).read_text(encoding="utf-8")
-        prefix = Path(json.loads(text)["config"]["LOG"]["PREFIX"])
-        if prefix.is_absolute():  # keep paths as they are in any other checkout
+        if (
+            prefix := Path(json.loads(text)["config"]["LOG"]["PREFIX"])
+        ).is_absolute():  # keep paths as they are in any other checkout
             text = text.replace(json.dumps(str(prefix))[1:-1], prefix.name)
         at = time.strftime(UTC, time.gmtime(path.stat().st_mtime))
         record |= {"config_file": config_file, "at": at} | json.loads(text)

@@ -156,7 +156,12 @@ class _Planner:
 
 
 def make_plan(
-    cells: Sequence[Cell], seeds: Sequence[int], output: Path, smoke: bool, extra: Sequence[str], queue: bool
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    output: Path,
+    smoke: bool,
+    extra: Sequence[str],
+    queue: bool,
 ) -> list[Job]:
     """Plan the runs that fill some cells, each once, and the teachers that they need.
 

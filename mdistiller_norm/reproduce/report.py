@@ -75,7 +75,9 @@ class TableView(NamedTuple):
     def column(self, column: Column) -> dict[str, CellView]:
         return {row.key: self.cells[row.key, column.key] for row in self.table.rows}
 
-    def delta(self, delta: Delta, column: Column) -> tuple[float | None, stats.PairedDifference | None]:
+    def delta(
+        self, delta: Delta, column: Column
+    ) -> tuple[float | None, stats.PairedDifference | None]:
         first, second = (self.cells[row, column.key] for row in (delta.row, delta.minus))
         papers, printed = [cell.cell.paper.get("top1") for cell in (first, second)], None
         if delta.printed:
@@ -213,7 +215,9 @@ def write_csv(report: Record, path: Path) -> None:
         rows.writerow(["file", "cells", "ms_per_batch", "precision", *columns])
         for entry in sorted(report["runs"], key=lambda entry: entry.path.name):
             names = [cell.cell.name for cell in cells if entry in cell.runs.values()]
-            values = dict(leaves(entry.record | {"method": "+".join(entry.record["method"]) or "none"}))
+            values = dict(
+                leaves(entry.record | {"method": "+".join(entry.record["method"]) or "none"})
+            )
             head = [entry.path.name, "; ".join(names), entry.milliseconds, entry.precision]
             rows.writerow(head + [values.get(key, "") for key in columns.values()])
 
@@ -243,6 +247,8 @@ def write_report(results: Path, out: Path, smoke: bool = False, with_csv: bool =
 
 def main(options: argparse.Namespace) -> int:
     """Write the report; returns the exit code."""
-    results = Path(options.results or (Path(options.output, "smoke/results") if options.smoke else "results"))
+    results = Path(
+        options.results or (Path(options.output, "smoke/results") if options.smoke else "results")
+    )
     write_report(results, Path(options.out or results), options.smoke, options.export == "csv")
     return 0

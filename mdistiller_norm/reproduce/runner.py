@@ -77,8 +77,7 @@ class Execution:
 
     def poll(self) -> str:
         """Return the outcome, or an empty string while it is running; writes the ledger at the end."""
-        code = self.process.poll() if self.process else 0
-        if code is None:
+        if (code := self.process.poll() if self.process else 0) is None:
             if self.process and time.monotonic() > self._kill_at:
                 self.process.kill()
             return ""
@@ -165,8 +164,7 @@ class Runner:
         print(f"{self._number[job.key]} {job.name}: {text}", flush=True)
 
     def _poll(self, slot: int, execution: Execution) -> None:
-        outcome = execution.poll()
-        if outcome:
+        if outcome := execution.poll():
             del self._running[slot]
             self._outcomes[execution.job.key] = outcome
         if outcome or time.monotonic() > execution.reported + PROGRESS:

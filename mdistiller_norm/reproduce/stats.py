@@ -53,17 +53,17 @@ class PairedDifference(NamedTuple):
 
 def mean_std(values: Iterable[float]) -> MeanStd | None:
     """Return mean and sample standard deviation, or None if there are no values."""
-    numbers = list(values)
-    if not numbers:
+    if not (numbers := list(values)):
         return None
     std = statistics.stdev(numbers) if len(numbers) > 1 else None
     return MeanStd(len(numbers), statistics.fmean(numbers), std)
 
 
-def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference | None:
+def paired_difference(
+    first: Mapping[int, float], second: Mapping[int, float]
+) -> PairedDifference | None:
     """Return ``first - second`` over the common seeds, or None if there is no common seed."""
-    result = mean_std(first[seed] - second[seed] for seed in first if seed in second)
-    if not result:
+    if not (result := mean_std(first[seed] - second[seed] for seed in first if seed in second)):
         return None
     n, mean, std = result
     if n < 3 or std is None or std < 1e-6:  # rounding errors of percentages
