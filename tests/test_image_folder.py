@@ -122,8 +122,8 @@ def test_thin_images_need_little_memory() -> None:
     for height, width in ((1, 20_000), (20_000, 1)):
         image = torch.full((3, height, width), 7, dtype=torch.uint8)
         crop = draw_crop(np.random.default_rng(0), height, width, (0.08, 1.0))
-        view = train_image(image, crop, 224)
-        assert torch.equal(view, torch.full((3, 224, 224), 7, dtype=torch.uint8))
+        for view in (train_image(image, crop, 224), eval_image(image, 256, 224)):
+            assert torch.equal(view, torch.full((3, 224, 224), 7, dtype=torch.uint8))
 
 
 def test_crops_are_within_two_levels_of_torchvision(jpegs: list[Path]) -> None:
