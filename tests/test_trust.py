@@ -191,17 +191,16 @@ def test_parallel_runs_of_a_table_killed_ten_times_equal_runs_that_were_not(tmp_
     ]
 
     def start(name: str) -> None:
-        assert (
-            execute(["reproduce", *table, "--output", str(tmp_path / name), "LOG.CHECKPOINT_STEPS=1"])
-            == 0
-        )
+        command = ["reproduce", *table, "--output", str(tmp_path / name)]
+        assert execute([*command, "LOG.CHECKPOINT_STEPS=1"]) == 0
 
     run_killed(lambda: start("whole"), 0, 0)
     run_killed(lambda: start("killed"), KILLS // 2, 0.1, tmp_path / "killed")
     folders = [tmp_path / name / "smoke" / "results" / "runs" for name in ("whole", "killed")]
     ledgers = [read_ledger(folder, smoke=True) for folder in folders]
     whole, killed = (
-        {entry.seed: entry.record["metrics"] for entry in each.all_runs()} for each in ledgers
+        {entry.record["seed"]: entry.record["metrics"] for entry in each.all_runs()}
+        for each in ledgers
     )
     assert whole.keys() == killed.keys() == {0, 1}
     assert not ledgers[1].duplicates
