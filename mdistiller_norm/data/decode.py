@@ -22,7 +22,6 @@ except ImportError:  # installed by the extra "imagenet"
 # Formats that Pillow decodes by itself: it would call Ghostscript for EPS, whatever the name of the file is.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 Crop = tuple[int, int, int, int, bool]  # top, left, height, width, mirrored
-THIN = 16  # aspect ratio above which the ends of a test image are cut off
 ATTEMPTS = 10  # to draw a crop inside the image, as in torchvision
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # texts of up to 64 MiB
@@ -87,7 +86,7 @@ def eval_image(image: Tensor, resize: int, size: int) -> Tensor:
     """Resize the shorter side of an image to ``resize`` and return the centre ``[3, size, size]``."""
     from torchvision.transforms.v2 import functional
 
-    longest = THIN * min(image.shape[1:])  # resizing a longer image could take gigabytes
+    longest = 16 * min(image.shape[1:])  # resizing a longer image could take gigabytes
     image = functional.center_crop(image, [min(side, longest) for side in image.shape[1:]])
     resized = functional.resize(image, [resize], antialias=True)
     centre: Tensor = functional.center_crop(resized, [size, size])

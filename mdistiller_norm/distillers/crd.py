@@ -99,8 +99,7 @@ class ContrastSampler(nn.Module):
         counts = torch.bincount(targets, minlength=num_classes)
         self.samples, self.largest = len(targets), int(counts.max())
         self.negatives, self.relaxed = negatives, relaxed
-        others = self.samples - self.largest  # of the largest class
-        if negatives > others:
+        if negatives > (others := self.samples - self.largest):
             raise ConfigError(f"CRD.NCE.K must be <= {others} for these classes, got {negatives}")
         self.order = nn.Buffer(targets.argsort(stable=True), persistent=False)
         self.starts = nn.Buffer(counts.cumsum(0) - counts, persistent=False)

@@ -113,8 +113,7 @@ def pretrained_teacher(
     network: Network, classes: Sequence[str], runs: Path, train_command: str
 ) -> TeacherFile:
     """Check that the pretrained weights of a network fit the data set. Its cache is stored in ``runs/pretrained``."""
-    about = network.pretrained
-    if (count := about["num_classes"]) != len(classes):
+    if (count := network.pretrained["num_classes"]) != len(classes):
         raise CheckpointError(f"{network.name} is pretrained for {count} classes: run {train_command}")
     return TeacherFile(runs / "pretrained" / network.name.replace("/", "_"))
 
