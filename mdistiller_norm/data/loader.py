@@ -157,9 +157,8 @@ class Reader(TorchDataset[Decoded]):
 
 def _start_worker(number: int, trainer: int) -> None:
     # The training process handles signals to the group and needs its workers to finish: only its SIGTERM ends them.
-    sys.excepthook = lambda *error: (
-        None
-    )  # a worker prints no traceback when the training process has ended
+    # A worker prints no traceback when the training process has ended.
+    sys.excepthook = lambda *error: None
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere, the sender of a signal is unknown
@@ -195,7 +194,8 @@ class _Loader:
             if "</torch_" not in str(error):  # a file of shared memory
                 raise
             raise DataError(
-                "the shared memory /dev/shm is too small: lower DATASET.NUM_WORKERS"
+                "the shared memory /dev/shm is too small: lower DATASET.NUM_WORKERS (0 workers need none), or "
+                "use docker run --shm-size 8g"
             ) from error
 
 
@@ -231,11 +231,13 @@ class ImageTrainLoader(TrainLoader):
         for (*batch, broken), step in zip(self._loader, steps, strict=True):
             for name in sorted({*broken} - self._broken):
                 self._broken.add(name)
-                so_far = f"({len(self._broken)} so far)"
-                self.warn(f"{name} cannot be read: another sample takes its place {so_far}")
+                self.warn(
+                    f"{name} cannot be read: another sample takes its place ({len(self._broken)} so far)"
+                )
             if len(self._broken) > self._max_broken:
                 raise DataError(
-                    f"{len(self._broken)} training images cannot be read: use --check-data"
+                    f"{len(self._broken)} training images cannot be read: list them with --check-data, or raise "
+                    "DATASET.MAX_BROKEN"
                 )
             yield *batch, torch.full((), key + step, device=self._loader.device)
 

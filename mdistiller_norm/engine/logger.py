@@ -112,8 +112,9 @@ def start_wandb(folder: Path, project: str, tags: str, config: Record, resources
     wandb.tensorboard.patch(root_logdir=str(folder / TENSORBOARD))
     resources.callback(wandb.tensorboard.unpatch)
     try:
-        names = {"project": project, "name": folder.name, "dir": str(folder)}
-        wandb.init(config=config, tags=tags.split(","), **names)
+        wandb.init(
+            project=project, name=folder.name, dir=str(folder), config=config, tags=tags.split(",")
+        )
     except wandb.Error as error:
         return f"LOG.WANDB: wandb does not start ({first_line(error)})"
     resources.callback(wandb.finish)

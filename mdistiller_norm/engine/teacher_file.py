@@ -165,8 +165,16 @@ def _finished_run(
                 found.append(
                     (same_data, weights, float(result["last"]["top1"]), int(result["epochs"]))
                 )
-        except Exception:  # files of other programs may have any content
-            continue
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ):
+            continue  # the file of another program, or one that is being written
     best = max(found, key=lambda run: (run[0], run[3] == epochs, run[3], run[2]), default=None)
     return best[1:] if best else None
 

@@ -34,6 +34,18 @@ SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("rec
 _LARGEST = 1e15  # absolute value of a number in a record
 
 
+# Errors of invalid JSON, deep nesting, unexpected types and huge integers.
+MALFORMED = (
+    OSError,
+    ValueError,
+    RecursionError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A checked record with its file and the identity of its config."""
@@ -168,7 +180,7 @@ def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
             entries.append(Entry(path, record, identity(record["config"])))
         except DataError as error:
             ledger.left_out.append((path, str(error)))
-        except Exception as error:  # invalid JSON, deep nesting, unexpected types, huge integers
+        except MALFORMED as error:
             ledger.left_out.append((path, f"malformed ({type(error).__name__}: {error})"))
     failed = {}
     for entry in sorted(entries, key=lambda entry: (entry.record["at"], entry.path.name)):
@@ -186,9 +198,8 @@ def finished_run(run: Path, config_file: str = "", smoke: bool = False) -> Entry
     record: Record = {"format": FORMAT, "status": "finished", "smoke": smoke}
     try:
         text = regular(path).read_text(encoding="utf-8")
-        if (
-            prefix := Path(json.loads(text)["config"]["LOG"]["PREFIX"])
-        ).is_absolute():  # keep paths as they are in any other checkout
+        prefix = Path(json.loads(text)["config"]["LOG"]["PREFIX"])
+        if prefix.is_absolute():  # keep paths as they are in any other checkout
             text = text.replace(json.dumps(str(prefix))[1:-1], prefix.name)
         at = time.strftime(UTC, time.gmtime(path.stat().st_mtime))
         record |= {"config_file": config_file, "at": at} | json.loads(text)
@@ -201,7 +212,7 @@ def finished_run(run: Path, config_file: str = "", smoke: bool = False) -> Entry
         return Entry(run, record, identity(record["config"]))
     except DataError as error:
         raise DataError(f"{run}: {error}") from None
-    except Exception as error:  # as in read_ledger
+    except MALFORMED as error:
         raise DataError(f"{run} is not a finished run ({type(error).__name__}: {error})") from None
 
 

@@ -64,7 +64,7 @@ def submit(
                 continue
             submitted[job.key] = executor.submit(ClusterTask(job, folder, processes))
             print(f"submitted as {submitted[job.key].job_id}: {job.name}", flush=True)
-    except Exception as error:  # of submitit, sbatch or YAML
+    except (OSError, RuntimeError, NameError, TypeError, ValueError, yaml.YAMLError) as error:
         done = f"{len(submitted)} jobs submitted"
         raise ConfigError(f"--launcher {launcher}: {first_line(error)} ({done})") from error
     for key, task in submitted.items():
