@@ -105,12 +105,16 @@ def data_root(root: Path, name: str) -> Path:
     return next((split.parent for split in splits if split.is_dir()), root)
 
 
+def split_names(root: Path, options: ImageOptions) -> tuple[str, ...]:
+    """Return the splits to open, the last of them for evaluation, which may be held out of ``train``."""
+    held_out = options.val_split > 0 and not (root / "val").is_dir()
+    return ("train",) if held_out else ("train", "val") if options.train else ("val",)
+
+
 def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageDataset:
     """Open a data set of image files, ``root/{train,val}/<class>/*`` or in the folder ``name`` of ``root``."""
     root = data_root(root, name)
-    no_val = options.val_split > 0 and not (root / "val").is_dir()  # held out of train
-    splits = ("train",) if no_val else ("train", "val") if options.train else ("val",)
-    found = {split: list_images(root / split, options.classes) for split in splits}
+    found = {split: list_images(root / split, options.classes) for split in split_names(root, options)}
     classes = options.classes or tuple(sorted(set().union(*found.values())))
     parts = [files(root / split, images, classes) for split, images in found.items()]
     dataset = ImageDataset(name or root.resolve().name, classes, parts, options)

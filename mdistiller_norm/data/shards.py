@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mdistiller_norm.data.folder import EXTENSIONS, MEAN, STD, ImageDataset, data_root
+from mdistiller_norm.data.folder import EXTENSIONS, MEAN, STD, ImageDataset, data_root, split_names
 from mdistiller_norm.data.loader import ImageOptions, ImageSplit
 from mdistiller_norm.data.memory import check_range
 from mdistiller_norm.errors import DataError
@@ -48,9 +48,7 @@ class Shards(ImageSplit):
 def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     """Open shards, ``root/{train,val}/*.tar`` and ``root/classes.txt``, normalised as ImageNet by default."""
     root = data_root(root, "webdataset")
-    no_val = options.val_split > 0 and not (root / "val").is_dir()  # held out of train
-    names = ("train",) if no_val else ("train", "val") if options.train else ("val",)
-    splits = [open_shards(root / name) for name in names]
+    splits = [open_shards(root / name) for name in split_names(root, options)]
     path = root / CLASSES
     try:
         classes = tuple(regular(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
