@@ -42,9 +42,11 @@ class Config:
 def default_config() -> CfgNode:
     """Return a new tree of all defaults: the common keys and a node for each registered distiller with defaults."""
     tree: dict[str, Any] = {}
-    for key, (default, _, _) in KEYS.items():
+    for key, about in KEYS.items():
         *sections, name = key.split(".")
-        reduce(lambda section, part: section.setdefault(part, {}), sections, tree)[name] = default
+        reduce(lambda section, part: section.setdefault(part, {}), sections, tree)[name] = (
+            about.default
+        )
     for name, method in DISTILLERS.items():
         if name in tree or name == "NONE" or not name.isidentifier():
             raise ConfigError(f"distiller name {name!r} must be an identifier, and no config section")

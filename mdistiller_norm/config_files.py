@@ -63,8 +63,7 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     rows = []
     for key, default in leaves(default_config()):
         if key in KEYS:
-            _, meaning, requirement = KEYS[key]
-            meaning += f" ({requirement})" if requirement else ""
+            meaning = KEYS[key].help + (f" ({KEYS[key].must})" if KEYS[key].must else "")
         else:
             method, _, rest = key.partition(".")
             common = COMMON_MEANINGS.get(key.rpartition(".")[2], "")

@@ -115,7 +115,7 @@ def test_every_method_has_its_node_and_every_common_key_a_help_text():
     node = default_config()
     for name, cls in DISTILLERS.items():
         assert not cls.defaults or plain(node[name]) == cls.defaults
-    assert all(text for _, text, _ in KEYS.values())
+    assert all(key.help for key in KEYS.values())
 
 
 def test_default_trees_are_independent_and_those_of_an_empty_file(tmp_path):

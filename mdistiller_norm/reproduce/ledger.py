@@ -113,7 +113,7 @@ def identity(tree: Mapping[str, Any]) -> str:
     """
     used = method_names(tree)
     left_out = (*NOT_IDENTIFYING, *(f"{name}." for name in DISTILLERS if name not in used))
-    defaults = dict(leaves(default_config())) | {key: default for key, (default, _) in REMOVED.items()}
+    defaults = dict(leaves(default_config())) | {key: about.default for key, about in REMOVED.items()}
     kept = {}
     for key, value in leaves(tree):
         value = used if key == "DISTILLER.TYPE" else list(value) if isinstance(value, tuple) else value
