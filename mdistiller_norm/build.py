@@ -24,11 +24,10 @@ from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.engine.teacher_cache import CachedTeacher
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError, first_line
-from mdistiller_norm.files import find_config
+from mdistiller_norm.files import command, find_config
 from mdistiller_norm.models import Network, build_model, has_weights, probe
 from mdistiller_norm.models.external import Size
 from mdistiller_norm.models.preprocessed import Preprocessed, differences
-from mdistiller_norm.program import command
 
 Log = Callable[[str], None]
 Methods = Mapping[str, Distiller]  # by name

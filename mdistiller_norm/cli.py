@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from mdistiller_norm import __version__
 from mdistiller_norm.errors import ConfigError, Interrupted, UserError, first_line
-from mdistiller_norm.program import command, python_arguments
+from mdistiller_norm.files import command, python_arguments
 
 # Command -> module and help. The module, imported only for its command, provides `add_arguments(parser)` and
 # `main(options)`, which returns the exit code.

@@ -14,13 +14,11 @@ from typing import Any, Literal
 import yaml
 from yacs.config import CfgNode
 
-from mdistiller_norm.config_keys import KEYS, check_value
-from mdistiller_norm.config_text import read_file
+from mdistiller_norm.config_keys import KEYS, check_value, read_file
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import find_config
-from mdistiller_norm.plugins import import_plugin
-from mdistiller_norm.registry import suggest
+from mdistiller_norm.registry import import_plugin, suggest
 
 # Sources of overrides: the commands, and `train` and `Distillation` of the library.
 OVERRIDES = ("command line", "overrides", "arguments")

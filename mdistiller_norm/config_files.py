@@ -10,8 +10,7 @@ from mdistiller_norm.config_keys import KEYS
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.distillers.base import COMMON_MEANINGS
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.files import CONFIGS, find_config, write_text
-from mdistiller_norm.program import command
+from mdistiller_norm.files import CONFIGS, command, find_config, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

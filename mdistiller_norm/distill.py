@@ -10,8 +10,8 @@ from mdistiller_norm.catalog import columns
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import DATASETS
 from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.files import command
 from mdistiller_norm.models import PREFIXES
-from mdistiller_norm.program import command
 from mdistiller_norm.run import train
 from mdistiller_norm.run_folder import run_folder
 from mdistiller_norm.student import positive

@@ -27,23 +27,6 @@ SUFFIXES = {
 }  # fmt: skip
 EXECUTABLE = ("pt2", "onnx")  # formats that contain the network, not only its weights
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
-_CARD = """---
-{header}---
-
-# {name}, trained on {dataset}
-
-{description}
-
-```python
-from safetensors.torch import load_file
-from mdistiller_norm.models import build_model
-
-network = build_model("{name}", {num_classes}, variant="{variant}", image_size=tuple({image_size}))
-network.load_state_dict(load_file("model.safetensors"))
-```
-
-Preprocessing and class names are in `config.json`.
-"""
 
 
 def export(
@@ -195,7 +178,8 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
             "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}],
         }]}]  # fmt: skip
     start = yaml.safe_dump(header, sort_keys=False)
-    card = _CARD.format(**about, **facts, header=start, description=description)
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    card = template.format(**about, **facts, header=start, description=description)
     write_text(card, folder / "README.md")
     return [*lines, f"wrote config.json and README.md in {folder}"]
 

@@ -1,9 +1,10 @@
-"""Files of the package, and atomic writing of files."""
+"""Files and commands of the package, and atomic writing of files."""
 
 import errno
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,23 @@ PACKAGE = Path(__file__).resolve().parent
 # Contains configs and checkpoints: the installed package, or the checkout that contains the package.
 PROJECT = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
 CONFIGS = PROJECT / "configs"
+
+
+def python_arguments(name: str) -> list[str]:
+    """Return the arguments of ``python`` or ``torchrun`` that start a command.
+
+    They are a file in ``tools/`` if the user started this process with one, else ``-m mdistiller_norm NAME``.
+    """
+    script = Path(sys.argv[0])
+    file = script.with_name("make_shards.py" if name == "shards" else f"{name}.py")
+    is_tool = script.resolve().parent == PROJECT / "tools" and file.is_file()
+    return [str(file)] if is_tool else ["-m", "mdistiller_norm", name]
+
+
+def command(name: str) -> str:
+    """Return a command of this package as the user would type it."""
+    first, *others = python_arguments(name)
+    return f"mdistiller-norm {name}" if others else f"python {first}"
 
 
 def find_config(name: str | Path, folder: Path = Path()) -> Path:

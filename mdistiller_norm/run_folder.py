@@ -13,7 +13,7 @@ from typing import IO, Any
 import yaml
 
 from mdistiller_norm.config import OVERRIDES, Config, default_config, dump, method_names
-from mdistiller_norm.config_text import TextLoader, read_settings
+from mdistiller_norm.config_keys import TextLoader, read_settings
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import LATEST, PREVIOUS, load

@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mdistiller_norm.config_text import read_settings
+from mdistiller_norm.config_keys import read_settings
 from mdistiller_norm.data import DATASETS, Dataset, ImageOptions, open_dataset
 from mdistiller_norm.data.cifar import FOLDERS as CIFAR_FOLDERS
 from mdistiller_norm.data.folder import data_root
 from mdistiller_norm.engine.checkpoint import Weights, load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import PREFIXES, VARIANTS, Network, build_model
-from mdistiller_norm.plugins import import_plugin
+from mdistiller_norm.registry import import_plugin
 from mdistiller_norm.run_folder import CONFIG
 
 Metadata = dict[str, Any]

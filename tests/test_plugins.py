@@ -18,7 +18,7 @@ from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher import Teacher
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import CIFAR_MODELS, IMAGENET_MODELS, Wrapped, build_model, probe
-from mdistiller_norm.plugins import import_plugin
+from mdistiller_norm.registry import import_plugin
 
 SUBSET = ",DATASET.SUBSET=24"  # in the names of run folders
 REGISTER = "from mdistiller_norm import data, distillers, models\n"

@@ -27,7 +27,7 @@ from mdistiller_norm.data.cifar import MEAN, STD
 from mdistiller_norm.engine.runtime import keep_freed_memory
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model, probe
-from mdistiller_norm.plugins import import_plugin
+from mdistiller_norm.registry import import_plugin
 from mdistiller_norm.run import build_run
 
 

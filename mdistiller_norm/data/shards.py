@@ -19,8 +19,7 @@ from mdistiller_norm.data.folder import EXTENSIONS, MEAN, STD, ImageDataset, dat
 from mdistiller_norm.data.loader import ImageOptions, ImageSplit
 from mdistiller_norm.data.memory import check_range
 from mdistiller_norm.errors import DataError
-from mdistiller_norm.files import regular
-from mdistiller_norm.program import command
+from mdistiller_norm.files import command, regular
 
 INDEX, CLASSES = "index.npz", "classes.txt"
 Integers = NDArray[np.int64]

@@ -16,7 +16,7 @@ from mdistiller_norm.engine.checkpoint import load_weights, save_atomically
 from mdistiller_norm.engine.logger import environment
 from mdistiller_norm.engine.teacher_file import MANIFEST, add_to_manifest
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.program import command
+from mdistiller_norm.files import command
 from mdistiller_norm.registry import suggest
 from mdistiller_norm.reproduce import report, runner, slurm, stats
 from mdistiller_norm.reproduce.ledger import Ledger, Record, finished_run, read_ledger, write_record

@@ -14,8 +14,8 @@ from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.teacher import weights_hash
 from mdistiller_norm.engine.teacher_file import known_teacher
 from mdistiller_norm.errors import ConfigError, DataError
+from mdistiller_norm.files import command
 from mdistiller_norm.models import build_model, count_macs
-from mdistiller_norm.program import command
 from mdistiller_norm.reproduce.ledger import NOT_IDENTIFYING, Record, finished_run, identity
 from mdistiller_norm.reproduce.tables import DATASETS, TABLES, Cell
 from mdistiller_norm.run_folder import run_folder

@@ -10,8 +10,7 @@ from typing import NamedTuple, Self
 
 from mdistiller_norm.config import leaves
 from mdistiller_norm.errors import ConfigError, needs_extra
-from mdistiller_norm.files import write_text
-from mdistiller_norm.program import command
+from mdistiller_norm.files import command, write_text
 from mdistiller_norm.reproduce import plan, stats, tables
 from mdistiller_norm.reproduce.ledger import SCHEMA, Entry, Record, read_ledger
 from mdistiller_norm.reproduce.tables import TABLES, Cell, Claim, Column, Delta, Table

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from mdistiller_norm.engine.runtime import STOP_SIGNALS, slot_environment, stop_signals
 from mdistiller_norm.errors import DataError
-from mdistiller_norm.files import open_lock
-from mdistiller_norm.program import python_arguments
+from mdistiller_norm.files import open_lock, python_arguments
 from mdistiller_norm.reproduce.ledger import Entry, Ledger, failed_record, finished_run, write_record
 from mdistiller_norm.reproduce.plan import Job, JobKey, duration
 
