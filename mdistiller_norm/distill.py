@@ -9,6 +9,7 @@ from mdistiller_norm.build import build_dataset, build_student, build_teacher
 from mdistiller_norm.catalog import columns
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import DATASETS
+from mdistiller_norm.engine import distributed
 from mdistiller_norm.errors import CheckpointError
 from mdistiller_norm.files import command
 from mdistiller_norm.models import PREFIXES
@@ -58,6 +59,8 @@ def main(options: argparse.Namespace) -> int:
     runs |= {"distilled": distilled}
     command_line = ["python", *options.command]
     results = {role: train(run, True, command_line, dataset) for role, run in runs.items()}
+    if not distributed.is_first():
+        return 0
     given = results["distilled"]["teacher"]
     rows = [("", "model", "top-1 (last)", "top-1 (best)", "weights")]
     if not options.train_teacher:

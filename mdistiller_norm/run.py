@@ -176,5 +176,4 @@ def train(
             )
         finally:
             folder.log.close()
-    distributed.stop()
     return result

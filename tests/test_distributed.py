@@ -265,6 +265,19 @@ def test_training_with_a_killed_worker_is_bit_identical(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_train_several_networks_after_each_other(tmp_path: Path) -> None:
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m mdistiller_norm"
+    networks = ["--teacher", "resnet8", "--student", "resnet8", "--train-teacher", "--student-alone"]
+    keys = [f"LOG.PREFIX={tmp_path}", "DATASET.SUBSET=100", "DEVICE=cpu"]
+    process = start(*command.split(), "distill", "--data", "digits", *networks, "--epochs", "1", *keys)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert output.count("student alone") == 1  # of the first process
+    results = list(tmp_path.glob("digits/*/result.json"))
+    assert [json.loads(path.read_text())["processes"] for path in results] == [2, 2, 2]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
     processes = start_pair(*run_arguments(tmp_path, "run", epochs=100))
     folder = tmp_path / "digits" / "run"

@@ -62,6 +62,7 @@ def start(device: torch.device, timeout: int) -> Share:
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"process {share.rank} could not connect: {first_line(error)}") from error
+    atexit.register(stop)  # later trainings of this process use the same group
     return share
 
 
@@ -75,6 +76,8 @@ def exit_process(code: int) -> NoReturn:
     """Exit; after distributed training, without finalising the interpreter."""
     if _store is None:
         sys.exit(code)
+    if code:  # another process may have ended
+        atexit.unregister(stop)
     # Gloo's threads release tensors with a delay. Finalising the interpreter meanwhile would abort the process.
     atexit._run_exitfuncs()  # stops loader workers, among others
     sys.stdout.flush()
