@@ -67,14 +67,6 @@ def _summary(documented: object) -> str:
 KINDS = {"models": _models, "distillers": _distillers, "datasets": _datasets, "configs": _configs}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``list``."""
-    parser.epilog = f"example: {parser.prog} configs cifar100/normkd"
-    add = parser.add_argument
-    add("kind", choices=list(KINDS))
-    add("pattern", nargs="?", default="", help="part of the name, or a pattern with wildcards")
-
-
 def main(options: argparse.Namespace) -> int:
     """Print the entries of a kind."""
     print(columns(list(KINDS[options.kind](options.pattern))))

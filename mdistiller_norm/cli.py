@@ -5,41 +5,48 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import sysconfig
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import yaml
 
 from mdistiller_norm import __version__
 from mdistiller_norm.errors import ConfigError, Interrupted, UserError, first_line
 from mdistiller_norm.files import command, python_arguments
+from mdistiller_norm.registry import import_plugin
 
-# Command -> module and help. The module, imported only for its command, provides `add_arguments(parser)` and
-# `main(options)`, which returns the exit code.
-COMMANDS = {
-    "train": ("run", "Train a student, with or without a teacher."),
-    "distill": ("distill", "Train a student with a teacher on a folder of images, without a config."),
-    "eval": ("evaluation", "Evaluate weights of networks on a test split."),
-    "predict": ("predict", "Classify image files with a trained network."),
-    "compare": ("compare", "Compare size, speed, accuracy and agreement of trained networks."),
-    "export": ("export", "Write a trained network as a file that does not need this package."),
-    "reproduce": ("reproduce.command", "Train the runs of the paper's tables."),
-    "report": ("reproduce.report", "Write TABLES.md and report.html from the finished runs."),
-    "visualize": ("analysis.cli", "Draw the paper's figures from checkpoints."),
-    "list": ("catalog", "List networks, methods, data sets and packaged configs."),
-    "config": ("config_files", "Show a config, copy a packaged one, or list the keys."),
-    "fetch": ("fetch", "Download CIFAR-100 or published teachers."),
-    "doctor": ("doctor", "Describe the installation and run a short self-test, for bug reports."),
-    "shards": ("pack_shards", "Pack train/<class>/* and val/<class>/* into tar files."),
-}
-_WITH_OVERRIDES = ("train", "distill", "reproduce")  # KEY VALUE may be placed between the options
 # Numbers of OSErrors that are reported without a path: of full disks and exhausted resources.
 _LIMITS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EMFILE, errno.ENOMEM,
 )  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """Parse an argument that must be a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
+    return int(text)
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of ``90s``, ``9m`` or ``1h30m``."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not text or not match:
+        raise argparse.ArgumentTypeError(f"must be a duration such as 90s, 9m or 1h30m, got {text!r}")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+# Types of arguments, by their names in commands.yaml.
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "int": int, "float": float, "path": Path, "positive": positive, "duration": parse_duration, "plugin": import_plugin,
+}  # fmt: skip
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -127,15 +134,31 @@ def execute(arguments: Sequence[str]) -> int:
     parser = ArgumentParser("mdistiller-norm", description="Distillation of image classifiers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, description=text, prog=command(name))
+    content = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
+    for name, about in content["commands"].items():
+        texts = {"help": about["help"], "description": about["help"], "epilog": about.get("epilog")}
+        _add_options(commands.add_parser(name, prog=command(name), **texts), about["options"])
     name, *rest = arguments or [""]
-    if name not in COMMANDS:
+    if name not in commands.choices:
         parser.parse_args(arguments)
-    module = importlib.import_module(f"mdistiller_norm.{COMMANDS[name][0]}")
-    parser = commands.choices[name]
-    module.add_arguments(parser)
-    parse = parser.parse_intermixed_args if name in _WITH_OVERRIDES else parser.parse_args
-    options = parse(rest)
+    about, parser = content["commands"][name], commands.choices[name]
+    has_overrides = "overrides" in about["options"]  # KEY VALUE may be placed between the options
+    options = parser.parse_intermixed_args(rest) if has_overrides else parser.parse_args(rest)
     options.command = [*python_arguments(name), *rest]
-    return int(module.main(options))
+    return int(importlib.import_module(f"mdistiller_norm.{about['module']}").main(options))
+
+
+def _add_options(parser: Any, options: dict[str, Any]) -> None:
+    for flags, about in options.items():
+        if flags == "exclusive":
+            _add_options(parser.add_mutually_exclusive_group(), about)
+        elif flags == "networks":
+            _add_options(parser, about)
+        elif flags in ("ACTION", "FIGURE"):
+            actions = parser.add_subparsers(dest=flags.lower(), required=True, metavar=flags)
+            for name, action in about.items():
+                _add_options(actions.add_parser(name, help=action["help"]), action["options"])
+        else:
+            if "type" in about:
+                about = about | {"type": _TYPES[about["type"]]}
+            parser.add_argument(*flags.split(), **about)

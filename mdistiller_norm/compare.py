@@ -20,7 +20,7 @@ from mdistiller_norm.models import Network, count_macs
 from mdistiller_norm.reproduce.ledger import Record, identity
 from mdistiller_norm.reproduce.stats import mean_std, paired_difference
 from mdistiller_norm.run_folder import RESULT
-from mdistiller_norm.student import Student, add_student_arguments, load_student
+from mdistiller_norm.student import Student, load_student
 
 # Header of a column -> key of a record and format.
 NETWORKS = {
@@ -125,16 +125,6 @@ def _as_json(record: Record) -> Record:
     return record | {
         key: value._asdict() for key, value in record.items() if hasattr(value, "_asdict")
     }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``compare``."""
-    parser.epilog = f"example: {parser.prog} output/digits/student_plain output/digits/student_normkd"
-    add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH", help="run folders or weights, reference first")
-    add("--json", action="store_true", help="print JSON instead of tables")
-    add("--html", type=Path, metavar="FILE", help="also write the tables as a page")
-    add_student_arguments(parser, batch_size=250)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -13,19 +13,6 @@ from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import CONFIGS, command, find_config, write_text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``config``."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add = actions.add_parser("show", help="print a config with the source of each key").add_argument
-    add("file", metavar="FILE", help="a config file, or the name of a packaged one")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
-    add = actions.add_parser("copy", help="copy a packaged config").add_argument
-    add("name", metavar="NAME", help="such as digits/normkd")
-    add("to", nargs="?", type=Path, default=Path(), metavar="TO", help="file or folder (default: .)")
-    add = actions.add_parser("keys", help="list the keys with default, type, meaning").add_argument
-    add("pattern", nargs="?", default="", metavar="PATTERN", help="part of the key, or with wildcards")
-
-
 def main(options: argparse.Namespace) -> int:
     """Run an action of the command."""
     if options.action == "show":

@@ -15,24 +15,9 @@ from mdistiller_norm.files import command
 from mdistiller_norm.models import PREFIXES
 from mdistiller_norm.run import train
 from mdistiller_norm.run_folder import run_folder
-from mdistiller_norm.student import positive
 
 # For small data sets: the gradient of NormKD's loss is large at first, which short trainings do not recover from.
 SMALL_DATA = {"NormKD.WARMUP": 5, "NormKD.LOSS.CE_WEIGHT": 1.0}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``distill``."""
-    parser.epilog = f"example: {parser.prog} --teacher ResNet34 --student ResNet18 --data birds"
-    add = parser.add_argument
-    add("--teacher", required=True, metavar="NAME", help="model name, such as ResNet34")
-    add("--student", required=True, metavar="NAME", help="model name")
-    add("--data", required=True, metavar="FOLDER", help="with train and val, or a DATASET.TYPE")
-    add("--method", default="NormKD", help="DISTILLER.TYPE (default: NormKD, set up for small data)")
-    add("--epochs", type=positive, default=30, help="of each training (default: 30)")
-    add("--train-teacher", action="store_true", help="train the teacher first")
-    add("--student-alone", action="store_true", help="also train the student without a teacher")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys of all trainings")
 
 
 def main(options: argparse.Namespace) -> int:

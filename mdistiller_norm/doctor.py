@@ -28,13 +28,6 @@ OPTIONAL = (
 )  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``doctor``."""
-    add = parser.add_argument
-    add("--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
-    add("--json", action="store_true", help="print JSON")
-
-
 def main(options: argparse.Namespace) -> int:
     """Print the report; return 1 if the self-test fails."""
     report = diagnose(options.root)

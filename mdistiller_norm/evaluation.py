@@ -10,19 +10,7 @@ from mdistiller_norm.data import Dataset
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.teacher_file import TORCHVISION, find_teacher, published
 from mdistiller_norm.errors import CheckpointError, ConfigError
-from mdistiller_norm.student import add_student_arguments, find_weights, open_checkpoint
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``eval``."""
-    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd/student_last.pt"
-    add = parser.add_argument
-    sources = "files, run folders, torchvision:NAME, or pretrain (default): the teacher -m on -d"
-    add("-c", "--ckpt", default=["pretrain"], nargs="+", help=sources)
-    add("--cfg", metavar="FILE", help="config whose DATASET.* to use; its plugins need --plugin")
-    add_student_arguments(parser, batch_size=64)
-    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="SOLVER.PRECISION")
-    add("--per-class", action="store_true", help="print the accuracy of every class")
+from mdistiller_norm.student import find_weights, open_checkpoint
 
 
 def main(options: argparse.Namespace) -> int:

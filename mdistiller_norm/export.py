@@ -16,7 +16,7 @@ from mdistiller_norm.engine.checkpoint import load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, first_line, needs_extra
 from mdistiller_norm.files import whole_file, write_json, write_text
 from mdistiller_norm.run_folder import RESULT
-from mdistiller_norm.student import Student, add_student_arguments, build, find_weights, load_student
+from mdistiller_norm.student import Student, build, find_weights, load_student
 
 Forward = Callable[[Tensor], Tensor]
 # Of a logit, relative to the largest of its batch: other kernels sum in another order.
@@ -182,19 +182,6 @@ def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], cou
     card = template.format(**about, **facts, header=start, description=description)
     write_text(card, folder / "README.md")
     return [*lines, f"wrote config.json and README.md in {folder}"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``export``."""
-    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd --format onnx"
-    add, forms = parser.add_argument, list(dict.fromkeys(SUFFIXES.values()))
-    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="weights or run folder")
-    add("-o", "--out", type=Path, metavar="FILE", help="default: beside the checkpoint")
-    add("--format", choices=forms, help="default: by the suffix of -o, else pt2")
-    add("--push-folder", type=Path, metavar="FOLDER", help="write one for the Hugging Face Hub")
-    add("--with-normalisation", action="store_true", help="include it: the input are pixels in 0..1")
-    add("--force", action="store_true", help="replace existing files")
-    add_student_arguments(parser, batch_size=64)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -11,16 +11,6 @@ from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.registry import Registry
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``fetch``."""
-    parser.epilog = f"example: {parser.prog} cifar100 teachers"
-    add, names = parser.add_argument, f"{', '.join(read_sources())}, or a name in --sources"
-    add("names", nargs="+", metavar="NAME", help=names)
-    add("--sources", type=Path, metavar="FILE", help="more sources, in the form of sources.yaml")
-    add("--root", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
-    add("--no-eval", action="store_true", help="do not evaluate the teachers")
-
-
 def main(options: argparse.Namespace) -> int:
     """Download the sources, then evaluate the teachers among them; return 1 if one cannot be evaluated."""
     sources = Registry[list[Source]]("source")

@@ -1,23 +1,11 @@
 """The command ``shards``: pack folders of images into tar files."""
 
 import argparse
-from pathlib import Path
 
 from mdistiller_norm.data import Dataset, ImageOptions, image_folder
 from mdistiller_norm.data.folder import MEAN, STD
 from mdistiller_norm.data.shards import pack
 from mdistiller_norm.errors import DataError
-from mdistiller_norm.student import positive
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``shards``."""
-    parser.epilog = f"example: {parser.prog} --root data/imagenet --out data/imagenet_shards"
-    add = parser.add_argument
-    add("--root", required=True, type=Path, help="folder with train, and val or a later VAL_SPLIT")
-    add("--out", required=True, type=Path, help="folder of the shards; created if missing")
-    add("--per-shard", type=positive, default=1000, metavar="N", help="images per tar file")
-    add("--workers", type=int, default=2, metavar="N", help="processes that check the images first")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
 from mdistiller_norm.data.folder import EXTENSIONS
 from mdistiller_norm.errors import DataError, first_line, needs_extra
 from mdistiller_norm.export import EXECUTABLE, SUFFIXES, Forward, read
-from mdistiller_norm.student import Metadata, add_student_arguments, load_student, positive
+from mdistiller_norm.student import Metadata, load_student
 
 
 def preprocess(path: Path, about: Metadata) -> Tensor:
@@ -61,17 +61,6 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
         if not found and not path.is_file():
             raise DataError(f"{path} does not exist or has no images ({', '.join(EXTENSIONS)})")
         yield from found or [path]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``predict``."""
-    parser.epilog = f"example: {parser.prog} -c output/digits/student_normkd photos/ --top 3"
-    add = parser.add_argument
-    add("-c", "--ckpt", required=True, type=Path, metavar="PATH", help="weights, run, .pt2 or .onnx")
-    add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of images")
-    add("--top", type=positive, default=5, metavar="N", help="classes of each image (default: 5)")
-    add("--json", action="store_true", help="print a JSON list")
-    add_student_arguments(parser, batch_size=64)
 
 
 def main(options: argparse.Namespace) -> int:

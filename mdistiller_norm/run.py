@@ -22,18 +22,6 @@ from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``train``."""
-    parser.epilog = f"example: {parser.prog} --cfg configs/cifar100/normkd/res32x4_res8x4.yaml SEED 1"
-    add = parser.add_argument
-    add("--cfg", required=True, metavar="FILE", help="config file")
-    add("--resume", action="store_true", help="continue from latest.pt in the run folder")
-    add("--show", action="store_true", help="print the resolved config with the source of each key")
-    add("--no-plugins", action="store_true", help="refuse a config that would import a plugin's code")
-    add("--check-data", action="store_true", help="read every image and list the unreadable ones")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
-
-
 def main(options: argparse.Namespace) -> int:
     """Train, or with the options show the config or check the data."""
     plugins: Any = "refuse" if options.no_plugins else "skip" if options.show else "import"

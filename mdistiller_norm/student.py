@@ -1,6 +1,5 @@
 """Trained networks, loaded with their metadata from weights files and run folders."""
 
-import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ from mdistiller_norm.data.folder import data_root
 from mdistiller_norm.engine.checkpoint import Weights, load_into, load_weights
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
 from mdistiller_norm.models import PREFIXES, VARIANTS, Network, build_model
-from mdistiller_norm.registry import import_plugin
 from mdistiller_norm.run_folder import CONFIG
 
 Metadata = dict[str, Any]
@@ -26,24 +24,6 @@ class Student(NamedTuple):
     about: Metadata
     dataset: Dataset | None
     missing: str = ""
-
-
-def add_student_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Add the arguments of all commands that load trained networks."""
-    add = parser.add_argument
-    add("-m", "--model", default="", help="model name (default: from the checkpoint)")
-    add("-d", "--dataset", default="", help="data set (default: from the checkpoint, else cifar100)")
-    add("-bs", "--batch-size", type=positive, default=batch_size)
-    add("--root", type=Path, help="folder of the data sets (default: of the run, else data)")
-    add("--device", default="auto")
-    add("--plugin", nargs="+", type=import_plugin, metavar="FILE", help="as EXPERIMENT.PLUGINS")
-
-
-def positive(text: str) -> int:
-    """Parse an argument that must be a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
-    return int(text)
 
 
 def find_weights(path: Path) -> Path:

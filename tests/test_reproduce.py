@@ -9,13 +9,14 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from mdistiller_norm.cli import execute
+from mdistiller_norm.cli import execute, parse_duration
 from mdistiller_norm.config import dump, leaves, load_config
 from mdistiller_norm.distillers import DISTILLERS
+from mdistiller_norm.download import read_sources
 from mdistiller_norm.engine.runtime import slot_environment
 from mdistiller_norm.errors import UserError
 from mdistiller_norm.reproduce import plan
-from mdistiller_norm.reproduce.command import parse_duration, select_cells
+from mdistiller_norm.reproduce.command import select_cells
 from mdistiller_norm.reproduce.ledger import identity
 from mdistiller_norm.reproduce.plan import Job, cell_command, cell_config, cell_identity, value_rank
 from mdistiller_norm.reproduce.tables import TABLES, Cell
@@ -275,6 +276,13 @@ def test_invalid_arguments(tmp_path: Path, arguments: str, message: str) -> None
     words = ["reproduce", *arguments.replace("FOLDER", str(tmp_path)).split()]
     with pytest.raises(UserError, match=re.escape(message.replace("FOLDER", str(tmp_path)))):
         execute(words)
+
+
+def test_help_lists_tables_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, names in (("reproduce", TABLES), ("fetch", read_sources())):
+        with pytest.raises(SystemExit):
+            execute([command, "--help"])
+        assert ", ".join(names) in " ".join(capsys.readouterr().out.split())
 
 
 def test_durations_are_parsed() -> None:

@@ -4,36 +4,7 @@ import argparse
 from pathlib import Path
 
 from mdistiller_norm.errors import ConfigError, needs_extra
-from mdistiller_norm.student import add_student_arguments, find_weights, open_checkpoint
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``visualize``."""
-    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
-    tsne = commands.add_parser("tsne", help="t-SNE of pooled features (Fig. 4)")
-    correlation = commands.add_parser("correlation", help="correlations minus the teacher's (Fig. 5)")
-    correlation.add_argument("-t", "--teacher", required=True, type=Path, help="its weights")
-    correlation.add_argument("-tm", "--teacher-model", default="", help="model name of the teacher")
-    logits = commands.add_parser("logits", help="softened logits of a teacher (Fig. 1 and 3)")
-    logits.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
-    for sub, name, default, text in (
-        (tsne, "--samples", 2000, "number of test images"),
-        (tsne, "--classes", 0, "number of classes; 0 for all"),
-        (tsne, "--seed", 0, "of the samples and the embedding"),
-        (tsne, "--perplexity", 30.0, "of the t-SNE"),
-        (logits, "--sample", 0, "index in the test set"),
-        (logits, "--fixed", 4.0, "temperature of all samples"),
-        (logits, "--t-norm", 2.0, "T_norm of NormKD"),
-        (logits, "--tolerance", 1.25, "factor that counts as too much"),
-    ):
-        sub.add_argument(name, type=type(default), default=default, help=f"{text} ({default:g})")
-    for sub in (tsne, correlation, logits):
-        add, count = sub.add_argument, 1 if sub is logits else "+"
-        add("-c", "--ckpt", nargs=count, required=True, type=Path, metavar="PATH", help="weights/runs")
-        add("--out", type=Path, metavar="STEM", help="default: output/figures/FIGURE")
-        add("--data", action="store_true", help="also write the numbers as JSON")
-        add("--names", nargs="+", default=[], help="one label for each file of -c")
-        add_student_arguments(sub, batch_size=250)
+from mdistiller_norm.student import find_weights, open_checkpoint
 
 
 def main(options: argparse.Namespace) -> int:

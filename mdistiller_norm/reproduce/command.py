@@ -22,51 +22,9 @@ from mdistiller_norm.reproduce import report, runner, slurm, stats
 from mdistiller_norm.reproduce.ledger import Ledger, Record, finished_run, read_ledger, write_record
 from mdistiller_norm.reproduce.plan import Job, cell_identity, counted, duration, estimate, make_plan
 from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
-from mdistiller_norm.student import positive
 
 # KEY or KEY=VALUE of a config.
 _OVERRIDE = re.compile(r"(?:SEED|DEVICE|[A-Z]\w*\.[A-Z][\w.]*)(?:=.*)?", re.DOTALL)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``reproduce``."""
-    parser.epilog = (
-        f"example: {parser.prog} --table 2 --pairs res32x4_res8x4 --methods kd normkd --trials 3. Exit codes: "
-        "0 all done, 1 a run failed, 2 invalid input, 3 runs remain, 130 or 143 stopped by a signal."
-    )
-    add, seeds = parser.add_argument, parser.add_mutually_exclusive_group()
-    seeds.add_argument("--trials", type=positive, default=3, help="runs per cell: seeds 0, 1, ... (3)")
-    seeds.add_argument("--seeds", nargs="+", default=[], help="seeds, instead of --trials")
-    for name, metavar, text in (
-        ("--table", "ID", ", ".join(TABLES)),
-        ("--pairs", "PAIR", "columns of the table (default: all)"),
-        ("--methods", "ROW", "rows of the table (default: all)"),
-        ("--slurm", "NAME=VALUE", "options of submitit"),
-        ("--add", "FOLDER", "add finished run folders to the ledger"),
-        ("--publish", "FOLDER", "add runs, their fp16 weights in checkpoints/, and write the report"),
-    ):
-        add(name, nargs="+", default=[], metavar=metavar, help=text)
-    add("--queue", action="store_true", help="most informative cells first (of all CIFAR-100 tables)")
-    add("--sweep", default="", metavar="KEY=A,B", help="try values of a key on held-out images")
-    add("--val-split", type=float, default=0.1, help="share of the images held out by a sweep (0.1)")
-    add("--dry-run", action="store_true", help="list finished and pending runs without running them")
-    add("--budget", type=parse_duration, default=math.inf, help="stop after 9m, 1h30m, ...")
-    add("--jobs", type=positive, default=1, help="number of runs at a time on this machine")
-    add("--processes", type=positive, default=1, help="processes per run, by torchrun, one GPU each")
-    add("--smoke", action="store_true", help="test with two epochs per run, kept separately")
-    add("--launcher", choices=["here", "slurm", "submitit-local"], default="here")
-    add("--output", default="output", metavar="DIR", help="folder of the runs (default: output)")
-    add("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
-    add("overrides", nargs="*", metavar="KEY VALUE", help="keys without effect on results, as DEVICE")
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds of ``90s``, ``9m`` or ``1h30m``."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if not text or not match:
-        raise argparse.ArgumentTypeError(f"must be a duration such as 90s, 9m or 1h30m, got {text!r}")
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 3600.0 * hours + 60.0 * minutes + seconds
 
 
 def main(options: argparse.Namespace) -> int:

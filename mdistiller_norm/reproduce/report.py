@@ -221,16 +221,6 @@ def write_csv(report: Record, path: Path) -> None:
             rows.writerow(head + [values.get(key, "") for key in columns.values()])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command ``report``."""
-    parser.epilog, add = f"example: {parser.prog} --export csv", parser.add_argument
-    add("--results", default="", metavar="DIR", help="folder of the ledger (default: results)")
-    add("--out", default="", metavar="DIR", help="output folder (default: the folder of the ledger)")
-    add("--smoke", action="store_true", help="report the runs of reproduce --smoke instead")
-    add("--output", default="output", metavar="DIR", help="as for reproduce, with --smoke")
-    add("--export", choices=["csv"], help="write runs.csv too, one line per run")
-
-
 def write_report(results: Path, out: Path, smoke: bool = False, with_csv: bool = False) -> None:
     """Write the report of the ledger in ``results`` to a folder."""
     if not (results / "runs").is_dir():
