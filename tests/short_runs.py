@@ -1,5 +1,7 @@
 """Short runs on digits."""
 
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from mdistiller_norm.config import Config, load_config
+from mdistiller_norm.data import Split, TensorDataset, digits
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.run import build_run
@@ -27,6 +30,15 @@ RECIPE = [
 ]  # fmt: skip
 # Overrides of defaults that are too large for digits.
 SMALLER = {"CRD": ["CRD.NCE.K=16"]}
+
+
+@functools.cache
+def few_digits(train: int, test: int = 40) -> TensorDataset:
+    """Return the first images of the digits."""
+    whole = digits()
+    splits = ((whole.train, train), (whole.test, test))
+    parts = [Split(split.images[:count], split.targets[:count]) for split, count in splits]
+    return replace(whole, train=parts[0], test=parts[1])
 
 
 def config(folder: Path, name: str, *overrides: str, epochs: int = 2) -> Config:
@@ -57,9 +69,11 @@ def state_of(folder: Path, name: str) -> dict[str, Any]:
     return state
 
 
-def build_step(folder: Path, name: str, *overrides: str) -> TrainStep:
+def build_step(
+    folder: Path, name: str, *overrides: str, dataset: TensorDataset | None = None
+) -> TrainStep:
     """Build a run and return its training step."""
-    run = build_run(config(folder, name, *overrides))
+    run = build_run(config(folder, name, *overrides), dataset=dataset)
     run.trainer.log.close()
     run.trainer.step.trainable.train()
     return run.trainer.step
