@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 from torchvision import transforms as T
 
 from mdistiller_norm.cli import execute, main
-from mdistiller_norm.config import load_config
+from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import (
     ImageOptions,
     Share,
@@ -48,7 +48,7 @@ VANILLA = str(ROOT / "configs" / "digits" / "vanilla_resnet8.yaml")
 SMALL = ImageOptions(size=48, resize=56, mean=MEAN, std=STD, workers=0)
 RUN = [
     "DATASET.TYPE=image_folder", "DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36", "DATASET.NUM_WORKERS=0",
-    "DISTILLER.STUDENT=resnet8", "SOLVER.BATCH_SIZE=8",
+    "DISTILLER.STUDENT=resnet8", "SOLVER.BATCH_SIZE=8", "SOLVER.EPOCHS=2",
 ]  # fmt: skip
 
 
@@ -57,6 +57,11 @@ def jpegs() -> list[Path]:
     return sorted(
         (unpacked("imagenet_samples", "imagenet_samples/val") / "imagenet_samples").rglob("*.JPEG")
     )
+
+
+def run_config(tree: Path, out: Path, name: str, *overrides: str) -> Config:
+    words = [f"DATASET.ROOT={tree}", f"LOG.PREFIX={out}", f"EXPERIMENT.NAME={name}"]
+    return load_config(None, [*RUN, *words, *overrides])
 
 
 @pytest.fixture
@@ -179,14 +184,10 @@ def test_folder_is_counted_named_and_measured(tree: Path) -> None:
     images = [decode(path.read_bytes()) for path in sorted((tree / "train").rglob("*.JPEG"))]
     pixels = torch.stack(images) / 255
     assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-3)
-    assert data.std == pytest.approx(
-        pixels.double().permute(1, 0, 2, 3).flatten(1).std(1).tolist(), abs=1e-3
-    )
+    assert data.std == pytest.approx(pixels.double().std((0, 2, 3)).tolist(), abs=1e-3)
 
 
-def test_nested_folders_count_and_hidden_files_do_not(
-    copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nested_folders_count_and_hidden_files_do_not(copy, capsys):
     before = image_folder(copy, SMALL)
     folder = copy / "train" / before.classes[1]
     files = sorted(folder.iterdir())
@@ -215,20 +216,17 @@ def test_names_that_are_not_utf8_are_escaped(copy: Path) -> None:
     file.rename(os.fsdecode(os.fsencode(file.parent) + b"/caf\xe9.jpg"))
     data = image_folder(copy, SMALL)
     assert sum(data.test.name(index).endswith(r"caf\udce9.jpg") for index in range(12)) == 1
-    assert len(data.unreadable()) == 0
+    assert data.unreadable() == []
     (copy / "train" / os.fsdecode(b"caf\xe9")).mkdir()
-    with pytest.raises(
-        DataError, match=r"class folder caf\\udce9 in .*train has a name that is not UTF-8"
-    ):
+    with pytest.raises(DataError, match=r"caf\\udce9 in .*train has a name that is not UTF-8"):
         image_folder(copy, SMALL)
 
 
 def test_measuring_skips_unreadable_images_and_constant_channels(copy: Path) -> None:
     first, *others = sorted((copy / "train").rglob("*.JPEG"))
     with Image.open(first) as image:
-        Image.fromarray(np.asarray(image.convert("RGB")) * np.array([1, 1, 0], np.uint8)).save(
-            first, "PNG"
-        )
+        without_blue = np.asarray(image.convert("RGB")) * np.array([1, 1, 0], np.uint8)
+    Image.fromarray(without_blue).save(first, "PNG")
     for path in others:
         path.write_bytes(b"")
     mean, std = measure(image_folder(copy, SMALL).train, SMALL)
@@ -246,9 +244,8 @@ def test_epochs_contain_every_sample_once_in_new_orders_and_crops(tree: Path) ->
     data = image_folder(tree, SMALL)
     first, second = epoch(data), epoch(data, 2)
     for batches in (first, second):
-        assert torch.cat([indices for _, _, indices, _ in batches]).sort().values.tolist() == list(
-            range(36)
-        )
+        indices = torch.cat([batch[2] for batch in batches])
+        assert sorted(indices.tolist()) == list(range(36))
         assert [len(images) for images, *_ in batches] == [8, 8, 8, 8, 4]
         assert all(torch.equal(targets, data.targets[indices]) for _, targets, indices, _ in batches)
     assert not same(first, second)
@@ -312,14 +309,11 @@ raise RuntimeError("out of memory")
     assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
-@pytest.mark.parametrize("size", [300, 0])
-def test_damaged_training_image_is_replaced_and_reported_once(copy: Path, size: int) -> None:
+def test_damaged_training_image_is_replaced_and_reported_once(copy: Path) -> None:
     damaged = sorted((copy / "train").rglob("*.JPEG"))[7]
-    damaged.write_bytes(damaged.read_bytes()[:size])
+    damaged.write_bytes(damaged.read_bytes()[:300])
     expected = epoch(image_folder(copy, SMALL))
-    indices = torch.cat([indices for _, _, indices, _ in expected])
-    assert 7 not in indices
-    assert len(indices) == 36
+    assert 7 not in torch.cat([indices for _, _, indices, _ in expected])
     for workers in (0, 2):
         lines: list[str] = []
         data = image_folder(copy, replace(SMALL, workers=workers, max_broken=1))
@@ -334,9 +328,7 @@ def test_damaged_training_image_is_replaced_and_reported_once(copy: Path, size: 
         epoch(image_folder(copy, replace(SMALL, max_broken=0)))
 
 
-def test_check_data_and_shards_list_unreadable_files(
-    copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_data_and_shards_list_unreadable_files(copy, capsys):
     files = [sorted((copy / split).rglob("*.JPEG"))[3] for split in ("train", "val")]
     files[0].write_bytes(b"")
     files[1].write_bytes(b"\xff\xd8\xff\xe0 not an image")
@@ -368,9 +360,8 @@ def test_batch_norm_on_a_single_value_is_refused(tree: Path, tmp_path: Path) -> 
         ConfigError, match=r"BATCH_SIZE 35 leaves one of the 36 images .* norm of ResNet18"
     ):
         build_run(run_config(tree, tmp_path, "single", *refused))
-    build_run(
-        run_config(tree, tmp_path, "maps", "SOLVER.BATCH_SIZE=35")
-    )  # resnet8 has maps of 8 x 8 pixels
+    # resnet8 has maps of 8 x 8 pixels
+    build_run(run_config(tree, tmp_path, "maps", "SOLVER.BATCH_SIZE=35")).trainer.log.close()
     assert [path.name for path in (tmp_path / "distill").iterdir()] == ["maps"]
 
 
@@ -465,31 +456,22 @@ def test_damaged_shards_are_refused(shards, tmp_path, damage, message):
         webdataset(copy, SMALL)
 
 
-def test_wrong_options_and_missing_folders_are_refused(
-    copy: Path, shards: Path, tmp_path: Path
-) -> None:
-    first = image_folder(copy, SMALL).classes[0]
-    for size, message in (
+def test_wrong_options_and_missing_folders_are_refused(copy, shards, tmp_path):
+    for options, message in (
         (replace(SMALL, resize=47), r"DATASET\.RESIZE must be >= DATASET\.IMAGE_SIZE 48, got 47"),
         (replace(SMALL, std=()), r"set both DATASET\.MEAN and DATASET\.STD, or neither"),
     ):
         with pytest.raises(ConfigError, match=message):
-            image_folder(copy, size)
-    with pytest.raises(
-        DataError, match=r"must contain the classes of DATASET\.CLASSES in the same order"
-    ):
+            image_folder(copy, options)
+    with pytest.raises(DataError, match=r"the classes of DATASET\.CLASSES in the same order"):
         webdataset(shards, replace(SMALL, classes=("b", "a", "c")))
-    shutil.rmtree(copy / "val" / first)
-    with pytest.raises(DataError, match=f"val has no images .* of the class {first}"):
-        image_folder(copy, SMALL)
-    (copy / "val" / first).mkdir()
-    with pytest.raises(DataError, match=rf"has no images \(.jpeg.* of the class {first}"):
+    first = min((copy / "val").iterdir())
+    shutil.rmtree(first)
+    with pytest.raises(DataError, match=f"val has no images .* of the class {first.name}"):
         image_folder(copy, SMALL)
     shutil.rmtree(copy / "val")
-    with pytest.raises(
-        DataError, match=r"val cannot be read \(No such file or directory\): images belong"
-    ):
-        train(load_config(None, [*RUN, f"DATASET.ROOT={copy}", f"LOG.PREFIX={tmp_path / 'out'}"]))
+    with pytest.raises(DataError, match=r"val cannot be read \(No such file or directory\): images"):
+        train(run_config(copy, tmp_path / "out", "run"))
     assert not (tmp_path / "out").exists()
 
 
@@ -503,25 +485,11 @@ def test_shards_are_written_completely_or_not_at_all(copy, shards, tmp_path, lim
     assert not list((tmp_path / "full").iterdir())
     (tmp_path / "full" / ".unfinished_shards" / "train").mkdir(parents=True)  # of a killed process
     pack(copy, tmp_path / "full")
-    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == [
-        "classes.txt",
-        "train",
-        "val",
-    ]
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {"classes.txt", "train", "val"}
     assert webdataset(tmp_path / "full", SMALL).summary() == "full: 3 classes, 36 + 12 images"
 
 
-# Networks and runs
-
-
-def run_config(tree: Path, out: Path, name: str, *overrides: str):
-    places = [
-        f"DATASET.ROOT={tree}",
-        f"LOG.PREFIX={out}",
-        f"EXPERIMENT.NAME={name}",
-        "SOLVER.EPOCHS=2",
-    ]
-    return load_config(None, [*RUN, *places, *overrides])
+# Runs
 
 
 @pytest.fixture(scope="module")
@@ -564,25 +532,6 @@ SOLVER:
 """
 
 
-def train_short(config: Path, root: Path, out: Path) -> dict[str, Any]:
-    """Train a config for two epochs, with small networks in place of residual ones."""
-    torch.save(build_model("resnet8", 3).state_dict(), out / "teacher.pth")
-    keys = [
-        "DATASET.NUM_WORKERS=0",
-        "SOLVER.EPOCHS=2",
-        "DISTILLER.TEACHER=resnet8",
-        "DATASET.VARIANT=cifar",
-    ]
-    keys += [
-        f"DATASET.ROOT={root}",
-        f"LOG.PREFIX={out}",
-        f"DISTILLER.TEACHER_WEIGHTS={out}/teacher.pth",
-    ]
-    if load_config(config).node.DISTILLER.STUDENT == "ResNet18":
-        keys.append("DISTILLER.STUDENT=resnet8")
-    return train(load_config(config, keys))
-
-
 @pytest.fixture
 def original(copy: Path) -> Path:
     """The tree in the layout in which Tiny-ImageNet is distributed."""
@@ -605,11 +554,8 @@ def test_layouts_of_tiny_imagenet_are_equal(tree: Path, original: Path) -> None:
     options = ImageOptions(workers=0)
     folders, downloaded = tiny_imagenet(tree, options), tiny_imagenet(original.parent, options)
     assert downloaded.summary() == "tiny_imagenet: 3 classes, 36 + 12 images"
-    assert (downloaded.image_size, downloaded.variant, downloaded.mean[0]) == (
-        (64, 64),
-        "cifar",
-        0.4802,
-    )
+    assert (downloaded.image_size, downloaded.variant) == ((64, 64), "cifar")
+    assert downloaded.mean[0] == 0.4802
     assert downloaded.classes == folders.classes
     assert same(epoch(downloaded), epoch(folders))
     assert contents(downloaded.test) == contents(folders.test)
@@ -618,14 +564,23 @@ def test_layouts_of_tiny_imagenet_are_equal(tree: Path, original: Path) -> None:
         tiny_imagenet(original, options)
 
 
-def test_a_config_of_mdistiller_for_tiny_imagenet_runs(original: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(MDISTILLER)
-    result = train_short(tmp_path / "run.yaml", original.parent, tmp_path)
-    assert (result["dataset"], result["method"], result["last"]["epoch"]) == (
-        "tiny_imagenet",
-        ["KD"],
-        2,
-    )
+@pytest.mark.parametrize("name", ["mdistiller", "vit_tiny_tiny_imagenet", "resnet18_folder"])
+def test_configs_train(tree: Path, original: Path, tmp_path: Path, name: str) -> None:
+    """Train for one epoch, with small networks in place of residual ones."""
+    config, root = ROOT / "configs" / "recipes" / f"{name}.yaml", tree
+    if name == "mdistiller":
+        config, root = tmp_path / "run.yaml", original.parent
+        config.write_text(MDISTILLER)
+    torch.save(build_model("resnet8", 3).state_dict(), tmp_path / "teacher.pth")
+    keys = ["DATASET.NUM_WORKERS=0", "DATASET.VARIANT=cifar", f"DATASET.ROOT={root}"]
+    keys += ["SOLVER.EPOCHS=1", f"LOG.PREFIX={tmp_path}", "DISTILLER.TEACHER=resnet8"]
+    keys += [f"DISTILLER.TEACHER_WEIGHTS={tmp_path}/teacher.pth"]
+    if name.startswith("vit"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    else:
+        keys.append("DISTILLER.STUDENT=resnet8")
+    result = train(load_config(config, keys))
+    assert (result["method"], result["last"]["epoch"]) == (["KD"], 1)
 
 
 def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys):
@@ -649,16 +604,10 @@ def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys)
         image_folder(copy, SMALL)
     pack(copy, tmp_path / "packed")
     assert "has no folder val: train on the shards with DATASET.VAL_SPLIT" in capsys.readouterr().out
-    options = replace(SMALL, val_split=0.25)
-    assert (
-        open_dataset("webdataset", tmp_path / "packed", options).summary()
-        == "packed: 3 classes, 27 + 9 images"
-    )
-    assert (
-        open_dataset("webdataset", tmp_path / "packed", replace(options, train=False))
-        .summary()
-        .endswith("27 + 9 images")
-    )
+    for needs_train in (True, False):
+        options = replace(SMALL, val_split=0.25, train=needs_train)
+        packed = open_dataset("webdataset", tmp_path / "packed", options)
+        assert packed.summary() == "packed: 3 classes, 27 + 9 images"
 
 
 # Augmentation
@@ -682,19 +631,10 @@ def test_resumed_run_with_mixed_images_and_randaugment_is_bit_identical(tree: Pa
 def test_randaugment_changes_training_images_only(tree: Path) -> None:
     plain, augmented = (image_folder(tree, replace(SMALL, randaugment=level)) for level in (0, 9))
     state = torch.get_rng_state()
-    first, again = epoch(augmented), epoch(augmented)
+    first = epoch(augmented)
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(first, again)
-    assert not same(first, epoch(augmented, 2))
     for (images, targets, *_), (others, expected, *_) in zip(first, epoch(plain), strict=True):
         assert torch.equal(targets, expected)
         assert not torch.equal(images, others)
     tests = [next(iter(dataset.eval_loader(12, CPU)))[0] for dataset in (plain, augmented)]
     assert torch.equal(*tests)
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_tiny_imagenet", "resnet18_folder"])
-def test_recipes_train(tree: Path, tmp_path: Path, name: str) -> None:
-    pytest.importorskip("timm", reason="timm is not installed")
-    result = train_short(ROOT / "configs" / "recipes" / f"{name}.yaml", tree, tmp_path)
-    assert (result["method"], result["last"]["epoch"]) == (["KD"], 2)
