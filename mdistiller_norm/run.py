@@ -73,7 +73,8 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     if dataset.hidden:
         log(f"warning: {dataset.hidden} images are left out: their names begin with a dot")
     loader = dataset.train_loader(solver.BATCH_SIZE, cfg.SEED, device, share)
-    loader.warn = lambda text: log(f"warning: {text}")
+    if share.rank == 0:  # the other processes print the warnings about their images
+        loader.warn = lambda text: log(f"warning: {text}")
     if data.MIXUP or data.CUTMIX:
         loader = MixedLoader(loader, data.MIXUP, data.CUTMIX, len(dataset.classes), device)
     steps = solver.EPOCHS * loader.steps

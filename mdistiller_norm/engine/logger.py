@@ -62,7 +62,7 @@ def _append_line(path: Path, text: str) -> None:
 
 
 class RunLog:
-    """The log of a run folder, or, for a process of rank > 0, of warnings only.
+    """The log of a run folder; without a folder, for a process of rank > 0, it drops everything.
 
     Drops entries of the folder from ``first_epoch`` and ``first_step`` on, left by an interrupted run.
     """
@@ -80,8 +80,6 @@ class RunLog:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
             _append_line(self.folder / "worklog.txt", text)
-        elif text.startswith("warning:"):
-            print(text, file=sys.stderr, flush=True)
 
     def epoch(self, record: Record) -> None:
         if self.folder:
