@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mdistiller_norm.config import load_config
+from mdistiller_norm.config import leaves, load_config
 from mdistiller_norm.distillers import DISTILLERS, Need, Pair, build_distiller
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import ConfigError
@@ -163,12 +163,9 @@ class _LogitNetwork(Network):
         return Outputs(logits, (), (), logits.new_empty(len(logits), 0))
 
 
-def _settings(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return config keys and values as ``KEY=VALUE``; values may be dictionaries of nested keys."""
-    texts = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            texts += _settings(value, f"{prefix}{key}.")
-        else:
-            texts.append(f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return texts
+def _settings(values: Mapping[str, Any]) -> list[str]:
+    """Return config keys and values, which may be dictionaries of nested keys, as ``KEY=VALUE``."""
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves(values)
+    }
+    return [f"{key}={text}" for key, text in texts.items()]

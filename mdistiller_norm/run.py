@@ -20,6 +20,7 @@ from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
 from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
+from mdistiller_norm.student import describe
 
 
 def main(options: argparse.Namespace) -> int:
@@ -51,8 +52,7 @@ class Run(NamedTuple):
 def build_run(config: Config, resume: bool = False, dataset: Dataset | None = None) -> Run:
     """Build a training run; all input is checked before the first step.
 
-    With ``resume``, continue from ``latest.pt`` in the run folder, if it exists. ``dataset`` is an open data set to use
-    instead of ``DATASET.TYPE``.
+    With ``resume``, continue from ``latest.pt`` in the run folder, if it exists. ``dataset`` replaces ``DATASET.TYPE``.
     """
     cfg, solver, data = config.node, config.node.SOLVER, config.node.DATASET
     device, autocast, warning = build.build_execution(cfg)
@@ -122,11 +122,10 @@ def _records(
         "precision": build.PRECISIONS[autocast], "processes": distributed.process_share().world,
         "environment": versions, "config": yaml.safe_load(config.yaml),
     }  # fmt: skip
-    about = {
-        "name": cfg.DISTILLER.STUDENT, "variant": dataset.variant, "num_classes": len(dataset.classes),
-        "classes": list(dataset.classes), "dataset": dataset.name, "mean": list(dataset.mean), "std": list(dataset.std),
-        "image_size": list(dataset.image_size), "type": cfg.DATASET.TYPE, "resize": cfg.DATASET.RESIZE,
-        "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS), "val_split": cfg.DATASET.VAL_SPLIT,
+    about = describe(dataset) | {
+        "name": cfg.DISTILLER.STUDENT, "num_classes": len(dataset.classes), "type": cfg.DATASET.TYPE,
+        "resize": cfg.DATASET.RESIZE, "val_split": cfg.DATASET.VAL_SPLIT, "seed": cfg.SEED,
+        "plugins": list(cfg.EXPERIMENT.PLUGINS),
     }  # fmt: skip
     about |= {"ema": cfg.SOLVER.EMA} if cfg.SOLVER.EMA else {}
     identity = {

@@ -54,7 +54,7 @@ def open_checkpoint(
     path = find_weights(Path(path))
     weights = load_weights(path)
     dataset = _open_data(weights, model, kind, _find_root(path, root), dataset)
-    return _load(weights, model, _facts(dataset)), dataset
+    return _load(weights, model, describe(dataset)), dataset
 
 
 def load_student(
@@ -76,7 +76,7 @@ def load_student(
     elif with_data or not complete:
         try:
             dataset = _open_data(weights, model, kind, root)
-            about = about | _facts(dataset)
+            about = about | describe(dataset)
         except DataError as error:
             if not complete:
                 raise
@@ -108,7 +108,8 @@ def _open_data(
     return open_dataset(kind, data_root(root, about.get("dataset", "")), images)
 
 
-def _facts(dataset: Dataset) -> Metadata:
+def describe(dataset: Dataset) -> Metadata:
+    """Return the metadata that a data set determines."""
     return {
         "variant": dataset.variant, "dataset": dataset.name, "classes": list(dataset.classes),
         "mean": list(dataset.mean), "std": list(dataset.std), "image_size": list(dataset.image_size),

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from mdistiller_norm.analysis.collect import Collected, collect, short_names
+from mdistiller_norm.build import build_device
 from mdistiller_norm.errors import ConfigError, needs_extra
 from mdistiller_norm.student import find_weights, open_checkpoint
 
@@ -15,8 +17,6 @@ def main(options: argparse.Namespace) -> int:
         import matplotlib as mpl
 
         from mdistiller_norm.analysis import figures
-    from mdistiller_norm.analysis.collect import Collected, collect, short_names
-    from mdistiller_norm.build import build_device
 
     def outputs(path: Path, name: str, model: str) -> Collected:
         student = open_checkpoint(path, model, options.dataset, options.root)
@@ -25,7 +25,7 @@ def main(options: argparse.Namespace) -> int:
     paths = [find_weights(path) for path in options.ckpt]
     labels = zip(paths, options.names or short_names(paths), strict=True)
     networks = [outputs(path, name, options.model) for path, name in labels]
-    with mpl.rc_context(figures.STYLE):
+    with mpl.rc_context(fname=figures.STYLE):
         if options.figure == "tsne":
             figure, data, lines = figures.draw_tsne(
                 networks, classes=options.classes, samples=options.samples, seed=options.seed,

@@ -19,10 +19,7 @@ from torch.special import entr
 from mdistiller_norm.analysis.collect import Collected, check_same_classes
 from mdistiller_norm.errors import ConfigError
 
-STYLE: dict[Any, Any] = {
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.25, "grid.linewidth": 0.6, "legend.frameon": False, "svg.hashsalt": "mdistiller_norm",
-}  # fmt: skip
+STYLE = Path(__file__).with_suffix(".mplstyle")
 _BINS = 40
 Drawing = tuple[Figure, dict[str, Any], list[str]]
 
@@ -64,7 +61,7 @@ def draw_correlation(teacher: Collected, students: Sequence[Collected]) -> Drawi
             panels.append(panel | {"difference": difference.tolist()})
             lines.append(f"{student.name}, {kind}: mean |difference| {mean:.4f}")
     largest = float(torch.tensor([panel["difference"] for panel in panels]).abs().max()) or 1.0
-    figure = Figure(figsize=(3.3 * len(students) + 1.2, 6.8), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(students) + 1.2, 6.8))
     axes = figure.subplots(2, len(students), squeeze=False).ravel()
     for axis, panel, line in zip(axes, panels, lines, strict=True):
         image = axis.imshow(panel["difference"], cmap="RdBu_r", vmin=-largest, vmax=largest)
@@ -103,7 +100,7 @@ def draw_softening(
     counted = f"T = {fixed:g} over-softens {over} and under-softens {under}"
     lines = [f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}"]
     lines.append(f"{counted} of {len(std)} samples")
-    figure = Figure(figsize=(12.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(12.6, 3.4))
     first, second, third = figure.subplots(1, 3)
     figure.suptitle(f"{network.name}, top-1 {network.top1:.2f}", fontsize=10)
     used = {f"T = {value:g}": value for value in temperatures}
@@ -165,7 +162,7 @@ def draw_tsne(
         raise ConfigError(f"t-SNE needs 8 samples and 2 classes, got {len(chosen)} and {present}")
     tsne = TSNE(perplexity=min(perplexity, (len(chosen) - 1) / 3), init="pca", random_state=seed)
     palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
-    figure = Figure(figsize=(3.6 * len(networks), 3.8), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(networks), 3.8))
     axes = figure.subplots(1, len(networks), squeeze=False).ravel()
     entries, lines = [], []
     for axis, network in zip(axes, networks, strict=True):

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import matplotlib as mpl
 from markupsafe import Markup
@@ -10,11 +10,8 @@ from matplotlib.figure import Figure
 
 from mdistiller_norm.reproduce.ledger import Entry
 
-_TEXT = "#010203"  # replaced by the text colour of the page, which is light or dark
-_STYLE: Any = {
-    "text.color": _TEXT, "axes.labelcolor": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT, "font.size": 8,
-    "legend.framealpha": 0, "svg.fonttype": "none", "svg.hashsalt": "report",
-}  # fmt: skip
+_STYLE = Path(__file__).with_suffix(".mplstyle")
+_TEXT = "#010203"  # the text colour of the style
 
 
 def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Markup:
@@ -23,18 +20,17 @@ def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Mark
     Lines of one label share a colour and an entry in the legend.
     """
     numbers: dict[str, int] = {}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(fname=_STYLE):
         figure = Figure(figsize=(7.2, 3))
         axes = figure.add_axes((0.07, 0.14, 0.63, 0.76), title=title, xlabel="epoch")
-        axes.grid(color="#80808040")
         for label, values in lines:
             shown = f"_{label}" if label in numbers else label  # "_": not in the legend
             number = numbers.setdefault(label, len(numbers))
             style = "." if len(values) == 1 else "-" if number < 10 else "--"
             axes.plot(range(1, len(values) + 1), values, style, color=f"C{number % 10}", label=shown)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1.03))
+        axes.legend(bbox_to_anchor=(1, 1.03))
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue().replace(_TEXT, "currentColor")
     return Markup(text[text.index("<svg") :].replace("<svg ", '<svg class="chart" role="img" ', 1))
 
