@@ -189,10 +189,12 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
     return network, replace(file, warning="; ".join(filter(None, warnings)))
 
 
-def build_distillers(cfg: Any, student: Network, teacher: Network, dataset: Dataset) -> Methods:
-    """Return the methods of ``DISTILLER.TYPE`` by name."""
-    shapes = [probe(network, dataset.image_size) for network in (student, teacher)]
-    pair = Pair(shapes[0], shapes[1], teacher, dataset.targets, len(dataset.classes))
+def build_distillers(
+    cfg: Any, student: Network, teacher: Network, targets: torch.Tensor, size: tuple[int, int]
+) -> Methods:
+    """Return the methods of ``DISTILLER.TYPE`` by name, for training images of those classes and that size."""
+    shapes = [probe(network, size) for network in (student, teacher)]
+    pair = Pair(shapes[0], shapes[1], teacher, targets, student.num_classes)
     lacking = student.name if not shapes[0].features else "" if shapes[1].features else teacher.name
     distillers = {}
     for name in method_names(cfg):
@@ -268,9 +270,8 @@ def build_step(
     """Return the training step of a student and its methods."""
     solver = cfg.SOLVER
     trainable = Trainable(
-        placed(student, device), distillers, max((method.ce_weight for method in distillers.values()), default=1.0),
-        autocast, solver.LABEL_SMOOTHING, solver.EMA,
-    ).to(device)  # fmt: skip
+        placed(student, device), distillers, autocast, solver.LABEL_SMOOTHING, solver.EMA
+    ).to(device)
     if solver.SYNC_BN and distributed.together():
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)
     settings = {

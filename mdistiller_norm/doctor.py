@@ -18,7 +18,7 @@ from mdistiller_norm.config import load_config
 from mdistiller_norm.data.cifar import FOLDERS
 from mdistiller_norm.engine.compile import compiler_missing
 from mdistiller_norm.engine.logger import environment
-from mdistiller_norm.engine.teacher_file import MANIFEST, PEER_TEACHERS, ROOTS, read_manifest
+from mdistiller_norm.engine.teacher_file import PEER_TEACHERS, ROOTS, manifest_files
 from mdistiller_norm.errors import first_line
 from mdistiller_norm.run import train
 
@@ -55,9 +55,9 @@ def diagnose(root: Path) -> dict[str, Any]:
 def _checkpoints() -> list[str]:
     roots = {root.resolve() for root in ROOTS}
     listed = [
-        f"{entry['model']} on {entry['dataset']}: {root / MANIFEST.parent / entry['file']}"
+        f"{entry['model']} on {entry['dataset']}: {path}"
         for root in roots
-        for entry in read_manifest(root / MANIFEST)
+        for path, entry in manifest_files(root)
     ]
     return listed + [str(path) for root in roots for path in (root / PEER_TEACHERS).glob("*/*.pth")]
 

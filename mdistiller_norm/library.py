@@ -9,11 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mdistiller_norm import run
+from mdistiller_norm.build import build_distillers
 from mdistiller_norm.config import leaves, load_config
-from mdistiller_norm.distillers import DISTILLERS, Need, Pair, build_distiller
+from mdistiller_norm.distillers import DISTILLERS, Need
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.models import Network, build_model, probe
+from mdistiller_norm.models import Network, build_model
 from mdistiller_norm.student import load_student
 from mdistiller_norm.types import Batch, Outputs
 
@@ -36,8 +38,6 @@ def train(
     With ``resume``, continue from ``latest.pt`` in the run folder, if it exists. Return the content of ``result.json``:
     ``last`` and ``best`` (epoch, top1, top5, loss) and the facts of the run.
     """
-    from mdistiller_norm import run  # imports TensorBoard
-
     return run.train(load_config(config, _settings(overrides or {}), origin="overrides"), resume)
 
 
@@ -84,21 +84,17 @@ class Distillation(nn.Module):
             module if isinstance(module, Network) else _LogitNetwork(module, image_size)
             for module in (student, teacher)
         ]
-        student_shapes, teacher_shapes = (probe(network, image_size) for network in networks)
-        known = torch.zeros(0, dtype=torch.int64) if targets is None else targets
-        pair = Pair(student_shapes, teacher_shapes, networks[1], known, networks[0].num_classes)
-        distillers = {}
         for name in names:
             cls = DISTILLERS[name]
             if cls.need > Need.LOGITS and any(isinstance(each, _LogitNetwork) for each in networks):
                 raise ConfigError(f"{name} requires features: use create_model or models.Wrapped")
             if cls.needs_indices and targets is None:
                 raise ConfigError(f"{name} requires the classes of the training set: pass targets")
-            distillers[name] = build_distiller(name, node, pair)
-        methods = distillers.values()
-        self.trainable = Trainable(networks[0], distillers, max(each.ce_weight for each in methods))
+        known = torch.empty(0) if targets is None else targets
+        distillers = build_distillers(node, networks[0], networks[1], known, image_size)
+        self.trainable = Trainable(networks[0], distillers)
         frozen = networks[1].eval().requires_grad_(False)
-        if any(each.teacher_in_train_mode for each in methods):
+        if any(each.teacher_in_train_mode for each in distillers.values()):
             frozen = copy.deepcopy(frozen).train()
         self._teacher = [frozen]  # a list: no submodule
         self._epoch, self._step = 0, 0

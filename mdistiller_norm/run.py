@@ -59,7 +59,8 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     dataset = dataset or build.build_dataset(cfg)
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
-    distillers = build.build_distillers(cfg, student, trained[0], dataset) if trained else {}
+    targets, size = dataset.targets, dataset.image_size
+    distillers = build.build_distillers(cfg, student, trained[0], targets, size) if trained else {}
     runtime.choose_cuda_kernels(device, cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, solver.TIMEOUT)
     if share.rank:  # processes differ in dropout, not in the initial weights
@@ -84,11 +85,11 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
         log(reason)
     versions = environment(device)
     teacher, teacher_record = build.build_teacher_runner(
-        cfg, trained, distillers, loader, test, dataset.image_size, autocast, device, to_compile != "none", log
+        cfg, trained, distillers, loader, test, size, autocast, device, to_compile != "none", log
     ) if trained else (None, {})  # fmt: skip
     facts, provenance = _records(config, dataset, distillers, teacher_record, autocast, versions)
     log(
-        f"{'+'.join(distillers) or 'plain training'}: {student.name} on {dataset.name}, {len(dataset.targets)} images, "
+        f"{'+'.join(distillers) or 'plain training'}: {student.name} on {dataset.name}, {len(targets)} images, "
         f"{loader.steps} steps per epoch, {sum(p.numel() for p in student.parameters()):,} parameters and "
         f"{facts['extra_parameters']:,} extra parameters"
     )
@@ -106,7 +107,8 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     )  # fmt: skip
     folder.restore(trainer)
     if isinstance(teacher, teacher_cache.CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":
-        trainer.prefetch = teacher.fill(map(loader.batches, range(trainer.epoch, solver.EPOCHS + 1)))
+        epochs = range(trainer.epoch, solver.EPOCHS + 1)
+        trainer.prefetch = teacher.fill(map(loader.batches, epochs))
     return Run(trainer, folder, facts)
 
 

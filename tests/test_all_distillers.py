@@ -80,7 +80,7 @@ def make_step(case: dict[str, Any], **more: Any) -> TrainStep:
     cfg = load_config(None, [f"{key}={value}" for key, value in settings.items()]).node
     student = build_student("resnet8", few(), cfg.SEED).to(memory_format=torch.channels_last)
     torch.manual_seed(2)
-    methods = build_distillers(cfg, student, network("resnet14"), few())
+    methods = build_distillers(cfg, student, network("resnet14"), few().targets, (32, 32))
     train_mode = any(method.teacher_in_train_mode for method in methods.values())
     need = max(method.need for method in methods.values())
     teacher = Teacher(network("resnet14"), need, train_mode=train_mode)

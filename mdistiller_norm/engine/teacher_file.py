@@ -67,7 +67,8 @@ def add_to_manifest(manifest: Path, file: Path, **fields: Any) -> None:
     write_text(before + yaml.safe_dump([entry], sort_keys=False, width=1000), manifest)
 
 
-def _manifest_files(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+def manifest_files(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the files that the manifest of a folder lists, with their entries."""
     return [
         (root / MANIFEST.parent / entry["file"], entry) for entry in read_manifest(root / MANIFEST)
     ]
@@ -93,7 +94,7 @@ def find_teacher(
     if weights:
         if not (file := Path(weights)).is_file():
             raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
-        listed = chain(*map(_manifest_files, ROOTS))
+        listed = chain(*map(manifest_files, ROOTS))
         entries = [entry for path, entry in listed if path.resolve() == file.resolve()]
         return TeacherFile(file, entries[0].get("top1") if entries else None)
     if known := known_teacher(model, dataset):
@@ -121,7 +122,7 @@ def pretrained_teacher(
 def known_teacher(model: str, dataset: str) -> TeacherFile | None:
     """Find a teacher in the manifest or in mdistiller's download folder."""
     for root in ROOTS:
-        for path, entry in _manifest_files(root):
+        for path, entry in manifest_files(root):
             if (entry["model"], entry["dataset"]) == (model, dataset) and not entry.get("method"):
                 if not path.is_file():
                     raise CheckpointError(f"{path}, listed in {root / MANIFEST}, does not exist")

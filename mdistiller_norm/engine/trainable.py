@@ -33,7 +33,6 @@ class Trainable(nn.Module):
         self,
         student: Network,
         distillers: Mapping[str, Distiller] | None = None,
-        ce_weight: float = 1.0,
         autocast: torch.dtype | None = None,
         label_smoothing: float = 0.0,
         ema: float = 0.0,
@@ -44,7 +43,7 @@ class Trainable(nn.Module):
         self.distillers = nn.ModuleDict(dict(distillers or {}))
         self.methods = list((distillers or {}).values())
         self.need = max((method.need for method in self.methods), default=Need.NOTHING)
-        self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
+        self.label_smoothing = label_smoothing
         self.ema = copy.deepcopy(student).requires_grad_(False) if ema else None
         self._average = get_ema_multi_avg_fn(ema)
 
@@ -67,7 +66,8 @@ class Trainable(nn.Module):
 
     def loss_weights(self, epoch: int) -> list[float]:
         """Return the weight of each loss in this epoch (counted from 1), with the warm-up ramp applied."""
-        return [self.ce_weight, *(method.weight * method.ramp(epoch) for method in self.methods)]
+        cross_entropy = max((method.ce_weight for method in self.methods), default=1.0)
+        return [cross_entropy, *(method.weight * method.ramp(epoch) for method in self.methods)]
 
     def forward(self, batch: Batch, teacher: Outputs | None, loss_weights: Tensor) -> Losses:
         """Run the student and compute all losses.

@@ -126,7 +126,12 @@ def collect(folder: Path, smoke: bool = False) -> Record:
     columns = [(view, column) for view in views.values() for column in view.table.columns]
     measured = {name for name, view in views.items() if view.measured}
     tested = [claim for claim in tables.CLAIMS if not claim.own or measured.intersection(claim.tables)]
-    facts = [run.record | {"precision": run.precision} | run.record["environment"] for run in runs]
+    facts = [
+        {"processes": 1} | run.record | run.record["environment"] | {"precision": run.precision}
+        for run in runs
+    ]
+    keys = [key for key in SCHEMA["part"] if key != "from_step"]
+    environments = Counter(tuple(fact[key] for key in keys) for fact in facts).most_common()
     return {
         "smoke": smoke,
         "ledger": ledger,
@@ -134,7 +139,7 @@ def collect(folder: Path, smoke: bool = False) -> Record:
         "tables": list(views.values()),
         "teachers": [row for view, column in columns for row in _teacher(view, column)],
         "claims": [_judge(claim, views) for claim in tested],
-        "environments": Counter(map(environment_text, facts)).most_common(),
+        "environments": [(dict(zip(keys, values, strict=True)), n) for values, n in environments],
         "other_teachers": [run for run in runs if run.identity in placed and run.path not in shown],
         "others": [run for run in runs if run.identity not in placed],
     }
@@ -151,16 +156,6 @@ def _teacher(view: TableView, column: Column) -> list[Record]:
         "table": view.table.name, "name": column.teacher, "paper": paper, "measured": measured,
         "hashes": sorted({entry.teacher_hash for entry in runs}),
     }] if measured else []  # fmt: skip
-
-
-def environment_text(environment: Record) -> str:
-    """Return the machine, versions and commit that trained a run or a part of one."""
-    processes, commit = environment.get("processes", 1), (environment["commit"] or "unknown")[:10]
-    return (
-        f"{f'{processes} processes on ' if processes > 1 else ''}{environment['device']}, {environment['precision']}, "
-        f"torch {environment['torch']}, Python {environment['python']}, {environment['platform']}, commit {commit}"
-        f"{' with local changes' if environment['modified'] else ''}"
-    )
 
 
 def _judge(claim: Claim, views: Mapping[str, TableView]) -> Record:
@@ -200,8 +195,7 @@ def render(report: Record, template: str) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.globals |= {"plan": plan, "stats": stats, "charts": charts}
-    environment.globals |= {"program": command, "environment_text": environment_text}
+    environment.globals |= {"plan": plan, "stats": stats, "charts": charts, "program": command}
     text = environment.get_template(template).render(report=report).rstrip() + "\n"
     return text if "html" in template else text.replace("&#39;", "'").replace("&#34;", '"')
 
