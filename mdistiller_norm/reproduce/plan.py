@@ -99,10 +99,11 @@ def value_rank(cell: Cell) -> int:
 
 
 def _check_extra(extra: Sequence[str]) -> None:
-    for key, source in load_config(None, extra).sources.items():
-        if source == "command line" and key.startswith(_RESERVED):
+    sources = load_config(None, extra).sources
+    for key in (key for key, source in sources.items() if source != "default"):
+        if key.startswith(_RESERVED):
             raise ConfigError(f"{key} is set by reproduce: use --seeds or --output")
-        if source == "command line" and not key.startswith(NOT_IDENTIFYING):
+        if not key.startswith(NOT_IDENTIFYING):
             raise ConfigError(f"{key} would change the result: set only keys such as DEVICE")
 
 
