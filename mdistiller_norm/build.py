@@ -13,6 +13,7 @@ from mdistiller_norm.config import method_names
 from mdistiller_norm.data import Dataset, ImageOptions, MemoryTrainLoader, TensorDataset, open_dataset
 from mdistiller_norm.data.base import EvalLoader, TrainLoader
 from mdistiller_norm.data.folder import ImageDataset
+from mdistiller_norm.data.mix import MixedLoader
 from mdistiller_norm.data.plan import Share, smallest_micro_batch
 from mdistiller_norm.distillers import DISTILLERS, Distiller, Need, Pair, build_distiller
 from mdistiller_norm.engine import checkpoint, distributed, teacher_file
@@ -120,6 +121,19 @@ def check_data(cfg: Any, dataset: Dataset, student: Network, methods: Methods, s
             f"SOLVER.BATCH_SIZE {batch_size} leaves one of the {samples} images for a micro-batch, too few for "
             f"a batch norm of {student.name}"
         ) from error
+
+
+def build_loaders(
+    cfg: Any, dataset: Dataset, device: torch.device, share: Share, log: Log
+) -> tuple[TrainLoader, EvalLoader]:
+    """Return the loaders of this process's training and test images."""
+    data = cfg.DATASET
+    loader = dataset.train_loader(cfg.SOLVER.BATCH_SIZE, cfg.SEED, device, share)
+    if share.rank == 0:  # the other processes print the warnings about their images
+        loader.warn = lambda text: log(f"warning: {text}")
+    if data.MIXUP or data.CUTMIX:
+        loader = MixedLoader(loader, data.MIXUP, data.CUTMIX, len(dataset.classes), device)
+    return loader, dataset.eval_loader(data.TEST.BATCH_SIZE, device, share)
 
 
 def placed(network: Network, device: torch.device) -> Network:

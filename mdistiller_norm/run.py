@@ -12,7 +12,6 @@ import yaml
 from mdistiller_norm import build
 from mdistiller_norm.config import Config, load_config, show
 from mdistiller_norm.data import Dataset
-from mdistiller_norm.data.mix import MixedLoader
 from mdistiller_norm.distillers import Distiller
 from mdistiller_norm.engine import distributed, graph, optim, runtime, teacher_cache
 from mdistiller_norm.engine.compile import choose
@@ -54,7 +53,7 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
 
     With ``resume``, continue from ``latest.pt`` in the run folder, if it exists. ``dataset`` replaces ``DATASET.TYPE``.
     """
-    cfg, solver, data = config.node, config.node.SOLVER, config.node.DATASET
+    cfg, solver = config.node, config.node.SOLVER
     device, autocast, warning = build.build_execution(cfg)
     dataset = dataset or build.build_dataset(cfg)
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
@@ -70,14 +69,9 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     log = folder.log.line
     if warning:
         log(f"warning: {warning}")
-    test = dataset.eval_loader(data.TEST.BATCH_SIZE, device, share)
     if dataset.hidden:
         log(f"warning: {dataset.hidden} images are left out: their names begin with a dot")
-    loader = dataset.train_loader(solver.BATCH_SIZE, cfg.SEED, device, share)
-    if share.rank == 0:  # the other processes print the warnings about their images
-        loader.warn = lambda text: log(f"warning: {text}")
-    if data.MIXUP or data.CUTMIX:
-        loader = MixedLoader(loader, data.MIXUP, data.CUTMIX, len(dataset.classes), device)
+    loader, test = build.build_loaders(cfg, dataset, device, share, log)
     steps = solver.EPOCHS * loader.steps
     done = folder.state["total_steps"] if folder.state else 0
     to_compile, reason = choose(cfg.ENGINE.COMPILE, device, steps if done < steps else 0)
