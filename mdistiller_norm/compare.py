@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -22,19 +23,7 @@ from mdistiller_norm.reproduce.stats import mean_std, paired_difference
 from mdistiller_norm.run_folder import RESULT
 from mdistiller_norm.student import Student, load_student
 
-# Header of a column -> key of a record and format.
-NETWORKS = {
-    "name": ("name", ""), "network": ("network", ""), "method": ("method", ""),
-    "parameters": ("parameters", ","), "MB": ("megabytes", ".2f"), "MACs": ("macs", ","),
-    "n": ("n", ""), "last top-1": ("last", ""), "best top-1": ("best", ""),
-    "measured top-1": ("measured_top1", ".2f"), "ms (batch 1)": ("latency_ms", ".2f"),
-    "images/s (batch 64)": ("images_per_second", ".0f"),
-}  # fmt: skip
-PAIRS = {
-    "compared with {first}": ("second", ""), "top-1 difference (last epoch)": ("difference", ""),
-    "agreement %": ("agreement", ".2f"), "only this one correct": ("only_second", ""),
-    "only {first} correct": ("only_first", ""), "McNemar p": ("p", ".3g"),
-}  # fmt: skip
+_COLUMNS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _PAGE = """<meta charset="utf-8">
 <style>td {padding: 0.2em 0.8em; font-family: sans-serif} tr:first-child {font-weight: bold}</style>
 """
@@ -107,7 +96,7 @@ def compare_pair(first: Record, a: Collected | None, second: Record, b: Collecte
     return pair
 
 
-def table(layout: Mapping[str, tuple[str, str]], records: Sequence[Record]) -> list[list[str]]:
+def table(layout: Mapping[str, Sequence[str]], records: Sequence[Record]) -> list[list[str]]:
     """Return a header and a row for each record as text, with a dash for missing values."""
     rows = [[header.format(**records[0]) for header in layout]]
     for record in records:
@@ -141,7 +130,9 @@ def main(options: argparse.Namespace) -> int:
     check_same_classes([found for _, found in compared if found])
     networks = [record for record, _ in compared]
     pairs = [compare_pair(*compared[0], *other) for other in compared[1:]]
-    tables = [table(NETWORKS, networks), *([table(PAIRS, pairs)] if pairs else [])]
+    tables = [table(_COLUMNS["networks"], networks)]
+    if pairs:
+        tables.append(table(_COLUMNS["pairs"], pairs))
     if options.json:
         content = {"networks": [*map(_as_json, networks)], "pairs": [*map(_as_json, pairs)]}
         print(json.dumps(content, indent=2))

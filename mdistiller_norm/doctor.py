@@ -39,6 +39,11 @@ def main(options: argparse.Namespace) -> int:
 def diagnose(root: Path) -> dict[str, Any]:
     """Return the environment, the data and checkpoints that were found, the free space and the result of the test."""
     device, folders = build_device("auto"), [root / name for name in (*FOLDERS.values(), "imagenet")]
+    checkpoints: list[str] = []
+    for folder in {folder.resolve() for folder in ROOTS}:
+        listed = manifest_files(folder)
+        checkpoints += [f"{entry['model']} on {entry['dataset']}: {path}" for path, entry in listed]
+        checkpoints += map(str, (folder / PEER_TEACHERS).glob("*/*.pth"))
     installed = {package.name.lower(): package.version for package in distributions()}
     return {
         "environment": environment(device),
@@ -46,20 +51,10 @@ def diagnose(root: Path) -> dict[str, Any]:
         "compiler": compiler_missing(device) or "found",
         "data": {"digits": "in the package"}
         | {path.name: str(path) for path in folders if path.exists()},
-        "checkpoints": _checkpoints(),
+        "checkpoints": checkpoints,
         "disk": f"{shutil.disk_usage('.').free / 1e9:.1f} GB free in {Path.cwd()}",
         "self_test": self_test(),
     }
-
-
-def _checkpoints() -> list[str]:
-    roots = {root.resolve() for root in ROOTS}
-    listed = [
-        f"{entry['model']} on {entry['dataset']}: {path}"
-        for root in roots
-        for path, entry in manifest_files(root)
-    ]
-    return listed + [str(path) for root in roots for path in (root / PEER_TEACHERS).glob("*/*.pth")]
 
 
 def self_test() -> dict[str, Any]:
