@@ -55,11 +55,8 @@ ONE_MAP = [(4, 3, 3, 2)]
 
 CASES = {
     "kd": logit(losses.kd_loss, ref.softened()),
-    "kd_t1": logit(losses.kd_loss, ref.softened(scales=(1.0,)), 1.0),
-    "kd_several": logit(losses.kd_loss, ref.softened(scales=(1.0, 2.0, 4.0, 6.0)), [1.0, 2.0, 4.0, 6.0]),
-    "kd_unsorted": logit(losses.kd_loss, ref.softened(scales=(6.0, 1.0)), (6, 1)),
+    "kd_several": logit(losses.kd_loss, ref.softened(scales=(1.0, 6.0, 4.0, 2.0)), [1.0, 6.0, 4.0, 2.0]),
     "normkd": logit(losses.normkd_loss, STD((2.0,))),
-    "normkd_t1": logit(losses.normkd_loss, STD((1.0,)), 1.0),
     "normkd_max": logit(partial(losses.normkd_loss, statistic="max"), ref.softened("max", (0.5,)), 0.5),
     "normkd_range": logit(partial(losses.normkd_loss, statistic="range"), ref.softened("range", (0.5,)), 0.5),
     "normkd_student_teacher": logit(
@@ -75,9 +72,7 @@ CASES = {
     "ttm": logit(losses.ttm_loss, partial(ref.ttm, gamma=0.1, weighted=False), zero=False),
     "ttm_0.4": logit(losses.ttm_loss, partial(ref.ttm, gamma=0.4, weighted=False), 0.4, zero=False),
     "wttm": logit(losses.wttm_loss, partial(ref.ttm, gamma=0.1, weighted=True), zero=False),
-    "wttm_0.4": logit(losses.wttm_loss, partial(ref.ttm, gamma=0.4, weighted=True), 0.4, zero=False),
     "nkd": logit(losses.nkd_loss, partial(ref.nkd, gamma=3.5, t=3.0), zero=False),
-    "nkd_imagenet": logit(losses.nkd_loss, partial(ref.nkd, gamma=1.5, t=1.0), 1.5, 1.0, zero=False),
     "dtkd": logit(losses.dtkd_loss, partial(ref.dtkd, alpha=3.0, beta=1.0, t=4.0)),
     "dtkd_1_0.5": logit(losses.dtkd_loss, partial(ref.dtkd, alpha=1.0, beta=0.5, t=2.0), 1.0, 0.5, 2.0),
     "ctkd": Case(
@@ -85,12 +80,12 @@ CASES = {
         ref.softened(scales=(3.0,)), [(5, 7)], [(5, 7)],
     ),
     "rld": logit(losses.rld_loss, partial(ref.rld, alpha=1.0, beta=8.0, t=4.0, t_sure=1.0), zero=False),
-    "rld_same_t": logit(
-        losses.rld_loss, partial(ref.rld, alpha=2.0, beta=4.0, t=3.0, t_sure=3.0), 2.0, 4.0, 3.0, 3.0, zero=False
+    "rld_2_4": logit(
+        losses.rld_loss, partial(ref.rld, alpha=2.0, beta=4.0, t=3.0, t_sure=2.0), 2.0, 4.0, 3.0, 2.0, zero=False
     ),
     **{
         f"at_{p}": Case(lambda s, t, y, p=p: losses.at_loss(s, t, p), partial(ref.at, p=p), *UNEVEN, analytic=False)
-        for p in (1, 2, 3.5)
+        for p in (2, 3.5)
     },
     "fitnet": Case(lambda s, t, y: losses.hint_loss(s[0], t[0]), ref.hint, ONE_MAP, ONE_MAP),
     "nst": Case(lambda s, t, y: losses.nst_loss(s, t), ref.nst, *EQUAL),
@@ -263,9 +258,7 @@ def test_equal_inputs_have_no_loss_and_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["kd", "norm_dkd", "dist", "ttm", "rld"])
 @pytest.mark.parametrize(("student", "teacher"), [((3, 1), (3, 1)), ((5, 7), (5, 6)), ((7,), (7,))])
-def test_shapes_of_logits_are_checked(
-    name: str, student: tuple[int, ...], teacher: tuple[int, ...]
-) -> None:
+def test_shapes_of_logits_are_checked(name, student, teacher):
     targets = torch.zeros(student[0], dtype=torch.long)
     with pytest.raises(ValueError, match="at least 2 classes and of the same shape"):
         CASES[name].loss([torch.ones(student)], [torch.ones(teacher)], targets)
@@ -306,25 +299,19 @@ def test_kdsvd_gradient_is_finite_for_equal_and_zero_singular_values(dtype: torc
 
 
 def test_margins_are_means_of_negative_values() -> None:
-    means, deviations = (
-        [0.3, -2.0, 5.0, 0.0, 0.9, -0.4, 0.0, 0.4],
-        [0.7, -0.5, 1.0, 1.3, 0.3, 0.0, 0.0, 0.0],
-    )
+    means = [0.3, -2.0, 5.0, 0.0, 0.9, -0.4, 0.0, 0.4]
+    deviations = [0.7, -0.5, 1.0, 1.3, 0.3, 0.0, 0.0, 0.0]
     norm = nn.BatchNorm2d(8)
     with torch.no_grad():
         norm.bias.copy_(torch.tensor(means))
         norm.weight.copy_(torch.tensor(deviations))
     margins = margins_of(norm)
     assert margins.shape == (1, 8, 1, 1)
-    for margin, mean, deviation in zip(
-        margins.flatten().tolist(), means, np.abs(deviations), strict=True
-    ):
+    for margin, mean, deviation in zip(margins.flatten(), means, np.abs(deviations), strict=True):
         expected = min(mean, 0.0)
         if deviation:
             x = np.linspace(min(mean, 0) - 12 * deviation, 0, 400_001)
-            density = np.exp(-(((x - mean) / deviation) ** 2) / 2) / (
-                deviation * math.sqrt(2 * math.pi)
-            )
-            probability = density.mean() * -x[0]
+            density = np.exp(-(((x - mean) / deviation) ** 2) / 2)
+            probability = density.mean() * -x[0] / (deviation * math.sqrt(2 * math.pi))
             expected = (x * density).sum() / density.sum() if probability > 0.001 else -3 * deviation
-        assert margin == pytest.approx(expected, rel=1e-4)
+        assert margin.item() == pytest.approx(expected, rel=1e-4)
