@@ -8,18 +8,16 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
+from short_runs import few_digits
 
 from mdistiller_norm.build import build_distillers, build_step, build_student
 from mdistiller_norm.config import default_config, load_config
-from mdistiller_norm.data.digits import digits
-from mdistiller_norm.data.memory import Split, TensorDataset
 from mdistiller_norm.distillers import DISTILLERS, Pair
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
@@ -27,6 +25,7 @@ from mdistiller_norm.models import build_model, probe
 from mdistiller_norm.models.base import Network
 
 CPU = torch.device("cpu")
+few = functools.partial(few_digits, 256)  # so that CRD's memory is small
 CASES: dict[str, dict[str, Any]] = {name: {"DISTILLER.TYPE": name} for name in DISTILLERS} | {
     "NormKD and REVIEWKD": {"DISTILLER.TYPE": "[NormKD, REVIEWKD]"},
     "OFD, teacher in train mode": {"DISTILLER.TYPE": "OFD", "OFD.TEACHER_TRAIN_MODE": True},
@@ -42,13 +41,6 @@ FIRST_STEPS, STEPS_OF_DIST = 3, 5
 FIRST = {"rtol": 1e-4, "atol": 1e-6}
 FIRST_OF = {"PKT": {"rtol": 1e-4, "atol": 1e-3}, "FITNET": {"rtol": 1e-3, "atol": 1e-6}}
 STORED = Path(__file__).parent / "data" / "twenty_steps.json"
-
-
-@functools.cache
-def few() -> TensorDataset:
-    """The digits with the first 256 training images, so that CRD's memory is small."""
-    whole = digits()
-    return replace(whole, train=Split(whole.train.images[:256], whole.train.targets[:256]))
 
 
 @functools.cache

@@ -7,19 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_user_error, tool
-from short_runs import RECIPE, SMALLER, assert_same_state, build_step, config
+from short_runs import RECIPE, SMALLER, assert_same_state, build_step, config, few_digits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mdistiller_norm.build import build_precision
+from mdistiller_norm.cli import main
 from mdistiller_norm.data import digits
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.evaluate import evaluate
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.models import build_model
 from mdistiller_norm.run import build_run, train
+
+
+def step_on_few_digits(folder: Path, method: str, *overrides: str) -> TrainStep:
+    extra = [f"DISTILLER.TYPE={method}", "SOLVER.BATCH_SIZE=8", *SMALLER.get(method, []), *overrides]
+    return build_step(folder, "run", *extra, dataset=few_digits(100))
 
 
 class HostTensors(TorchDispatchMode):
@@ -39,14 +43,12 @@ class HostTensors(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
-def test_a_step_needs_no_value_and_no_tensor_on_the_host(
-    tmp_path: Path, teacher: str, method: str
-) -> None:
+def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path, teacher, method):
     """Fake tensors have no values, so that a host synchronisation or a data-dependent shape is an error.
 
     On a fake GPU, which cannot run a backward pass, tensors on the host are found too: a CUDA graph cannot copy them.
     """
-    step = build_step(tmp_path, "run", f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher)
+    step = step_on_few_digits(tmp_path, method, teacher)
     on_gpu = copy.deepcopy((step.trainable, step.meters, getattr(step.teacher, "_runs", None)))
     raw = next(step.with_teacher_outputs(step.loader.batches(1)))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -59,9 +61,8 @@ def test_a_step_needs_no_value_and_no_tensor_on_the_host(
 
     if torch.__version__ < "2.7":
         pytest.skip("PyTorch 2.6 initialises CUDA to move parameters to a fake GPU")
-    torch.__future__.set_overwrite_module_params_on_conversion(
-        True
-    )  # parameters cannot become fake in place
+    # Parameters cannot become fake in place.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             gpu = torch.device("cuda")
@@ -93,7 +94,7 @@ def restore(state: list[torch.Tensor], saved: list[torch.Tensor]) -> None:
 
 
 def test_the_scale_of_fp16_gradients_can_be_restored(tmp_path: Path) -> None:
-    plain = build_step(tmp_path, "run")
+    plain = step_on_few_digits(tmp_path, "NONE")
     scaler = torch.amp.GradScaler("cpu", growth_interval=1)
     step = TrainStep(plain.loader, None, plain.trainable, plain.optimizer, plain.meters, scaler)
     state = step.state_tensors()
@@ -106,13 +107,10 @@ def test_the_scale_of_fp16_gradients_can_be_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["NormKD", "CRD", "OFD", "KD"])
-def test_everything_that_a_step_changes_can_be_restored(
-    tmp_path: Path, teacher: str, method: str
-) -> None:
+def test_everything_that_a_step_changes_can_be_restored(tmp_path, teacher, method):
     """Capturing a graph runs the step a few times and restores the state in place."""
-    recipe = RECIPE if method == "KD" else []
-    extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), *recipe, teacher]
-    steps = [build_step(tmp_path, name, *extra) for name in ("straight", "restored")]
+    extra = [teacher, *(RECIPE if method == "KD" else [])]
+    steps = [step_on_few_digits(tmp_path / name, method, *extra) for name in ("straight", "restored")]
     raws = list(steps[0].loader.batches(1))[:3]
     state = steps[1].state_tensors()
     addresses = [tensor.data_ptr() for tensor in state]
@@ -136,7 +134,7 @@ def test_evaluation_folds_batch_norms() -> None:
     with torch.no_grad():
         for _ in range(3):
             network(torch.randn(32, 3, 32, 32))
-    loader = digits().eval_loader(64, torch.device("cpu"))
+    loader = few_digits(1).eval_loader(16, torch.device("cpu"))
     folded, plain = evaluate(network, loader), evaluate(network, loader, forward=network)
     assert (folded.top1, folded.top5) == (plain.top1, plain.top5)
     assert folded.loss == pytest.approx(plain.loss, rel=1e-5)
@@ -144,8 +142,7 @@ def test_evaluation_folds_batch_norms() -> None:
 
 def half_step(folder: Path, teacher: str, method: str, dtype: torch.dtype) -> TrainStep:
     """Build a step in half precision, which the CPU emulates."""
-    extra = [f"DISTILLER.TYPE={method}", "SOLVER.BATCH_SIZE=8", *SMALLER.get(method, []), teacher]
-    step = build_step(folder, "run", *extra)
+    step = step_on_few_digits(folder, method, teacher)
     step.trainable.autocast = dtype
     if step.teacher is not None:
         step.teacher.autocast = dtype
@@ -187,25 +184,17 @@ def test_a_step_whose_gradients_overflow_is_skipped(tmp_path: Path, teacher: str
     assert step.scaler.get_scale() == 2.0**119
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_emulated_half_precision_is_replaced_by_fp32(precision: str) -> None:
-    dtype, warning = build_precision(precision, torch.device("cpu"))
-    if dtype is None:
-        assert f"no fast {precision}: using fp32" in warning
-    else:
-        assert precision == "bf16", "no CPU runs fp16 convolutions fast"
-        assert warning == ""
-
-
-def test_eval_computes_the_figures_of_a_run_in_bf16(tmp_path: Path) -> None:
-    result = train(config(tmp_path, "run", "SOLVER.BATCH_SIZE=64", "SOLVER.PRECISION=bf16"))
-    weights = tmp_path / "distill" / "run" / "student_last.pt"
-    fp16 = tool("eval", "-c", weights, "--precision", "fp16", "--device", "cpu", check=False)
-    assert_user_error(fp16, "--precision fp16", "no fast fp16")
-    done = tool("eval", "-c", weights, "--precision", result["precision"]).stdout
-    last = result["last"]
-    assert f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}" in done
-    assert f"{result['precision']}, " in done
+def test_eval_computes_the_figures_of_a_run_in_bf16(tmp_path, capsys):
+    result = train(config(tmp_path, "run", "SOLVER.PRECISION=bf16", epochs=1))
+    is_replaced = "no fast bf16: using fp32" in capsys.readouterr().out
+    assert result["precision"] == ("fp32" if is_replaced else "bf16")
+    command = ["eval", "-c", str(tmp_path / "distill" / "run" / "student_last.pt"), "--precision"]
+    assert main([*command, "fp16", "--device", "cpu"]) == 2
+    assert "no fast fp16" in capsys.readouterr().err
+    assert main([*command, result["precision"]]) == 0
+    shown, last = capsys.readouterr().out, result["last"]
+    assert f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}" in shown
+    assert f"{result['precision']}, " in shown
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
