@@ -89,9 +89,7 @@ def test_training_steps_against_a_reference(measure, reference, capsys):
     assert "progress bar" not in capsys.readouterr().out
 
 
-def test_evaluation_against_a_reference_and_loading(
-    measure: Any, reference: str, tmp_path: Path
-) -> None:
+def test_evaluation_against_a_reference_and_loading(measure, reference, tmp_path):
     for number in range(12):
         (tmp_path / str(number % 2)).mkdir(exist_ok=True)
         Image.new("RGB", (50, 40)).save(tmp_path / str(number % 2) / f"{number}.jpg")
@@ -104,9 +102,8 @@ def test_evaluation_against_a_reference_and_loading(
 
 def test_replayed_blocks_hit_the_teacher_cache(measure: Any, tmp_path: Path) -> None:
     benchmark = importlib.import_module("benchmark")
-    bench = benchmark.Bench(
-        benchmark.parse(["--evaluate", *SMALL, "DISTILLER.TEACHER_CACHE=lazy"]), tmp_path
-    )
+    options = benchmark.parse(["--evaluate", *SMALL, "DISTILLER.TEACHER_CACHE=lazy"])
+    bench = benchmark.Bench(options, tmp_path)
     ours = benchmark.Ours(bench.config("NormKD", "run"), bench.dataset, replay=True)
     ours.block(2)
     computed = ours.step.teacher.computed
@@ -115,9 +112,8 @@ def test_replayed_blocks_hit_the_teacher_cache(measure: Any, tmp_path: Path) -> 
 
 
 def test_bad_options(measure: Any, reference: str) -> None:
-    assert_user_error(
-        tool("benchmark", "--against", "no", check=False), "no must have mdistiller's layout"
-    )
+    done = tool("benchmark", "--against", "no", check=False)
+    assert_user_error(done, "no must have mdistiller's layout")
     for arguments, words in (
         ([], "nothing to measure: add --table9"),
         (["--evaluate", "--synthetic", "200", "--batch-size", "300"], "BATCH_SIZE must be <= 200"),

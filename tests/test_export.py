@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tool
 from short_runs import assert_same_state, outputs_of
-from test_models import build
+from test_models import build, randomise_norms
 from torch import Tensor, nn
 
 from mdistiller_norm.cli import execute
@@ -40,22 +39,22 @@ def read_pt2(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return torch.export.load(path, extra_files=extra).module(), json.loads(extra["about.json"])
 
 
-def test_pt2_beside_the_checkpoint(student: Path) -> None:
-    done = tool("export", "-c", student)
+def test_pt2_beside_the_checkpoint(student: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export("-c", student)
     path = student.with_suffix(".pt2")
     module, about = read_pt2(path)
     path.unlink()
-    assert "Unable to load" not in done.stderr
-    assert "on digits images, batches of 1 and 64" in done.stdout
-    stored = load_weights(student).about
-    assert all(
-        about[key] == stored[key] for key in ("name", "dataset", "classes", "mean", "std", "top1")
-    )
+    printed = capfd.readouterr()
+    assert "Unable to load" not in printed.err
+    assert "on digits images, batches of 1 and 64" in printed.out
+    stored, copied = load_weights(student).about, ("name", "dataset", "classes", "mean", "std", "top1")
+    assert {key: about[key] for key in copied} == {key: stored[key] for key in copied}
     assert (about["resize"], about["crop"], about["channels"]) == (32, "center", "RGB")
     mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
+    expected = outputs_of(student)[0]
     for count in (1, 3, 360):
         found = module((pixels()[:count] - mean) / std)
-        torch.testing.assert_close(found, outputs_of(student)[0][:count], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected[:count], rtol=1e-4, atol=1e-4)
     with pytest.raises((AssertionError, RuntimeError)):
         module(torch.zeros(2, 3, 40, 40))
 
@@ -77,16 +76,10 @@ def test_state_dict_of_a_student_and_of_a_run_state(run: Path, student: Path, tm
         assert_same_state(content, {"model": dict(load(student)["model"])})
 
 
-@pytest.mark.parametrize(
-    ("variant", "name"),
-    [("cifar", "resnet8x4"), ("cifar", "vgg8"), ("cifar", "ShuffleV1"), ("imagenet", "MobileNetV1")],
-)
+@pytest.mark.parametrize(("variant", "name"), [("cifar", "ShuffleV1"), ("imagenet", "MobileNetV1")])
 def test_networks_without_its_data_set(variant: str, name: str, tmp_path: Path, capsys: Any) -> None:
     network = build(variant, name, "cpu")
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean.normal_(0, 0.2)
-            norm.running_var.uniform_(0.5, 2)
+    randomise_norms(network)
     size = 224 if name == "MobileNetV1" else 32
     about = {
         "name": name, "variant": variant, "classes": [str(number) for number in range(network.num_classes)],
@@ -117,9 +110,7 @@ def test_a_failed_export_keeps_the_existing_file(student, tmp_path, limited_file
     content["model"]["fc.bias"][3] = float("nan")
     torch.save(content, tmp_path / "s.pt")
     out.write_text("before")
-    with pytest.raises(
-        CheckpointError, match=r"nothing is written: .* differ by nan on random images"
-    ):
+    with pytest.raises(CheckpointError, match=r"nothing is written: .* differ by nan on random"):
         export("-c", tmp_path / "s.pt", "--force")
     limited_files(100_000)
     with pytest.raises(CheckpointError, match=r"s\.pt2 cannot be written \(.*File too large"):
@@ -158,9 +149,7 @@ def test_onnx(student: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_for_the_hub(run: Path, tmp_path: Path) -> None:
-    safetensors = pytest.importorskip(
-        "safetensors.torch", reason="the extra safetensors is not installed"
-    )
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     export("-c", run, "--push-folder", tmp_path / "hub")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert (config["architecture"], config["num_classes"], config["resize"]) == ("resnet8", 10, 32)
