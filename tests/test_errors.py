@@ -64,6 +64,7 @@ COMMANDS = [
     ),
     (f"{DIGITS} DATASET.TYPE digit", "unknown data set 'digit': did you mean digits?"),
     (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, the number of classes, got 9"),
+    (f"{DIGITS} DATASET.VAL_SPLIT 0.001", "DATASET.VAL_SPLIT 0.001 holds out no image of digits"),
     (f"{DIGITS} DATASET.RANDAUGMENT 31", "DATASET.RANDAUGMENT must be in [0, 30], got 31"),
     (
         f"{DIGITS} DATASET.RANDAUGMENT=9",
