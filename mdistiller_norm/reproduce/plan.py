@@ -54,8 +54,9 @@ class Job:
 
     def teacher_hash(self) -> str:
         # As in records; empty if the weights do not exist here.
-        path, model = Path(self.config.DISTILLER.TEACHER_WEIGHTS), self.config.DISTILLER.TEACHER
-        return _weights_hash(path, model, self.config.DATASET.TYPE) if path.is_file() else ""
+        node, kind = self.config.DISTILLER, self.config.DATASET.TYPE
+        path = Path(node.TEACHER_WEIGHTS)
+        return _weights_hash(path, node.TEACHER, kind) if path.is_file() else ""
 
 
 @cache

@@ -113,7 +113,5 @@ def _table(entry: dict[str, Any]) -> Table:
 _SOURCE = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
 TABLES: Mapping[str, Table] = {entry["id"]: _table(entry) for entry in _SOURCE["tables"]}
 CLAIMS = [Claim(**entry) for entry in _SOURCE["claims"]]  # the paper's first
-# Origin of teachers that were not trained here, by the first 10 digits of the SHA-256 of their weights.
 TEACHERS: Mapping[str, str] = _SOURCE["teachers"]
-# Number of training images, image size, number of classes and variant of build_model, by DATASET.TYPE.
 DATASETS: Mapping[str, dict[str, Any]] = _SOURCE["datasets"]
