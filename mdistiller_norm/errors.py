@@ -29,9 +29,10 @@ class CheckpointError(UserError):
 class NonFiniteLossError(UserError):
     """A loss or a weight became NaN or infinite; training stopped before the next checkpoint."""
 
-    def __init__(self, problem: str) -> None:
+    def __init__(self, value: str, when: str) -> None:
+        problem = f"{value} became NaN or infinite {when}; this state is not saved"
         hint = "try a lower SOLVER.LR, a higher temperature or SOLVER.PRECISION fp32"
-        super().__init__(f"{problem}; this state is not saved: {hint}")
+        super().__init__(f"{problem}: {hint}")
 
 
 class Interrupted(Exception):  # noqa: N818 - a requested stop, not an error

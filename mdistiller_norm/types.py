@@ -1,7 +1,8 @@
-"""Named tuples of tensors that the packages exchange."""
+"""Named tuples of tensors that the packages exchange, and their smallest precision."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -38,3 +39,8 @@ class Losses(NamedTuple):
     total: Tensor  # scalar to differentiate
     parts: Tensor  # [1 + number of distillers]: cross entropy, then each distillation loss, as weighted in the total
     logits: Tensor  # [B, C] of the student, detached
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Convert half precision to float32; return float32 and float64 unchanged."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -63,7 +63,7 @@ COMMANDS = [
         "plugin no_module cannot be imported: ModuleNotFoundError",
     ),
     (f"{DIGITS} DATASET.TYPE digit", "unknown data set 'digit': did you mean digits?"),
-    (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, the number of classes, got 9"),
+    (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, one per class, got 9"),
     (f"{DIGITS} DATASET.VAL_SPLIT 0.001", "DATASET.VAL_SPLIT 0.001 holds out no image of digits"),
     (f"{DIGITS} DATASET.RANDAUGMENT 31", "DATASET.RANDAUGMENT must be in [0, 30], got 31"),
     (
@@ -87,7 +87,7 @@ COMMANDS = [
     ),
     (
         f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained",
-        "pretrained weights require a model named timm:",
+        "pretrained weights need a model named timm:",
     ),
     (
         "distill --teacher resnet44 --student resnet8 --data digits",
@@ -193,12 +193,12 @@ PLUGINS = [
     (
         f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
         "    def forward(self, student, teacher, batch):\n        return teacher.features[-1].mean()",
-        "own.py:2:  … distiller 'New' reads features: add `need = distillers.Need.MAPS`",
+        "own.py:2:  … New reads features: add `need = distillers.Need.MAPS`",
     ),
     (
         f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
         "    def helper(self, teacher):\n        return teacher.pooled.mean()",
-        "own.py:2:  … distiller 'New' reads pooled: add `need = distillers.Need.POOLED`",
+        "own.py:2:  … New reads pooled: add `need = distillers.Need.POOLED`",
     ),
     (f"{REGISTER}distillers.register('SOLVER')(distillers.Distiller)", "distiller name 'SOLVER' must"),
 ]
@@ -238,7 +238,7 @@ WEIGHTS = "NormKD.LOSS"
 # Text of a plugin that can be imported and the overrides that use it -> words of the message.
 USED_PLUGINS = [
     (method("None"), "Own: forward must return a scalar … NoneType"),
-    (method("student.logits.mean(1)"), "Own: forward must return a scalar … shape [12]"),
+    (method("student.logits.mean(1)"), "Own: forward must return a scalar … torch.Size([12])"),
     (method("teacher.logits.mean()"), "Own: the loss must have a gradient"),
     (
         (
@@ -246,7 +246,7 @@ USED_PLUGINS = [
             "distillers.register('Own')(Own)\n",
             "DISTILLER.TYPE=Own",
         ),
-        "Own: from_config must return a Distiller, got NoneType",
+        "Own: from_config must return a Distiller … NoneType",
     ),
     (
         (
@@ -255,7 +255,7 @@ USED_PLUGINS = [
             "data.register('few')(lambda root, options: Few())\n",
             "DATASET.TYPE=few DATASET.SUBSET=2",
         ),
-        "data set 'few' cannot be divided by DATASET.VAL_SPLIT or SUBSET: 'Few' object has no attribute 'train'",
+        "DATASET.VAL_SPLIT or SUBSET of 'few': 'Few' object has no attribute 'train'",
     ),
     (data_set("train = (images / 255, targets)"), "own_data … float32 [12, 8, 8, 3]"),
     (data_set("test = (images.permute(0, 3, 1, 2), targets)"), "uint8 [12, 3, 8, 8]"),
@@ -272,7 +272,7 @@ USED_PLUGINS = [
     (network("resnet18(num_classes=n)"), "model 'own' … ResNet … Wrapped"),
     (network("models.Wrapped(resnet18(), n, classifier='fc')"), "1000 logits for 10 classes"),
     (network("models.Wrapped(resnet18(), n, classifier='fcc')"), "ResNet has no submodule 'fcc' … fc"),
-    (network("models.Wrapped(small, n, classifier='fc', features=['fc'])"), "shape [2, 10]"),
+    (network("models.Wrapped(small, n, classifier='fc', features=['fc'])"), "torch.Size([2, 10])"),
     (
         network("models.Wrapped(small, n, classifier='fc')", "DISTILLER.TYPE=SP"),
         "SP requires feature maps, which own lacks … without maps: CRD … NormKD",

@@ -299,8 +299,8 @@ def test_damaged_training_image_is_replaced_and_reported_once(copy: Path) -> Non
         list(loader.batches(2))
         (line,) = lines
         assert line.startswith(f"{damaged} (")
-        assert line.endswith(") cannot be read: another sample takes its place (1 so far)")
-    with pytest.raises(DataError, match="1 training images cannot be read"):
+        assert line.endswith(") cannot be read: another sample takes its place")
+    with pytest.raises(DataError, match="1 unreadable images: see --check-data"):
         epoch(image_folder(copy, replace(SMALL, max_broken=0)))
 
 
@@ -325,7 +325,7 @@ def test_check_data_and_shards_list_unreadable_files(copy, capsys):
 
 def test_small_shared_memory_is_reported(tree: Path, limited_files: Callable[[int], None]) -> None:
     limited_files(50_000)
-    with pytest.raises(DataError, match=r"shared memory .* is too small"):
+    with pytest.raises(DataError, match="/dev/shm is too small"):
         epoch(image_folder(tree, replace(SMALL, workers=2)))
     assert len(epoch(image_folder(tree, SMALL))) == 5
 
@@ -441,7 +441,7 @@ def test_wrong_options_and_missing_folders_are_refused(copy, shards, tmp_path):
         webdataset(shards, replace(SMALL, classes=("b", "a", "c")))
     first = min((copy / "val").iterdir())
     shutil.rmtree(first)
-    with pytest.raises(DataError, match=f"val has no images .* of the class {first.name}"):
+    with pytest.raises(DataError, match=f"val has no images .* of class {first.name}"):
         image_folder(copy, SMALL)
     shutil.rmtree(copy / "val")
     with pytest.raises(DataError, match=r"val cannot be read \(No such file or directory\): images"):
@@ -489,7 +489,7 @@ def test_teacher_trained_on_other_images_is_reported(tree, run, tmp_path, capsys
     larger = build("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
     assert "image_size [32, 32] (here [40, 40])" in larger
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
-    with pytest.raises(CheckpointError, match=f"class 0 is '{first}' in .* and '{second}' here"):
+    with pytest.raises(CheckpointError, match=f"has class '{first}' for '{second}'"):
         build("order", f"DATASET.CLASSES=[{second},{first},{third}]")
 
 
@@ -533,7 +533,7 @@ def test_layouts_of_tiny_imagenet_are_equal(tree: Path, original: Path) -> None:
     assert same(epoch(downloaded), epoch(folders))
     assert contents(downloaded.test) == contents(folders.test)
     (original / "val" / "val_annotations.txt").unlink()
-    with pytest.raises(DataError, match="val has neither class folders nor val_annotations"):
+    with pytest.raises(DataError, match="val has no class folders or val_annotations"):
         tiny_imagenet(original, options)
 
 

@@ -242,7 +242,7 @@ def test_probe_does_not_change_the_network() -> None:
         ("resnet8x4", 3, "imagenet", "'resnet8x4' requires DATASET.VARIANT cifar.*ResNet34"),
         ("ResNet18", 100, "imagnet", "imagenet"),
         ("resnet20", 1, "cifar", "at least 2"),
-        ("vgg8", 10, "cifar", "'vgg8' cannot take images of 4x4 pixels"),
+        ("vgg8", 10, "cifar", "'vgg8' cannot take images of size .4, 4."),
     ],
 )
 def test_errors(name: str, num_classes: int, variant: str, message: str) -> None:

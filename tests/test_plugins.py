@@ -105,7 +105,7 @@ def test_a_wrapped_teacher_gives_the_logits_of_its_module(mine: Path) -> None:
     with torch.no_grad():
         logits = network.module(images)
     for need in (Need.LOGITS, Need.MAPS):
-        outputs = Teacher(copy.deepcopy(network), need).run(images)
+        outputs = Teacher(copy.deepcopy(network), need)._runs(images)
         assert torch.equal(outputs.logits, logits)
         assert len(outputs.features) == (5 if need is Need.MAPS else 0)
     torch.save({"model": network.state_dict()}, mine / "wrapped.pth")

@@ -85,7 +85,7 @@ def test_class_probabilities_and_label_smoothing() -> None:
     expected = -(smooth * losses.logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(losses.total, expected)
     meters = TrainMeters(["ce"])
-    meters.update(Losses(losses.total, losses.parts, probabilities.flip(0)), probabilities)
+    meters.update(Losses(losses.total, losses.parts, probabilities.flip(0)), probabilities, True, True)
     hits = (probabilities.flip(0).argmax(1) == probabilities.argmax(1)).double().mean()
     assert meters.read(1).top1 == pytest.approx(100 * float(hits))
 

@@ -80,7 +80,7 @@ def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path, teacher, meth
                 batch = loader.prepare(*raw)
                 outputs = step.teacher(batch) if step.teacher else None
                 losses = trainable(batch, outputs, fake.loss_weights)
-                meters.update(losses, batch.targets)
+                meters.update(losses, batch.targets, True, True)
             assert losses.total.device.type == "cuda"
             assert host.seen == []
     finally:

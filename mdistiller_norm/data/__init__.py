@@ -30,7 +30,7 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
     except OSError as error:  # a plugin's files
         raise DataError(f"data set {name!r} cannot be opened: {first_line(error)}") from error
     if not isinstance(dataset, Dataset):
-        raise DataError(f"data set {name!r} must be a TensorDataset, got a {type(dataset).__name__}")
+        raise DataError(f"data set {name!r} must be a TensorDataset, got {type(dataset)}")
     if isinstance(dataset, TensorDataset):
         dataset.check()
     try:
@@ -38,8 +38,7 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
             dataset = dataset.hold_out(options.val_split)
         return dataset.subset(options.subset) if options.train and options.subset else dataset
     except (AttributeError, TypeError) as error:  # of a plugin's splits
-        problem = f"cannot be divided by DATASET.VAL_SPLIT or SUBSET: {first_line(error)}"
-        raise DataError(f"data set {name!r} {problem}") from error
+        raise DataError(f"DATASET.VAL_SPLIT or SUBSET of {name!r}: {first_line(error)}") from error
 
 
 __all__ = [

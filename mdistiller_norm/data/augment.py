@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class PadCropFlip:
     def __call__(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
         """Return one view of each indexed image, ``[B, H, W, 3]``; ``indices`` and ``views`` are ``[B]`` int64."""
         height, width = images.shape[1:3]
-        padded = functional.pad(images[indices], (0, 0, *[self.padding] * 4))
+        padded = torch.nn.functional.pad(images[indices], (0, 0, *[self.padding] * 4))
         offsets, flips = 2 * self.padding + 1, 2 if self.flip else 1
         offset, mirrored = views // flips, (views % flips)[:, None]
         rows = (offset // offsets)[:, None] + torch.arange(height, device=views.device)

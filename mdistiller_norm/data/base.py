@@ -59,7 +59,8 @@ class Dataset(ABC):
         return hashlib.sha256(classes + self.targets.numpy().tobytes()).hexdigest()
 
     def summary(self) -> str:
-        return f"{self.name}: {len(self.classes)} classes, {len(self.train)} + {len(self.test)} images"
+        sizes = f"{len(self.train)} + {len(self.test)} images"
+        return f"{self.name}: {len(self.classes)} classes, {sizes}"
 
     def unreadable(self, train: bool = True, share: Share = ALONE) -> list[str]:
         """Read this process's share of the test files and, with ``train``, of all; return the unreadable ones."""
@@ -79,9 +80,7 @@ class Dataset(ABC):
         """Reduce the training split to ``count`` samples, equally many of each class that has enough."""
         number = len(self.classes)
         if count < number:
-            raise ConfigError(
-                f"DATASET.SUBSET must be >= {number}, the number of classes, got {count}"
-            )
+            raise ConfigError(f"DATASET.SUBSET must be >= {number}, one per class, got {count}")
         other = copy.copy(self)
         chosen = self._choose([(count + number - 1 - label) // number for label in range(number)])
         other.train = self.train[chosen]

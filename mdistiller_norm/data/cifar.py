@@ -22,7 +22,7 @@ FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 T = TypeVar("T")
 
 
-class _Recorded:
+class _Stub:
     # Placeholder of a numpy object in a CIFAR file: constructs nothing.
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -37,7 +37,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 class _Unpickler(pickle.Unpickler):
     # Builds lists, dicts, strings, numbers and recorded arrays; calls nothing that a file names.
-    allowed = {"_reconstruct": _Recorded, "ndarray": _Recorded, "dtype": _Recorded, "encode": _encode}
+    allowed = {"_reconstruct": _Stub, "ndarray": _Stub, "dtype": _Stub, "encode": _encode}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] not in ("numpy", "_codecs") or name not in self.allowed:

@@ -15,7 +15,7 @@ from mdistiller_norm.data.memory import Split, TensorDataset
 def digits() -> TensorDataset:
     """Return 1,797 grey 8x8 images, enlarged to 32x32 RGB and split 1,437 / 360, stratified by class."""
     with np.load(Path(__file__).with_name("digits.npz")) as file:
-        source = {key: torch.from_numpy(file[key]) for key in ("images", "targets", "train", "test")}
+        source = {key: torch.from_numpy(array) for key, array in file.items()}
     pixels = (source["images"].double() * (255 / 16)).round().byte()
     pixels = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].repeat(1, 1, 1, 3)
     whole = Split(pixels, source["targets"].long())

@@ -30,7 +30,6 @@ EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", 
 # torchvision's constants, with which its published weights were trained.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-_HIDDEN = f"{os.sep}."  # in the name of a hidden file or folder
 MEASURED = 1000  # images
 
 
@@ -44,7 +43,7 @@ class Files(ImageSplit):
         return _printable(self._path(index))
 
     def _path(self, index: int) -> str:
-        return f"{self.folder}{os.sep}{os.fsdecode(bytes(self.entries[index]))}"
+        return f"{self.folder}/{os.fsdecode(bytes(self.entries[index]))}"
 
 
 def _printable(name: str) -> str:
@@ -55,9 +54,8 @@ def list_images(folder: Path, classes: Sequence[str] = ()) -> dict[str, list[str
     """Return the sorted names of the images of each class folder of a split: of these classes, or of all."""
     hint = f"images belong in {folder}/<class>/; without val, set DATASET.VAL_SPLIT"
     try:
-        labels = sorted(
-            path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
-        )
+        folders = filter(Path.is_dir, folder.iterdir())
+        labels = sorted(path.name for path in folders if path.name[0] != ".")
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): {hint}") from error
     if not labels:
@@ -69,19 +67,19 @@ def list_images(folder: Path, classes: Sequence[str] = ()) -> dict[str, list[str
         try:
             for line in regular(folder / "val_annotations.txt").read_text().splitlines():
                 image, label, *_ = line.split("\t")
-                images[label].append(f"images{os.sep}{image}")
+                images[label].append(f"images/{image}")
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder} has neither class folders nor val_annotations.txt") from error
+            raise DataError(f"{folder} has no class folders or val_annotations.txt") from error
         return images
     labels = [label for label in labels if label in (classes or labels)]
-    return {label: sorted(_images(f"{folder}{os.sep}{label}", f"{label}{os.sep}")) for label in labels}
+    return {label: sorted(_images(f"{folder}/{label}", f"{label}/")) for label in labels}
 
 
 def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
     real = os.path.realpath(folder)  # links may lead to a parent
     for entry in os.scandir(folder) if real not in parents else ():
         if entry.is_dir():
-            yield from _images(entry.path, f"{prefix}{entry.name}{os.sep}", (*parents, real))
+            yield from _images(entry.path, f"{prefix}{entry.name}/", (*parents, real))
         elif entry.name.lower().endswith(EXTENSIONS):
             yield prefix + entry.name
 
@@ -91,9 +89,9 @@ def files(folder: Path, images: Mapping[str, Sequence[str]], classes: Sequence[s
     names: list[bytes] = []
     targets: list[int] = []
     for number, label in enumerate(classes):
-        found = [os.fsencode(name) for name in images.get(label, ()) if _HIDDEN not in name]
+        found = [os.fsencode(name) for name in images.get(label, ()) if "/." not in name]
         if not found:
-            raise DataError(f"{folder} has no images ({', '.join(EXTENSIONS)}) of the class {label}")
+            raise DataError(f"{folder} has no images ({', '.join(EXTENSIONS)}) of class {label}")
         names += found
         targets += [number] * len(found)
     return Files(folder, np.array(names), torch.tensor(targets))
@@ -114,7 +112,7 @@ def split_names(root: Path, options: ImageOptions) -> tuple[str, ...]:
 def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageDataset:
     """Open a data set of image files, ``root/{train,val}/<class>/*`` or in the folder ``name`` of ``root``."""
     root = data_root(root, name)
-    found = {split: list_images(root / split, options.classes) for split in split_names(root, options)}
+    found = {each: list_images(root / each, options.classes) for each in split_names(root, options)}
     classes = options.classes or tuple(sorted(set().union(*found.values())))
     parts = [files(root / split, images, classes) for split, images in found.items()]
     dataset = ImageDataset(name or root.resolve().name, classes, parts, options)
@@ -139,9 +137,14 @@ def tiny_imagenet(root: Path, options: ImageOptions) -> ImageDataset:
     Training images are rotated by up to 20 degrees and mirrored, not cropped, as in mdistiller.
     """
     options = replace(
-        options, size=64, resize=64, crop_scale=(1.0, 1.0), rotation=20,
-        mean=options.mean or (0.4802, 0.4481, 0.3975), std=options.std or (0.2302, 0.2265, 0.2262),
-    )  # fmt: skip
+        options,
+        size=64,
+        resize=64,
+        crop_scale=(1.0, 1.0),
+        rotation=20,
+        mean=options.mean or (0.4802, 0.4481, 0.3975),
+        std=options.std or (0.2302, 0.2265, 0.2262),
+    )
     return image_folder(data_root(root, "tiny-imagenet-200"), options, "tiny_imagenet")
 
 
@@ -160,7 +163,7 @@ class ImageDataset(Dataset):
         if bool(options.mean) != bool(options.std):
             raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither")
         self.name, self.classes, self.train, self.test = name, classes, splits[0], splits[-1]
-        given = (options.mean, options.std)
+        given = options.mean, options.std
         self.mean, self.std = given if options.mean else measure(self.train, options)
         self.options = replace(options, mean=self.mean, std=self.std)
         self.variant = options.variant.replace("auto", "imagenet" if size > 64 else "cifar")
@@ -189,7 +192,7 @@ class ImageDataset(Dataset):
         return [name for split in splits for name in unreadable(split, self.options, share)]
 
 
-def measure(split: ImageSplit, options: ImageOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measure(split: ImageSplit, options: ImageOptions) -> Sequence[tuple[float, ...]]:
     """Measure mean and standard deviation of each channel on evenly spaced images, rounded to four digits.
 
     The deviation of a constant channel is set to 1, so that its normalised value is 0.
@@ -205,5 +208,5 @@ def measure(split: ImageSplit, options: ImageOptions) -> tuple[tuple[float, ...]
     if not pixels:
         raise DataError(f"none of the images such as {split.name(0)} can be read")
     mean, square = sums / pixels
-    std = (square - mean**2).clamp_min(0).sqrt()
-    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) or 1.0 for x in std.tolist())
+    std = (square - mean**2).clamp_min(0).sqrt().tolist()
+    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) or 1.0 for x in std)

@@ -161,9 +161,8 @@ def _start_worker(number: int, trainer: int) -> None:
     sys.excepthook = lambda *error: None
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere, the sender of a signal is unknown
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_exit_on_sigterm, args=(trainer,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_exit_on_sigterm, args=(trainer,), daemon=True).start()
 
 
 def _exit_on_sigterm(trainer: int) -> None:
@@ -178,10 +177,15 @@ class _Loader:
     def __init__(self, reader: Reader, tasks: list[Task], device: torch.device) -> None:
         self.device, self._tasks = device, tasks
         self._batches = DataLoader(
-            reader, batch_size=None, sampler=tasks, num_workers=reader.options.workers,
-            worker_init_fn=partial(_start_worker, trainer=os.getpid()), persistent_workers=bool(reader.options.workers),
-            pin_memory=device.type == "cuda", generator=torch.Generator(),  # leaves the global one as it is
-        )  # fmt: skip
+            reader,
+            batch_size=None,
+            sampler=tasks,
+            num_workers=reader.options.workers,
+            worker_init_fn=partial(_start_worker, trainer=os.getpid()),
+            persistent_workers=bool(reader.options.workers),
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # leaves the global one as it is
+        )
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -194,8 +198,7 @@ class _Loader:
             if "</torch_" not in str(error):  # a file of shared memory
                 raise
             raise DataError(
-                "the shared memory /dev/shm is too small: lower DATASET.NUM_WORKERS (0 workers need none), or "
-                "use docker run --shm-size 8g"
+                "/dev/shm is too small: set DATASET.NUM_WORKERS 0, or use docker run --shm-size 8g"
             ) from error
 
 
@@ -231,13 +234,10 @@ class ImageTrainLoader(TrainLoader):
         for (*batch, broken), step in zip(self._loader, steps, strict=True):
             for name in sorted({*broken} - self._broken):
                 self._broken.add(name)
-                self.warn(
-                    f"{name} cannot be read: another sample takes its place ({len(self._broken)} so far)"
-                )
+                self.warn(f"{name} cannot be read: another sample takes its place")
             if len(self._broken) > self._max_broken:
                 raise DataError(
-                    f"{len(self._broken)} training images cannot be read: list them with --check-data, or raise "
-                    "DATASET.MAX_BROKEN"
+                    f"{len(self._broken)} unreadable images: see --check-data, or raise DATASET.MAX_BROKEN"
                 )
             yield *batch, torch.full((), key + step, device=self._loader.device)
 

@@ -36,14 +36,13 @@ class Split:
         return Split(self.images.to(device), self.targets.to(device))
 
     def check(self, name: str, classes: int) -> None:
-        shape = self.images.shape if getattr(self.images, "dtype", None) == torch.uint8 else ()
-        labels = self.targets.shape if getattr(self.targets, "dtype", None) == torch.int64 else None
-        if shape[3:] != (3,) or 0 in shape or labels != shape[:1]:
-            raise DataError(
-                f"{name} images must be a uint8 tensor [N, H, W, 3], targets must be an int64 tensor [N], "
-                f"got {_describe(self.images)} and {_describe(self.targets)}"
-            )
-        check_range(self.targets, classes, f"{name} targets")
+        images, targets = self.images, self.targets
+        right_types = images.dtype is torch.uint8 and targets.dtype is torch.int64
+        shape = tuple(images.shape)
+        if not right_types or shape != (len(targets), *shape[1:3], 3) or 0 in shape:
+            got = f"{images.dtype} {list(shape)} and {targets.dtype} {list(targets.shape)}"
+            raise DataError(f"{name} must be uint8 [N, H, W, 3] and int64 [N], got {got}")
+        check_range(targets, classes, f"{name} targets")
 
 
 def check_range(targets: Tensor, classes: int, name: str) -> None:
@@ -51,10 +50,6 @@ def check_range(targets: Tensor, classes: int, name: str) -> None:
     least, largest = (int(bound) for bound in targets.aminmax())
     if least < 0 or largest >= classes:
         raise DataError(f"{name} must be in 0..{classes - 1}, got {least}..{largest}")
-
-
-def _describe(value: object) -> str:
-    return f"{type(value).__name__} {getattr(value, 'dtype', '')} {list(getattr(value, 'shape', []))}"
 
 
 @dataclass(eq=False)
@@ -79,10 +74,10 @@ class TensorDataset(Dataset):
     def check(self) -> None:
         if not all(isinstance(label, str) for label in self.classes):
             raise DataError(f"{self.name}: classes must be strings, got {self.classes!r}")
-        values, given = [*self.mean, *self.std], f"{self.mean} and {self.std}"
+        values = [*self.mean, *self.std]
         if len(values) != 6 or not 0 <= min(values) <= max(values) <= 1 or 0 in self.std:
             raise DataError(
-                f"{self.name}: mean and std must be 3 values in [0, 1], std > 0, got {given}"
+                f"{self.name}: mean and std need 3 values in [0, 1], std > 0, got {values}"
             )
         self.train.check(f"{self.name}: training", len(self.classes))
         self.test.check(f"{self.name}: test", len(self.classes))
@@ -98,7 +93,8 @@ class TensorDataset(Dataset):
     def train_loader(
         self, batch_size: int, seed: int, device: torch.device, share: Share = ALONE
     ) -> MemoryTrainLoader:
-        return MemoryTrainLoader(replace(self, train=self.train.to(device)), batch_size, seed, share)
+        dataset = replace(self, train=self.train.to(device))
+        return MemoryTrainLoader(dataset, batch_size, seed, share)
 
     def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
         rows = eval_share(len(self.test), share)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mdistiller_norm.data.base import Tensors, TrainLoader
 from mdistiller_norm.types import Batch
@@ -63,6 +62,6 @@ def mix(batch: Batch, drawn: Tensor, classes: int) -> Batch:
     x = torch.arange(width, device=drawn.device)
     inside = (y >= top * height) & (y < bottom * height) & (x >= left * width) & (x < right * width)
     weights = torch.where(inside, weight, 1.0)
-    targets = functional.one_hot(batch.targets, classes).to(weights)
+    targets = torch.nn.functional.one_hot(batch.targets, classes).to(weights)
     images = batch.images.roll(1, 0).lerp(batch.images, weights.to(batch.images))
     return batch._replace(images=images, targets=targets.roll(1, 0).lerp(targets, weights.mean()))

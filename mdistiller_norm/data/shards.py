@@ -22,13 +22,13 @@ from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import command, regular
 
 INDEX, CLASSES = "index.npz", "classes.txt"
-Integers = NDArray[np.int64]
+Ints = NDArray[np.int64]
 
 
 class Shards(ImageSplit):
     """Images in tar files; ``entries`` ``[N, 3]`` are shard number, first byte and number of bytes."""
 
-    def __init__(self, folder: Path, shards: list[str], entries: Integers, targets: Integers) -> None:
+    def __init__(self, folder: Path, shards: list[str], entries: Ints, targets: Ints) -> None:
         super().__init__(folder, entries, torch.from_numpy(targets))
         self.shards = shards
 
@@ -73,7 +73,7 @@ def open_shards(folder: Path) -> Shards:
     return Shards(folder, shards, positions, targets)
 
 
-def _read_index(folder: Path, shards: list[str]) -> tuple[Integers, Integers]:
+def _read_index(folder: Path, shards: list[str]) -> tuple[Ints, Ints]:
     sizes = np.array([(folder / name).stat().st_size for name in shards])
     try:
         with np.load(folder / INDEX) as index:
@@ -86,7 +86,7 @@ def _read_index(folder: Path, shards: list[str]) -> tuple[Integers, Integers]:
         raise DataError(f"{folder / INDEX} does not match the shards ({error}): remove it") from error
 
 
-def _scan(folder: Path, shards: list[str]) -> tuple[Integers, Integers]:
+def _scan(folder: Path, shards: list[str]) -> tuple[Ints, Ints]:
     positions: list[tuple[int, int, int]] = []
     targets: list[int] = []
     for number, name in enumerate(shards):
@@ -125,12 +125,9 @@ def pack(dataset: ImageDataset, folder: Path, per_shard: int) -> dict[str, int]:
     unfinished = folder / ".unfinished_shards"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
-        splits = {"train": dataset.train} | (
-            {} if dataset.test is dataset.train else {"val": dataset.test}
-        )
-        counts = {
-            name: _write_split(split, unfinished / name, per_shard) for name, split in splits.items()
-        }
+        counts = {"train": _write_split(dataset.train, unfinished / "train", per_shard)}
+        if dataset.test is not dataset.train:
+            counts["val"] = _write_split(dataset.test, unfinished / "val", per_shard)
         (unfinished / CLASSES).write_text("\n".join(dataset.classes) + "\n", encoding="utf-8")
         for path in unfinished.iterdir():
             path.rename(folder / path.name)
@@ -150,12 +147,12 @@ def _write_split(split: ImageSplit, folder: Path, per_shard: int) -> int:
         with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, index in enumerate(order[first : first + per_shard]):
                 suffix = os.path.splitext(split.name(index))[1].lower().replace("jpeg", "jpg")
-                contents = {suffix: split.read(index), ".cls": str(int(split.targets[index])).encode()}
+                contents = {suffix: split.read(index), ".cls": b"%d" % split.targets[index].item()}
                 for extension, content in contents.items():
                     member = tarfile.TarInfo(f"{number:06d}{row:08d}{extension}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     written = open_shards(folder)
     with (folder / INDEX).open("wb") as file:
-        np.savez(file, shards=written.shards, places=written.entries, targets=written.targets.numpy())
+        np.savez(file, shards=written.shards, places=written.entries, targets=written.targets)
     return len(written.shards)

@@ -4,15 +4,16 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from types import FunctionType
 from typing import Any, ClassVar, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.registry import Registry
 from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import at_least_float32 as at_least_float32
 
 
 class Need(enum.IntEnum):
@@ -154,6 +155,14 @@ DISTILLERS: Registry[type[Distiller]] = Registry("distiller")
 
 D = TypeVar("D", bound=type[Distiller])
 _READS = {"features": Need.MAPS, "preacts": Need.MAPS, "pooled": Need.POOLED}  # fields of Outputs
+_WEIGHTS = {
+    "CE_WEIGHT": "ce_weight",
+    "FEAT_WEIGHT": "weight",
+    "KD_WEIGHT": "weight",
+    "REVIEWKD_WEIGHT": "weight",
+    "WARMUP": "warmup",
+    "WARMUP_EPOCHS": "warmup",
+}
 
 
 def register(name: str) -> Callable[[D], D]:
@@ -162,15 +171,11 @@ def register(name: str) -> Callable[[D], D]:
     def add(cls: D) -> D:
         if not (isinstance(cls, type) and issubclass(cls, Distiller)):
             raise TypeError(f"distiller {name!r} must be a subclass of Distiller")
-        methods = [value for name, value in vars(cls).items() if not name.startswith("__")]
-        read = {
-            name for each in methods if hasattr(each, "__code__") for name in each.__code__.co_names
-        }
-        for attribute, need in _READS.items():
-            if attribute in read and cls.need < need:
-                raise TypeError(
-                    f"distiller {name!r} reads {attribute}: add `need = distillers.Need.{need.name}`"
-                )
+        functions = [value for value in vars(cls).values() if isinstance(value, FunctionType)]
+        read = {name for function in functions for name in function.__code__.co_names}
+        for key, need in _READS.items():
+            if key in read and cls.need < need:
+                raise TypeError(f"{name} reads {key}: add `need = distillers.Need.{need.name}`")
         cls.needs_labels = cls.needs_labels or not {"targets", "indices"}.isdisjoint(read)
         DISTILLERS.register(name)(cls)
         return cls
@@ -185,15 +190,15 @@ def build_distiller(name: str, cfg: Any, pair: Pair) -> Distiller:
     except ConfigError as error:
         raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
     if not isinstance(method, Distiller):
-        raise ConfigError(f"{name}: from_config must return a Distiller, got {type(method).__name__}")
+        raise ConfigError(f"{name}: from_config must return a Distiller, got {type(method)}")
     return method
 
 
 def loss_weights(node: Any) -> dict[str, Any]:
     """Return the arguments ``ce_weight``, ``weight`` and ``warmup`` of :class:`Distiller` from a config node.
 
-    They are ``CE_WEIGHT``, ``KD_WEIGHT`` or ``FEAT_WEIGHT``, and ``WARMUP``, in the node or its section ``LOSS``, and
-    default to 1, 1 and 0.
+    They are ``CE_WEIGHT``, ``KD_WEIGHT`` or ``FEAT_WEIGHT``, and ``WARMUP``, or mdistiller's other names of them, in
+    the node or its section ``LOSS``.
 
     Raises:
         ConfigError: a number of the node is negative.
@@ -202,14 +207,4 @@ def loss_weights(node: Any) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, (int, float)) and value < 0:
             raise ConfigError(f"{key} must be >= 0, got {value}")
-    weight = values.get("KD_WEIGHT", values.get("FEAT_WEIGHT", 1.0))
-    return {
-        "ce_weight": values.get("CE_WEIGHT", 1.0),
-        "weight": weight,
-        "warmup": values.get("WARMUP", 0),
-    }
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Convert half precision to float32; return float32 and float64 unchanged."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return {argument: values[key] for key, argument in _WEIGHTS.items() if key in values}

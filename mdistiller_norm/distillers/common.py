@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import Distiller, Need, Pair, at_least_float32
+from mdistiller_norm.distillers.base import Distiller, Need, Pair
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import Batch, Outputs, at_least_float32
 
 Maps = tuple[Tensor, ...]
 
 
-def matched_stages(student: Maps, teacher: Maps) -> tuple[Maps, Maps]:
+def match_stages(student: Maps, teacher: Maps) -> tuple[Maps, Maps]:
     """Match the stages of two networks from the deepest to the shallowest; return equally many, shallow to deep.
 
     The first map of each network, the stem, is not used. If one network has more stages, its shallowest are not used.
@@ -27,8 +27,7 @@ def matched_stages(student: Maps, teacher: Maps) -> tuple[Maps, Maps]:
     """
     count = min(len(student), len(teacher)) - 1
     if count < 1:
-        got = f"student maps {shapes(student)} and teacher maps {shapes(teacher)}"
-        raise ConfigError(f"both networks require a stem and at least one stage, got {got}")
+        raise ConfigError(f"requires stems and stages, got {shapes(student)} and {shapes(teacher)}")
     return student[-count:], teacher[-count:]
 
 
@@ -39,30 +38,25 @@ class StageDistiller(Distiller):
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:
-        matched_stages(pair.student.features, pair.teacher.features)  # checks them
+        match_stages(pair.student.features, pair.teacher.features)  # checks them
         return super().from_config(node, pair)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return self.loss(*matched_stages(student.features, teacher.features), **self.settings)
+        return self.loss(*match_stages(student.features, teacher.features), **self.settings)
 
 
-def require_preacts(**networks: Maps) -> None:
-    """Raise a ConfigError if a network, passed by its role, has no pre-activations."""
-    for role, preacts in networks.items():
-        if not preacts:
-            raise ConfigError(
-                f"requires maps before their ReLU, which the {role} does not return: choose another method"
-            )
+def need_preacts(role: str, preacts: Maps) -> None:
+    """Raise a ConfigError if a network has no pre-activations."""
+    if not preacts:
+        raise ConfigError(f"requires maps before their ReLU: choose another {role} or method")
 
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm that uses its running statistics for a single value per channel, which PyTorch's refuses."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
         return super().forward(x)
 
 
@@ -95,9 +89,7 @@ def check_typed(key: str, value: object, default: object, probed: object) -> Non
     mdistiller's configs contain shapes that are probed here. Its defaults fit one pair only, so they are ignored.
     """
     if value not in (default, probed):
-        raise ConfigError(
-            f"{key} must be {probed} for this pair, got {value}: correct it or leave it out"
-        )
+        raise ConfigError(f"{key} must be {probed} for this pair, got {value}: leave it out")
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
@@ -141,8 +133,3 @@ def keyed_integers(key: Tensor, counters: Tensor) -> Tensor:
 def keyed_below(key: Tensor, counters: Tensor, bound: Tensor) -> Tensor:
     """Return :func:`keyed_integers` reduced to ``[0, bound)`` (uniform up to ``bound / 2 ** 63``)."""
     return _shift(keyed_integers(key, counters), 1) % bound
-
-
-def keyed_permutation(key: Tensor, count: int) -> Tensor:
-    """Return a random permutation of ``0 .. count - 1``; uses the first ``count`` positions of the stream."""
-    return keyed_integers(key, torch.arange(count, device=key.device)).argsort()

@@ -5,7 +5,6 @@ Source: Tian et al., "Contrastive Representation Distillation" (ICLR 2020), Eq. 
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -13,17 +12,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import (
-    Distiller,
-    Need,
-    Pair,
-    at_least_float32,
-    loss_weights,
-    register,
-)
-from mdistiller_norm.distillers.common import check_typed, keyed_below, keyed_permutation
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, loss_weights, register
+from mdistiller_norm.distillers.common import check_typed, keyed_below, keyed_integers
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import Batch, Outputs, at_least_float32
 
 # Up to here, products with the whole memory are faster than gathering a third of its rows. Above, rows are gathered for
 # some anchors at a time: at most CHUNK numbers (256 MiB).
@@ -52,18 +44,12 @@ def nce_loss(scores: Tensor, log_z: Tensor, samples: int) -> Tensor:
     return constant - (F.logsigmoid(logits[:, 0]) + F.logsigmoid(-logits[:, 1:]).sum(1)).mean()
 
 
-def nce_slope(scores: Tensor, log_z: Tensor, samples: int) -> Tensor:
-    """Compute the derivative of :func:`nce_loss` with respect to the scores, ``[B, 1 + K]``."""
-    chance = _nce_logits(scores, log_z, samples).sigmoid()
-    return torch.cat([chance[:, :1] - 1, chance[:, 1:]], 1) / len(scores)
-
-
 def _similarities(anchors: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
     """Inner products of each anchor ``[B, D]`` with its rows ``chosen`` ``[B, M]`` of the memory ``[N, D]``."""
     if len(memory) <= DENSE_SAMPLES:
         return (anchors @ memory.T).gather(1, chosen)
-    products = [torch.bmm(rows, some[:, :, None]) for some, rows in _chunks(anchors, memory, chosen)]
-    return torch.cat(products).squeeze(2)
+    pairs = _chunks(anchors, memory, chosen)
+    return torch.cat([torch.bmm(rows, some[:, :, None]) for some, rows in pairs]).squeeze(2)
 
 
 def _weighted_rows(weights: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
@@ -71,8 +57,8 @@ def _weighted_rows(weights: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
     if len(memory) <= DENSE_SAMPLES:
         dense = torch.zeros(len(chosen), len(memory), dtype=weights.dtype, device=weights.device)
         return dense.scatter_(1, chosen, weights) @ memory
-    sums = [torch.bmm(some[:, None], rows) for some, rows in _chunks(weights, memory, chosen)]
-    return torch.cat(sums).squeeze(1)
+    pairs = _chunks(weights, memory, chosen)
+    return torch.cat([torch.bmm(some[:, None], rows) for some, rows in pairs]).squeeze(1)
 
 
 def _chunks(values: Tensor, memory: Tensor, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -91,11 +77,9 @@ class ContrastSampler(nn.Module):
     if ``relaxed`` any sample of its class.
     """
 
-    def __init__(
-        self, targets: Tensor, num_classes: int, negatives: int, relaxed: bool = False
-    ) -> None:
+    def __init__(self, targets: Tensor, num_classes: int, negatives: int, relaxed: bool) -> None:
         super().__init__()
-        targets = targets.detach().cpu()
+        targets = targets.cpu()
         counts = torch.bincount(targets, minlength=num_classes)
         self.samples, self.largest = len(targets), int(counts.max())
         self.negatives, self.relaxed = negatives, relaxed
@@ -107,8 +91,8 @@ class ContrastSampler(nn.Module):
 
     def forward(self, targets: Tensor, indices: Tensor, key: Tensor) -> Tensor:
         """Return ``[B, 1 + K]`` positions in the training set, the positive first, for a batch and its key."""
-        shuffled = keyed_permutation(key, self.samples)
         positions = torch.arange(self.samples, device=key.device)
+        shuffled = keyed_integers(key, positions).argsort()
         places = torch.empty_like(shuffled).scatter_(0, shuffled, positions)
         starts, counts = self.starts[targets][:, None], self.counts[targets][:, None]
         members = torch.arange(self.largest, device=key.device)
@@ -136,16 +120,21 @@ class CRD(Distiller):
     """
 
     defaults = {
-        "MODE": "exact", "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
+        "MODE": "exact",
+        "NCE": {"K": 16384, "MOMENTUM": 0.5, "TEMPERATURE": 0.07},
         "FEAT": {"DIM": 128, "STUDENT_DIM": 256, "TEACHER_DIM": 256},
-        "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
-    }  # fmt: skip
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.8},
+    }
     meanings = {
         "MODE": "positives: exact (the sample) or relax (any sample of its class)",
-        "NCE.K": "negatives of each sample", "NCE.MOMENTUM": "momentum of the memory",
-        "NCE.TEMPERATURE": "temperature of the similarities", "FEAT.DIM": "width of the embeddings",
-        "FEAT.STUDENT_DIM": "probed; checked if it is set", "FEAT.TEACHER_DIM": "probed; checked if it is set",
-    }  # fmt: skip
+        "NCE.K": "negatives of each sample",
+        "NCE.MOMENTUM": "momentum of the memory",
+        "NCE.TEMPERATURE": "temperature of the similarities",
+        "FEAT.DIM": "width of the embeddings",
+        "FEAT.STUDENT_DIM": "probed; checked if it is set",
+        "FEAT.TEACHER_DIM": "probed; checked if it is set",
+    }
     need = Need.POOLED
     needs_indices = True
 
@@ -161,10 +150,9 @@ class CRD(Distiller):
         super().__init__(**weights)
         self.momentum, self.temperature, self.sampler = momentum, temperature, sampler
         self.embed_student, self.embed_teacher = (nn.Linear(width, dim) for width in widths)
-        memories = ((2 * torch.rand(sampler.samples, dim) - 1) * math.sqrt(3 / dim) for _ in range(2))
-        self.student_memory, self.teacher_memory = map(
-            nn.Buffer, memories
-        )  # rows of expected length 1
+        shape, bound = (sampler.samples, dim), math.sqrt(3 / dim)  # rows of expected length 1
+        memories = [nn.Buffer((2 * torch.rand(shape) - 1) * bound) for _ in range(2)]
+        self.student_memory, self.teacher_memory = memories
         self.log_z = nn.Buffer(torch.full((2,), torch.inf))  # infinite until the first batch
 
     @classmethod
@@ -175,30 +163,30 @@ class CRD(Distiller):
         widths = [outputs.pooled.shape[1] for outputs in (pair.student, pair.teacher)]
         for key, width in zip(("STUDENT_DIM", "TEACHER_DIM"), widths, strict=True):
             check_typed(f"CRD.FEAT.{key}", feat[key], cls.defaults["FEAT"][key], width)
-        sampler = ContrastSampler(pair.targets, pair.num_classes, nce.K, relaxed=node.MODE == "relax")
-        size = 2 * sampler.samples * feat.DIM * 4
-        if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            raise ConfigError(f"CRD.FEAT.DIM {feat.DIM} requires {size / 2**30:.2f} GiB of memory")
+        sampler = ContrastSampler(pair.targets, pair.num_classes, nce.K, node.MODE == "relax")
         return cls(widths, sampler, feat.DIM, nce.MOMENTUM, nce.TEMPERATURE, **loss_weights(node))
 
     def extra_parameters(self) -> int:
-        return super().extra_parameters() + self.student_memory.numel() + self.teacher_memory.numel()
+        return super().extra_parameters() + 2 * self.student_memory.numel()
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        embedded = self.embed_student(student.pooled), self.embed_teacher(teacher.pooled)
-        anchors_s, anchors_t = (F.normalize(at_least_float32(pooled), dim=1) for pooled in embedded)
+        anchors_s = F.normalize(self.embed_student(student.pooled), dim=1)
+        anchors_t = F.normalize(self.embed_teacher(teacher.pooled), dim=1)
         chosen = self.sampler(batch.targets, batch.indices, batch.key)
         sizes = _batch_sizes(batch.indices)
-        student_loss, student_z = self._contrast(
-            anchors_s, self.teacher_memory, chosen, self.log_z[0], sizes
-        )
-        teacher_loss, teacher_z = self._contrast(
-            anchors_t, self.student_memory, chosen, self.log_z[1], sizes
-        )
+        memory_s, memory_t = self.student_memory, self.teacher_memory
+        loss_s, z_s = self._contrast(anchors_s, memory_t, chosen, self.log_z[0], sizes)
+        loss_t, z_t = self._contrast(anchors_t, memory_s, chosen, self.log_z[1], sizes)
         if self.training:
-            self.log_z.copy_(torch.stack([student_z, teacher_z]))
-            self._update_memory(anchors_s.detach(), anchors_t.detach(), batch.indices, sizes)
-        return student_loss + teacher_loss
+            self.log_z.copy_(torch.stack([z_s, z_t]))
+            indices = _gather(batch.indices, sizes)
+            # Duplicate indices all write the first embedding, so the order of the writes is irrelevant.
+            first = (indices[:, None] == indices).byte().argmax(1)
+            for anchors, memory in ((anchors_s, memory_s), (anchors_t, memory_t)):
+                new = _gather(anchors.detach(), sizes)[first].to(memory)
+                moved = torch.lerp(new, memory[indices], self.momentum)
+                memory.index_copy_(0, indices, F.normalize(moved, dim=1))
+        return loss_s + loss_t
 
     def _contrast(
         self, anchors: Tensor, memory: Tensor, chosen: Tensor, log_z: Tensor, sizes: list[int]
@@ -210,32 +198,21 @@ class CRD(Distiller):
             first = everyone.logsumexp(0) + math.log(samples / (sum(sizes) * scores.shape[1]))
             log_z = first.where(log_z.isinf(), log_z.to(first))
             loss = nce_loss(scores, log_z, samples)
-            pull = _weighted_rows(nce_slope(scores, log_z, samples), memory, chosen) / self.temperature
+            slope = _nce_logits(scores, log_z, samples).sigmoid()  # of the loss by the scores
+            slope[:, 0] -= 1
+            pull = _weighted_rows(slope / len(scores), memory, chosen) / self.temperature
         # An explicit gradient, added as a linear term of value 0: autograd would store every gathered row and need the
         # memory from before its update.
         return loss + ((anchors - anchors.detach()) * pull).sum(), log_z
-
-    def _update_memory(
-        self, anchors_s: Tensor, anchors_t: Tensor, indices: Tensor, sizes: list[int]
-    ) -> None:
-        indices = _gather(indices, sizes)
-        # Duplicate indices all write the first embedding, so the order of the writes is irrelevant.
-        first = (indices[:, None] == indices).byte().argmax(1)
-        for anchors, memory in ((anchors_s, self.student_memory), (anchors_t, self.teacher_memory)):
-            moved = torch.lerp(
-                _gather(anchors, sizes)[first].to(memory), memory[indices], self.momentum
-            )
-            memory.index_copy_(0, indices, F.normalize(moved, dim=1))
 
 
 def _batch_sizes(indices: Tensor) -> list[int]:
     """Batch size of every process; they can differ in the last step of an epoch. Synchronises if there are several."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return [len(indices)]
-    size = torch.tensor([len(indices)], device=indices.device)
-    sizes = [torch.empty_like(size) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(sizes, size)
-    return [int(size) for size in torch.cat(sizes).tolist()]
+    sizes = [0] * distributed.get_world_size()
+    distributed.all_gather_object(sizes, len(indices))
+    return sizes
 
 
 def _gather(tensor: Tensor, sizes: list[int]) -> Tensor:

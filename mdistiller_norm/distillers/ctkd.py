@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mdistiller_norm.distillers.base import Distiller, Pair, loss_weights, register
 from mdistiller_norm.distillers.kd import kl_divergence
 from mdistiller_norm.distillers.temperature import soften
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import Batch, Outputs, Softened
 
 
 def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tenso
         student_logits, teacher_logits: ``[B, C]``.
         temperature: T, a positive scalar tensor that receives a gradient.
     """
-    plain = soften(student_logits, teacher_logits, 1.0)
-    softened = plain._replace(student=plain.student / temperature, teacher=plain.teacher / temperature)
+    student, teacher, weight = soften(student_logits, teacher_logits, 1.0)
+    softened = Softened(student / temperature, teacher / temperature, weight)
     return temperature**2 * kl_divergence(softened)
 
 
@@ -36,20 +36,23 @@ class CTKD(Distiller):
     """Curriculum temperature ``T = start + span * sigmoid(theta)``, reversed with full strength from ``epochs`` on."""
 
     defaults = {
-        "T_START": 1.0, "T_RANGE": 20.0, "EPOCHS": 10, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
-    }  # fmt: skip
+        "T_START": 1.0,
+        "T_RANGE": 20.0,
+        "EPOCHS": 10,
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
+    }
     meanings = {
-        "T_START": "smallest temperature", "T_RANGE": "largest temperature minus the smallest",
+        "T_START": "smallest temperature",
+        "T_RANGE": "largest temperature minus the smallest",
         "EPOCHS": "epochs until the temperature's gradient is fully reversed",
-    }  # fmt: skip
+    }
 
     def __init__(self, start: float, span: float, epochs: int, **weights: Any) -> None:
         super().__init__(**weights)
         self.start, self.span, self.epochs = start, span, epochs
         self.theta = nn.Parameter(torch.ones(()))
-        self.strength = nn.Buffer(
-            torch.zeros(()), persistent=False
-        )  # begin_epoch computes it from the epoch
+        self.strength = nn.Buffer(torch.zeros(()), persistent=False)  # see begin_epoch
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:

@@ -14,16 +14,14 @@ from mdistiller_norm.distillers.base import LogitDistiller, register
 from mdistiller_norm.distillers.temperature import soften
 
 
-def _pearson(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
+def _pearson(x: Tensor, y: Tensor) -> Tensor:
     """Correlation of each pair of rows; 0 without a gradient if one is constant up to rounding."""
     sizes = [torch.linalg.vector_norm(rows, dim=1) for rows in (x, y)]
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     spreads = [torch.linalg.vector_norm(rows, dim=1) for rows in (x, y)]
     constant = (spreads[0] <= 1e-6 * sizes[0]) | (spreads[1] <= 1e-6 * sizes[1])
-    correlation: Tensor = (x * y).sum(1) / (spreads[0] * spreads[1] + eps).masked_fill(
-        constant, torch.inf
-    )
-    return correlation
+    scale = (spreads[0] * spreads[1] + 1e-8).masked_fill(constant, torch.inf)
+    return (x * y).sum(1).div(scale)
 
 
 def dist_loss(
@@ -51,11 +49,15 @@ class DIST(LogitDistiller):
     """Distillation of inter-class and intra-class relations."""
 
     defaults = {
-        "TEMPERATURE": 4.0, "BETA": 1.0, "GAMMA": 1.0, "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 2.0},
-    }  # fmt: skip
+        "TEMPERATURE": 4.0,
+        "BETA": 1.0,
+        "GAMMA": 1.0,
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": 2.0},
+    }
     meanings = {
         "BETA": "weight of the distance between the classes of a sample",
         "GAMMA": "weight of the distance between the samples of a class",
-    }  # fmt: skip
+    }
     loss = staticmethod(dist_loss)
     arguments = {"beta": "BETA", "gamma": "GAMMA", "temperature": "TEMPERATURE"}

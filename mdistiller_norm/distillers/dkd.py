@@ -21,7 +21,8 @@ def split_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     rest = torch.arange(logits.shape[1] - 1, device=targets.device).expand(len(targets), -1)
     others = logits.gather(1, rest + (rest >= targets[:, None]).long())
-    return logits.gather(1, targets[:, None]).squeeze(1) - others.logsumexp(1), others.log_softmax(1)
+    odds = logits.gather(1, targets[:, None]).squeeze(1) - others.logsumexp(1)
+    return odds, others.log_softmax(1)
 
 
 def binary_divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -56,9 +57,8 @@ def dkd_loss(
         student_logits, teacher_logits: ``[B, C]``.
         targets: ``[B]``, int64 class indices.
     """
-    return decoupled_divergence(
-        soften(student_logits, teacher_logits, temperature), targets, alpha, beta
-    )
+    softened = soften(student_logits, teacher_logits, temperature)
+    return decoupled_divergence(softened, targets, alpha, beta)
 
 
 @register("DKD")

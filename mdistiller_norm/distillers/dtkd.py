@@ -30,9 +30,7 @@ def dtkd_loss(
     """
     softened = soften(student_logits, teacher_logits, temperature)
     # The shares do not change if all logits are divided by T.
-    height_s, height_t = (
-        maximum(side).clamp_min(FLOOR) for side in (softened.student, softened.teacher)
-    )
+    height_s, height_t = (maximum(side).clamp_min(FLOOR) for side in softened[:2])
     share_s, share_t = (2 * height / (height_s + height_t) for height in (height_s, height_t))
     weight = softened.weight * (share_s * share_t).squeeze(1)
     dynamic = Softened(softened.student / share_s, softened.teacher / share_t, weight)
@@ -45,7 +43,8 @@ class DTKD(LogitDistiller):
 
     defaults = {"CE_WEIGHT": 1.0, "ALPHA": 3.0, "BETA": 1.0, "T": 4.0, "WARMUP": 20}
     meanings = {
-        "ALPHA": "weight of the part with dynamic temperatures", "BETA": "weight of the part with the temperature T",
-    }  # fmt: skip
+        "ALPHA": "weight of the part with dynamic temperatures",
+        "BETA": "weight of the part with the temperature T",
+    }
     loss = staticmethod(dtkd_loss)
     arguments = {"alpha": "ALPHA", "beta": "BETA", "temperature": "T"}

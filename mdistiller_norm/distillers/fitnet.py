@@ -7,17 +7,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from mdistiller_norm.distillers.base import (
-    Distiller,
-    Need,
-    Pair,
-    at_least_float32,
-    loss_weights,
-    register,
-)
-from mdistiller_norm.distillers.common import BatchNorm, shapes
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, loss_weights, register
+from mdistiller_norm.distillers.common import BatchNorm
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import Batch, Outputs, at_least_float32
 
 
 def hint_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
@@ -43,14 +36,10 @@ def make_regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
     elif [2 * side for side in source] == target:
         convolution = nn.ConvTranspose2d(channels, hints, 4, stride=2, padding=1)
     elif source[0] >= target[0] and source[1] >= target[1]:
-        convolution = nn.Conv2d(
-            channels, hints, (source[0] - target[0] + 1, source[1] - target[1] + 1)
-        )
+        size = source[0] - target[0] + 1, source[1] - target[1] + 1
+        convolution = nn.Conv2d(channels, hints, size)
     else:
-        raise ConfigError(
-            f"FITNET.HINT_LAYER selects the student map {shapes([student])}, too small for the teacher map "
-            f"{shapes([teacher])}: choose another layer"
-        )
+        raise ConfigError(f"HINT_LAYER: size {source} is too small for {target}: choose another")
     return nn.Sequential(convolution, BatchNorm(hints), nn.ReLU())
 
 
@@ -58,10 +47,12 @@ def make_regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
 class FitNet(Distiller):
     """Regression from map ``layer`` of the student to that of the teacher, counted from the end (-1 is the last)."""
 
-    # INPUT_SIZE is unused; mdistiller's configs may contain it.
     defaults = {
-        "HINT_LAYER": 2, "INPUT_SIZE": [32, 32], "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
-    }  # fmt: skip
+        "HINT_LAYER": 2,
+        "INPUT_SIZE": [32, 32],
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
+    }
     meanings = {"HINT_LAYER": "map of the teacher; 0 is the stem"}
     need = Need.MAPS
 
@@ -73,12 +64,10 @@ class FitNet(Distiller):
     def from_config(cls, node: Any, pair: Pair) -> Self:
         students, teachers = pair.student.features, pair.teacher.features
         # HINT_LAYER counts the teacher's maps from the stem, 0; the student's map is as far from its end.
+        first, last = max(len(teachers) - len(students), 0), len(teachers) - 1
+        if not first <= node.HINT_LAYER <= last:
+            raise ConfigError(f"HINT_LAYER must be in {first}..{last}, got {node.HINT_LAYER}")
         layer = node.HINT_LAYER - len(teachers)
-        if not -min(len(students), len(teachers)) <= layer < 0:
-            raise ConfigError(
-                f"FITNET.HINT_LAYER must select a map of both networks, got {node.HINT_LAYER} for student maps "
-                f"{shapes(students)} and teacher maps {shapes(teachers)}"
-            )
         return cls(make_regressor(students[layer], teachers[layer]), layer, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mdistiller_norm.distillers.base import Pair, at_least_float32, register
-from mdistiller_norm.distillers.common import StageDistiller, matched_stages, same_size, shapes
+from mdistiller_norm.distillers.common import StageDistiller, match_stages, same_size, shapes
 from mdistiller_norm.errors import ConfigError
 
-_GAP = 1e-6  # eigenvalues closer than this, relative to the largest, count as equal and do not mix in the gradient
+# Eigenvalues closer than this, relative to the largest, count as equal and do not mix in the gradient.
+_GAP = 1e-6
 _SPARE = 3  # number of additional candidates for each vector of the teacher
 
 
@@ -49,12 +50,6 @@ def _sign(x: Tensor) -> Tensor:
     return 1 - 2 * (x < 0).to(x.dtype)
 
 
-def _aligned(student: Tensor, teacher: Tensor) -> Tensor:
-    cosines = (student.mT @ teacher).detach()
-    best = cosines.abs().argmax(1, keepdim=True)
-    return student.gather(2, best.expand(-1, student.shape[1], -1)) * _sign(cosines.gather(1, best))
-
-
 def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int = 1) -> Tensor:
     """Sum of squared differences of ``exp(-(v_i - w_j)^2 / 8)``, ``v`` and ``w`` the vectors of adjacent stages.
 
@@ -69,8 +64,11 @@ def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int = 1) -> Tens
         v_t, values = leading_vectors(teacher, k)
         v_t = (v_t * _sign(v_t.sum(1, keepdim=True))).detach()
         v_s, _ = leading_vectors(student, min(k + _SPARE, student.shape[-1]))
-        scale = values / values.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        relations.append((_aligned(v_s, v_t) * scale.unsqueeze(1), v_t * scale.unsqueeze(1)))
+        cosines = (v_s.mT @ v_t).detach()
+        best = cosines.abs().argmax(1, keepdim=True)
+        v_s = v_s.gather(2, best.expand(-1, v_s.shape[1], -1)) * _sign(cosines.gather(1, best))
+        scale = (values / values.norm(dim=1, keepdim=True).clamp_min(1e-12)).unsqueeze(1)
+        relations.append((v_s * scale, v_t * scale))
     for before, after in itertools.pairwise(relations):
         pairs = zip(after, before, strict=True)
         s, t = ((-(v.unsqueeze(2) - w.unsqueeze(1)).square() / 8).exp() for v, w in pairs)
@@ -90,11 +88,9 @@ class KDSVD(StageDistiller):
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:
-        students, teachers = matched_stages(pair.student.features, pair.teacher.features)
+        students, teachers = match_stages(pair.student.features, pair.teacher.features)
         width = min(each.shape[-1] for each in students + teachers)
         if len(students) < 2 or not 1 <= node.K <= width:
-            maps = f"student maps {shapes(students)} and teacher maps {shapes(teachers)}"
-            raise ConfigError(
-                f"KDSVD requires two stages and 1 <= KDSVD.K <= their width, got {node.K} for {maps}"
-            )
+            got = f"{node.K} for {shapes(students)} and {shapes(teachers)}"
+            raise ConfigError(f"requires two stages and 1 <= K <= their width, got {got}")
         return super().from_config(node, pair)

@@ -47,8 +47,13 @@ class LSDKD(TargetDistiller):
     """DKD on standardized logits."""
 
     defaults = {
-        "TEMPERATURE": 2.0, "CE_WEIGHT": 1.0, "KD_WEIGHT": 9.0, "ALPHA": 1.0, "BETA": 8.0, "WARMUP": 20,
-    }  # fmt: skip
+        "TEMPERATURE": 2.0,
+        "CE_WEIGHT": 1.0,
+        "KD_WEIGHT": 9.0,
+        "ALPHA": 1.0,
+        "BETA": 8.0,
+        "WARMUP": 20,
+    }
     meanings = DKD.meanings
     loss = staticmethod(lsdkd_loss)
     arguments = {"alpha": "ALPHA", "beta": "BETA", "base_temperature": "TEMPERATURE"}

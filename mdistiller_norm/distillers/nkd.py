@@ -29,10 +29,9 @@ def nkd_loss(
     softened = soften(student_logits, teacher_logits, temperature)
     _, others_s = split_target(softened.student, targets)
     _, others_t = split_target(softened.teacher, targets)
-    log_s, log_t = (
-        at_least_float32(logits).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
-        for logits in (student_logits, teacher_logits)
-    )
+    chosen = targets[:, None]
+    log_s = at_least_float32(student_logits).log_softmax(1).gather(1, chosen).squeeze(1)
+    log_t = at_least_float32(teacher_logits).log_softmax(1).gather(1, chosen).squeeze(1)
     rest = softened.weight * (others_t.exp() * others_s).sum(1)
     return -(log_t.exp() * log_s + gamma * rest).mean()
 

@@ -48,9 +48,8 @@ def norm_dkd_loss(
         student_logits, teacher_logits: ``[B, C]``.
         targets: ``[B]``, int64 class indices.
     """
-    return decoupled_divergence(
-        soften(student_logits, teacher_logits, t_norm, "std"), targets, alpha, beta
-    )
+    softened = soften(student_logits, teacher_logits, t_norm, "std")
+    return decoupled_divergence(softened, targets, alpha, beta)
 
 
 @register("NormKD")
@@ -58,14 +57,17 @@ class NormKD(LogitDistiller):
     """KD with the temperature ``TEMPERATURE_NORM * STATISTIC(logits)`` for each sample and network."""
 
     defaults = {
-        "TEMPERATURE_NORM": 2.0, "STATISTIC": "std", "WEIGHTING": "teacher", "WARMUP": 0,
+        "TEMPERATURE_NORM": 2.0,
+        "STATISTIC": "std",
+        "WEIGHTING": "teacher",
+        "WARMUP": 0,
         "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
-    }  # fmt: skip
+    }
     meanings = {
         "TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the statistic",
         "STATISTIC": "of the logits: std, max or range",
         "WEIGHTING": "teacher, or student_teacher: T_norm^2 times both statistics",
-    }  # fmt: skip
+    }
     loss = staticmethod(normkd_loss)
     arguments = {"t_norm": "TEMPERATURE_NORM", "statistic": "STATISTIC", "weighting": "WEIGHTING"}
 
@@ -74,12 +76,15 @@ class NormKD(LogitDistiller):
 class NormKDWithDKD(TargetDistiller):
     """DKD with NormKD's temperature."""
 
-    # LOSS is unused; configs of mdistiller's fork may contain it.
+    # Configs of mdistiller's fork may contain LOSS, which is unused.
     defaults = {
-        "TEMPERATURE_NORM": 2.0, "LOSS": {}, "CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "WARMUP": 20,
-    }  # fmt: skip
-    meanings = DKD.meanings | {
-        "TEMPERATURE_NORM": "T_norm; a temperature is T_norm times the logits' std"
+        "TEMPERATURE_NORM": 2.0,
+        "LOSS": {},
+        "CE_WEIGHT": 1.0,
+        "ALPHA": 1.0,
+        "BETA": 8.0,
+        "WARMUP": 20,
     }
+    meanings = DKD.meanings | {"TEMPERATURE_NORM": "T_norm; a temperature is T_norm times std"}
     loss = staticmethod(norm_dkd_loss)
     arguments = {"alpha": "ALPHA", "beta": "BETA", "t_norm": "TEMPERATURE_NORM"}

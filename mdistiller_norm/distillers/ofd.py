@@ -12,23 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mdistiller_norm.distillers.base import (
-    Distiller,
-    Need,
-    Pair,
-    at_least_float32,
-    loss_weights,
-    register,
-)
-from mdistiller_norm.distillers.common import (
-    BatchNorm,
-    matched_stages,
-    pool_to,
-    require_preacts,
-    shapes,
-)
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, loss_weights, register
+from mdistiller_norm.distillers.common import BatchNorm, match_stages, need_preacts, pool_to
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import Batch, Outputs, at_least_float32
 
 
 def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
@@ -53,20 +40,18 @@ def margins_of(norm: nn.BatchNorm2d) -> Tensor:
     The margin is ``-3 * |weight|`` if negative values have a probability of at most 0.001. For a weight of zero it is
     ``min(bias, 0)``.
     """
-    mean, deviation = norm.bias.detach().double(), norm.weight.detach().double().abs()
-    ratio = mean / deviation
+    mean, std = norm.bias.detach().double(), norm.weight.detach().double().abs()
+    ratio = mean / std
     probability = torch.special.ndtr(-ratio)
     density = torch.exp(-ratio.pow(2) / 2) / math.sqrt(2 * math.pi)
-    margin = torch.where(probability > 0.001, mean - deviation * density / probability, -3 * deviation)
+    margin = torch.where(probability > 0.001, mean - std * density / probability, -3 * std)
     return margin.float().reshape(1, -1, 1, 1)
 
 
-def _connector(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    convolution = nn.Conv2d(
-        in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
-    )
+def _connector(ins: int, outs: int, kernel_size: int) -> nn.Sequential:
+    convolution = nn.Conv2d(ins, outs, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(convolution, BatchNorm(out_channels))
+    return nn.Sequential(convolution, BatchNorm(outs))
 
 
 @register("OFD")
@@ -77,13 +62,15 @@ class OFD(Distiller):
     """
 
     defaults = {
-        "CONNECTOR": {"KERNEL_SIZE": 1}, "TEACHER_TRAIN_MODE": False,
-        "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001},
-    }  # fmt: skip
+        "CONNECTOR": {"KERNEL_SIZE": 1},
+        "TEACHER_TRAIN_MODE": False,
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.001},
+    }
     meanings = {
         "CONNECTOR.KERNEL_SIZE": "kernel size of the connectors",
         "TEACHER_TRAIN_MODE": "run the teacher with batch statistics",
-    }  # fmt: skip
+    }
     need = Need.MAPS
 
     def __init__(
@@ -96,11 +83,9 @@ class OFD(Distiller):
     ) -> None:
         super().__init__(**weights)
         self.teacher_in_train_mode = teacher_train_mode
-        pairs = zip(channels, norms, strict=True)
-        self.connectors = nn.ModuleList(
-            _connector(ins, n.num_features, kernel_size) for ins, n in pairs
-        )
-        for stage, norm in enumerate(norms):
+        self.connectors = nn.ModuleList()
+        for stage, (ins, norm) in enumerate(zip(channels, norms, strict=True)):
+            self.connectors.append(_connector(ins, norm.num_features, kernel_size))
             self.register_buffer(f"margin{stage}", margins_of(norm))
 
     @classmethod
@@ -108,25 +93,22 @@ class OFD(Distiller):
         kernel_size = node.CONNECTOR.KERNEL_SIZE
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError(f"OFD.CONNECTOR.KERNEL_SIZE must be odd and >= 1, got {kernel_size}")
-        require_preacts(student=pair.student.preacts, teacher=pair.teacher.preacts)
-        students, teachers = matched_stages(pair.student.preacts, pair.teacher.preacts)
+        need_preacts("student", pair.student.preacts)
+        need_preacts("teacher", pair.teacher.preacts)
+        students, teachers = match_stages(pair.student.preacts, pair.teacher.preacts)
         norms: Any = pair.teacher_network.norms_before_relu()[-len(teachers) :]  # type: ignore[operator]
         # A wrapped network may return no norms at all.
         for maps, norm in zip_longest(teachers, norms):
             if norm is None or norm.num_features != maps.shape[1]:
-                needed = f"a batch norm before the ReLU of the teacher's map {shapes([maps])}"
-                raise ConfigError(f"OFD requires {needed}, which norms_before_relu does not return")
+                raise ConfigError(f"norms_before_relu has no norm of {maps.shape[1]} channels")
         channels = [student.shape[1] for student in students]
-        return cls(channels, norms, kernel_size, bool(node.TEACHER_TRAIN_MODE), **loss_weights(node))
+        return cls(channels, norms, kernel_size, node.TEACHER_TRAIN_MODE, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        students, teachers = matched_stages(student.preacts, teacher.preacts)
+        students, teachers = match_stages(student.preacts, teacher.preacts)
         losses = []
-        for stage, (connector, source, target) in enumerate(
-            zip(self.connectors, students, teachers, strict=True)
-        ):
-            target, margin = pool_to(target, source.shape[-2:]), self.get_buffer(f"margin{stage}")
-            losses.append(
-                feat_loss(connector(source), target, margin) / 2 ** (len(students) - 1 - stage)
-            )
+        for stage, connector in enumerate(self.connectors):
+            source, margin = students[stage], self.get_buffer(f"margin{stage}")
+            loss = feat_loss(connector(source), pool_to(teachers[stage], source.shape[-2:]), margin)
+            losses.append(loss / 2 ** (len(students) - 1 - stage))
         return torch.stack(losses).sum()

@@ -11,26 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdistiller_norm.distillers.base import (
-    Distiller,
-    Need,
-    Pair,
-    at_least_float32,
-    loss_weights,
-    register,
-)
-from mdistiller_norm.distillers.common import (
-    BatchNorm,
-    Maps,
-    check_typed,
-    pool_to,
-    require_preacts,
-    shapes,
-)
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, loss_weights, register
+from mdistiller_norm.distillers.common import BatchNorm, check_typed, need_preacts, pool_to
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import Batch, Outputs, at_least_float32
 
 LEVELS = (4, 2, 1)
+_SHAPES = ("SHAPES", "OUT_SHAPES", "IN_CHANNELS", "OUT_CHANNELS")
 
 
 def hcl_loss(list_s: Sequence[Tensor], list_t: Sequence[Tensor]) -> Tensor:
@@ -62,17 +49,17 @@ class AttentionFusion(nn.Module):
     Channels are those of the student's, the fused and the teacher's map; the deepest map has nothing to fuse.
     """
 
-    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
+    def __init__(self, ins: int, width: int, outs: int, fuse: bool) -> None:
         super().__init__()
-        inner = nn.Conv2d(in_channels, mid_channels, 1, bias=False)
-        outer = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
+        inner = nn.Conv2d(ins, width, 1, bias=False)
+        outer = nn.Conv2d(width, outs, 3, padding=1, bias=False)
         for convolution in (inner, outer):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
-        self.inner = nn.Sequential(inner, BatchNorm(mid_channels))
-        self.outer = nn.Sequential(outer, BatchNorm(out_channels))
-        self.attention = nn.Conv2d(2 * mid_channels, 2, 1) if fuse else None
+        self.inner = nn.Sequential(inner, BatchNorm(width))
+        self.outer = nn.Sequential(outer, BatchNorm(outs))
+        self.attention = nn.Conv2d(2 * width, 2, 1) if fuse else None
 
-    def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
         """Return the map to compare with the teacher's and the fused map for the next level, both of ``size``."""
         x = self.inner(x)
         if self.attention is not None and deeper is not None:
@@ -83,12 +70,12 @@ class AttentionFusion(nn.Module):
         return self.outer(x), x
 
 
-def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    return maps if maps.shape[-2:] == tuple(size) else F.interpolate(maps, tuple(size), mode="nearest")
+def _resize(maps: Tensor, size: torch.Size) -> Tensor:
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="nearest")
 
 
-def _levels(maps: Maps, pooled: Tensor) -> Maps:
-    return (*maps, pooled[:, :, None, None])
+def _levels(maps: Sequence[Tensor], pooled: Tensor) -> list[Tensor]:
+    return [*maps, pooled[:, :, None, None]]
 
 
 @register("REVIEWKD")
@@ -98,70 +85,61 @@ class ReviewKD(Distiller):
     They are matched with as many maps of the student, from the deepest; those are resized to the teacher's.
     """
 
-    # The four lists are probed, and checked if a config contains them. MAX_MID_CHANNEL is unused, as in mdistiller.
     defaults = {
-        "CE_WEIGHT": 1.0, "REVIEWKD_WEIGHT": 1.0, "WARMUP_EPOCHS": 20, "STU_PREACT": False, "MAX_MID_CHANNEL": 512,
-        "SHAPES": [1, 8, 16, 32], "OUT_SHAPES": [1, 8, 16, 32],
-        "IN_CHANNELS": [64, 128, 256, 256], "OUT_CHANNELS": [64, 128, 256, 256],
-    }  # fmt: skip
+        "CE_WEIGHT": 1.0,
+        "REVIEWKD_WEIGHT": 1.0,
+        "WARMUP_EPOCHS": 20,
+        "STU_PREACT": False,
+        "MAX_MID_CHANNEL": 512,
+        "SHAPES": [1, 8, 16, 32],
+        "OUT_SHAPES": [1, 8, 16, 32],
+        "IN_CHANNELS": [64, 128, 256, 256],
+        "OUT_CHANNELS": [64, 128, 256, 256],
+    }
     meanings = {
         "REVIEWKD_WEIGHT": "weight of the distillation loss",
         "WARMUP_EPOCHS": "epochs of the linear warm-up of the distillation loss",
-        "STU_PREACT": "use the student's maps before their activation", "MAX_MID_CHANNEL": "not used",
-        "SHAPES": "probed; checked if it is set", "OUT_SHAPES": "probed; checked if it is set",
-        "IN_CHANNELS": "probed; checked if it is set", "OUT_CHANNELS": "probed; checked if it is set",
-    }  # fmt: skip
+        "STU_PREACT": "use the student's maps before their activation",
+        "MAX_MID_CHANNEL": "not used",
+        **dict.fromkeys(_SHAPES, "probed; checked if it is set"),
+    }
     need = Need.MAPS
 
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        out_channels: Sequence[int],
-        student_preact: bool,
-        **weights: Any,
-    ) -> None:
+    def __init__(self, ins: Sequence[int], outs: Sequence[int], preact: bool, **weights: Any) -> None:
         super().__init__(**weights)
-        self.student_preact = student_preact
-        mid_channels = min(512, in_channels[-1])
+        self.preact, width = preact, min(512, ins[-1])
         self.fusions = nn.ModuleList(
-            AttentionFusion(ins, mid_channels, outs, fuse=level < len(in_channels) - 1)
-            for level, (ins, outs) in enumerate(zip(in_channels, out_channels, strict=True))
+            AttentionFusion(channels, width, outs[level], fuse=level < len(ins) - 1)
+            for level, channels in enumerate(ins)
         )
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:
-        require_preacts(teacher=pair.teacher.preacts)
+        need_preacts("teacher", pair.teacher.preacts)
         students = pair.student.preacts if node.STU_PREACT else pair.student.features
         if node.STU_PREACT:
-            require_preacts(student=students)
+            need_preacts("student", students)
         teachers = pair.teacher.preacts[1:]
+        if not teachers:
+            raise ConfigError("the teacher requires a stage besides its stem")
         count = min(len(students), len(teachers))
-        if count < 1:
-            raise ConfigError(
-                f"REVIEWKD requires at least one stage, got student maps {shapes(students)} and teacher stages "
-                f"{shapes(teachers)}"
-            )
-        channels = []
-        for maps, pooled, keys in (
-            (students, pair.student.pooled, ("SHAPES", "IN_CHANNELS")),
-            (teachers, pair.teacher.pooled, ("OUT_SHAPES", "OUT_CHANNELS")),
-        ):
-            levels = _levels(maps[-count:], pooled)
-            probed = [level.shape[2] for level in levels[::-1]], [level.shape[1] for level in levels]
-            for key, value in zip(keys, probed, strict=True):
-                check_typed(f"REVIEWKD.{key}", node[key], cls.defaults[key], value)
-            channels.append(probed[1])
-        weights = loss_weights(node) | {"weight": node.REVIEWKD_WEIGHT, "warmup": node.WARMUP_EPOCHS}
-        return cls(channels[0], channels[1], bool(node.STU_PREACT), **weights)
+        sources = _levels(students[-count:], pair.student.pooled)
+        targets = _levels(teachers[-count:], pair.teacher.pooled)
+        sizes = [[level.shape[2] for level in side[::-1]] for side in (sources, targets)]
+        ins, outs = ([level.shape[1] for level in side] for side in (sources, targets))
+        for key, value in zip(_SHAPES, [*sizes, ins, outs], strict=True):
+            check_typed(f"REVIEWKD.{key}", node[key], cls.defaults[key], value)
+        return cls(ins, outs, node.STU_PREACT, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         count = len(self.fusions) - 1
-        maps = student.preacts if self.student_preact else student.features
+        maps = student.preacts if self.preact else student.features
         sources = _levels(maps[-count:], student.pooled)
         targets = _levels(teacher.preacts[-count:], teacher.pooled)
         fused: list[Tensor] = []
         deeper = None
-        for fusion, source, target in reversed(list(zip(self.fusions, sources, targets, strict=True))):
+        levels = zip(self.fusions, sources, targets, strict=True)
+        for fusion, source, target in reversed([*levels]):
             out, deeper = fusion(source, deeper, target.shape[-2:])
             fused.insert(0, out)
         return hcl_loss(fused, targets)

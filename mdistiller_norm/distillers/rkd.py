@@ -60,16 +60,22 @@ class RKD(PooledDistiller):
     """Distances and angles of the pooled features."""
 
     defaults = {
-        "DISTANCE_WEIGHT": 25.0, "ANGLE_WEIGHT": 50.0, "PDIST": {"EPSILON": 1e-12, "SQUARED": False},
-        "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
-    }  # fmt: skip
+        "DISTANCE_WEIGHT": 25.0,
+        "ANGLE_WEIGHT": 50.0,
+        "PDIST": {"EPSILON": 1e-12, "SQUARED": False},
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
+    }
     meanings = {
-        "DISTANCE_WEIGHT": "weight of the distances", "ANGLE_WEIGHT": "weight of the angles",
+        "DISTANCE_WEIGHT": "weight of the distances",
+        "ANGLE_WEIGHT": "weight of the angles",
         "PDIST.EPSILON": "squared distance below which samples count as equal",
         "PDIST.SQUARED": "compare squared distances",
-    }  # fmt: skip
+    }
     loss = staticmethod(rkd_loss)
     arguments = {
-        "squared": "PDIST.SQUARED", "eps": "PDIST.EPSILON", "distance_weight": "DISTANCE_WEIGHT",
+        "squared": "PDIST.SQUARED",
+        "eps": "PDIST.EPSILON",
+        "distance_weight": "DISTANCE_WEIGHT",
         "angle_weight": "ANGLE_WEIGHT",
-    }  # fmt: skip
+    }

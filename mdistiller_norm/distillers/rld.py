@@ -11,9 +11,10 @@ to ``T``).
 from torch import Tensor
 
 from mdistiller_norm.distillers.base import TargetDistiller, register
-from mdistiller_norm.distillers.dkd import binary_divergence, split_target
+from mdistiller_norm.distillers.dkd import DKD, binary_divergence, split_target
 from mdistiller_norm.distillers.kd import kl_divergence
 from mdistiller_norm.distillers.temperature import soften
+from mdistiller_norm.types import Softened
 
 _MASKED = -1e30  # finite: a row with all classes masked is uniform in both networks
 
@@ -44,8 +45,9 @@ def rld_loss(
 
     soft = soften(student_logits, teacher_logits, temperature)
     misleading = teacher_logits >= teacher_logits.gather(1, targets[:, None])
-    student, teacher = (side.masked_fill(misleading, _MASKED) for side in (soft.student, soft.teacher))
-    return alpha * confidence + beta * kl_divergence(soft._replace(student=student, teacher=teacher))
+    student, teacher = (side.masked_fill(misleading, _MASKED) for side in soft[:2])
+    correlation = kl_divergence(Softened(student, teacher, soft.weight))
+    return alpha * confidence + beta * correlation
 
 
 @register("RLD")
@@ -54,13 +56,9 @@ class RLD(TargetDistiller):
 
     defaults = {"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0, "WARMUP": 20}
     meanings = {
-        "ALPHA": "weight of the sample confidence", "BETA": "weight of the masked correlation",
+        "ALPHA": "weight of the sample confidence",
+        "BETA": "weight of the masked correlation",
         "ALPHA_T": "temperature of the sample confidence",
-    }  # fmt: skip
-    loss = staticmethod(rld_loss)
-    arguments = {
-        "alpha": "ALPHA",
-        "beta": "BETA",
-        "temperature": "T",
-        "confidence_temperature": "ALPHA_T",
     }
+    loss = staticmethod(rld_loss)
+    arguments = DKD.arguments | {"confidence_temperature": "ALPHA_T"}

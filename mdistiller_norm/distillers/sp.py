@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import Distiller, Need, at_least_float32, register
+from mdistiller_norm.distillers.base import Distiller, Need, register
 from mdistiller_norm.distillers.common import unit
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import Batch, Outputs, at_least_float32
 
 
 def _similarities(maps: Tensor) -> Tensor:
@@ -29,7 +29,8 @@ def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
         g_t: as many maps of the teacher; only the batch size must match.
     """
     pairs = zip(g_s, g_t, strict=True)
-    return torch.stack([(_similarities(t) - _similarities(s)).square().mean() for s, t in pairs]).sum()
+    losses = [(_similarities(t) - _similarities(s)).square().mean() for s, t in pairs]
+    return torch.stack(losses).sum()
 
 
 @register("SP")

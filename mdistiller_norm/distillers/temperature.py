@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import at_least_float32
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.registry import Registry
-from mdistiller_norm.types import Softened
+from mdistiller_norm.types import Softened, at_least_float32
 
 FLOOR = 1e-6  # smaller statistics count as zero: the sample has no temperature
 
@@ -83,14 +82,12 @@ def soften(
         raise ConfigError(f"WEIGHTING must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if not scales or not all(0 < each < math.inf for each in scales):
         raise ConfigError(f"the temperature must be positive and finite, got {scale!r}")
-    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits)
     shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][1] < 2:
-        raise ValueError(
-            f"logits must be [batch, classes] with at least 2 classes and of the same shape, got {shapes}"
-        )
+        raise ValueError(f"logits must be of the same shape [B, C] with C >= 2, got {shapes}")
     # One pass over both: on a GPU, the cost of tensors this small is the number of operations.
-    divided, statistics = _divide(torch.cat([student_logits, teacher_logits]), scales, statistic)
+    both = at_least_float32(student_logits), at_least_float32(teacher_logits)
+    divided, statistics = _divide(torch.cat(both), scales, statistic)
     (student, teacher), (measured_s, measured_t) = divided.chunk(2), statistics.chunk(2)
     if not teacher_logits.requires_grad:
         teacher, measured_t = teacher.detach(), measured_t.detach()

@@ -10,18 +10,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mdistiller_norm.distillers.base import LogitDistiller, Pair, at_least_float32, register
+from mdistiller_norm.distillers.base import LogitDistiller, Pair, register
 from mdistiller_norm.distillers.kd import kl_divergence
 from mdistiller_norm.distillers.temperature import soften
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Softened
+from mdistiller_norm.types import Softened, at_least_float32
 
 
 def _transformed(student_logits: Tensor, teacher_logits: Tensor, gamma: float) -> Softened:
-    softened = soften(student_logits, teacher_logits, 1 / gamma)
-    return Softened(
-        at_least_float32(student_logits), softened.teacher, torch.ones_like(softened.weight)
-    )
+    _, teacher, weight = soften(student_logits, teacher_logits, 1 / gamma)
+    return Softened(at_least_float32(student_logits), teacher, torch.ones_like(weight))
 
 
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1) -> Tensor:
@@ -37,9 +35,8 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1)
 def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, gamma: float = 0.1) -> Tensor:
     """:func:`ttm_loss` with each sample weighted by ``sum(p_t^gamma)``."""
     power_sum = (gamma * at_least_float32(teacher_logits).log_softmax(1)).logsumexp(1).exp()
-    return kl_divergence(
-        _transformed(student_logits, teacher_logits, gamma)._replace(weight=power_sum)
-    )
+    softened = _transformed(student_logits, teacher_logits, gamma)
+    return kl_divergence(softened._replace(weight=power_sum))
 
 
 @register("TTM")

@@ -11,17 +11,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mdistiller_norm.distillers.base import (
-    Distiller,
-    Need,
-    Pair,
-    at_least_float32,
-    loss_weights,
-    register,
-)
-from mdistiller_norm.distillers.common import matched_stages, same_size
+from mdistiller_norm.distillers.base import Distiller, Need, Pair, loss_weights, register
+from mdistiller_norm.distillers.common import match_stages, same_size
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.types import Batch, Outputs
+from mdistiller_norm.types import Batch, Outputs, at_least_float32
 
 
 def vid_loss(mean: Tensor, f_t: Tensor, log_scale: Tensor, eps: float = 1e-5) -> Tensor:
@@ -47,44 +40,40 @@ def _regressor(channels: int, targets: int) -> nn.Sequential:
 class VID(Distiller):
     """Variational information distillation of matched stages."""
 
-    # INPUT_SIZE is unused; mdistiller's configs may contain it.
     defaults = {
-        "EPS": 1e-5, "INIT_PRED_VAR": 5.0, "INPUT_SIZE": [32, 32],
-        "WARMUP": 0, "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
-    }  # fmt: skip
+        "EPS": 1e-5,
+        "INIT_PRED_VAR": 5.0,
+        "INPUT_SIZE": [32, 32],
+        "WARMUP": 0,
+        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
+    }
     meanings = {"EPS": "smallest variance", "INIT_PRED_VAR": "initial variance of each channel"}
     need = Need.MAPS
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        targets: Sequence[int],
-        variance: float,
-        eps: float,
-        **weights: Any,
+        self, channels: Sequence[tuple[int, int]], variance: float, eps: float, **weights: Any
     ) -> None:
         super().__init__(**weights)
         if not 0 < eps < variance:
-            raise ConfigError(f"VID.EPS must be > 0 and < VID.INIT_PRED_VAR, got {eps} and {variance}")
+            raise ConfigError(f"VID.EPS must be in (0, {variance}), VID.INIT_PRED_VAR, got {eps}")
         self.eps = eps
         # Inverse of softplus, without overflow and accurate for small variances.
         start = variance - eps
         start += math.log(-math.expm1(-start))
-        self.regressors = nn.ModuleList(
-            _regressor(s, t) for s, t in zip(channels, targets, strict=True)
-        )
-        self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t,), start)) for t in targets)
+        self.regressors = nn.ModuleList(_regressor(s, t) for s, t in channels)
+        self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t,), start)) for _, t in channels)
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:
-        students, teachers = matched_stages(pair.student.features, pair.teacher.features)
-        channels, targets = [maps.shape[1] for maps in students], [maps.shape[1] for maps in teachers]
-        return cls(channels, targets, node.INIT_PRED_VAR, node.EPS, **loss_weights(node))
+        students, teachers = match_stages(pair.student.features, pair.teacher.features)
+        stages = zip(students, teachers, strict=True)
+        channels = [(s.shape[1], t.shape[1]) for s, t in stages]
+        return cls(channels, node.INIT_PRED_VAR, node.EPS, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         losses = []
-        stages = zip(*matched_stages(student.features, teacher.features), strict=True)
-        for stage, regressor, log_scale in zip(stages, self.regressors, self.log_scales, strict=True):
+        stages = zip(*match_stages(student.features, teacher.features), strict=True)
+        for regressor, log_scale, stage in zip(self.regressors, self.log_scales, stages, strict=True):
             s, t = same_size(*stage)
             losses.append(vid_loss(regressor(s), t, log_scale, self.eps))
         return torch.stack(losses).sum()

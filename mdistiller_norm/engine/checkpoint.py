@@ -63,9 +63,7 @@ def save_atomically(content: Any, path: Path, keep: Path | None = None) -> None:
             file.writelines((archive, _signature(archive)))
     except OSError as error:
         intact = "; its previous version is intact" if path.exists() else ""
-        raise CheckpointError(
-            f"{path} could not be written ({error.strerror or error}){intact}"
-        ) from error
+        raise CheckpointError(f"{path} cannot be written ({error.strerror}){intact}") from error
 
 
 def load(path: str | Path) -> Any:
@@ -85,20 +83,19 @@ def load(path: str | Path) -> Any:
     except Exception as error:  # unpickling other files may raise anything
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             problem = f"{path} contains a {refused[1]}, which could run code"
-            raise CheckpointError(f"{problem}: save only the state_dict() of the network") from error
+            raise CheckpointError(f"{problem}: save only its state_dict()") from error
         reason = first_line(error).split(". ")[0]
         raise CheckpointError(f"{path} is not loaded ({reason}): it may be truncated") from error
 
 
 def _verify(content: bytes, path: Path) -> None:
     archive, signature = memoryview(content)[:-_SIGNATURE_BYTES], content[-_SIGNATURE_BYTES:]
-    start = content[:512].lstrip()
+    start, damage = content[:512].lstrip(), ""
     kinds = [kind for magic, kind in _NO_CHECKPOINTS.items() if start.startswith(magic)]
-    if start and all(word.isascii() and word.decode().isprintable() for word in start.split()):
+    if start and start.isascii() and b"\0" not in start:
         kinds.append("a text file")
     if kinds:
         raise CheckpointError(f"{path} is {kinds[0]}, not a checkpoint")
-    damage = ""
     if signature[2:].startswith(_MARK):
         damage = "its SHA-256 does not match" if signature != _signature(archive) else ""
     elif content.startswith(b"PK"):
@@ -129,29 +126,25 @@ def load_weights(path: str | Path) -> Weights:
     about = content.get("about")
     for candidate in (*(content.get(key) for key in _WEIGHT_KEYS), content):
         if isinstance(candidate, Mapping):
-            state = {
-                str(name): value for name, value in candidate.items() if isinstance(value, Tensor)
-            }
+            state = {str(k): v for k, v in candidate.items() if isinstance(v, Tensor)}
             if state:
                 return Weights(state, path, dict(about) if isinstance(about, Mapping) else {})
     raise CheckpointError(f"{path} holds no weights, bare or in {', '.join(_WEIGHT_KEYS)}")
 
 
-def _match_names(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix of a wrapper, of a whole distiller or of Lightning, if more names match without it."""
-    bare = {_PREFIXES.sub("", name): value for name, value in state.items()}
-    first = f".{next(iter(expected), '')}"
-    found = [name.removesuffix(first[1:]) for name in bare if name.endswith(first)]
-    candidates = [state]
-    for prefix in ("", "ema.", "student.", *found):
-        candidates.append({n.removeprefix(prefix): v for n, v in bare.items() if n.startswith(prefix)})
-    return max(candidates, key=lambda names: len(names.keys() & expected.keys()))
-
-
 def load_into(network: nn.Module, weights: Weights, name: str) -> None:
-    """Load weights strictly: every name and shape must match."""
+    """Load weights strictly: every name and shape must match.
+
+    The prefix of a wrapper, of a whole distiller or of Lightning is removed if more names match without it.
+    """
+    expected, candidates = network.state_dict().keys(), [weights.state]
+    bare = {_PREFIXES.sub("", key): value for key, value in weights.state.items()}
+    first = f".{next(iter(expected), '')}"
+    found = [key.removesuffix(first[1:]) for key in bare if key.endswith(first)]
+    for prefix in ("", "ema.", *found):
+        candidates.append({k[len(prefix) :]: v for k, v in bare.items() if k.startswith(prefix)})
     try:
-        network.load_state_dict(_match_names(weights.state, network.state_dict()))
-    except (RuntimeError, ValueError) as error:  # ValueError: raised by torchvision's MNASNet
-        reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300, placeholder=" ...")
+        network.load_state_dict(max(candidates, key=lambda state: len(state.keys() & expected)))
+    except (RuntimeError, ValueError) as error:  # ValueError: of torchvision's MNASNet
+        reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300)
         raise CheckpointError(f"{weights.path} does not fit {name}: {reason}") from error

@@ -18,7 +18,8 @@ WORTHWHILE_STEPS = 3000  # with fewer, compiling costs more than it saves
 
 def compiler_missing(device: torch.device) -> str:
     """Return why nothing can be compiled for this device, or ""."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    compilers = os.environ.get("CXX", "g++"), "clang++"
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
         return "no C++ compiler was found (g++, clang++, or the one named by CXX)"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "the GPU is too old for the compiler"
@@ -59,7 +60,7 @@ def compile_outputs(
         if not failed:
             try:
                 return compiled(images)
-            except Exception as error:  # the network's own errors are raised again below
+            except Exception as error:  # errors of the network are raised again below
                 failed = True
                 warn(f"the {name} could not be compiled ({first_line(error)}): it runs uncompiled")
         return outputs(images)

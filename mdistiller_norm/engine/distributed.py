@@ -1,7 +1,6 @@
 """Training with several processes, described by torch.distributed's environment variables (``RANK`` ...)."""
 
 import atexit
-import inspect
 import os
 import socket
 import sys
@@ -16,13 +15,12 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ReduceOp
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller_norm.data.plan import ALONE, Share
 from mdistiller_norm.errors import ConfigError, UserError, first_line
 
-REPORT_SECONDS = 5.0  # in which processes report after a failed collective
+REPORT_SECONDS = 5.0  # for processes to report after a failed collective
 _store: Store | None = None
 
 
@@ -56,7 +54,7 @@ def start(device: torch.device, timeout: int) -> Share:
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
             # When torchrun restarts the processes of one machine, its store still holds the addresses of the dead:
             # each attempt uses a prefix. (With several machines, their counts of attempts may differ.)
-            _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store)
+            _store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _store)
         distributed.init_process_group(
             backend, store=_store, rank=rank, world_size=world, timeout=limit
         )
@@ -118,8 +116,8 @@ def all_reduce_max(number: int) -> int:
 @torch.no_grad()
 def average_batch_norms(module: nn.Module) -> None:
     """Average the running statistics of batch norms over all processes, in place."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and together()]
-    for norm in norms:
+    kind = nn.modules.batchnorm._BatchNorm
+    for norm in [norm for norm in module.modules() if isinstance(norm, kind) and together()]:
         for buffer in (norm.running_mean, norm.running_var):
             if buffer is not None:
                 buffer.copy_(all_reduce(buffer) / distributed.get_world_size())
@@ -130,9 +128,9 @@ def wrap(module: nn.Module) -> nn.Module:
     if not together():
         return module
     # Buffers are not synchronised: batch norms are averaged when they are read, and CRD's memory is updated equally.
-    known = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    key = "forward_sync_buffers" if known else "broadcast_buffers"  # the name before PyTorch 2.14
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{key: False})  # type: ignore[arg-type]
+    parallel = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    parallel.broadcast_buffers = False  # as an argument, deprecated since PyTorch 2.14
+    return parallel
 
 
 @contextmanager
@@ -144,9 +142,8 @@ def collective_errors() -> Iterator[None]:
         if "did not receive grad" in str(error):
             problem = "a parameter takes no part in the loss: remove it or freeze it"
             raise ConfigError(f"{problem} (TORCH_DISTRIBUTED_DEBUG=INFO names it)") from error
-        if not together() or not (
-            isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
-        ):
+        lost = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+        if not (lost and together()):
             raise
         raise UserError(_missing_ranks(first_line(error))) from error
 

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mdistiller_norm.data import EvalLoader
-from mdistiller_norm.distillers.base import Need, at_least_float32
+from mdistiller_norm.distillers.base import Need
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.runtime import keep_freed_memory, progress
 from mdistiller_norm.engine.teacher import folded
 from mdistiller_norm.models.base import Network
+from mdistiller_norm.types import at_least_float32
 
 
 class Evaluation(NamedTuple):
@@ -52,17 +52,15 @@ def evaluate(
         module = None if autocast else folded(network, Need.LOGITS)
         forward = (lambda images: module(images).logits) if module else network
     keep_freed_memory()
-    for images, targets in progress(
-        loader, desc="evaluation", unit="step", disable=not distributed.is_first()
-    ):
+    for images, targets in progress(loader, desc="evaluation", disable=not distributed.is_first()):
         # Without autocast's cache: a captured graph would keep the cached copies of old weights.
-        with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+        with torch.autocast(device.type, autocast, enabled=bool(autocast), cache_enabled=False):
             logits = at_least_float32(forward(images))
         ranked = logits.topk(min(5, network.num_classes), dim=1).indices == targets[:, None]
         correct.index_add_(0, targets, ranked[:, 0].long())
         seen.index_add_(0, targets, torch.ones_like(targets))
         in_top5 += ranked.sum()
-        loss += F.cross_entropy(logits, targets, reduction="sum").double()
+        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double()
     correct, seen, in_top5, loss = map(distributed.all_reduce, (correct, seen, in_top5, loss))
     samples = int(seen.sum())
     top1, top5 = 100 * int(correct.sum()) / samples, 100 * int(in_top5) / samples

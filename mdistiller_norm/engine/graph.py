@@ -29,7 +29,7 @@ class Captured:
         self, function: Callable[..., Any], warn: Warn, state_tensors: Callable[[], Any] = list
     ) -> None:
         self._function, self._state_tensors, self._warn = function, state_tensors, warn
-        self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
         self._failed = False
 

@@ -31,16 +31,14 @@ def environment(device: torch.device) -> Record:
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(root), *arguments]
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError, IndexError):
-        processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0].strip()
-    checkout = git("rev-parse", "--show-toplevel") == str(
-        root
-    )  # not installed inside another repository
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = name[1].strip() if name else platform.machine()
+    # Not installed inside another repository.
+    checkout = git("rev-parse", "--show-toplevel") == str(root)
     return {
         "mdistiller_norm": mdistiller_norm.__version__,
         "commit": git("rev-parse", "HEAD") if checkout else None,
@@ -68,11 +66,11 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, first_epoch: int = 1, first_step: int = 0) -> None:
-        self.folder, self.held = folder, ExitStack()  # the lock of the folder, until the log is closed
+        self.folder, self.held = folder, ExitStack()  # lock of the folder, until close()
         if folder:
             self._metrics = folder / "metrics.jsonl"
-            kept = [record for record in read_metrics(self._metrics) if record["epoch"] < first_epoch]
-            write_text("".join(json.dumps(record) + "\n" for record in kept), self._metrics)
+            kept = [each for each in read_metrics(self._metrics) if each["epoch"] < first_epoch]
+            write_text("".join(json.dumps(each) + "\n" for each in kept), self._metrics)
             self._writer = SummaryWriter(folder / TENSORBOARD, purge_step=first_step)
 
     def line(self, text: str) -> None:
@@ -84,10 +82,9 @@ class RunLog:
     def epoch(self, record: Record) -> None:
         if self.folder:
             _append_line(self._metrics, json.dumps(record))
-            for name, value in record.items():
-                if name != "epoch":
-                    group = "speed" if name in _SPEEDS else "epoch"
-                    self._writer.add_scalar(f"{group}/{name}", value, record["epoch"])
+            for name in record.keys() - {"epoch"}:
+                group = "speed" if name in _SPEEDS else "epoch"
+                self._writer.add_scalar(f"{group}/{name}", record[name], record["epoch"])
             self._writer.flush()
 
     def step(self, losses: dict[str, float], step: int) -> None:
@@ -110,9 +107,8 @@ def start_wandb(folder: Path, project: str, tags: str, config: Record, resources
     wandb.tensorboard.patch(root_logdir=str(folder / TENSORBOARD))
     resources.callback(wandb.tensorboard.unpatch)
     try:
-        wandb.init(
-            project=project, name=folder.name, dir=str(folder), config=config, tags=tags.split(",")
-        )
+        names = {"project": project, "name": folder.name, "tags": tags.split(",")}
+        wandb.init(dir=str(folder), config=config, **names)
     except wandb.Error as error:
         return f"LOG.WANDB: wandb does not start ({first_line(error)})"
     resources.callback(wandb.finish)

@@ -31,9 +31,7 @@ class TrainMeters(nn.Module):
         self.first_bad = nn.Buffer(torch.full((len(names),), -1, dtype=torch.int64))
 
     @torch.no_grad()
-    def update(
-        self, losses: Losses, targets: Tensor, new_step: bool = True, counted: bool = True
-    ) -> None:
+    def update(self, losses: Losses, targets: Tensor, new_step: bool, counted: bool) -> None:
         """Add a micro-batch, without host synchronisation.
 
         Args:
@@ -56,10 +54,9 @@ class TrainMeters(nn.Module):
         self.first_bad.fill_(-1)
 
     def all_reduced_state(self) -> dict[str, Tensor]:
-        return {
-            name: distributed.all_reduce(value, maximum=name in ("step", "first_bad"))
-            for name, value in self.state_dict().items()
-        }
+        largest = ("step", "first_bad")
+        state = self.state_dict().items()
+        return {name: distributed.all_reduce(value, name in largest) for name, value in state}
 
     def load_all_reduced_state(self, state: dict[str, Tensor]) -> None:
         """Load :meth:`all_reduced_state`; the sums go to the first process."""
@@ -79,10 +76,8 @@ class TrainMeters(nn.Module):
         if bad := {name: step for name, step in steps if step > 0}:
             first = min(bad.values())
             names = " and ".join(name for name, step in bad.items() if step == first)
-            raise NonFiniteLossError(
-                f"the loss {names} became NaN or infinite in epoch {epoch}, step {first}"
-            )
-        samples = int(state["samples"])
-        means = [value / max(samples, 1) for value in state["sums"].tolist()]
+            raise NonFiniteLossError(f"the loss {names}", f"in epoch {epoch}, step {first}")
+        samples = max(int(state["samples"]), 1)
+        means = [value / samples for value in state["sums"].tolist()]
         losses = dict(zip(self.names, means, strict=True)) | {"total": sum(means)}
-        return Averages(losses, 100 * int(state["correct"]) / max(samples, 1), samples)
+        return Averages(losses, 100 * int(state["correct"]) / samples, samples)

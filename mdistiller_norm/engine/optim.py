@@ -44,7 +44,7 @@ def build_fused(
     It has the state of its first step, so that a CUDA graph can record any step. On CUDA, the learning rate is a
     tensor that replayed graphs read.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [p for p in parameters if p.requires_grad]
     device, on_gpu = trained[0].device, trained[0].is_cuda
     rate = torch.tensor(lr, device=device) if on_gpu else lr
     options: dict[str, Any] = {"weight_decay": weight_decay, "fused": True, "lr": rate}
@@ -112,9 +112,9 @@ class DOT:
             (distill_only, momentum, weight_decay),
         )
         self._optimizers = [
-            build_fused("SGD", group, momentum=mu, weight_decay=decay, **sgd)
-            for group, mu, decay in groups
-            if group
+            build_fused("SGD", part, momentum=mu, weight_decay=decay, **sgd)
+            for part, mu, decay in groups
+            if part
         ]
 
     @property

@@ -44,34 +44,35 @@ class RowStore:
     def __init__(self, folder: Path, rows: int, width: int, dtype: torch.dtype) -> None:
         self.folder, self.rows, self.width, self.dtype = folder, rows, width, dtype
         self.row_bytes = width * dtype.itemsize
-        self._array_dtype = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
-        self._file, self._header = folder / "rows.bin", rows * 4  # bytes of the checksums
+        self._dtype = np.dtype(np.float16 if dtype is torch.float16 else np.float32)
+        self._lock, self._file = folder / "lock", folder / "rows.bin"
+        self._header = rows * 4  # bytes of the checksums
         self._file_bytes = self._header + rows * self.row_bytes
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._pending: Future[None] | None = None
         try:
-            self.read_only = not self._create()
+            self.read_only = False
+            self._create()
             self._checksums: Array = np.memmap(self._file, np.uint32, "r", shape=rows)
-            self._values: Array = np.memmap(
-                self._file, self._array_dtype, "r", self._header, (rows, width)
-            )
+            shape = rows, width
+            self._values: Array = np.memmap(self._file, self._dtype, "r", self._header, shape)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the teacher cache {folder} cannot be used ({error})") from error
 
-    def _create(self) -> bool:
-        """Create the file unless it exists; return False if it cannot be written."""
+    def _create(self) -> None:
+        """Create the file unless it exists; set ``read_only``."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open_lock(self.folder / "lock") as lock:
+            with open_lock(self._lock) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not self._file.exists():
                     with whole_file(self._file) as file:
                         file.truncate(self._file_bytes)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not self._file.exists():
+            denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            if not (denied and self._file.exists()):
                 raise
-            return False
-        return True
+            self.read_only = True
 
     def written(self) -> Array:
         """Return the rows that were written, in ascending order; a crash may have made some of them invalid."""
@@ -80,7 +81,7 @@ class RowStore:
     def is_valid(self, rows: Array) -> Array:
         if self._file.exists() and self._file.stat().st_size < self._file_bytes:
             # Reading the memory map would kill the process.
-            raise CheckpointError(f"{self._file} was truncated during the run: remove {self.folder}")
+            raise CheckpointError(f"{self._file} was truncated: remove {self.folder}")
         checksums = self._checksums[rows]
         valid = np.asarray(checksums != 0)
         valid[valid] = _checksums(self.read(rows[valid])) == checksums[valid]
@@ -96,19 +97,18 @@ class RowStore:
     def write(self, rows: Array, values: Array) -> None:
         """Write distinct rows ``[n]`` with values ``[n, width]``; rows that are valid already stay as they are."""
         try:
-            with open_lock(self.folder / "lock") as lock, self._file.open("r+b", buffering=0) as file:
+            with open_lock(self._lock) as lock, self._file.open("r+b", buffering=0) as file:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 new = ~self.is_valid(rows)
-                values = np.ascontiguousarray(values[new], self._array_dtype)
+                values = np.ascontiguousarray(values[new], self._dtype)
                 # Not through the memory map, where a full disk would kill the process.
                 for row, value, checksum in zip(rows[new], values, _checksums(values), strict=True):
                     os.pwrite(file.fileno(), value, self._header + int(row) * self.row_bytes)
                     os.pwrite(file.fileno(), checksum, int(row) * 4)
         except OSError as error:
             problem = f"the teacher cache {self.folder} cannot be written ({error.strerror})"
-            raise CheckpointError(
-                f"{problem}: free space or set DISTILLER.TEACHER_CACHE off"
-            ) from error
+            hint = "free space or set DISTILLER.TEACHER_CACHE off"
+            raise CheckpointError(f"{problem}: {hint}") from error
 
     def write_later(self, rows: Array, values: Tensor) -> None:
         """Write rows from any device in a thread, after those of the previous call, whose errors are raised."""

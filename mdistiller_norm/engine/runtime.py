@@ -17,7 +17,8 @@ from tqdm import tqdm
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 
-LINE_SECONDS = 60.0  # between two lines of progress without a terminal
+LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
+LINE_SECONDS = 60.0  # between two lines without a terminal
 
 
 class _Lines(io.TextIOBase):
@@ -29,13 +30,10 @@ class _Lines(io.TextIOBase):
 
 def progress(iterable: Any = None, **options: Any) -> Any:
     """Return a tqdm bar with these options: on a terminal a bar that is removed at the end, else a line a minute."""
-    if sys.stderr.isatty():
-        options["dynamic_ncols"] = True
-    else:
-        options |= {
-            "file": _Lines(), "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS, "delay": LINE_SECONDS,
-            "miniters": 1, "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}",
-        }  # fmt: skip
+    options = {"unit": "step", "dynamic_ncols": sys.stderr.isatty()} | options
+    if not options["dynamic_ncols"]:
+        options |= dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS)
+        options |= {"file": _Lines(), "miniters": 1, "bar_format": LINE}
     return tqdm(iterable, leave=False, **options)
 
 

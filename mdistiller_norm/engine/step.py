@@ -34,7 +34,7 @@ class TrainStep:
         clip_grad: largest norm of the gradient; 0 to not clip.
 
     Attributes:
-        part: rows of the next batch that this process trains on.
+        part: rows of the next batch that this process trains on; defaults to all.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TrainStep:
         self.optimizer, self.meters, self.forward = optimizer, meters, forward or trainable
         self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
         self.accumulate, self.clip_grad = accumulate, clip_grad
-        self.part: Part | None = None
+        self.part = Part(slice(None), 1.0, accumulate)
         self.loss_weights = torch.tensor(trainable.loss_weights(1), device=device)
         self.scaler.scale(torch.zeros((), device=device))  # creates its tensors
 
@@ -70,8 +70,7 @@ class TrainStep:
         """Train on one batch, given its tensors from :meth:`with_teacher_outputs`."""
         batch, extra = self._prepare(raw)
         rows = len(batch.targets)
-        part_weight, most = (self.part.weight, self.part.smallest) if self.part else (1.0, rows)
-        micro_batches = _split(batch, extra, min(self.accumulate, most))
+        micro_batches = _split(batch, extra, min(self.accumulate, self.part.smallest))
         parallel = self.forward if isinstance(self.forward, DistributedDataParallel) else None
         self.trainable.zero_grad()
         for number, (micro_batch, its_extra) in enumerate(micro_batches, 1):
@@ -82,9 +81,9 @@ class TrainStep:
                 if isinstance(self.optimizer, DOT):
                     self.optimizer.backward(losses.parts)
                 else:
-                    loss = losses.total * (part_weight * len(micro_batch.targets) / rows)
+                    loss = losses.total * (self.part.weight * len(micro_batch.targets) / rows)
                     self.scaler.scale(loss).backward()
-            self.meters.update(losses, micro_batch.targets, number == 1, counted=part_weight > 0)
+            self.meters.update(losses, micro_batch.targets, number == 1, self.part.weight > 0)
         if self.clip_grad and not isinstance(self.optimizer, DOT):
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.trainable.parameters(), self.clip_grad)
@@ -107,10 +106,8 @@ class TrainStep:
             parts = trial(batch, outputs, self.loss_weights).parts
         norms = {}
         for name, loss in (("ce", parts[0]), ("distill", parts[1:].sum())):
-            gradients = torch.autograd.grad(
-                loss, parameters, retain_graph=True, materialize_grads=True
-            )
-            norms[f"grad_norm_{name}"] = float(nn.utils.get_total_norm(gradients))
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            norms[f"grad_norm_{name}"] = float(nn.utils.get_total_norm(grads))
         return norms
 
     def _prepare(self, raw: Tensors) -> tuple[Batch, Tensors]:

@@ -72,25 +72,18 @@ class Teacher:
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.hash, self.need, self.autocast = weights_hash(network), need, autocast
-        module = (
-            _Forward(copy.deepcopy(network), need).train() if train_mode else folded(network, need)
-        )
-        self._runs = compiler(module) if compiler and not train_mode else module
+        if train_mode:
+            self._runs: Callable[[Tensor], Outputs] = _Forward(copy.deepcopy(network), need).train()
+        else:
+            module = folded(network, need)
+            self._runs = compiler(module) if compiler else module
 
     def with_teacher_outputs(self, batches: Iterator[Tensors]) -> Iterator[Tensors]:
         """Append to each raw batch the tensors that :meth:`__call__` needs."""
         return batches
 
+    @torch.no_grad()
     def __call__(self, batch: Batch, *extra: Tensor) -> Outputs:
-        return self.run(batch.images)
-
-    def run(self, images: Tensor) -> Outputs:
-        # Tensors that the student's loss saves for backward must not be inference tensors. Copying the small outputs
-        # is cheap; for maps, no_grad is cheaper than copies.
-        mode = torch.no_grad() if self.need is Need.MAPS else torch.inference_mode()
-        enabled = self.autocast is not None
-        with mode, torch.autocast(images.device.type, self.autocast, enabled=enabled):
-            outputs = self._runs(images)
-        if self.need is Need.MAPS:
-            return outputs
-        return Outputs(outputs.logits.clone(), (), (), outputs.pooled.clone())
+        device = batch.images.device.type
+        with torch.autocast(device, self.autocast, enabled=bool(self.autocast)):
+            return self._runs(batch.images)

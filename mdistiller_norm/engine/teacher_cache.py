@@ -51,11 +51,14 @@ class CachedTeacher(Teacher):
         on_gpu = self._device.type == "cuda"
         self._batch_size = max(loader.batch_size, MIN_GPU_BATCH) if on_gpu else loader.batch_size
         description = {
-            "teacher": self.hash, "data": loader.fingerprint(), "views": self._views, "need": self.need.name,
+            "teacher": self.hash,
+            "data": loader.fingerprint(),
+            "views": self._views,
+            "need": self.need.name,
             "precision": str(self.autocast or torch.float32),
-        }  # fmt: skip
+        }
         key = json.dumps([description, dtype, RowStore.LAYOUT], sort_keys=True).encode()
-        folder = checkpoint.parent / f"{checkpoint.name}.cache" / hashlib.sha256(key).hexdigest()[:12]
+        folder = Path(f"{checkpoint}.cache", hashlib.sha256(key).hexdigest()[:12])
         width = self.classes + (pooled if self.need is Need.POOLED else 0)
         self.store = RowStore(folder, loader.samples * self._views, width, DTYPES[dtype])
         self.requested = self.computed = 0  # rows
@@ -76,14 +79,13 @@ class CachedTeacher(Teacher):
         stored = self.store.read(rows).astype(np.float64)
         computed = self._run(rows).cpu().numpy().astype(np.float64) if len(rows) else stored
         if not np.linalg.norm(stored - computed) <= TOLERANCE * np.linalg.norm(computed):
-            problem = "holds other outputs than the teacher computes"
-            raise CheckpointError(f"the teacher cache {self.store.folder} {problem}: remove it")
+            raise CheckpointError(f"{self.store.folder} does not match the teacher: remove it")
 
     def hold_on_device(self) -> str:
         """Copy the store to the teacher's device if that is a GPU with room for it; return a line about it, or ""."""
         if self._device.type != "cuda":
             return ""
-        size, free = self.store.rows * self.store.row_bytes, torch.cuda.mem_get_info(self._device)[0]
+        size, free = self.store.rows * self.store.row_bytes, torch.cuda.mem_get_info()[0]
         if fits := free >= 2 * size:  # half is left for training
             self.device_rows = DeviceRows(self.store, self._device)
         place = "is held on the device" if fits else "stays on the host"
@@ -95,26 +97,23 @@ class CachedTeacher(Teacher):
     def with_teacher_outputs(self, batches: Iterator[Tensors]) -> Iterator[Tensors]:
         """Yield the batches of an epoch with the stored rows of their samples appended."""
         raws = list(batches)  # only indices and views
-        groups = [
-            raws[first : first + PREFETCH_STEPS] for first in range(0, len(raws), PREFETCH_STEPS)
-        ]
-        counts = [sum(len(raw[0]) for raw in group) for group in groups]
         rows = self.row_indices(raws)
-        # The one host-device synchronisation of an epoch.
-        parts = rows.split_with_sizes(counts), rows.cpu().split_with_sizes(counts)
-        for group, on_device, on_host in zip(groups, *parts, strict=True):
-            host = on_host.numpy()
+        host_rows = rows.cpu().numpy()  # the one host-device synchronisation of an epoch
+        start = 0
+        for first in range(0, len(raws), PREFETCH_STEPS):
+            group = raws[first : first + PREFETCH_STEPS]
+            sizes = [len(raw[0]) for raw in group]
+            part = slice(start, start + sum(sizes))
+            start, host = part.stop, host_rows[part]
             self.requested += len(host)
             missing, computed = self._compute_missing(host)
             if self.device_rows:
-                values = self.device_rows.read(on_device)
+                values = self.device_rows.read(rows[part])
             else:
                 values = to_device(self.store.read(host).astype(np.float32), self._device)
                 new = np.isin(host, missing)
-                values[to_device(new, self._device)] = computed[
-                    np.searchsorted(missing, host[new])
-                ].float()
-            sizes = [len(raw[0]) for raw in group]
+                found = computed[np.searchsorted(missing, host[new])]
+                values[to_device(new, self._device)] = found.float()
             for raw, value in zip(group, values.split_with_sizes(sizes), strict=True):
                 yield (*raw, value)
         self.store.flush()  # a finished epoch is on the disk
@@ -133,7 +132,7 @@ class CachedTeacher(Teacher):
             yield
         rows = np.flatnonzero(visited)
         size = PREFETCH_STEPS * self._batch_size
-        for first in progress(range(0, len(rows), size), desc="teacher cache", unit="step"):
+        for first in progress(range(0, len(rows), size), desc="teacher cache"):
             self._compute_missing(rows[first : first + size])
             yield
         self.store.flush()
@@ -148,8 +147,9 @@ class CachedTeacher(Teacher):
             self.computed += len(missing)
             values = self._run(missing)
             if values.dtype is torch.float16 and not values.isfinite().all():
-                key = "DISTILLER.TEACHER_CACHE_PRECISION"
-                raise CheckpointError(f"the teacher's outputs are too large for fp16: set {key} fp32")
+                raise CheckpointError(
+                    "outputs are too large for fp16: set DISTILLER.TEACHER_CACHE_PRECISION fp32"
+                )
             self.store.write_later(missing, values)
             if self.device_rows:
                 self.device_rows.write(missing, values)
@@ -165,7 +165,7 @@ class CachedTeacher(Teacher):
             # Repeats fill the last batch: with one shape, a compiled teacher is compiled once.
             filled = to_device(np.resize(rows[first : first + size], size), self._device)
             batch = self.loader.prepare(filled // self._views, filled % self._views, key)
-            outputs = self.run(batch.images)
+            outputs = super().__call__(batch)
             both = torch.cat([outputs.logits.float(), outputs.pooled.float()], 1)
             results.append(both[:, : self.store.width])
         return torch.cat(results)[: len(rows)].to(self.store.dtype)

@@ -24,6 +24,8 @@ MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's weights
 ROOTS = (Path(), PROJECT)  # folders that are searched
 PEER_TEACHERS = Path("download_ckpts/cifar_teachers")  # mdistiller's folder of downloaded teachers
+# Errors of a result.json of another program, or one that is being written.
+FOREIGN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,8 @@ def add_to_manifest(manifest: Path, file: Path, **fields: Any) -> None:
 
 def manifest_files(root: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the files that the manifest of a folder lists, with their entries."""
-    return [
-        (root / MANIFEST.parent / entry["file"], entry) for entry in read_manifest(root / MANIFEST)
-    ]
+    manifest = root / MANIFEST
+    return [(manifest.parent / entry["file"], entry) for entry in read_manifest(manifest)]
 
 
 def find_teacher(
@@ -79,7 +80,7 @@ def find_teacher(
     dataset: str,
     weights: str,
     runs: Path,
-    train_command: str,
+    command: str,
     epochs: int = 0,
     data: Mapping[str, Any] | None = None,
 ) -> TeacherFile:
@@ -94,28 +95,25 @@ def find_teacher(
     if weights:
         if not (file := Path(weights)).is_file():
             raise CheckpointError(f"DISTILLER.TEACHER_WEIGHTS: there is no file {weights}")
-        listed = chain(*map(manifest_files, ROOTS))
-        entries = [entry for path, entry in listed if path.resolve() == file.resolve()]
-        return TeacherFile(file, entries[0].get("top1") if entries else None)
+        listed = {path.resolve(): entry for path, entry in chain(*map(manifest_files, ROOTS))}
+        return TeacherFile(file, listed.get(file.resolve(), {}).get("top1"))
     if known := known_teacher(model, dataset):
         return known
-    hint = f"set DISTILLER.TEACHER_WEIGHTS, or train it with `{train_command}`"
+    hint = f"set DISTILLER.TEACHER_WEIGHTS, or train it with `{command}`"
     if trained := _finished_run(model, dataset, runs, epochs, data or {}):
         path, top1, length = trained
-        warning = (
-            f"the teacher {path} was trained for {length} epochs, the student for {epochs}: {hint}"
-        )
+        warning = f"{path} was trained for {length} epochs, the student for {epochs}: {hint}"
         return TeacherFile(path, top1, warning if length < epochs else "")
     places = f"{MANIFEST}, {PEER_TEACHERS} or the runs of {runs}"
     raise CheckpointError(f"no weights for the teacher {model} on {dataset} in {places}: {hint}")
 
 
 def pretrained_teacher(
-    network: Network, classes: Sequence[str], runs: Path, train_command: str
+    network: Network, classes: Sequence[str], runs: Path, command: str
 ) -> TeacherFile:
     """Check that the pretrained weights of a network fit the data set. Its cache is stored in ``runs/pretrained``."""
     if (count := network.pretrained["num_classes"]) != len(classes):
-        raise CheckpointError(f"{network.name} is pretrained for {count} classes: run {train_command}")
+        raise CheckpointError(f"{network.name} is pretrained for {count} classes: run {command}")
     return TeacherFile(runs / "pretrained" / network.name.replace("/", "_"))
 
 
@@ -127,7 +125,7 @@ def known_teacher(model: str, dataset: str) -> TeacherFile | None:
                 if not path.is_file():
                     raise CheckpointError(f"{path}, listed in {root / MANIFEST}, does not exist")
                 if entry.get("sha256") not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
-                    raise CheckpointError(f"{path} has another SHA-256 than {root / MANIFEST} states")
+                    raise CheckpointError(f"{path} has another SHA-256 than in {root / MANIFEST}")
                 return TeacherFile(path, entry.get("top1"))
         path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
         if dataset == "cifar100" and path.is_file():
@@ -144,7 +142,7 @@ def published(name: str) -> TeacherFile:
         if not (path := Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)).is_file():
             weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"torchvision's weights {name} are not available ({error})") from error
+        raise CheckpointError(f"torchvision's weights {name} are missing ({error})") from error
     top1 = weights.meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
     return TeacherFile(path, top1, images=expected_images(weights))
 
@@ -157,37 +155,26 @@ def _finished_run(
         weights = path.with_name("student_last.pt")
         try:
             result = json.loads(regular(path).read_text())
-            matches = (result["method"], result["student"], result["dataset"]) == ([], model, dataset)
+            names = result["method"], result["student"], result["dataset"]
             node = result["config"]["DATASET"]
             # A part of the images only if the student is trained on the same part.
             parts = [node.get(key, 0) in (0, data.get(key)) for key in ("VAL_SPLIT", "SUBSET")]
-            if matches and all(parts) and weights.is_file():
+            if names == ([], model, dataset) and all(parts) and weights.is_file():
                 same_data = all(node.get(key, value) == value for key, value in data.items())
-                found.append(
-                    (same_data, weights, float(result["last"]["top1"]), int(result["epochs"]))
-                )
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-        ):
-            continue  # the file of another program, or one that is being written
+                top1, length = float(result["last"]["top1"]), int(result["epochs"])
+                found.append((same_data, weights, top1, length))
+        except FOREIGN:
+            continue
     best = max(found, key=lambda run: (run[0], run[3] == epochs, run[3], run[2]), default=None)
     return best[1:] if best else None
 
 
 def check_classes(weights: Weights, classes: Sequence[str]) -> None:
     """Check that weights were trained on the classes of a data set, in this order, if they name their classes."""
-    for number, (theirs, ours) in enumerate(
-        zip(weights.about.get("classes", ()), classes, strict=False)
-    ):
+    for theirs, ours in zip(weights.about.get("classes", ()), classes, strict=False):
         if theirs != ours:
-            problem = f"class {number} is {theirs!r} in {weights.path} and {ours!r} here"
-            raise CheckpointError(f"{problem}: set DATASET.CLASSES as in its training")
+            hint = "set DATASET.CLASSES as in its training"
+            raise CheckpointError(f"{weights.path} has class {theirs!r} for {ours!r}: {hint}")
 
 
 def check_teacher(

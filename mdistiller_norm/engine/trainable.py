@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mdistiller_norm.distillers.base import Distiller, Need, at_least_float32
+from mdistiller_norm.distillers.base import Distiller, Need
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models.base import Network
-from mdistiller_norm.types import Batch, Losses, Outputs
+from mdistiller_norm.types import Batch, Losses, Outputs, at_least_float32
 
 
 class Trainable(nn.Module):
@@ -25,6 +24,7 @@ class Trainable(nn.Module):
     Attributes:
         ema: the student with averaged weights, or None.
         methods: the distillers, in order.
+        loss_names: names of the losses.
         need: outputs that they read.
         forward_student: maps images to the student's outputs: ``student.outputs`` or a compiled form of it.
     """
@@ -41,15 +41,11 @@ class Trainable(nn.Module):
         self.student, self.autocast = student, autocast
         self.forward_student: Callable[[Tensor], Outputs] = student.outputs
         self.distillers = nn.ModuleDict(dict(distillers or {}))
-        self.methods = list((distillers or {}).values())
+        self.methods, self.loss_names = list((distillers or {}).values()), ["ce", *self.distillers]
         self.need = max((method.need for method in self.methods), default=Need.NOTHING)
         self.label_smoothing = label_smoothing
         self.ema = copy.deepcopy(student).requires_grad_(False) if ema else None
         self._average = get_ema_multi_avg_fn(ema)
-
-    @property
-    def loss_names(self) -> list[str]:
-        return ["ce", *self.distillers]
 
     @property
     def evaluated(self) -> Network:
@@ -82,7 +78,7 @@ class Trainable(nn.Module):
         return Losses(weighted.sum(), weighted, at_least_float32(student.logits.detach()))
 
     def student_outputs(self, images: Tensor) -> Outputs:
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(images.device.type, self.autocast, enabled=bool(self.autocast)):
             return self.forward_student(images)
 
     def losses(self, student: Outputs, batch: Batch, teacher: Outputs | None) -> list[Tensor]:
@@ -90,14 +86,15 @@ class Trainable(nn.Module):
         with torch.autocast(batch.images.device.type, enabled=False):
             student = _at_least_float32(student, self.need)
             smoothing = self.label_smoothing
-            losses = [F.cross_entropy(student.logits, batch.targets, label_smoothing=smoothing)]
+            losses = [
+                nn.functional.cross_entropy(student.logits, batch.targets, label_smoothing=smoothing)
+            ]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
                 for name, method in self.distillers.items():
                     loss = method(student, teacher, batch)
-                    is_tensor = isinstance(loss, Tensor)
-                    got = f"shape {list(loss.shape)}" if is_tensor else type(loss).__name__
-                    if got != "shape []":
+                    if not isinstance(loss, Tensor) or loss.dim():
+                        got = getattr(loss, "shape", type(loss).__name__)
                         raise ConfigError(f"{name}: forward must return a scalar tensor, got {got}")
                     if losses[0].requires_grad and not loss.requires_grad:
                         raise ConfigError(f"{name}: the loss must have a gradient")

@@ -32,7 +32,7 @@ class Intervals:
     log_steps: int  # between losses logged by step
     save_steps: int  # between states saved within an epoch; 0 for none
     keep_epochs: int  # between students that are kept (student_<epoch>.pt)
-    grad_norms: bool = False  # of each epoch's first batch
+    grad_norms: bool  # of each epoch's first batch
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Trainer:
 
     Args:
         test: split that is evaluated after each epoch.
-        run_step: ``step`` (default) or its captured form.
-        run_test: captured form of the student for evaluation.
+        run_step: ``step`` or its captured form.
+        run_test: captured form of the student for evaluation, or None.
 
     Attributes:
         epoch: current epoch, counted from 1.
@@ -67,12 +67,12 @@ class Trainer:
         log: RunLog,
         provenance: Provenance,
         intervals: Intervals,
-        run_step: Callable[..., None] | None = None,
-        run_test: Callable[[Tensor], Tensor] | None = None,
+        run_step: Callable[..., None],
+        run_test: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.step, self.schedule, self.test = step, schedule, test
         self.folder, self.log, self.provenance, self.intervals = folder, log, provenance, intervals
-        self.run_step, self.run_test = run_step or step, run_test
+        self.run_step, self.run_test = run_step, run_test
         self.prefetch: Iterable[None] = ()
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0
         self.best: Record = {}
@@ -126,22 +126,32 @@ class Trainer:
         evaluated, autocast = step.trainable.evaluated, step.trainable.autocast
         test = evaluate(evaluated, self.test, autocast, self.run_test)
         if not math.isfinite(test.loss):  # of the last update
-            raise NonFiniteLossError(f"the test loss became NaN or infinite after epoch {self.epoch}")
+            raise NonFiniteLossError("the test loss", f"after epoch {self.epoch}")
         self.seconds += time.perf_counter() - self._counted_until
-        record = {f"loss_{name}": value for name, value in averages.losses.items()} | self.grad_norms | {
-            "epoch": self.epoch, "lr": lr, "train_top1": averages.top1, "test_top1": test.top1, "test_top5": test.top5,
-            "test_loss": test.loss, "data_wait": waited / trained,
-            "images_per_second": averages.samples * remaining / trained, "seconds": self.seconds,
-        }  # fmt: skip
+        record = {
+            **{f"loss_{name}": value for name, value in averages.losses.items()},
+            **self.grad_norms,
+            "epoch": self.epoch,
+            "lr": lr,
+            "train_top1": averages.top1,
+            "test_top1": test.top1,
+            "test_top5": test.top5,
+            "test_loss": test.loss,
+            "data_wait": waited / trained,
+            "images_per_second": averages.samples * remaining / trained,
+            "seconds": self.seconds,
+        }
         self._end_epoch(record, test)
 
     def _train_steps(self) -> float:
         step, loader, save_steps = self.step, self.step.loader, self.intervals.save_steps
         waited, waiting_since = 0.0, time.perf_counter()
         with progress(
-            total=loader.steps, initial=self.steps_done, desc=f"epoch {self.epoch}/{self.schedule.epochs}", unit="step",
+            total=loader.steps,
+            initial=self.steps_done,
+            desc=f"epoch {self.epoch}/{self.schedule.epochs}",
             disable=not distributed.is_first(),
-        ) as bar:  # fmt: skip
+        ) as bar:
             for batch in step.with_teacher_outputs(loader.batches(self.epoch, self.steps_done)):
                 waited += time.perf_counter() - waiting_since
                 step.part = loader.part(self.steps_done)
@@ -150,9 +160,8 @@ class Trainer:
                 self.run_step(*batch)
                 self.steps_done += 1
                 bar.update()
-                stop = distributed.all_reduce_max(
-                    self._requested if self._log_losses(bar) else NON_FINITE
-                )
+                finite = self._log_losses(bar)
+                stop = distributed.all_reduce_max(self._requested if finite else NON_FINITE)
                 if stop == NON_FINITE:
                     step.meters.read(self.epoch, together=True)  # raises
                 within = self.steps_done < loader.steps
@@ -169,14 +178,12 @@ class Trainer:
         if not due and time.perf_counter() - self._last_read <= READ_SECONDS:
             return True
         try:
-            averages = self.step.meters.read(self.epoch)
+            losses, top1, _ = self.step.meters.read(self.epoch)
         except NonFiniteLossError:
             return False
-        bar.set_postfix(
-            loss=f"{averages.losses['total']:.3f}", top1=f"{averages.top1:.1f}", refresh=False
-        )
+        bar.set_postfix(loss=f"{losses['total']:.3f}", top1=f"{top1:.1f}", refresh=False)
         if due:
-            self.log.step(averages.losses, self.total_steps)
+            self.log.step(losses, self.total_steps)
         self._last_read = time.perf_counter()
         return True
 
@@ -212,7 +219,7 @@ class Trainer:
         tensors = chain(self.step.trainable.parameters(), self.step.trainable.student.buffers())
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise NonFiniteLossError(
-                f"the weights or batch norms became NaN or infinite at step {self.steps_done} of epoch {self.epoch}"
+                "the weights or batch norms", f"at step {self.steps_done} of epoch {self.epoch}"
             )
         distributed.average_batch_norms(self.step.trainable)
         now = time.perf_counter()
@@ -229,12 +236,21 @@ class Trainer:
         """Return the state to resume from. A collective operation; the state does not depend on the process."""
         step = self.step
         return {
-            "trainable": step.trainable.state_dict(), "optimizer": step.optimizer.state_dict(),
-            "scaler": step.scaler.state_dict(), "meters": step.meters.all_reduced_state(), "epoch": self.epoch,
-            "steps_done": self.steps_done, "total_steps": self.total_steps, "seconds": self.seconds, "best": self.best,
-            "last": self.last, "parts": self.parts, "grad_norms": self.grad_norms,
-            "identity": self.provenance.identity, "about": self.provenance.about,
-        }  # fmt: skip
+            "trainable": step.trainable.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
+            "scaler": step.scaler.state_dict(),
+            "meters": step.meters.all_reduced_state(),
+            "epoch": self.epoch,
+            "steps_done": self.steps_done,
+            "total_steps": self.total_steps,
+            "seconds": self.seconds,
+            "best": self.best,
+            "last": self.last,
+            "parts": self.parts,
+            "grad_norms": self.grad_norms,
+            "identity": self.provenance.identity,
+            "about": self.provenance.about,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume from :meth:`state`."""

@@ -41,7 +41,7 @@ def register(
         try:
             inspect.signature(builder).bind(2)
         except TypeError as error:
-            raise TypeError(f"model {name!r} requires a function of num_classes ({error})") from error
+            raise TypeError(f"{name!r} requires a function of num_classes ({error})") from error
         for variant in variants:
             VARIANTS[variant].register(name)(builder)
         return builder
@@ -78,20 +78,19 @@ def build_model(
         network.name = name
         return network
     if pretrained:
-        raise ConfigError(f"pretrained weights require a model named {'|'.join(PREFIXES)}, got {name}")
+        raise ConfigError(f"pretrained weights need a model named {'|'.join(PREFIXES)}, got {name}")
     models = VARIANTS[variant]
     others = [other for other in VARIANTS if name in VARIANTS[other]]
     if name not in models and others:
-        known = ", ".join(sorted(models))
         raise ConfigError(
-            f"model {name!r} requires DATASET.VARIANT {others[0]}; models of {variant}: {known}"
+            f"model {name!r} requires DATASET.VARIANT {others[0]}; {variant} has {', '.join(models)}"
         )
     try:
         network = models[name](num_classes)
     except (OSError, TypeError) as error:  # a missing file, or a class without num_classes
         raise ConfigError(f"model {name!r} cannot be built: {first_line(error)}") from error
     if not isinstance(network, Network):
-        raise ConfigError(f"model {name!r} must be a Network or Wrapped, got {type(network).__name__}")
+        raise ConfigError(f"model {name!r} must be a Network or Wrapped, got {type(network)}")
     network.name = name
     return network
 
@@ -110,8 +109,9 @@ def probe(network: Network, image_size: Sequence[int] = (32, 32)) -> Outputs:
         with torch.no_grad():
             return shadow.outputs(torch.empty(2, 3, *image_size, dtype=dtype, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
-        problem = f"cannot take images of {'x'.join(map(str, image_size))} pixels: {first_line(error)}"
-        raise ConfigError(f"model {network.name!r} {problem}") from error
+        raise ConfigError(
+            f"{network.name!r} cannot take images of size {list(image_size)}: {first_line(error)}"
+        ) from error
 
 
 def count_macs(network: Network, image_size: Sequence[int]) -> int:

@@ -41,9 +41,10 @@ def build_external(name: str, num_classes: int, image_size: Size, pretrained: bo
         raise ConfigError(f"model {name!r} cannot be built ({kind}: {first_line(error)})") from error
 
 
-def _unknown(name: str, known: Iterable[str]) -> ConfigError:
-    near = " or ".join(nearest(name, known))
-    return ConfigError(f"unknown model {name!r}" + (f": did you mean {near}?" if near else ""))
+def _unknown(library: str, name: str, known: Iterable[str]) -> ConfigError:
+    near = " or ".join(f"{library}:{each}" for each in nearest(name, known))
+    hint = f": did you mean {near}?" if near else ""
+    return ConfigError(f"unknown model '{library}:{name}'{hint}")
 
 
 class _TimmNetwork(Wrapped):
@@ -61,8 +62,7 @@ def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool)
 
     is_known = timm.is_model_pretrained if "." in name else timm.is_model
     if ":" not in name and not is_known(name):
-        known = timm.list_models() + timm.list_pretrained()
-        raise _unknown(f"timm:{name}", [f"timm:{each}" for each in known])
+        raise _unknown("timm", name, timm.list_models() + timm.list_pretrained())
     create = partial(timm.create_model, name, pretrained=pretrained, num_classes=num_classes)
     module: Any = create()
     cfg = module.pretrained_cfg
@@ -73,9 +73,8 @@ def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool)
     classifier = next((name for name, child in module.named_modules() if child is head), "")
     kind = _TimmNetwork if hasattr(module, "forward_intermediates") else Wrapped
     network = kind(module, num_classes, classifier=classifier)
-    network.pretrained = {"image_size": cfg["input_size"][1:]} | {
-        key: cfg[key] for key in ("num_classes", "mean", "std", "interpolation")
-    }
+    keys = ("num_classes", "mean", "std", "interpolation")
+    network.pretrained = {key: cfg[key] for key in keys} | {"image_size": cfg["input_size"][1:]}
     return network
 
 
@@ -85,10 +84,10 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
     architecture, _, tag = name.partition(".")
     known = models.list_models(module=models)
     if architecture.lower() not in known:
-        raise _unknown(f"torchvision:{name}", [f"torchvision:{each}" for each in known])
+        raise _unknown("torchvision", name, known)
     tags = models.get_model_weights(architecture).__members__
     if tag and tag not in tags:
-        raise _unknown(f"torchvision:{name}", [f"torchvision:{architecture}.{each}" for each in tags])
+        raise _unknown("torchvision", name, [f"{architecture}.{each}" for each in tags])
     options: dict[str, Any] = {"num_classes": num_classes}
     if architecture.startswith("vit_") and image_size:
         options["image_size"] = image_size[0]
@@ -104,22 +103,19 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
             if key in own and own[key].shape != state[key].shape:
                 state[key] = own[key]
         module.load_state_dict(state)
-        network.pretrained = {
-            "num_classes": len(weights.meta["categories"]),
-            **expected_images(weights),
-        }
+        categories = weights.meta["categories"]
+        network.pretrained = {"num_classes": len(categories), **expected_images(weights)}
     return network
 
 
 def expected_images(weights: Any) -> dict[str, Any]:
     """Return size, normalisation and interpolation of the images that weights of torchvision expect."""
     images = weights.transforms()
-    kind = images.interpolation.value
     return {
         "mean": images.mean,
         "std": images.std,
         "image_size": images.crop_size * 2,
-        "interpolation": kind,
+        "interpolation": images.interpolation.value,
     }
 
 

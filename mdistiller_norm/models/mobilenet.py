@@ -6,7 +6,6 @@ RepDistiller's variant (ReLU instead of ReLU6, one stride fewer) with its parame
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Network, conv_bn, init_weights
 from mdistiller_norm.types import Outputs
@@ -52,7 +51,7 @@ class MobileNetV1(Network):
         x, features, preacts = images, [], []
         for index, block in enumerate(self.model):
             preact = block(x)
-            x = F.relu(preact, inplace=index not in V1_FEATURES)
+            x = nn.functional.relu(preact, inplace=index not in V1_FEATURES)
             if index in V1_FEATURES:
                 features.append(x)
                 preacts.append(preact)
@@ -63,13 +62,13 @@ class MobileNetV1(Network):
 class InvertedResidual(nn.Module):
     """Expand (1x1), filter (depthwise 3x3), project (1x1, linear); residual if the shape is unchanged."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+    def __init__(self, ins: int, outs: int, stride: int, expansion: int) -> None:
         super().__init__()
-        width = in_channels * expansion
-        self.residual = stride == 1 and in_channels == out_channels
-        expand = _conv_bn_relu(in_channels, width, 1)
+        width = ins * expansion
+        self.residual = stride == 1 and ins == outs
+        expand = _conv_bn_relu(ins, width, 1)
         depthwise = _conv_bn_relu(width, width, 3, stride, groups=width)
-        self.conv = nn.Sequential(*expand, *depthwise, *conv_bn(width, out_channels, 1))
+        self.conv = nn.Sequential(*expand, *depthwise, *conv_bn(width, outs, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(x)
@@ -112,5 +111,5 @@ class MobileNetV2(Network):
         return Outputs(self.classifier(pooled), tuple(features), tuple(features), pooled)
 
 
-IMAGENET_MODELS.register("MobileNetV1")(MobileNetV1)
-CIFAR_MODELS.register("MobileNetV2")(MobileNetV2)
+IMAGENET_MODELS["MobileNetV1"] = MobileNetV1
+CIFAR_MODELS["MobileNetV2"] = MobileNetV2

@@ -23,22 +23,20 @@ class ResidualBlock(nn.Module):
     of the identity's projection, which exists if the shape changes.
     """
 
-    def __init__(
-        self, in_channels: int, width: int, stride: int, bottleneck: bool, projection: str
-    ) -> None:
+    def __init__(self, ins: int, width: int, stride: int, bottleneck: bool, projection: str) -> None:
         super().__init__()
-        out_channels = 4 * width if bottleneck else width
+        outs = 4 * width if bottleneck else width
         if bottleneck:
-            self.conv1, self.bn1 = conv_bn(in_channels, width, 1)
+            self.conv1, self.bn1 = conv_bn(ins, width, 1)
             self.conv2, self.bn2 = conv_bn(width, width, 3, stride)
-            self.conv3, self.bn3 = conv_bn(width, out_channels, 1)
+            self.conv3, self.bn3 = conv_bn(width, outs, 1)
         else:
-            self.conv1, self.bn1 = conv_bn(in_channels, width, 3, stride)
+            self.conv1, self.bn1 = conv_bn(ins, width, 3, stride)
             self.conv2, self.bn2 = conv_bn(width, width, 3)
         self.bottleneck = bottleneck
-        self.projection = projection if stride != 1 or in_channels != out_channels else ""
+        self.projection = projection if stride != 1 or ins != outs else ""
         if self.projection:
-            self.add_module(projection, nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride)))
+            self.add_module(projection, nn.Sequential(*conv_bn(ins, outs, 1, stride)))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -109,17 +107,15 @@ class ResNet(Network):
 # CIFAR with three stages: the depth in the name is 6 * blocks + 2; "x4" networks are four times as wide.
 for _depth in (8, 14, 20, 32, 44, 56, 110):
     _build = partial(ResNet, depths=[(_depth - 2) // 6] * 3)
-    CIFAR_MODELS.register(f"resnet{_depth}")(partial(_build, widths=(16, 32, 64), stem_width=16))
+    CIFAR_MODELS[f"resnet{_depth}"] = partial(_build, widths=(16, 32, 64), stem_width=16)
     if _depth in (8, 32):
-        _wide = partial(_build, widths=(64, 128, 256), stem_width=32)
-        CIFAR_MODELS.register(f"resnet{_depth}x4")(_wide)
+        CIFAR_MODELS[f"resnet{_depth}x4"] = partial(_build, widths=(64, 128, 256), stem_width=32)
 
 # Four stages: ImageNet, and (18 to 50) CIFAR with a small stem and other parameter names.
 _FOUR_STAGES = partial(ResNet, widths=(64, 128, 256, 512), stem_width=64)
 _DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 for _depth, _depths in _DEPTHS.items():
     _build = partial(_FOUR_STAGES, depths=_depths, bottleneck=_depth >= 50)
-    IMAGENET_MODELS.register(f"ResNet{_depth}")(partial(_build, large_images=True))
+    IMAGENET_MODELS[f"ResNet{_depth}"] = partial(_build, large_images=True)
     if _depth < 101:
-        _small = partial(_build, projection="shortcut", classifier="linear")
-        CIFAR_MODELS.register(f"ResNet{_depth}")(_small)
+        CIFAR_MODELS[f"ResNet{_depth}"] = partial(_build, projection="shortcut", classifier="linear")

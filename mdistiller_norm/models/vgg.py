@@ -69,4 +69,4 @@ _DEPTHS = {
     "vgg19": (2, 2, 4, 4, 4),
 }  # fmt: skip
 for _name, _depths in _DEPTHS.items():
-    CIFAR_MODELS.register(_name)(partial(VGG, depths=_depths))
+    CIFAR_MODELS[_name] = partial(VGG, depths=_depths)

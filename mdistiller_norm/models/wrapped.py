@@ -81,11 +81,8 @@ class Wrapped(Network):
         if isinstance(value, Tensor) and value.dim() in dimensions:
             return value
         required = " or ".join({2: "[B, D]", 4: "[B, D, H, W]"}[count] for count in dimensions)
-        got = "no call of this submodule" if value is None else f"a {type(value).__name__}"
-        if isinstance(value, Tensor):
-            got = f"shape {list(value.shape)}"
-        kind = type(self.module).__name__
-        raise ConfigError(f"{self.name} ({kind}): {name} must be a tensor {required}, got {got}")
+        got = "no call of this submodule" if value is None else getattr(value, "shape", type(value))
+        raise ConfigError(f"{self.name}: {name} must be a tensor {required}, got {got}")
 
 
 def _add_module_prefix(network: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
