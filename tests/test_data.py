@@ -77,15 +77,6 @@ def test_epoch_contains_every_sample_once_and_can_start_at_any_step() -> None:
         assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
 
 
-def test_processes_share_one_plan() -> None:
-    data = digits()
-    whole = torch.cat([raw[0] for raw in MemoryTrainLoader(data, 479, seed=5).batches(3)])
-    for world, batch in ((3, 480), (2, 64), (4, 360)):  # 1437 samples: last batches of 477, 29 and 357
-        loaders = [MemoryTrainLoader(data, batch, 5, Share(rank, world)) for rank in range(world)]
-        steps = zip(*([raw[0] for raw in loader.batches(3)] for loader in loaders), strict=True)
-        assert torch.equal(torch.cat([part for step in steps for part in step]), whole)
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
 def test_weighted_parts_give_the_mean_of_the_batch(count: int) -> None:
     values, parts = torch.arange(100.0), [share_out(40, count, Share(rank, 3)) for rank in range(3)]

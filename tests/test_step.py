@@ -42,13 +42,31 @@ class HostTensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
-def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path, teacher, method):
+@pytest.fixture(scope="module", params=["NONE", *DISTILLERS])
+def step(
+    teacher: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> TrainStep:
+    """The step of each method."""
+    return step_on_few_digits(tmp_path_factory.mktemp("step"), request.param, teacher)
+
+
+def test_losses_are_float32_and_finite_under_bf16(step, monkeypatch):
+    for module in filter(None, (step.trainable, step.teacher)):
+        monkeypatch.setattr(module, "autocast", torch.bfloat16)
+    batch = step.loader.prepare(*next(step.loader.batches(1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert step.trainable.student(batch.images).dtype is torch.bfloat16
+    losses = step.trainable(batch, step.teacher(batch) if step.teacher else None, step.loss_weights)
+    assert losses.parts.dtype is torch.float32
+    assert losses.logits.dtype is torch.float32
+    assert losses.parts.isfinite().all()
+
+
+def test_a_step_needs_no_value_and_no_tensor_on_the_host(step, monkeypatch):
     """Fake tensors have no values, so that a host synchronisation or a data-dependent shape is an error.
 
     On a fake GPU, which cannot run a backward pass, tensors on the host are found too: a CUDA graph cannot copy them.
     """
-    step = step_on_few_digits(tmp_path, method, teacher)
     on_gpu = copy.deepcopy((step.trainable, step.meters, getattr(step.teacher, "_runs", None)))
     raw = next(step.with_teacher_outputs(step.loader.batches(1)))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -71,7 +89,7 @@ def test_a_step_needs_no_value_and_no_tensor_on_the_host(tmp_path, teacher, meth
             assert "aten.mul.Tensor" in control.seen
             trainable, meters, runs = (module and module.to(gpu) for module in on_gpu)
             if step.teacher:
-                step.teacher._runs = runs
+                monkeypatch.setattr(step.teacher, "_runs", runs)
             loader = digits().train_loader(64, 0, gpu)
             fake = TrainStep(loader, step.teacher, trainable, step.optimizer, meters)
             fake.begin_epoch(2, 0)
@@ -148,18 +166,6 @@ def half_step(folder: Path, teacher: str, method: str, dtype: torch.dtype) -> Tr
         step.teacher.autocast = dtype
     step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype is torch.float16)
     return step
-
-
-@pytest.mark.parametrize("method", ["NONE", *DISTILLERS])
-def test_losses_are_float32_and_finite_under_bf16(tmp_path: Path, teacher: str, method: str) -> None:
-    step = half_step(tmp_path, teacher, method, torch.bfloat16)
-    batch = step.loader.prepare(*next(step.loader.batches(1)))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert step.trainable.student(batch.images).dtype is torch.bfloat16
-    losses = step.trainable(batch, step.teacher(batch) if step.teacher else None, step.loss_weights)
-    assert losses.parts.dtype is torch.float32
-    assert losses.logits.dtype is torch.float32
-    assert losses.parts.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
