@@ -3,9 +3,11 @@
 import importlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,20 @@ def test_documented_command_parses(page, tool, arguments, monkeypatch):
     packaged = tool == "train" and words[1].startswith(("configs/", "cifar100/"))
     if packaged and "EXPERIMENT.PLUGINS" not in words:
         config.load_config(words[1], [word for word in words[2:] if not word.startswith("--")])
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "eval", "export", "make_shards", "report", "reproduce", "visualize"]
+)
+def test_script_runs_its_command(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{ROOT}/tools/{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    printed = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([TOOLS.get(name, name), "--help"])
+    assert printed == capsys.readouterr().out
+    assert f"usage: python {sys.argv[0]} " in printed
 
 
 def test_quoted_examples_equal_their_files() -> None:
