@@ -108,9 +108,9 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session")
 def teacher(once: Once) -> str:
-    """Return the override with the best weights of a teacher that was trained for three epochs."""
+    """Return the override with the best weights of a teacher that was trained for two epochs."""
     settings = ("DISTILLER.STUDENT=resnet14", "SOLVER.BATCH_SIZE=64")
-    folder = once("teacher", lambda folder: train(config(folder, "teacher", *settings, epochs=3)))
+    folder = once("teacher", lambda folder: train(config(folder, "teacher", *settings)))
     return f"DISTILLER.TEACHER_WEIGHTS={folder / 'distill' / 'teacher' / 'student_best.pt'}"
 
 

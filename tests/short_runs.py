@@ -12,7 +12,7 @@ from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import Split, TensorDataset, digits
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.step import TrainStep
-from mdistiller_norm.run import build_run
+from mdistiller_norm.run import Run, build_run, train
 from mdistiller_norm.student import open_checkpoint
 
 # An epoch has 6 steps, the last one with a smaller batch.
@@ -43,16 +43,22 @@ def few_digits(train: int, test: int = 40) -> TensorDataset:
 
 def config(folder: Path, name: str, *overrides: str, epochs: int = 2) -> Config:
     """Return the config of a run in ``folder/distill/name``."""
-    return load_config(
-        None,
-        [
-            *PAIR,
-            f"LOG.PREFIX={folder}",
-            f"EXPERIMENT.NAME={name}",
-            f"SOLVER.EPOCHS={epochs}",
-            *overrides,
-        ],
-    )
+    place = [f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}"]
+    return load_config(None, [*PAIR, *place, *overrides])
+
+
+def build_few(folder: Path, name: str, *overrides: str, epochs: int = 2, **more: Any) -> Run:
+    """Build a run on 44 digits: an epoch has 5 steps of 8 and one of 4."""
+    settings = config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs)
+    return build_run(settings, **{"dataset": few_digits(44)} | more)
+
+
+def train_few(
+    folder: Path, name: str, *overrides: str, epochs: int = 2, **more: Any
+) -> dict[str, Any]:
+    """Train on 44 digits: an epoch has 5 steps of 8 and one of 4."""
+    settings = config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs)
+    return train(settings, dataset=few_digits(44), **more)
 
 
 def assert_same_state(a: Any, b: Any) -> None:
