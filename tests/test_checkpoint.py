@@ -32,7 +32,6 @@ def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
 
 LAYOUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "bare": lambda state: state,
-    "mdistiller": lambda state: {"model": state},
     "mdistiller distiller": lambda state: {
         "epoch": 240,
         "model": prefixed("module.student.", state) | {f"module.teacher.{key}": v + 1 for key, v in state.items()},
@@ -93,15 +92,9 @@ def written(content: bytes) -> Callable[[Path], object]:
         (saved({"model": {}, "extra": Evil()}), "could run code"),
         (lambda path: torch.save(network(), path), r"save only its state_dict\(\)"),
         *((truncated(size), "may be truncated") for size in (0, 10, 20_000, -10)),
-        *(
-            (written(text), "is a text file")
-            for text in (b"0 epochs\n", b"J\n", b"(l.\n", b"Entry not found")
-        ),
+        *((written(text), "is a text file") for text in (b"J\n", b"(l.\n", b"Entry not found")),
         (written(b"<!DOCTYPE html><html></html>"), "an HTML or XML page"),
-        (
-            written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
-            "a Git LFS pointer",
-        ),
+        (written(b"version https://git-lfs.github.com/spec/v1\noid sha256"), "a Git LFS pointer"),
         (written(b"\x1f\x8b\x08\0\0\0"), "a gzip file"),
         (lambda path: torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path), "not loaded"),
         (saved({"model": {"a": 1}}), "holds no weights"),
@@ -122,18 +115,16 @@ def test_other_files_are_refused(tmp_path, write, message, capfd):
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "resnet8.pth")
     weights = load_weights(tmp_path / "resnet8.pth")
-    with pytest.raises(
-        CheckpointError, match=r"does not fit resnet14: Missing.*layer1\.1\.conv1\.weight"
-    ):
-        load_into(build_model("resnet14", 10), weights, "resnet14")
-    with pytest.raises(CheckpointError, match=r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]"):
-        load_into(build_model("resnet8", 100), weights, "resnet8")
     versioned = Wrapped(mnasnet0_5(num_classes=4), 4, classifier="classifier.1")  # requires a version
     torch.save(versioned.state_dict(), tmp_path / "mnasnet.pth")
-    with pytest.raises(
-        CheckpointError, match=r"mnasnet\.pth does not fit mnasnet: version sh.* be set"
+    unversioned = load_weights(tmp_path / "mnasnet.pth")
+    for network_, content, words in (
+        (build_model("resnet14", 10), weights, r"Missing.*layer1\.1\.conv1\.weight"),
+        (build_model("resnet8", 100), weights, r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]"),
+        (versioned, unversioned, r"version sh.* be set"),
     ):
-        load_into(versioned, load_weights(tmp_path / "mnasnet.pth"), "mnasnet")
+        with pytest.raises(CheckpointError, match=rf"\.pth does not fit name: .*{words}"):
+            load_into(network_, content, "name")
 
 
 def test_a_failed_write_keeps_the_previous_file(tmp_path: Path) -> None:
@@ -201,20 +192,17 @@ def test_the_manifest_and_mdistillers_downloads_are_searched(project: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"sha256": "0" * 64}], "another SHA-256"),
-        ([{"file": "gone.pt"}], "does not exist"),
-        ([{"file": ["teacher.pt"]}], "must have file, model and dataset"),
-        (["teacher.pt"], "cannot be read as a manifest"),
-        (b"\xff\xfe\x00", "cannot be read as a manifest"),
+        ({"sha256": "0" * 64}, "another SHA-256"),
+        ({"file": "gone.pt"}, "does not exist"),
+        ({"file": ["teacher.pt"]}, "must have file, model and dataset"),
+        ("- teacher.pt", "cannot be read as a manifest"),
     ],
 )
 def test_invalid_manifests_are_refused(project: Path, content: Any, message: str) -> None:
-    if isinstance(content, bytes):
-        (project / "checkpoints" / "manifest.yaml").write_bytes(content)
-    elif isinstance(content[0], dict):
-        add_entry(project, **content[0])
+    if isinstance(content, str):
+        (project / "checkpoints" / "manifest.yaml").write_text(content)
     else:
-        (project / "checkpoints" / "manifest.yaml").write_text(yaml.safe_dump(content))
+        add_entry(project, **content)
     with pytest.raises(CheckpointError, match=message):
         find()
 
@@ -234,9 +222,8 @@ def add_run(project: Path, name: str, epochs: int, top1: float, **changes: Any) 
 def test_finished_runs_are_searched_by_data_length_and_accuracy(project: Path) -> None:
     smoke = add_run(project, "smoke", 2, 99.0)
     assert find(epochs=2) == TeacherFile(smoke, 99.0)
-    warning = find(epochs=240).warning
-    assert warning.startswith(f"{smoke} was trained for 2 epochs, the student for 240: set")
-    assert "python x.py" in warning
+    warning = f"{smoke} was trained for 2 epochs, the student for 240: set"
+    assert find(epochs=240).warning.startswith(warning)
     add_run(project, "worse", 240, 90.0)
     full = add_run(project, "full", 240, 95.0)
     # None of these is a plain run of this model on the whole training set.

@@ -1,6 +1,5 @@
 """Configs: the shipped YAML files, inheritance, overrides, stored configs and output. Errors: test_errors.py."""
 
-import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,29 +8,10 @@ import pytest
 import yaml
 
 from mdistiller_norm.config import default_config, dump, leaves, load_config, show
-from mdistiller_norm.config_keys import KEYS
 from mdistiller_norm.distillers import DISTILLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
-RUNS = [path for path in CONFIGS if "/_base_/" not in path]
-
-# A file of mdistiller's kind: no _BASE_, no NESTEROV, an int where the default is a float.
-PEER_FILE = """
-EXPERIMENT: {NAME: "", TAG: "NormKD,res50,mobilenetv1", PROJECT: "imagenet_baselines"}
-DATASET: {TYPE: "imagenet", NUM_WORKERS: 32, TEST: {BATCH_SIZE: 128}}
-DISTILLER: {TYPE: "NormKD", TEACHER: "ResNet50", STUDENT: "MobileNetV1"}
-SOLVER:
-  BATCH_SIZE: 512
-  LR_DECAY_STAGES: [30, 60, 90]
-  WEIGHT_DECAY: 0.0001
-  TYPE: "SGD"
-  TRAINER: "crd"
-LOG: {SAVE_CHECKPOINT_FREQ: 10, WANDB: True}
-KD: {TEMPERATURE: 4}
-NormKD: {TEMPERATURE_NORM: 1, LOSS: {CE_WEIGHT: 0.5, KD_WEIGHT: 0.5}}
-NormKD_W_DKD: {LOSS: {}, ALPHA: 1}
-"""
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -56,30 +36,20 @@ def values(node: dict, *keys: str) -> tuple:
     return tuple(found[key] for key in keys)
 
 
-@functools.cache
-def shipped(path: str) -> dict:
-    return load_config(ROOT / path).node
-
-
 # Shipped files
 
 
-@pytest.mark.parametrize("path", CONFIGS)
-def test_shipped_config_loads_and_round_trips(path, tmp_path):
-    node = shipped(path)
-    assert node.is_frozen()
-    assert load_config(write(tmp_path, "dump.yaml", dump(node))).node == node
-
-
-def test_runs_name_their_command_and_write_to_different_folders():
+def test_shipped_configs_round_trip_name_their_command_and_write_to_different_folders(tmp_path):
     places = Counter()
-    for path in RUNS:
-        node = shipped(path)
-        assert node.DISTILLER.TEACHER
-        assert node.DISTILLER.STUDENT
-        header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
-        assert any(f"--cfg {path}" in line for line in header)
-        places[node.EXPERIMENT.PROJECT, node.EXPERIMENT.NAME or node.EXPERIMENT.TAG] += 1
+    for path in CONFIGS:
+        node = load_config(ROOT / path).node
+        assert load_config(write(tmp_path, "dump.yaml", dump(node))).node == node, path
+        if "/_base_/" not in path:
+            assert node.DISTILLER.TEACHER
+            assert node.DISTILLER.STUDENT
+            header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
+            assert any(f"--cfg {path}" in line for line in header)
+            places[node.EXPERIMENT.PROJECT, node.EXPERIMENT.NAME or node.EXPERIMENT.TAG] += 1
     assert [place for place, count in places.items() if count > 1] == []
 
 
@@ -90,18 +60,7 @@ def test_defaults_are_a_superset_of_mdistillers(facts, tmp_path):
     theirs = json.loads((facts / "config_defaults.json").read_text())["NormKD"]
     ours = default_config()
     known = {name: node for name, node in theirs.items() if name in ours}
-    sections = {
-        "EXPERIMENT",
-        "DATASET",
-        "DISTILLER",
-        "SOLVER",
-        "LOG",
-        "KD",
-        "NormKD",
-        "NormKD_W_DKD",
-        "DKD",
-    }
-    assert sections <= set(known)
+    assert {"EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG", "KD", "NormKD", "DKD"} <= set(known)
     assert set(theirs) - set(known) <= set(theirs) - set(DISTILLERS)
     node = load_config(write(tmp_path, "theirs.yaml", yaml.safe_dump(known))).node
     for section, values in known.items():
@@ -109,13 +68,7 @@ def test_defaults_are_a_superset_of_mdistillers(facts, tmp_path):
     # Only logging to a web service is off by default here.
     changed = differences(node, default_config())
     assert [key for key in changed if not key.startswith(tuple(DISTILLERS))] == ["LOG.WANDB"]
-
-
-def test_every_method_has_its_node_and_every_common_key_a_help_text():
-    node = default_config()
-    for name, cls in DISTILLERS.items():
-        assert not cls.defaults or plain(node[name]) == cls.defaults
-    assert all(key.help for key in KEYS.values())
+    assert type(node.KD.TEMPERATURE) is float  # an int in their file
 
 
 def test_default_trees_are_independent_and_those_of_an_empty_file(tmp_path):
@@ -128,36 +81,17 @@ def test_default_trees_are_independent_and_those_of_an_empty_file(tmp_path):
     assert load_config(empty).node == load_config().node == default_config()
 
 
-def test_file_of_mdistillers_kind_loads_unchanged(tmp_path):
-    node = load_config(write(tmp_path, "normkd.yaml", PEER_FILE)).node
-    found = values(
-        node,
-        "NormKD.TEMPERATURE_NORM",
-        "KD.TEMPERATURE",
-        "SOLVER.NESTEROV",
-        "SOLVER.TRAINER",
-        "LOG.WANDB",
-    )
-    assert found == (1.0, 4.0, False, "crd", True)
-    assert [type(value) for value in found[:2]] == [float, float]
-    assert plain(node.NormKD_W_DKD.LOSS) == {}
-
-
 # Inheritance
 
 
 def test_later_bases_override_earlier_ones_and_the_file_overrides_all(tmp_path):
     write(tmp_path, "base/a.yaml", "SOLVER: {LR: 0.1, EPOCHS: 1, BATCH_SIZE: 8}\n")
     write(tmp_path, "base/b.yaml", "SOLVER: {LR: 0.2, EPOCHS: 2}\n")
-    path = write(
-        tmp_path, "run/c.yaml", "SOLVER: {EPOCHS: 3}\n_BASE_: [../base/a.yaml, ../base/b.yaml]\n"
-    )
+    text = "SOLVER: {EPOCHS: 3}\n_BASE_: [../base/a.yaml, ../base/b.yaml]\n"
+    path = write(tmp_path, "run/c.yaml", text)
     config = load_config(path, ["SEED", "5"])
-    assert (config.node.SOLVER.BATCH_SIZE, config.node.SOLVER.LR, config.node.SOLVER.EPOCHS) == (
-        8,
-        0.2,
-        3,
-    )
+    found = values(config.node, "SOLVER.BATCH_SIZE", "SOLVER.LR", "SOLVER.EPOCHS")
+    assert found == (8, 0.2, 3)
     assert config.sources["SOLVER.BATCH_SIZE"] == str(tmp_path / "base/a.yaml")
     assert config.sources["SOLVER.LR"] == str(tmp_path / "base/b.yaml")
     assert config.sources["SOLVER.EPOCHS"] == str(path)
@@ -185,18 +119,13 @@ def test_files_that_include_each_other_are_read_once(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "key", "value"),
     [
-        (["SOLVER.LR", "1"], "SOLVER.LR", 1.0),
         (["SOLVER.LR", "5e-4"], "SOLVER.LR", 5e-4),
         (["SOLVER.LR=0.3"], "SOLVER.LR", 0.3),
         (["SOLVER.LR", "1", "SOLVER.LR=0.5"], "SOLVER.LR", 0.5),
-        (["SOLVER.LR_DECAY_STAGES", "[1, 2]"], "SOLVER.LR_DECAY_STAGES", [1, 2]),
         (["SOLVER.LR_DECAY_STAGES", "(1, 2)"], "SOLVER.LR_DECAY_STAGES", [1, 2]),
         (["SOLVER.NESTEROV", "True"], "SOLVER.NESTEROV", True),
         (["DISTILLER.TYPE", "[NormKD, DKD]"], "DISTILLER.TYPE", ["NormKD", "DKD"]),
         (["EXPERIMENT.NAME", "007"], "EXPERIMENT.NAME", "007"),
-        (["EXPERIMENT.NAME", "a=b: c"], "EXPERIMENT.NAME", "a=b: c"),
-        (["EXPERIMENT.TAG", "kd, a ..b"], "EXPERIMENT.TAG", "kd, a ..b"),
-        (["EXPERIMENT.NAME", "run #1"], "EXPERIMENT.NAME", "run #1"),
         (["EXPERIMENT.NAME", "&x 'y' [z"], "EXPERIMENT.NAME", "&x 'y' [z"),
         (["EXPERIMENT.NAME", "1:30"], "EXPERIMENT.NAME", "1:30"),
         (["DATASET.ROOT=/data/my #1 set"], "DATASET.ROOT", "/data/my #1 set"),
@@ -221,9 +150,7 @@ def test_overrides_may_set_the_keys_of_used_methods():
 
 def test_merge_keys_replace_whole_values(tmp_path):
     text = "KD: {LOSS: &a {CE_WEIGHT: 0.3, KD_WEIGHT: 0.7}}\nAT.LOSS: &b {CE_WEIGHT: 0.4, FEAT_WEIGHT: 2}\n"
-    text += (
-        "NormKD:\n  LOSS:\n    <<: *a\n    KD_WEIGHT: 0.5\nPKT: {LOSS: {<<: [*b, {CE_WEIGHT: 9}]}}\n"
-    )
+    text += "NormKD: {LOSS: {<<: *a, KD_WEIGHT: 0.5}}\nPKT: {LOSS: {<<: [*b, {CE_WEIGHT: 9}]}}\n"
     node = load_config(write(tmp_path, "run.yaml", text)).node
     assert plain(node.NormKD.LOSS) == {"CE_WEIGHT": 0.3, "KD_WEIGHT": 0.5}
     assert plain(node.PKT.LOSS) == {"CE_WEIGHT": 0.4, "FEAT_WEIGHT": 2.0}
@@ -233,10 +160,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path, "base.yaml", "DISTILLER: {TEACHER_WEIGHTS: ~/w.pt}\nDATASET: {ROOT: ~}\n")
     write(tmp_path, "e.py", "")
-    file = write(
-        tmp_path, "r/r.yaml", "_BASE_: ~/base.yaml\nLOG.PREFIX: ~/runs\nEXPERIMENT.PLUGINS: ~/e.py"
-    )
-    node = load_config(file).node
+    text = "_BASE_: ~/base.yaml\nLOG.PREFIX: ~/runs\nEXPERIMENT.PLUGINS: ~/e.py"
+    node = load_config(write(tmp_path, "r/r.yaml", text)).node
     assert (f"{tmp_path}/w.pt", str(tmp_path)) == (node.DISTILLER.TEACHER_WEIGHTS, node.DATASET.ROOT)
     assert (f"{tmp_path}/runs", [f"{tmp_path}/e.py"]) == (node.LOG.PREFIX, node.EXPERIMENT.PLUGINS)
 
@@ -247,19 +172,12 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
 def test_values_have_the_types_of_their_defaults(tmp_path):
     text = "SOLVER: {WEIGHT_DECAY: 5e-4, LR: 1E-2, EPOCHS: '7', LR_DECAY_STAGES: '(3, 5)', NESTEROV: yes}\n"
     text += "DATASET: {CLASSES: ['1', 02], MEAN: [0.5, 5e-1, 0.5]}\nENGINE: {CUDA_GRAPH: on}\nEXPERIMENT: {TAG: 3}\n"
-    path = write(tmp_path, "run.yaml", text)
-    node = load_config(path).node
+    node = load_config(write(tmp_path, "run.yaml", text)).node
     found = values(node, "SOLVER.WEIGHT_DECAY", "SOLVER.LR", "SOLVER.EPOCHS", "SOLVER.LR_DECAY_STAGES")
     assert found == (5e-4, 1e-2, 7, [3, 5])
-    found = values(
-        node,
-        "SOLVER.NESTEROV",
-        "DATASET.CLASSES",
-        "DATASET.MEAN",
-        "ENGINE.CUDA_GRAPH",
-        "EXPERIMENT.TAG",
-    )
-    assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on", "3")
+    found = values(node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH")
+    assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on")
+    assert node.EXPERIMENT.TAG == "3"
 
 
 # Output

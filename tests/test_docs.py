@@ -143,7 +143,6 @@ def test_scripts_have_no_lint() -> None:
         ("slurm/imagenet.sbatch normkt.yaml", "normkt.yaml does not exist"),
         ("slurm/imagenet.sbatch configs/imagenet/r34_r18/normkd.yaml", "must run under Slurm"),
         ("imagenet_r34_r18.sh normkt", "configs/imagenet/r34_r18/normkt.yaml does not exist"),
-        ("imagenet_r50_mv1.sh normkt", "configs/imagenet/r50_mv1/normkt.yaml does not exist"),
     ],
 )
 def test_bad_arguments(command: str, words: str) -> None:

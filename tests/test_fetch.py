@@ -119,7 +119,6 @@ def test_next_url_is_tried_and_complete_part_is_kept(server: Server) -> None:
     [
         ("plain/none.bin", {}, "none.bin cannot be downloaded: http://.*HTTP Error 404"),
         ("plain/a.bin", {"md5": "0" * 32}, "its md5 is .*, not 0000"),
-        ("plain/a.bin", {"sha256": "abcdef12"}, "its sha256 is .*, not abcdef12"),
         ("plain/a-abcdef12.bin", {}, "its sha256 is .*, not abcdef12"),
         ("plain/a.bin", {"size": 5}, "its size is 6 bytes, not 5"),
         ("plain/a.bin", {"unpack": "a"}, "archive of files/a cannot be unpacked"),
@@ -158,9 +157,8 @@ def test_weights_are_listed_found_and_evaluated(server, run, capsys):
 
 
 def test_teachers_of_mdistiller_are_unpacked_where_training_searches(server, capsys):
-    server.files["t.tar"] = tar(
-        **{"cifar_teachers/resnet8_vanilla/ckpt_epoch_240.pth": b"not weights"}
-    )
+    path = "cifar_teachers/resnet8_vanilla/ckpt_epoch_240.pth"
+    server.files["t.tar"] = tar(**{path: b"not weights"})
     entry = {"urls": [server.url("plain/t.tar")], "to": "download_ckpts", "unpack": "cifar_teachers"}
     assert fetch("teachers", **entry) == 0
     assert "resnet8: not evaluated, data contains no cifar-100-python" in capsys.readouterr().out

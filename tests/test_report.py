@@ -38,10 +38,8 @@ def made_up(
     config = cell_config(cell)
     assert config is not None
     node = config.node
-    epochs, methods = (
-        node.SOLVER.EPOCHS,
-        [] if node.DISTILLER.TYPE == "NONE" else [node.DISTILLER.TYPE],
-    )
+    epochs = node.SOLVER.EPOCHS
+    methods = [] if node.DISTILLER.TYPE == "NONE" else [node.DISTILLER.TYPE]
     curve = [best - 30 + 30 * i / epochs for i in range(epochs)]
     curve[-2], curve[-1] = best, last
     losses = {f"loss_{name}": [3 - 2 * i / epochs for i in range(epochs)] for name in ["ce", *methods]}
@@ -84,9 +82,8 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = cell_config(cell)
     assert config is not None
     error, more = "error: no <memory> | left", {"smoke": False, "seed": 0, "command": "train.py <x>"}
-    write_record(
-        failed_record(error, ["line 1"], config.node, config_file=cell.config, **more), folder
-    )
+    failure = failed_record(error, ["line 1"], config.node, config_file=cell.config, **more)
+    write_record(failure, folder)
     (folder / "broken.json").write_text("{")
     return folder
 
@@ -133,15 +130,9 @@ def test_paired_intervals_equal_the_t_test() -> None:
     a, b = {0: 76.2, 1: 76.6, 2: 76.4, 7: 1.0}, {0: 73.0, 1: 73.4, 2: 73.1, 9: 2.0}
     result = paired_difference(a, b)
     assert result is not None
-    test = scipy_stats.ttest_rel(
-        [a[i] for i in range(3)], [b[i] for i in range(3)]
-    ).confidence_interval(0.95)
-    assert (result.n, result.low, result.high) == (
-        3,
-        pytest.approx(test.low),
-        pytest.approx(test.high),
-    )
-    assert result.verdict == HOLDS
+    test = scipy_stats.ttest_rel([a[i] for i in range(3)], [b[i] for i in range(3)])
+    interval = pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert (result.n, (result.low, result.high), result.verdict) == (3, interval, HOLDS)
     for first, second, expected in (
         (b, a, (3, CONTRADICTED)),
         ({0: 1.0, 1: 3.0, 2: 2.0}, {0: 2.0, 1: 1.0, 2: 2.5}, (3, UNDECIDED)),
@@ -153,11 +144,8 @@ def test_paired_intervals_equal_the_t_test() -> None:
         assert (result.n, result.verdict) == expected
     assert str(result) == "+0.20 (n = 3, identical in all seeds)"
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
-    assert [signed(value) for value in (0.034, -0.5, -0.001)] == [
-        "+0.03",
-        "\N{MINUS SIGN}0.50",
-        "±0.00",
-    ]
+    expected = ["+0.03", "\N{MINUS SIGN}0.50", "±0.00"]
+    assert [signed(value) for value in (0.034, -0.5, -0.001)] == expected
 
 
 def test_verdicts_of_claims(report: Record) -> None:
@@ -173,12 +161,11 @@ def test_verdicts_of_claims(report: Record) -> None:
 
 
 def test_a_peak_is_tested_once_all_rows_have_runs(tmp_path: Path) -> None:
+    means = {"t_norm_1.5": 76.6, "t_norm_2": 76.5, "t_norm_4": 77.0}
     for row in TABLES["6"].rows:
         for seed in range(3):
             step = 0.02 if row.key == "t_norm_4" else 0.01
-            top1 = {"t_norm_1.5": 76.6, "t_norm_2": 76.5, "t_norm_4": 77.0}.get(
-                row.key, 75.0
-            ) + step * seed
+            top1 = means.get(row.key, 75.0) + step * seed
             write_record(made_up(TABLES["6"].cells[row.key, PAIR], seed, top1, top1), tmp_path)
     (comparison,) = collect(tmp_path)["claims"][2]["comparisons"]
     assert comparison["verdict"] == CONTRADICTED
@@ -251,10 +238,9 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
         ("normkd", 1, {}),  # an older record
     ):
         write_record(made_up(TABLES["2"].cells[row, PAIR], seed, 73.0, 73.2, **more), tmp_path)
-    for row, seed in (("kd", 1), ("dkd", 1)):
-        write_record(
-            made_up(TABLES["2"].cells[row, PAIR], seed, 74.0, 74.2, PUBLIC.ljust(64, "0")), tmp_path
-        )
+    for row in ("kd", "dkd"):
+        cell, teacher_hash = TABLES["2"].cells[row, PAIR], PUBLIC.ljust(64, "0")
+        write_record(made_up(cell, 1, 74.0, 74.2, teacher_hash), tmp_path)
     report = collect(tmp_path)
     kd, normkd, dkd = (view(report, "2", row) for row in ("kd", "normkd", "dkd"))
     assert sorted(kd.top1("best").items()) == [(0, 73.2), (1, 73.2)], "the teacher of most runs counts"
@@ -270,9 +256,7 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
     ):
         assert f"- Runs of resnet32x4 → resnet8x4 differ in {line}" in text
         assert f"Runs of resnet32x4 → resnet8x4 differ in {line}</p>" in page
-    assert (
-        f"- The teacher {PUBLIC} of resnet32x4 → resnet8x4 is public (pytorch-cifar-models, " in text
-    )
+    assert f"- The teacher {PUBLIC} of resnet32x4 → resnet8x4 is public (pytorch-cifar-" in text
     assert not re.search(r" differ in .*fp16", text)
     assert "- 1 run: 2 processes on Test GPU &lt;1&gt;, bf16" in text
 
@@ -290,11 +274,9 @@ def test_parts_of_resumed_runs_and_settings_of_other_runs_are_shown(tmp_path: Pa
     text = render(collect(tmp_path), "report.md.j2")
     assert text.count("trained in parts") == 2
     assert re.search(
-        r"seed 1, trained in parts: from step 0 on Test GPU .*; from step 700 on .*d{10}", text
+        r"1, trained in parts: from step 0 on Test GPU .*; from step 700 on .*d{10}", text
     )
-    assert (
-        "seed 2, trained in parts: the first 900 steps on an unknown machine; from step 900 on" in text
-    )
+    assert "2, trained in parts: the first 900 steps on an unknown machine; from step 900 on" in text
     assert "seed 1: best 73.20, last 73.00 on 10% of the training set, held out (`" in text
     assert ".json`), by `train.py SOLVER.LR 0.1`" in text
 
@@ -305,11 +287,8 @@ def test_the_command_writes_all_files(ledger: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert len(rows) == sum(map(len, NUMBERS.values())) + 1
     first = next(row for row in rows if row["method"] == "NormKD" and row["seed"] == "0")
-    assert (first["last_top1"], first["best_top1"], first["teacher_hash"]) == (
-        "76.2",
-        "76.5",
-        "a" * 64,
-    )
+    assert (first["last_top1"], first["best_top1"]) == ("76.2", "76.5")
+    assert first["teacher_hash"] == "a" * 64
     assert "table 6, T_norm = 2" in first["cells"]
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "TABLES.md").is_file()
