@@ -37,6 +37,9 @@ class Split:
 
     def check(self, name: str, classes: int) -> None:
         images, targets = self.images, self.targets
+        if not (isinstance(images, Tensor) and isinstance(targets, Tensor)):
+            got = f"{type(images).__name__} and {type(targets).__name__}"
+            raise DataError(f"{name} images and targets must be tensors, got {got}")
         right_types = images.dtype is torch.uint8 and targets.dtype is torch.int64
         shape = tuple(images.shape)
         if not right_types or shape != (len(targets), *shape[1:3], 3) or 0 in shape:
