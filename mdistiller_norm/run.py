@@ -19,7 +19,6 @@ from mdistiller_norm.engine.logger import Record, environment
 from mdistiller_norm.engine.trainer import Intervals, Provenance, Trainer
 from mdistiller_norm.pack_shards import list_unreadable
 from mdistiller_norm.run_folder import RunFolder
-from mdistiller_norm.student import describe
 
 
 def main(options: argparse.Namespace) -> int:
@@ -118,7 +117,7 @@ def _records(
         "precision": build.PRECISIONS[autocast], "processes": distributed.process_share().world,
         "environment": versions, "config": yaml.safe_load(config.yaml),
     }  # fmt: skip
-    about = describe(dataset) | {
+    about = dataset.metadata() | {
         "name": cfg.DISTILLER.STUDENT, "num_classes": len(dataset.classes), "type": cfg.DATASET.TYPE,
         "resize": cfg.DATASET.RESIZE, "val_split": cfg.DATASET.VAL_SPLIT, "seed": cfg.SEED,
         "plugins": list(cfg.EXPERIMENT.PLUGINS),

@@ -5,12 +5,14 @@ import json
 import os
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from mdistiller_norm.config import OVERRIDES, Config, default_config, dump, leaves, method_names
+from mdistiller_norm.config import OVERRIDES, Config, default_config, dump, method_names
 from mdistiller_norm.config_keys import TextLoader, read_settings
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import distributed
@@ -33,11 +35,12 @@ _STATE_KEYS = {"trainable", "optimizer", "meters", "identity", "epoch", "steps_d
 def run_folder(config: Config) -> Path:
     """Return ``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``; overrides of the computation are appended to the TAG."""
     cfg = config.node
-    name, values = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG, dict(leaves(cfg))
+    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
     for key, source in config.sources.items():
+        value = reduce(getitem, key.split("."), cfg)
         from_command = source in OVERRIDES and not _is_neutral(key, cfg)
-        if (from_command and not cfg.EXPERIMENT.NAME) or (key == "DATASET.SUBSET" and values[key]):
-            name += "," + f"{key}={values[key]}".replace("/", "_").replace(" ", "")
+        if (from_command and not cfg.EXPERIMENT.NAME) or (key == "DATASET.SUBSET" and value):
+            name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
     name = name.encode(errors="backslashreplace").decode()  # TensorBoard requires UTF-8
     return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name)
 

@@ -54,7 +54,7 @@ def open_checkpoint(
     path = find_weights(Path(path))
     weights = load_weights(path)
     dataset = _open_data(weights, model, kind, _find_root(path, root), dataset)
-    return _load(weights, model, describe(dataset)), dataset
+    return _load(weights, model, dataset.metadata()), dataset
 
 
 def load_student(
@@ -76,7 +76,7 @@ def load_student(
     elif with_data or not complete:
         try:
             dataset = _open_data(weights, model, kind, root)
-            about = about | describe(dataset)
+            about = about | dataset.metadata()
         except DataError as error:
             if not complete:
                 raise
@@ -106,14 +106,6 @@ def _open_data(
     known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
     images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
     return open_dataset(kind, data_root(root, about.get("dataset", "")), images)
-
-
-def describe(dataset: Dataset) -> Metadata:
-    """Return the metadata that a data set determines."""
-    return {
-        "variant": dataset.variant, "dataset": dataset.name, "classes": list(dataset.classes),
-        "mean": list(dataset.mean), "std": list(dataset.std), "image_size": list(dataset.image_size),
-    }  # fmt: skip
 
 
 def build(about: Metadata) -> Network:

@@ -58,6 +58,13 @@ class Dataset(ABC):
         classes = "\0".join(self.classes).encode()
         return hashlib.sha256(classes + self.targets.numpy().tobytes()).hexdigest()
 
+    def metadata(self) -> dict[str, Any]:
+        """Return the part of a student's metadata that the data set determines."""
+        return {
+            "variant": self.variant, "dataset": self.name, "classes": list(self.classes), "mean": list(self.mean),
+            "std": list(self.std), "image_size": list(self.image_size),
+        }  # fmt: skip
+
     def summary(self) -> str:
         sizes = f"{len(self.train)} + {len(self.test)} images"
         return f"{self.name}: {len(self.classes)} classes, {sizes}"

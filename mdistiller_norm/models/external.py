@@ -41,10 +41,9 @@ def build_external(name: str, num_classes: int, image_size: Size, pretrained: bo
         raise ConfigError(f"model {name!r} cannot be built ({kind}: {first_line(error)})") from error
 
 
-def _unknown(library: str, name: str, known: Iterable[str]) -> ConfigError:
-    near = " or ".join(f"{library}:{each}" for each in nearest(name, known))
-    hint = f": did you mean {near}?" if near else ""
-    return ConfigError(f"unknown model '{library}:{name}'{hint}")
+def _unknown(name: str, known: Iterable[str]) -> ConfigError:
+    near = " or ".join(nearest(name, known))
+    return ConfigError(f"unknown model {name!r}" + (f": did you mean {near}?" if near else ""))
 
 
 class _TimmNetwork(Wrapped):
@@ -62,7 +61,8 @@ def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool)
 
     is_known = timm.is_model_pretrained if "." in name else timm.is_model
     if ":" not in name and not is_known(name):
-        raise _unknown("timm", name, timm.list_models() + timm.list_pretrained())
+        known = timm.list_models() + timm.list_pretrained()
+        raise _unknown(f"timm:{name}", [f"timm:{each}" for each in known])
     create = partial(timm.create_model, name, pretrained=pretrained, num_classes=num_classes)
     module: Any = create()
     cfg = module.pretrained_cfg
@@ -84,10 +84,11 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
     architecture, _, tag = name.partition(".")
     known = models.list_models(module=models)
     if architecture.lower() not in known:
-        raise _unknown("torchvision", name, known)
+        raise _unknown(f"torchvision:{name}", [f"torchvision:{each}" for each in known])
     tags = models.get_model_weights(architecture).__members__
     if tag and tag not in tags:
-        raise _unknown("torchvision", name, [f"{architecture}.{each}" for each in tags])
+        known = [f"torchvision:{architecture}.{each}" for each in tags]
+        raise _unknown(f"torchvision:{name}", known)
     options: dict[str, Any] = {"num_classes": num_classes}
     if architecture.startswith("vit_") and image_size:
         options["image_size"] = image_size[0]
