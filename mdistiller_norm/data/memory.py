@@ -36,16 +36,14 @@ class Split:
         return Split(self.images.to(device), self.targets.to(device))
 
     def check(self, name: str, classes: int) -> None:
-        images, targets = self.images, self.targets
-        if not (isinstance(images, Tensor) and isinstance(targets, Tensor)):
-            got = f"{type(images).__name__} and {type(targets).__name__}"
-            raise DataError(f"{name} images and targets must be tensors, got {got}")
-        right_types = images.dtype is torch.uint8 and targets.dtype is torch.int64
-        shape = tuple(images.shape)
-        if not right_types or shape != (len(targets), *shape[1:3], 3) or 0 in shape:
-            got = f"{images.dtype} {list(shape)} and {targets.dtype} {list(targets.shape)}"
+        pair = self.images, self.targets
+        dtypes = [getattr(each, "dtype", type(each).__name__) for each in pair]
+        images, targets = (list(getattr(each, "shape", ())) for each in pair)
+        right = dtypes == [torch.uint8, torch.int64] and targets == images[:1]
+        if not right or images[3:] != [3] or 0 in images:
+            got = f"{dtypes[0]} {images} and {dtypes[1]} {targets}"
             raise DataError(f"{name} must be uint8 [N, H, W, 3] and int64 [N], got {got}")
-        check_range(targets, classes, f"{name} targets")
+        check_range(self.targets, classes, f"{name} targets")
 
 
 def check_range(targets: Tensor, classes: int, name: str) -> None:
