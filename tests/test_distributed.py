@@ -1,6 +1,8 @@
 """Training with two processes against one, on the CPU: the same samples, the same weights, the same figures."""
 
+import atexit
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,20 +11,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, assert_user_error, tool, wait_for
+from conftest import assert_user_error, wait_for
 from torch import nn
 
+from mdistiller_norm.cli import main
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Share, digits
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import load
 from mdistiller_norm.engine.evaluate import evaluate
-from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.engine.optim import build_fused
 from mdistiller_norm.engine.step import TrainStep
 from mdistiller_norm.engine.teacher import Teacher
@@ -46,31 +49,35 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start(*command: object, **more: str) -> subprocess.Popen[str]:
-    environment = (
-        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "80"} | more
-    )
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment,
-    )  # fmt: skip
+def start_pair(folder: Path, function: Callable[..., object], *arguments: object) -> list[Process]:
+    """Fork two processes that train together, as Slurm would start them; their output goes to the folder."""
+    port = str(free_port())
+
+    def run(rank: str) -> None:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank
+        )
+        atexit._clear()
+        for name in ("stdout", "stderr"):
+            setattr(sys, name, (folder / f"{name}_{rank}").open("w"))
+        function(*arguments)
+
+    fork = multiprocessing.get_context("fork")
+    pair: list[Process] = [fork.Process(target=run, args=(rank,), daemon=True) for rank in ("0", "1")]
+    for process in pair:
+        process.start()
+    return pair
 
 
-def start_pair(*command: object) -> list[subprocess.Popen[str]]:
-    """Start two processes that train together, as Slurm would."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    return [start(*command, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def finish(processes: list[Process], folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    for process in processes:
+        process.join(timeout=300)
+    outputs = [
+        [(folder / f"{name}_{rank}").read_text() for name in ("stdout", "stderr")] for rank in (0, 1)
+    ]
     return [
-        subprocess.CompletedProcess([], p.returncode, "", e)
-        for p, e in zip(processes, errors, strict=True)
+        subprocess.CompletedProcess([], process.exitcode, *output)
+        for process, output in zip(processes, outputs, strict=False)
     ]
 
 
@@ -117,8 +124,8 @@ def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
     return {"weights": step.trainable.state_dict(), "seen": seen, **averages._asdict()}
 
 
-def main(folder: Path) -> None:
-    """Run in each of two processes, and save the results."""
+def train_and_evaluate(folder: Path) -> None:
+    """Save the results of one of two processes."""
     share = distributed.process_share()
     for method in METHODS:
         torch.save(train_steps(method, folder), folder / f"{method}_{share.rank}.pt")
@@ -133,6 +140,7 @@ def main(folder: Path) -> None:
     distributed.average_batch_norms(nn.Sequential(norm))
     assert norm.running_mean.tolist() == [0.5, 0.5]
     distributed.stop()
+    distributed.exit_process(0)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +149,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("both")
     torch.manual_seed(1)
     torch.save({"model": build_model("resnet14", 10).state_dict()}, folder / "teacher.pt")
-    assert [done.stderr for done in finish(start_pair(__file__, folder)) if done.returncode] == []
+    pair = start_pair(folder, train_and_evaluate, folder)
+    assert [done.stderr for done in finish(pair, folder) if done.returncode] == []
     return folder
 
 
@@ -211,103 +220,60 @@ def test_several_processes_evaluate_every_image_once(both: Path) -> None:
 # Whole runs
 
 
-def run_arguments(folder: Path, name: str, *overrides: str, epochs: int = 2) -> list[str]:
-    return [
-        "tools/train.py", "--cfg", "configs/digits/vanilla_resnet8.yaml", "DEVICE=cpu", f"LOG.PREFIX={folder}",
-        f"EXPERIMENT.NAME={name}", f"SOLVER.EPOCHS={epochs}", "SOLVER.BATCH_SIZE=48", "LOG.CHECKPOINT_STEPS=4",
+def start_runs(folder: Path, *overrides: str, epochs: int = 100) -> list[Process]:
+    command = [
+        "train", "--cfg", "digits/vanilla_resnet8", "DEVICE=cpu", f"LOG.PREFIX={folder}", "EXPERIMENT.NAME=run",
+        f"SOLVER.EPOCHS={epochs}", "SOLVER.LR_DECAY_STAGES=[]", "SOLVER.BATCH_SIZE=48", "LOG.CHECKPOINT_STEPS=4",
         *overrides,
     ]  # fmt: skip
+    return start_pair(folder, main, command)
 
 
-def wait_for_state(folder: Path, process: subprocess.Popen[str]) -> None:
-    wait_for(lambda: (folder / "latest.pt").exists() or process.poll() is not None)
-    assert process.poll() is None, process.communicate()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
-def test_training_with_a_killed_worker_is_bit_identical(tmp_path: Path) -> None:
-    assert [
-        done.returncode for done in finish(start_pair(*run_arguments(tmp_path, "whole", epochs=1)))
-    ] == [
-        0,
-        0,
-    ]
-    torchrun = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-    ]
-    killed = run_arguments(tmp_path, "killed", epochs=1)
-    process = start("-m", *torchrun, "--monitor-interval", "0.2", *killed)
-    wait_for_state(tmp_path / "digits" / "killed", process)  # the first is saved within the epoch
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [
-        pid for pid in children if b"tools/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    os.kill(int(workers[1]), signal.SIGKILL)
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert "resuming" in output
-    ends = []
-    for folder in (tmp_path / "digits" / name for name in ("whole", "killed")):
-        ends.append(load(folder / "latest.pt")["trainable"])
-        assert [record["epoch"] for record in read_metrics(folder / "metrics.jsonl")] == [1]
-        assert json.loads((folder / "result.json").read_text())["processes"] == 2
-    for key, weights in ends[0].items():
-        assert torch.equal(ends[1][key], weights), key
-    # One process continues the run of two.
-    done = tool("train", "--resume", *run_arguments(tmp_path, "killed")[1:])
-    assert "at epoch 2, step 1" in done.stdout
+def wait_for_state(folder: Path, process: Process) -> None:
+    wait_for(lambda: (folder / "digits/run/latest.pt").exists() or not process.is_alive())
+    assert process.is_alive()
 
 
 @pytest.mark.slow
 def test_two_processes_train_several_networks_after_each_other(tmp_path: Path) -> None:
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m mdistiller_norm"
     networks = ["--teacher", "resnet8", "--student", "resnet8", "--train-teacher", "--student-alone"]
     keys = [f"LOG.PREFIX={tmp_path}", "DATASET.SUBSET=100", "DEVICE=cpu"]
-    process = start(*command.split(), "distill", "--data", "digits", *networks, "--epochs", "1", *keys)
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert output.count("student alone") == 1  # of the first process
+    command = ["distill", "--data", "digits", *networks, "--epochs", "1", *keys]
+    pair = finish(start_pair(tmp_path, main, command), tmp_path)
+    assert [done.stderr for done in pair if done.returncode] == []
+    assert sum(done.stdout.count("student alone") for done in pair) == 1  # of the first process
     results = list(tmp_path.glob("digits/*/result.json"))
     assert [json.loads(path.read_text())["processes"] for path in results] == [2, 2, 2]
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
-    processes = start_pair(*run_arguments(tmp_path, "run", epochs=100))
-    folder = tmp_path / "digits" / "run"
-    wait_for_state(folder, processes[0])
-    processes[1].send_signal(signal.SIGUSR1)
-    for done in finish(processes):
+    processes = start_runs(tmp_path)
+    wait_for_state(tmp_path, processes[0])
+    os.kill(processes[1].pid, signal.SIGUSR1)
+    for done in finish(processes, tmp_path):
         assert done.returncode == 128 + signal.SIGUSR1, done.stderr
         assert "--resume" in done.stderr
-    state = load(folder / "latest.pt")
+    state = load(tmp_path / "digits/run/latest.pt")
     assert int(state["meters"]["samples"]) in (48 * state["steps_done"], 0)
 
 
-@pytest.mark.slow
 def test_a_removed_run_folder_is_one_line_of_each_process(tmp_path: Path) -> None:
-    processes = start_pair(*run_arguments(tmp_path, "run", epochs=100))
-    wait_for_state(tmp_path / "digits" / "run", processes[0])
+    processes = start_runs(tmp_path)
+    wait_for_state(tmp_path, processes[0])
     shutil.rmtree(tmp_path / "digits")
-    first, second = finish(processes)
+    first, second = finish(processes, tmp_path)
     assert_user_error(first, "digits/run", "No such file or directory")
     assert_user_error(second, "process 1 of 2")
 
 
 @pytest.mark.slow
 def test_the_error_names_a_process_that_hangs(tmp_path: Path) -> None:
-    processes = start_pair(*run_arguments(tmp_path, "run", "SOLVER.TIMEOUT=8", epochs=100))
-    wait_for_state(tmp_path / "digits" / "run", processes[0])
-    processes[1].send_signal(signal.SIGSTOP)
-    done = finish(processes[:1])[0]
+    processes = start_runs(tmp_path, "SOLVER.TIMEOUT=4")
+    wait_for_state(tmp_path, processes[0])
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    (done,) = finish(processes[:1], tmp_path)
     processes[1].kill()
-    processes[1].communicate()
     assert_user_error(done, "process 0 of 2 timed out waiting for process 1", "--resume")
 
 
@@ -342,7 +308,6 @@ models.register("unread")(lambda num_classes: Own(num_classes, unread=True))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "words"),
     [
@@ -356,13 +321,8 @@ def test_all_processes_report_an_error_of_one(
     (tmp_path / "own.py").write_text(OWN_STUDENT.replace("FOLDER", str(tmp_path)))
     own = [f"EXPERIMENT.PLUGINS={tmp_path / 'own.py'}", f"DISTILLER.STUDENT={student}"]
     own += ["SOLVER.BATCH_SIZE=240", "LOG.TENSORBOARD_FREQ=1"]
-    for done in finish(start_pair(*run_arguments(tmp_path, student, *own, epochs=1))):
+    for done in finish(start_runs(tmp_path, *own, epochs=1), tmp_path):
         assert_user_error(done, *words)
     one, two = (torch.load(tmp_path / f"mask_{rank}.pt") for rank in range(2))
     assert one.shape == two.shape
     assert not torch.equal(one, two), "the processes must drop different activations"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    distributed.exit_process(0)
