@@ -18,6 +18,8 @@ from mdistiller_norm.cli import main
 Capture = pytest.CaptureFixture[str]
 DIGITS = f"train --cfg {ROOT}/configs/digits/vanilla_resnet8.yaml LOG.PREFIX=out"
 NORMKD = f"train --cfg {ROOT}/configs/digits/normkd.yaml"
+SHORT = "SOLVER.EPOCHS=1 SOLVER.LR_DECAY_STAGES=[] SOLVER.BATCH_SIZE=12 DATASET.SUBSET=48"
+PAIR = "distill --teacher resnet44 --data digits --student"
 
 # Command -> words of the message.
 COMMANDS = [
@@ -30,83 +32,43 @@ COMMANDS = [
     (f"{DIGITS} SOLVER.LRR 1", "command line: unknown key SOLVER.LRR: did you mean SOLVER.LR"),
     (f"{DIGITS} LR 1", "unknown key LR: did you mean SOLVER.LR?"),
     (f"{DIGITS} SOLVER.LR", "SOLVER.LR has no value"),
-    (
-        f"{DIGITS} SOLVER '{{LR: 1}}'",
-        "SOLVER is a section: set one of its keys, such as SOLVER.TRAINER",
-    ),
+    (f"{DIGITS} SOLVER '{{LR: 1}}'", "SOLVER is a section: set one of its keys, such as SOLVER."),
     (f"{DIGITS} SOLVER.TRIALS 3", "unknown key SOLVER.TRIALS: it was removed … --trials"),
     (f"{DIGITS} SOLVER.LR fast", "command line: SOLVER.LR must be a finite number, got fast"),
     (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", "SOLVER.MOMENTUM must be > 0 with NESTEROV"),
-    (
-        f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9",
-        "DOT.DELTA must be in (0, 1) … and 0.9 (comm",
-    ),
-    (
-        f"{NORMKD} SOLVER.TRAINER dot SOLVER.TYPE AdamW SOLVER.CLIP_GRAD 1",
-        "dot does not support SOLVER.TYPE AdamW",
-    ),
-    (f"{DIGITS} SOLVER.EMA 1", "SOLVER.EMA must be in [0, 1), got 1"),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", "DELTA must be in (0, 1) … and 0.9 (comm"),
+    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.TYPE AdamW", "dot does not support SOLVER.TYPE AdamW"),
     (f"{DIGITS} SOLVER.TRAINER dot", "SOLVER.TRAINER dot does not support DISTILLER.TYPE NONE"),
-    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.ACCUMULATE 2", "dot does not support SOLVER.ACCUMULATE 2"),
     (f"{DIGITS} SOLVER.ACCUMULATE 7", "SOLVER.BATCH_SIZE 64 must be a multiple … SOLVER.ACCUMULATE 7"),
     (f"{DIGITS} SOLVER.SYNC_BN true", "SOLVER.SYNC_BN requires a GPU, got cpu"),
     (f"{DIGITS} SOLVER.LR_DECAY_RATE 10", "SOLVER.LR_DECAY_RATE must be in (0, 1], got 10"),
     (f"{NORMKD} NormKD.TEMPERATURE_NORM 0", "NormKD.TEMPERATURE_NORM must be > 0, got 0"),
     (f"{NORMKD} NormKD.LOSS.KD_WEIGHT=-1", "NormKD.LOSS.KD_WEIGHT must be >= 0, got -1"),
-    (f"{DIGITS} LOG.PREFIX '\udce9'", "LOG.PREFIX must be valid"),
     ("train --cfg fifo", "config file fifo cannot be read … not a regular file"),
-    ("train --cfg /dev/zero", "config file /dev/zero cannot be read … not a regular file"),
     (f"{NORMKD} KD.TEMPERATURE 8", "KD.TEMPERATURE has no effect … digits/normkd.yaml) is NormKD"),
     (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", "plugin no/file.py does not exist in /"),
-    (
-        f"{NORMKD} EXPERIMENT.PLUGINS no_module",
-        "plugin no_module cannot be imported: ModuleNotFoundError",
-    ),
+    (f"{NORMKD} EXPERIMENT.PLUGINS no_module", "no_module cannot be imported: ModuleNotFoundError"),
     (f"{DIGITS} DATASET.TYPE digit", "unknown data set 'digit': did you mean digits?"),
     (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, one per class, got 9"),
     (f"{DIGITS} DATASET.VAL_SPLIT 0.001", "DATASET.VAL_SPLIT 0.001 holds out no image of digits"),
     (f"{DIGITS} DATASET.RANDAUGMENT 31", "DATASET.RANDAUGMENT must be in [0, 30], got 31"),
-    (
-        f"{DIGITS} DATASET.RANDAUGMENT=9",
-        "DATASET.RANDAUGMENT requires image files, digits is in memory",
-    ),
+    (f"{DIGITS} DATASET.RANDAUGMENT=9", "RANDAUGMENT requires image files, digits is in memory"),
     (f"{DIGITS} DATASET.CLASSES '[a, a]'", "DATASET.CLASSES must be different names, got ['a', 'a']"),
     ("reproduce --table 1 --dry-run DATASET.SUBSET 2000", "DATASET.SUBSET would change the result"),
     (f"{DIGITS} DEVICE tpu", "DEVICE … tpu"),
-    (
-        f"{DIGITS} DISTILLER.STUDENT resnet21",
-        "DISTILLER.STUDENT: unknown CIFAR model 'resnet21' … resnet20",
-    ),
-    (
-        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19",
-        "'torchvision:resnet19': did you mean torchvision:resnet18",
-    ),
-    (
-        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9",
-        "resnet18.V9': did you mean torchvision:resnet18.DEFAULT",
-    ),
-    (
-        f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained",
-        "pretrained weights need a model named timm:",
-    ),
-    (
-        "distill --teacher resnet44 --student resnet8 --data digits",
-        "teacher resnet44 … or add --train-teacher",
-    ),
-    (
-        "distill --teacher resnet44 --student resnet9 --data digits",
-        "STUDENT: unknown CIFAR model 'resnet9'",
-    ),
+    (f"{DIGITS} DISTILLER.STUDENT resnet21", "STUDENT: unknown CIFAR model 'resnet21' … resnet20"),
+    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19", "did you mean torchvision:resnet18"),
+    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9", "did you mean torchvision:resnet18.DEF"),
+    (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", "pretrained weights need a model named timm:"),
+    (f"{PAIR} resnet8", "teacher resnet44 … or add --train-teacher"),
+    (f"{PAIR} resnet9", "STUDENT: unknown CIFAR model 'resnet9'"),
     ("eval -c x.pt -bs 0", "must be an integer >= 1, got 0"),
     ("eval -c x.pt --cfg x.yaml -d digits", "--cfg sets the data set"),
     ("eval -c pretrain", "add -m"),
     ("eval -c torchvision:ResNet9_Weights.V1", "ResNet9_Weights.V1"),
-    ("eval -c none.pt", "none.pt"),
     ("eval -c 'two\nlines.pt'", "two lines.pt"),
     ("shards --root x --out y", "x"),
     ("predict -c x.safetensors run.yaml", "x.safetensors has no network: use the run folder"),
-    ("visualize", "required: FIGURE: see mdistiller-norm visualize --help"),
-    ("export -c", "argument -c/--ckpt: expected one argument"),
     ("config show digits/normkt", "digits/normkt does not exist; see mdistiller-norm list configs"),
     ("config copy run.yaml", "run.yaml is not a packaged config; see mdistiller-norm list configs"),
     ("config copy digits/normkd run.yaml", "run.yaml exists: choose another name"),
@@ -125,41 +87,29 @@ def bomb(level: str) -> str:
 # Text of a config -> words of the message.
 CONFIGS = [
     ("SOLVER: {LR: true}", "run.yaml: SOLVER.LR must be a finite number, got true"),
-    ("SOLVER: {LR: .inf}", "SOLVER.LR must be a finite number, got .inf"),
+    ("SOLVER: {LR: .inf}", "must be a finite number, got .inf"),
     ("SOLVER: {LR: {a: 1}}", "unknown key SOLVER.LR.a"),
     ("SOLVER: {LR: 0}", "SOLVER.LR must be > 0, got 0"),
     ("SOLVER: {EPOCHS: 2.0}", "SOLVER.EPOCHS must be an integer, got 2.0"),
     ("SOLVER: {NESTEROV: 1}", "SOLVER.NESTEROV must be true or false, got 1"),
     ("SOLVER: {MOMENTUM: 1}", "SOLVER.MOMENTUM must be in [0, 1), got 1"),
-    ("SOLVER: {LR_DECAY_STAGES: 3}", "must be a list (each item an integer), got 3"),
     ("SOLVER: {LR_DECAY_STAGES: [1, x]}", "must be a list (each item an integer), got ['1', 'x']"),
     ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", "must be increasing epochs >= 1, got ['2', '2']"),
     ("SOLVER: {PRECISION: tf32}", "SOLVER.PRECISION must be one of fp32, bf16, fp16, got tf32"),
     ("SEED: 99999999999999999999", "SEED must be in [0, 2**63), got 9999"),
-    (
-        "DATASET: {MEAN: [7, 7, 7]}",
-        "DATASET.MEAN must be [] or three numbers in [0, 1], got ['7', '7', '7']",
-    ),
+    ("DATASET: {MEAN: [7, 7, 7]}", "DATASET.MEAN must be [] or three numbers in [0, 1], got ['7', "),
     (
         "EXPERIMENT: {NAME: ../../evil}",
         "NAME must be the name of one folder, without /, got ../../evil",
     ),
-    ("EXPERIMENT: {PROJECT: ''}", "EXPERIMENT.PROJECT must be the name of one folder"),
     ("EXPERIMENT: {TAG: ''}", "EXPERIMENT.NAME or TAG (run.yaml) must not be empty"),
-    (
-        "NormKD: {TEMPERATURE_NORM: [1, 2]}",
-        "NormKD.TEMPERATURE_NORM must be a finite number, got ['1', '2']",
-    ),
+    ("NormKD: {TEMPERATURE_NORM: [1, 2]}", "TEMPERATURE_NORM must be a finite number, got ['1', '2']"),
     ("DISTILLER: {TYPE: normkd}", "TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"),
-    (
-        "DISTILLER: {TYPE: [KD, KD]}",
-        "DISTILLER.TYPE must be NONE or different methods, got ['KD', 'KD']",
-    ),
+    ("DISTILLER: {TYPE: [KD, KD]}", "TYPE must be NONE or different methods, got ['KD', 'KD']"),
     ("NORMKD: {TEMPERATURE_NORM: 2}", "NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"),
     ("SOLVER: {LR: 1}\nSOLVER.LR: 2", "cannot be read: key SOLVER.LR is given twice"),
     ("- 1", "config file run.yaml cannot be read: it must be a mapping"),
     ("SOLVER:\n  LR: [1\nSEED: 2", "config file run.yaml cannot be read"),
-    ('EXPERIMENT: {NAME: "a\\0"}', "EXPERIMENT.NAME must be valid text"),
     ('LOG: {PREFIX: "\\ud800"}', "LOG.PREFIX must be valid text"),
     ('_BASE_: "a\\0"', "cannot be read: embedded null"),
     ("_BASE_: [[a]]", "_BASE_ must be a file or a list of files"),
@@ -172,7 +122,6 @@ CONFIGS = [
         "SEED: [&x0 [a]" + "".join(f", &x{i} [*x{i - 1}, *x{i - 1}]" for i in range(1, 40)) + "]",
         "got [['a'], [['a'], ",
     ),
-    ("_BASE_: nowhere.yaml", "config file nowhere.yaml does not exist"),
 ]
 # Text of a plugin that is broken -> words of the message.
 PLUGINS = [
@@ -180,21 +129,8 @@ PLUGINS = [
     ("\nimport no_such_module", "own.py:2: ModuleNotFoundError … no_such_module"),
     ("import sys\nsys.exit(3)", "own.py:2: SystemExit: 3"),
     (f"{REGISTER}models.register('resnet8x4')(len)", "own.py:2:  … 'resnet8x4' is registered already"),
-    (f"{REGISTER}data.register('digits')(len)", "data set 'digits' is registered already"),
-    (
-        f"{REGISTER}distillers.register('KD')(distillers.Distiller)",
-        "distiller 'KD' is registered already",
-    ),
     (f"{REGISTER}distillers.register('New')(object)", "own.py:2:  … must be a subclass of Distiller"),
-    (
-        f"{REGISTER}models.register('new')(lambda: 0)",
-        "own.py:2:  … 'new' requires a function … num_classes",
-    ),
-    (
-        f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
-        "    def forward(self, student, teacher, batch):\n        return teacher.features[-1].mean()",
-        "own.py:2:  … New reads features: add `need = distillers.Need.MAPS`",
-    ),
+    (f"{REGISTER}models.register('new')(lambda: 0)", "'new' requires a function … num_classes"),
     (
         f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
         "    def helper(self, teacher):\n        return teacher.pooled.mean()",
@@ -224,9 +160,7 @@ def method(loss: str) -> tuple[str, str]:
 
 
 def data_set(mistake: str) -> tuple[str, str]:
-    return DATA.format(
-        mistake=mistake
-    ), "DISTILLER.TYPE=NONE DISTILLER.STUDENT=resnet8 DATASET.TYPE=own_data"
+    return DATA.format(mistake=mistake), "DISTILLER.TYPE=NONE DATASET.TYPE=own_data"
 
 
 def network(expression: str, *overrides: str) -> tuple[str, str]:
@@ -258,7 +192,6 @@ USED_PLUGINS = [
         "DATASET.VAL_SPLIT or SUBSET of 'few': 'Few' object has no attribute 'train'",
     ),
     (data_set("train = (images / 255, targets)"), "own_data … float32 [12, 8, 8, 3]"),
-    (data_set("test = (images.permute(0, 3, 1, 2), targets)"), "uint8 [12, 3, 8, 8]"),
     (data_set("train = (images, targets.int())"), "own_data … int32 [12]"),
     (data_set("test = (images, targets + 1)"), "own_data … 0..2"),
     (data_set("facts['mean'] = (77.0,) * 3"), "own_data … mean"),
@@ -266,9 +199,7 @@ USED_PLUGINS = [
     (data_set("return train, test"), "data set 'own_data' … tuple … TensorDataset"),
     (("class Own: pass\n", "DISTILLER.TYPE=Own"), "Own in  … own.py is not registered"),
     (("class Own: pass\n", "Own.LOSS.KD_WEIGHT=1"), "key Own.LOSS … own.py is not registered"),
-    (("class Own: pass\n", "DISTILLER.STUDENT=Own"), "unknown … own.py is not registered"),
     (network("models.Wrapped(resnet18(), classifier='fc')"), "'own' cannot be built … num_classes"),
-    (network("open('/no/weights')"), "model 'own' cannot be built … No such file"),
     (network("resnet18(num_classes=n)"), "model 'own' … ResNet … Wrapped"),
     (network("models.Wrapped(resnet18(), n, classifier='fc')"), "1000 logits for 10 classes"),
     (network("models.Wrapped(resnet18(), n, classifier='fcc')"), "ResNet has no submodule 'fcc' … fc"),
@@ -277,22 +208,9 @@ USED_PLUGINS = [
         network("models.Wrapped(small, n, classifier='fc')", "DISTILLER.TYPE=SP"),
         "SP requires feature maps, which own lacks … without maps: CRD … NormKD",
     ),
-    (
-        ("", "DISTILLER.TYPE=DKD DATASET.MIXUP=0.2"),
-        "DATASET.MIXUP cannot be used with DKD: an image needs one class",
-    ),
-    (
-        ("", "DISTILLER.TYPE=[KD,CRD] CRD.NCE.K=16 DATASET.CUTMIX=1"),
-        "DATASET.CUTMIX cannot be used with CRD",
-    ),
-    (
-        ("", "DISTILLER.TEACHER_CACHE=lazy DATASET.MIXUP=1"),
-        "MIXUP cannot be used with DISTILLER.TEACHER_CACHE",
-    ),
-    (
-        ("", f"{WEIGHTS}.CE_WEIGHT=0 {WEIGHTS}.KD_WEIGHT=0"),
-        "NormKD: CE_WEIGHT and the other weights must not",
-    ),
+    (("", "DISTILLER.TYPE=DKD DATASET.MIXUP=0.2"), "DATASET.MIXUP cannot be used with DKD: an image"),
+    (("", "DISTILLER.TEACHER_CACHE=lazy DATASET.MIXUP=1"), "MIXUP cannot be used with DISTILLER.TEA"),
+    (("", f"{WEIGHTS}.CE_WEIGHT=0 {WEIGHTS}.KD_WEIGHT=0"), "NormKD: CE_WEIGHT and the other weights"),
 ]
 
 
@@ -351,17 +269,17 @@ def command_with_plugin(plugin: tuple[str, str], teacher: str) -> str:
     ("damage", "words"),
     [
         ("shutil.rmtree('out')", "out/digits/run … No such file or directory"),
-        ("shutil.rmtree('out/digits/run/tensorboard')", "tensorboard … No such file or directory"),
-        ("os.rename('out', 'moved')", "out/digits/run … No such file or directory"),
+        ("shutil.rmtree(next(Path('out').rglob('tensorboard')))", "tensorboard … No such file or dir"),
         ("resource.setrlimit(resource.RLIMIT_FSIZE, (999, -1))", "out/digits/run … File too large"),
     ],
 )
 @pytest.mark.usefixtures("limited_files")
 def test_run_folder_that_is_damaged_during_training(damage, words, teacher, capsys):
     text, override = method("student.logits.mean()")
-    text = f"import os, resource, shutil\n{text}    def begin_epoch(self, epoch, seed):\n        {damage}\n"
-    short = "EXPERIMENT.NAME=run SOLVER.BATCH_SIZE=479 SOLVER.EPOCHS=2 SOLVER.LR_DECAY_STAGES=[]"
-    check(command_with_plugin((text, f"{override} {short}"), teacher), words, capsys)
+    imports = "import resource, shutil\nfrom pathlib import Path\n"
+    text = f"{imports}{text}    def begin_epoch(self, epoch, seed):\n        {damage}\n"
+    keys = f"{override} {SHORT} EXPERIMENT.NAME=run"
+    check(command_with_plugin((text, keys), teacher), words, capsys)
 
 
 @pytest.mark.parametrize("path", [None, cli.__file__ + "x", os.__file__ + "x"])
@@ -377,11 +295,7 @@ def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:
     Path("own.py").write_text("open('imported', 'w')\n")
     keys = "EXPERIMENT.PLUGINS: own.py\nDATASET.TYPE: own_data\nDISTILLER.TYPE: Own\nOwn: {SCALE: {A: 007}}\n"
     Path("run.yaml").write_text(keys)
-    check(
-        "train --cfg run.yaml --no-plugins",
-        "run.yaml: --no-plugins refuses EXPERIMENT.PLUGINS",
-        capsys,
-    )
+    check("train --cfg run.yaml --no-plugins", "--no-plugins refuses EXPERIMENT.PLUGINS", capsys)
     check("eval --cfg run.yaml -c x.pt", "unknown data set 'own_data'", capsys)
     assert main(["train", "--cfg", "run.yaml", "--show"]) == 0
     assert "    A: '007'" in capsys.readouterr().out
@@ -395,9 +309,8 @@ def test_plugins_are_imported_for_training_only(capsys: Capture) -> None:
 )
 def test_standard_output_that_cannot_show_a_name(stream, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
-    short = ["SOLVER.EPOCHS=1", "SOLVER.LR_DECAY_STAGES=[]", "SOLVER.BATCH_SIZE=479"]
-    assert main([*shlex.split(DIGITS), *short, "EXPERIMENT.NAME=gr\u00f6\udce9"]) == 0
-    assert Path("out/digits/gr\u00f6\\udce9/result.json").is_file()
+    assert main([*f"{DIGITS} {SHORT}".split(), "EXPERIMENT.NAME=gr\u00f6\udce9"]) == 0
+    assert Path("out/digits/gr\u00f6\\udce9,DATASET.SUBSET=48/result.json").is_file()
     if stream:
         assert b"gr\\xf6\\udce9" in stream.buffer.getvalue()
 
