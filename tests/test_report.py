@@ -2,7 +2,7 @@
 
 import csv
 import re
-from html.parser import HTMLParser
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -195,39 +195,17 @@ def test_markdown_shows_every_state(report: Record) -> None:
         assert expected in text
 
 
-class Page(HTMLParser):
-    """Checks that tags are closed; collects tags and the addresses that the page loads."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "link", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def test_the_page_is_complete_escaped_and_loads_nothing(report: Record) -> None:
     text = render(report, "report.html.j2")
-    page = Page(text)
-    assert page.open == []
-    assert all(address.startswith(("#", "data:")) for address in page.loads)
+    tags = Counter(re.findall(r"<(/?\w+)(?:[^>]*[^>/])?>", text))
+    for tag in [tag for tag in tags if tag not in ("meta", "link", "br") and tag[0] != "/"]:
+        assert tags[tag] == tags[f"/{tag}"], tag
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
     for unescaped in ("<memory>", "Test GPU <1>", "train.py <x>"):
         assert unescaped not in text
     # A chart of accuracy and one of losses for each measured cell, and an overview of columns with two rows or more.
     measured = [sum(bool(cell.runs) for cell in entry.cells.values()) for entry in report["tables"]]
-    assert page.tags.count("svg") == 2 * sum(measured) + sum(number > 1 for number in measured)
+    assert tags["svg"] == 2 * sum(measured) + sum(number > 1 for number in measured)
 
 
 def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
