@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 import warnings
@@ -283,6 +285,23 @@ def test_worker_that_is_killed_while_a_checkpoint_is_saved_is_reported(tree, tmp
     assert "killed by signal" in message
     assert "lower DATASET.NUM_WORKERS" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_program_that_fails_ends_its_workers(tree: Path) -> None:
+    code = f"""
+import torch
+from pathlib import Path
+from mdistiller_norm.data import ImageOptions, image_folder
+
+options = ImageOptions(size=48, mean=(0.5,) * 3, std=(0.5,) * 3, workers=2)
+batches = image_folder(Path({str(tree)!r}), options).train_loader(8, 0, torch.device("cpu")).batches(1)
+next(batches)
+raise RuntimeError("out of memory")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
 def test_damaged_training_image_is_replaced_and_reported_once(copy: Path) -> None:
