@@ -105,7 +105,7 @@ def damaged(key: str, value: object) -> Callable[[Path], object]:
         (damaged("optimizer", {"state": {}, "param_groups": []}), "number of parameter groups"),
         (damaged("meters", {}), "Missing key"),
         (lambda folder: torch.save([1, 2], folder / LATEST), "is not the state of a run"),
-        (lambda folder: (folder / LATEST).write_bytes(b"PK\3\4\0"), r"latest\.pt is damaged"),
+        (lambda folder: (folder / LATEST).write_bytes(b"PK\3\4"), r"latest\.pt is damaged"),
         (lambda folder: (folder / LATEST).unlink(), r"there is no checkpoint .*latest\.pt"),
         (lambda folder: (folder / "config.yaml").unlink(), r"config\.yaml does not exist"),
         (lambda folder: (folder / "config.yaml").write_bytes(b"\0"), r"config\.yaml cannot be read"),

@@ -92,7 +92,7 @@ def _verify(content: bytes, path: Path) -> None:
     archive, signature = memoryview(content)[:-_SIGNATURE_BYTES], content[-_SIGNATURE_BYTES:]
     start, damage = content[:512].lstrip(), ""
     kinds = [kind for magic, kind in _NO_CHECKPOINTS.items() if start.startswith(magic)]
-    if start and start.isascii() and b"\0" not in start:
+    if start and start.isascii() and min(start) >= ord("\t"):
         kinds.append("a text file")
     if kinds:
         raise CheckpointError(f"{path} is {kinds[0]}, not a checkpoint")
