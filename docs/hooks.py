@@ -47,7 +47,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "configuration.md", content=configuration()))
     files.append(File.generated(config, "index.md", abs_src_path=str(ROOT / "README.md")))
     for path in (path for pattern in PAGES for path in sorted(ROOT.glob(pattern))):
-        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+        files.append(
+            File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
+        )
     return files
 
 

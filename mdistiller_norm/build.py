@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from mdistiller_norm.config import method_names
-from mdistiller_norm.data import Dataset, ImageOptions, MemoryTrainLoader, TensorDataset, open_dataset
+from mdistiller_norm.data import (
+    Dataset,
+    ImageOptions,
+    MemoryTrainLoader,
+    TensorDataset,
+    open_dataset,
+)
 from mdistiller_norm.data.base import EvalLoader, TrainLoader
 from mdistiller_norm.data.folder import ImageDataset
 from mdistiller_norm.data.mix import MixedLoader
@@ -96,7 +102,9 @@ def build_dataset(cfg: Any) -> Dataset:
     return open_dataset(data.TYPE, Path(data.ROOT), images)
 
 
-def check_data(cfg: Any, dataset: Dataset, student: Network, methods: Methods, share: Share) -> None:
+def check_data(
+    cfg: Any, dataset: Dataset, student: Network, methods: Methods, share: Share
+) -> None:
     """Check that augmentation and batch size fit the networks and methods, and without a teacher the test images."""
     data, batch_size, samples = cfg.DATASET, cfg.SOLVER.BATCH_SIZE, len(dataset.targets)
     mixing = [f"DATASET.{key}" for key in ("MIXUP", "CUTMIX") if data[key]]
@@ -107,7 +115,9 @@ def check_data(cfg: Any, dataset: Dataset, student: Network, methods: Methods, s
     if used and cfg.DISTILLER.TEACHER_CACHE != "off":
         raise ConfigError(f"{used[0]} cannot be used with DISTILLER.TEACHER_CACHE")
     if data.RANDAUGMENT and isinstance(dataset, TensorDataset):
-        raise ConfigError(f"DATASET.RANDAUGMENT requires image files, {dataset.name} is in memory")
+        raise ConfigError(
+            f"DATASET.RANDAUGMENT requires image files, {dataset.name} is in memory"
+        )
     if not methods and (broken := dataset.unreadable(train=False, share=share)):
         raise DataError(f"the test image {broken[0]} cannot be read: repair or remove it")
     if smallest_micro_batch(samples, batch_size, share, cfg.SOLVER.ACCUMULATE) > 1:
@@ -145,7 +155,9 @@ def _network(role: str, name: str, dataset: Dataset, size: Size) -> Network:
     count, variant = len(dataset.classes), dataset.variant
     pretrained = size is None or (role == "STUDENT" and has_weights(name))
     try:
-        network = build_model(name, count, variant=variant, image_size=size, pretrained=pretrained)
+        network = build_model(
+            name, count, variant=variant, image_size=size, pretrained=pretrained
+        )
         if size:  # None: the size of the pretrained weights
             probe(network, size)
         return network
@@ -197,7 +209,9 @@ def build_teacher(cfg: Any, dataset: Dataset) -> tuple[Network, teacher_file.Tea
     seen = {"image_size": size, "mean": dataset.mean, "std": dataset.std}
     if different := differences(about, seen):
         network = Preprocessed(network, about, seen)
-        images = ", ".join(f"{key} {list(about[key])} (here {list(seen[key])})" for key in different)
+        images = ", ".join(
+            f"{key} {list(about[key])} (here {list(seen[key])})" for key in different
+        )
         trained = f"{file.path} was trained on images with another {images}"
         warnings.append(f"{trained}: the images are converted for it")
     return network, replace(file, warning="; ".join(filter(None, warnings)))
@@ -209,7 +223,9 @@ def build_distillers(
     """Return the methods of ``DISTILLER.TYPE`` by name, for training images of those classes and that size."""
     shapes = [probe(network, size) for network in (student, teacher)]
     pair = Pair(shapes[0], shapes[1], teacher, targets, student.num_classes)
-    lacking = student.name if not shapes[0].features else "" if shapes[1].features else teacher.name
+    lacking = (
+        student.name if not shapes[0].features else "" if shapes[1].features else teacher.name
+    )
     distillers = {}
     for name in method_names(cfg):
         if lacking and DISTILLERS[name].need is Need.MAPS:
@@ -243,7 +259,9 @@ def build_teacher_runner(
         cache = ""
     pooled = probe(network, image_size).pooled.shape[1]
     record = teacher_file.check_teacher(network, file, test, log)
-    compiler = partial(compile_outputs, name="teacher", warn=log, freezing=True) if compiled else None
+    compiler = (
+        partial(compile_outputs, name="teacher", warn=log, freezing=True) if compiled else None
+    )
     arguments = (
         network, max(method.need for method in distillers.values()), autocast,
         any(method.teacher_in_train_mode for method in distillers.values()), compiler,
@@ -251,7 +269,9 @@ def build_teacher_runner(
     if not cache or not isinstance(loader, MemoryTrainLoader):
         live = Teacher(*arguments)
         return live, record | {"hash": live.hash}
-    teacher = CachedTeacher(loader, file.cache_path(Path(cfg.LOG.PREFIX)), pooled, cache, *arguments)
+    teacher = CachedTeacher(
+        loader, file.cache_path(Path(cfg.LOG.PREFIX)), pooled, cache, *arguments
+    )
     teacher.check_outputs()
     if line := teacher.hold_on_device():
         log(line)

@@ -42,7 +42,11 @@ def _distillers(pattern: str) -> Rows:
     yield "name", "reads", "method"
     for name, method in DISTILLERS.items():
         if matches(name, pattern):
-            yield name, method.need.name.lower() + ", indices" * method.needs_indices, _summary(method)
+            yield (
+                name,
+                method.need.name.lower() + ", indices" * method.needs_indices,
+                _summary(method),
+            )
 
 
 def _datasets(pattern: str) -> Rows:

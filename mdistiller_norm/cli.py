@@ -38,7 +38,9 @@ def parse_duration(text: str) -> float:
     """Return the seconds of ``90s``, ``9m`` or ``1h30m``."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if not text or not match:
-        raise argparse.ArgumentTypeError(f"must be a duration such as 90s, 9m or 1h30m, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be a duration such as 90s, 9m or 1h30m, got {text!r}"
+        )
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return 3600.0 * hours + 60.0 * minutes + seconds
 
@@ -78,7 +80,9 @@ def main(
         if not (message := _message(error)):
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # rank 0 reports an error of all ranks, after which torchrun ends the others
+            time.sleep(
+                2
+            )  # rank 0 reports an error of all ranks, after which torchrun ends the others
         print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
         code = 2
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -102,7 +106,9 @@ def _prepare_streams() -> None:
 
 def _message(error: BaseException) -> str:
     cause: BaseException | None = error
-    while cause is not None:  # PyTorch raises it in a signal handler, so it may cause any other error
+    while (
+        cause is not None
+    ):  # PyTorch raises it in a signal handler, so it may cause any other error
         if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker (pid"):
             return (
                 f"{first_line(cause).rstrip('.')}: a process that loads images was lost. If memory or shared memory is "
@@ -134,9 +140,15 @@ def execute(arguments: Sequence[str]) -> int:
     parser = ArgumentParser("mdistiller-norm", description="Distillation of image classifiers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    content = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load(
+        Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8")
+    )
     for name, about in content["commands"].items():
-        texts = {"help": about["help"], "description": about["help"], "epilog": about.get("epilog")}
+        texts = {
+            "help": about["help"],
+            "description": about["help"],
+            "epilog": about.get("epilog"),
+        }
         _add_options(commands.add_parser(name, prog=command(name), **texts), about["options"])
     name, *rest = arguments or [""]
     if name not in commands.choices:

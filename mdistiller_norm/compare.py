@@ -83,7 +83,9 @@ def describe(label: str, student: Student, results: Sequence[Record]) -> Record:
     }  # fmt: skip
 
 
-def compare_pair(first: Record, a: Collected | None, second: Record, b: Collected | None) -> Record:
+def compare_pair(
+    first: Record, a: Collected | None, second: Record, b: Collected | None
+) -> Record:
     """Return the paired difference of two networks over common seeds, their agreement and McNemar's test."""
     pair: Record = {
         "first": first["name"], "second": second["name"], "agreement": None, "only_first": None, "only_second": None,
@@ -125,7 +127,9 @@ def main(options: argparse.Namespace) -> int:
         record = describe(label, student, [result for _, result in runs if result])
         record |= measure_speed(student.network, student.about["image_size"], device)
         data = student.dataset
-        found = collect(student.network, data, label, options.batch_size, device) if data else None
+        found = (
+            collect(student.network, data, label, options.batch_size, device) if data else None
+        )
         compared.append((record | {"measured_top1": found.top1 if found else None}, found))
     check_same_classes([found for _, found in compared if found])
     networks = [record for record, _ in compared]

@@ -47,7 +47,9 @@ def default_config() -> CfgNode:
         )
     for name, method in DISTILLERS.items():
         if name in tree or name == "NONE" or not name.isidentifier():
-            raise ConfigError(f"distiller name {name!r} must be an identifier, and no config section")
+            raise ConfigError(
+                f"distiller name {name!r} must be an identifier, and no config section"
+            )
         if method.defaults:
             tree[name] = CfgNode(method.defaults)
     return CfgNode(tree)
@@ -85,7 +87,9 @@ def load_config(
     names = [name for name in ([names] if isinstance(names, str) else names) if name]
     if names and plugins == "refuse":
         raise ConfigError(f"{source}: --no-plugins refuses EXPERIMENT.PLUGINS {', '.join(names)}")
-    if plugins == "import":  # searched beside the config that names it, then in the working directory
+    if (
+        plugins == "import"
+    ):  # searched beside the config that names it, then in the working directory
         names = [import_plugin(name, Path(source).parent) for name in names]
     node = default_config()
     defaults = dict(leaves(node, sections=True))
@@ -95,7 +99,9 @@ def load_config(
         *sections, name = key.split(".")
         if not (skipped and sections and sections[0] not in defaults):
             value = check_value(key, value, defaults, source)
-        reduce(lambda section, part: section.setdefault(part, CfgNode()), sections, node)[name] = value
+        reduce(lambda section, part: section.setdefault(part, CfgNode()), sections, node)[
+            name
+        ] = value
         sources[key] = source
     node.EXPERIMENT.PLUGINS = names or ""
     _check_together(node, sources, others, skipped)
@@ -163,13 +169,19 @@ def _check_together(
     for key, source in sources.items():
         section = key.split(".")[0]
         if source in OVERRIDES and section in DISTILLERS and section not in (*used, *others):
-            raise ConfigError(f"{source}: {key} has no effect: {types} is {', '.join(used) or 'NONE'}")
+            raise ConfigError(
+                f"{source}: {key} has no effect: {types} is {', '.join(used) or 'NONE'}"
+            )
     if not (node.EXPERIMENT.NAME or node.EXPERIMENT.TAG):
-        raise ConfigError(f"EXPERIMENT.NAME or TAG ({sources['EXPERIMENT.TAG']}) must not be empty")
+        raise ConfigError(
+            f"EXPERIMENT.NAME or TAG ({sources['EXPERIMENT.TAG']}) must not be empty"
+        )
     solver, got = node.SOLVER, f"got {node.SOLVER.MOMENTUM:g} ({sources['SOLVER.MOMENTUM']})"
     if solver.NESTEROV and solver.MOMENTUM == 0:
         raise ConfigError(f"SOLVER.MOMENTUM must be > 0 with NESTEROV, {got}")
     delta = solver.DOT.DELTA
-    if solver.TRAINER.endswith("dot") and not 0 <= delta < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
+    if solver.TRAINER.endswith("dot") and not 0 <= delta < min(
+        solver.MOMENTUM, 1 - solver.MOMENTUM
+    ):
         got += f" and {delta:g} ({sources['SOLVER.DOT.DELTA']})"
         raise ConfigError(f"SOLVER.MOMENTUM -/+ SOLVER.DOT.DELTA must be in (0, 1), {got}")

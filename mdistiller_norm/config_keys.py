@@ -101,7 +101,9 @@ def _replace(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the text, or list of texts, of each dotted key of a file."""
     try:
-        found = yaml.load(regular(path, _LARGEST_FILE).read_text(encoding="utf-8"), TextLoader) or {}
+        found = (
+            yaml.load(regular(path, _LARGEST_FILE).read_text(encoding="utf-8"), TextLoader) or {}
+        )
         if not isinstance(found, dict):
             raise ValueError("it must be a mapping of keys to values")
     except FileNotFoundError:
@@ -153,7 +155,9 @@ def check_value(key: str, value: Any, defaults: Mapping[str, Any], source: str) 
         else:
             result = _convert(key, value, default)
         names = requirement.removeprefix("one of ")
-        valid = result in names.split(", ") if names != requirement else _CHECKS[requirement](result)
+        valid = (
+            result in names.split(", ") if names != requirement else _CHECKS[requirement](result)
+        )
     except (TypeError, ValueError, KeyError, RecursionError, yaml.YAMLError):
         kind = _TYPES.get(type(item), "a value")
         valid, requirement = False, f"a list (each item {kind})" if is_list else kind
@@ -167,10 +171,14 @@ def _hint(key: str, known: Iterable[str]) -> str:
     last = f".{key.rpartition('.')[2]}".lower()
     same_name = [name for name in known if name.lower().endswith(last)]
     section = [name for name in known if name.startswith(f"{key.partition('.')[0]}.")]
-    near = (nearest(key, same_name) or same_name or nearest(key, section) or nearest(key, known))[:3]
+    near = (nearest(key, same_name) or same_name or nearest(key, section) or nearest(key, known))[
+        :3
+    ]
     if key in REMOVED:
         return f": it was removed, {REMOVED[key].help.format(command('reproduce'))}"
-    hint = not_registered(key.split(".")[0]) or (f"did you mean {' or '.join(near)}?" if near else "")
+    hint = not_registered(key.split(".")[0]) or (
+        f"did you mean {' or '.join(near)}?" if near else ""
+    )
     return f": {hint}" if hint else ""
 
 

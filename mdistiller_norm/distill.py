@@ -33,7 +33,9 @@ def main(options: argparse.Namespace) -> int:
         names["TEACHER_WEIGHTS"] = "pretrained" if teacher.startswith(PREFIXES) else ""
     distilled = _config(options, f"{student},{options.method}", names)
     dataset = build_dataset(distilled.node)
-    build_student(student, dataset, 0)  # an unknown name is an error before the teacher is trained
+    build_student(
+        student, dataset, 0
+    )  # an unknown name is an error before the teacher is trained
     runs = {"teacher": plain} if options.train_teacher else {}
     runs |= {"student alone": alone} if options.student_alone else {}
     if not options.train_teacher:
@@ -73,4 +75,6 @@ def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> 
     own = [f"{key}={value}" for key, value in keys.items()]
     config = load_config(None, [*own, *options.overrides], others=[options.method])
     # The folder is named after the tag and the overrides of the user.
-    return Config(config.node, load_config(None, options.overrides, others=[options.method]).sources)
+    return Config(
+        config.node, load_config(None, options.overrides, others=[options.method]).sources
+    )

@@ -31,18 +31,25 @@ OPTIONAL = (
 def main(options: argparse.Namespace) -> int:
     """Print the report; return 1 if the self-test fails."""
     report = diagnose(options.root)
-    text = json.dumps(report, indent=2) if options.json else yaml.safe_dump(report, sort_keys=False)
+    text = (
+        json.dumps(report, indent=2) if options.json else yaml.safe_dump(report, sort_keys=False)
+    )
     print(text.rstrip())
     return 0 if report["self_test"]["passed"] else 1
 
 
 def diagnose(root: Path) -> dict[str, Any]:
     """Return the environment, the data and checkpoints that were found, the free space and the result of the test."""
-    device, folders = build_device("auto"), [root / name for name in (*FOLDERS.values(), "imagenet")]
+    device, folders = (
+        build_device("auto"),
+        [root / name for name in (*FOLDERS.values(), "imagenet")],
+    )
     checkpoints: list[str] = []
     for folder in {folder.resolve() for folder in ROOTS}:
         listed = manifest_files(folder)
-        checkpoints += [f"{entry['model']} on {entry['dataset']}: {path}" for path, entry in listed]
+        checkpoints += [
+            f"{entry['model']} on {entry['dataset']}: {path}" for path, entry in listed
+        ]
         checkpoints += map(str, (folder / PEER_TEACHERS).glob("*/*.pth"))
     installed = {package.name.lower(): package.version for package in distributions()}
     return {
@@ -64,9 +71,16 @@ def self_test() -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(output):
             weights = f"DISTILLER.TEACHER_WEIGHTS={folder}/digits/teacher/student_last.pt"
-            for name, file in (("teacher", "digits/vanilla_resnet8"), ("student", "digits/normkd")):
+            for name, file in (
+                ("teacher", "digits/vanilla_resnet8"),
+                ("student", "digits/normkd"),
+            ):
                 place = [f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}"]
                 train(load_config(file, [*solver, *place, "DISTILLER.TEACHER=resnet8", weights]))
     except Exception as error:  # a broken installation may raise anything
-        return {"passed": False, "error": first_line(error), "output": output.getvalue().splitlines()}
+        return {
+            "passed": False,
+            "error": first_line(error),
+            "output": output.getvalue().splitlines(),
+        }
     return {"passed": True, "seconds": round(time.perf_counter() - start, 1)}

@@ -131,16 +131,22 @@ def _transfer(url: str, part: Path, start: int) -> None:
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with (
         urlopen(request, timeout=TIMEOUT) as response,
-        part.open("ab" if response.status == 206 else "wb") as file,  # 206: the server supports ranges
+        part.open(
+            "ab" if response.status == 206 else "wb"
+        ) as file,  # 206: the server supports ranges
     ):
         done, name = file.tell(), url.rpartition("/")[2]
         size = done + int(response.headers["Content-Length"] or 0)
-        with progress(desc=name, total=size or None, initial=done, unit="B", unit_scale=True) as bar:
+        with progress(
+            desc=name, total=size or None, initial=done, unit="B", unit_scale=True
+        ) as bar:
             while chunk := response.read(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
         if file.tell() < size:
-            raise ConnectionError(f"the connection was closed after {file.tell()} of {size} bytes")
+            raise ConnectionError(
+                f"the connection was closed after {file.tell()} of {size} bytes"
+            )
 
 
 def _unpack(archive: Path, target: Path) -> None:
@@ -158,6 +164,8 @@ def _unpack(archive: Path, target: Path) -> None:
                         path.write_bytes(source.read())
             Path(folder, target.name).rename(target)
         except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-            raise DataError(f"archive of {target} cannot be unpacked: {first_line(error)}") from error
+            raise DataError(
+                f"archive of {target} cannot be unpacked: {first_line(error)}"
+            ) from error
         finally:
             archive.unlink()

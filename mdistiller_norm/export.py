@@ -47,7 +47,9 @@ def export(
         CheckpointError: the file cannot be written, or its logits differ by more than rounding.
     """
     module: nn.Module = student.network
-    mean, std = (torch.tensor(student.about[key]).expand(3)[:, None, None] for key in ("mean", "std"))
+    mean, std = (
+        torch.tensor(student.about[key]).expand(3)[:, None, None] for key in ("mean", "std")
+    )
     pixels = "RGB in 0..1, minus mean, divided by std"
     if with_normalisation:
         norm = nn.BatchNorm2d(3, eps=0.0, affine=False)
@@ -90,7 +92,11 @@ def check(forward: Forward, student: Student, count: int) -> list[str]:
         if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
             raise CheckpointError(f"nothing is written: logits of the export differ by {text}")
         lines.append(f"largest difference of a logit: {text}, batches of 1 and {len(images)}")
-    return lines if student.dataset else [*lines, f"checked on random images only: {student.missing}"]
+    return (
+        lines
+        if student.dataset
+        else [*lines, f"checked on random images only: {student.missing}"]
+    )
 
 
 def _encode(form: str, module: nn.Module, about: dict[str, Any]) -> bytes:
@@ -149,7 +155,9 @@ def read(path: Path, form: str, about: Any = None) -> tuple[Forward, dict[str, A
     return network.eval(), about
 
 
-def write_hub_folder(student: Student, folder: Path, result: dict[str, Any], count: int) -> list[str]:
+def write_hub_folder(
+    student: Student, folder: Path, result: dict[str, Any], count: int
+) -> list[str]:
     """Write a folder in the layout of the Hugging Face Hub: model.safetensors, config.json and a model card.
 
     ``result`` is the content of the run's ``result.json``, or empty; ``count`` as in :func:`export`.

@@ -40,4 +40,6 @@ def _evaluate(path: Path, model: str, dataset: str, root: Path) -> bool:
     if dataset in FOLDERS and not (root / FOLDERS[dataset]).is_dir():  # would be downloaded
         print(f"{model}: not evaluated, {root} contains no {FOLDERS[dataset]}: {path}")
         return True
-    return cli.main(["eval", "-m", model, "-d", dataset, "--root", str(root), "-c", str(path)]) == 0
+    return (
+        cli.main(["eval", "-m", model, "-d", dataset, "--root", str(root), "-c", str(path)]) == 0
+    )

@@ -40,7 +40,9 @@ def find_config(name: str | Path, folder: Path = Path()) -> Path:
     """
     local = Path(os.path.normpath(folder / name))
     packaged = CONFIGS / str(name).removeprefix("configs/")
-    candidates = [Path(f"{path}{suffix}") for path in (local, packaged) for suffix in ("", ".yaml")]
+    candidates = [
+        Path(f"{path}{suffix}") for path in (local, packaged) for suffix in ("", ".yaml")
+    ]
     return next((path for path in candidates if path.is_file()), local)
 
 
@@ -78,7 +80,9 @@ def whole_file(path: Path, keep: Path | None = None) -> Iterator[IO[bytes]]:
 
 def open_lock(path: Path) -> IO[str]:
     """Open a lock file for appending, without following a symbolic link."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a")
+    return os.fdopen(
+        os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a"
+    )
 
 
 def write_text(content: str, path: Path) -> None:

@@ -86,10 +86,14 @@ class Distillation(nn.Module):
         ]
         for name in names:
             cls = DISTILLERS[name]
-            if cls.need > Need.LOGITS and any(isinstance(each, _LogitNetwork) for each in networks):
+            if cls.need > Need.LOGITS and any(
+                isinstance(each, _LogitNetwork) for each in networks
+            ):
                 raise ConfigError(f"{name} requires features: use create_model or models.Wrapped")
             if cls.needs_indices and targets is None:
-                raise ConfigError(f"{name} requires the classes of the training set: pass targets")
+                raise ConfigError(
+                    f"{name} requires the classes of the training set: pass targets"
+                )
         known = torch.empty(0) if targets is None else targets
         distillers = build_distillers(node, networks[0], networks[1], known, image_size)
         self.trainable = Trainable(networks[0], distillers)
@@ -132,7 +136,9 @@ class Distillation(nn.Module):
         losses = self.trainable(
             batch, outputs, torch.tensor(self.trainable.loss_weights(epoch), device=device)
         )
-        return losses.total, dict(zip(self.trainable.loss_names, losses.parts.detach(), strict=True))
+        return losses.total, dict(
+            zip(self.trainable.loss_names, losses.parts.detach(), strict=True)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._teacher[0]._apply(fn)  # type: ignore[no-untyped-call]
@@ -144,7 +150,9 @@ class _LogitNetwork(Network):
     def __init__(self, module: nn.Module, image_size: tuple[int, int]) -> None:
         parameter, training = next(module.parameters()), module.training
         with torch.no_grad():
-            images = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
+            images = torch.zeros(
+                1, 3, *image_size, dtype=parameter.dtype, device=parameter.device
+            )
             logits = module.eval()(images)
         module.train(training)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -162,6 +170,7 @@ class _LogitNetwork(Network):
 def _settings(values: Mapping[str, Any]) -> list[str]:
     """Return config keys and values, which may be dictionaries of nested keys, as ``KEY=VALUE``."""
     texts = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in leaves(values)
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in leaves(values)
     }
     return [f"{key}={text}" for key, text in texts.items()]

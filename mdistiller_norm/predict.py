@@ -50,7 +50,9 @@ def predict(
     readable = [entry for entry in entries if "error" not in entry]
     for entry, row, numbers in zip(readable, values.tolist(), indices.tolist(), strict=True):
         names = [about["classes"][number] for number in numbers]
-        entry["classes"] = [{"class": n, "probability": p} for n, p in zip(names, row, strict=True)]
+        entry["classes"] = [
+            {"class": n, "probability": p} for n, p in zip(names, row, strict=True)
+        ]
     return entries
 
 
@@ -88,9 +90,13 @@ def main(options: argparse.Namespace) -> int:
         for entry in predict(forward, about, batch, options.top, device):
             found.append(entry)
             if "error" in entry:
-                print(f"error: {entry['image']} cannot be read ({entry['error']})", file=sys.stderr)
+                print(
+                    f"error: {entry['image']} cannot be read ({entry['error']})", file=sys.stderr
+                )
             elif not options.json:
-                classes = [f"{each['class']} {each['probability']:.1%}" for each in entry["classes"]]
+                classes = [
+                    f"{each['class']} {each['probability']:.1%}" for each in entry["classes"]
+                ]
                 print(f"{entry['image']}: {', '.join(classes)}")
     if options.json:
         print(json.dumps(found, indent=2))

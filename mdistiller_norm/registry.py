@@ -21,7 +21,9 @@ PLUGINS: list[ModuleType] = []  # imported plugins
 def nearest(name: str, candidates: Iterable[str]) -> list[str]:
     """Return up to three candidates that are similar to ``name``, ignoring case, the best first."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5)]
+    return [
+        by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5)
+    ]
 
 
 def not_registered(name: str) -> str:
@@ -71,9 +73,13 @@ def import_plugin(name: str, beside: Path = Path()) -> str:
     """
     file = None
     if name.endswith(".py") or "/" in name:
-        file = next((path.resolve() for path in (beside / name, Path(name)) if path.is_file()), None)
+        file = next(
+            (path.resolve() for path in (beside / name, Path(name)) if path.is_file()), None
+        )
         if file is None:
-            folders = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in (beside, Path())))
+            folders = " or ".join(
+                dict.fromkeys(str(folder.resolve()) for folder in (beside, Path()))
+            )
             raise ConfigError(f"plugin {name} does not exist in {folders}")
     try:
         if file is None:

@@ -58,7 +58,9 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     trained = build.build_teacher(cfg, dataset) if cfg.DISTILLER.TYPE != "NONE" else None
     student = build.build_student(cfg.DISTILLER.STUDENT, dataset, cfg.SEED)
     targets, size = dataset.targets, dataset.image_size
-    distillers = build.build_distillers(cfg, student, trained[0], targets, size) if trained else {}
+    distillers = (
+        build.build_distillers(cfg, student, trained[0], targets, size) if trained else {}
+    )
     runtime.choose_cuda_kernels(device, cfg.ENGINE.DETERMINISTIC)
     share = distributed.start(device, solver.TIMEOUT)
     if share.rank:  # processes differ in dropout, not in the initial weights
@@ -132,7 +134,10 @@ def _records(
 
 
 def train(
-    config: Config, resume: bool = False, command: Sequence[str] = (), dataset: Dataset | None = None
+    config: Config,
+    resume: bool = False,
+    command: Sequence[str] = (),
+    dataset: Dataset | None = None,
 ) -> Record:
     """Train a run, with the arguments of :func:`build_run`; return the content of ``result.json``.
 

@@ -29,7 +29,15 @@ NEUTRAL = (
 )  # fmt: skip
 CONFIG, RESULT = "config.yaml", "result.json"
 _LOCK = ".lock"
-_STATE_KEYS = {"trainable", "optimizer", "meters", "identity", "epoch", "steps_done", "total_steps"}
+_STATE_KEYS = {
+    "trainable",
+    "optimizer",
+    "meters",
+    "identity",
+    "epoch",
+    "steps_done",
+    "total_steps",
+}
 
 
 def run_folder(config: Config) -> Path:
@@ -75,8 +83,12 @@ class RunFolder:
         if self.state:
             saved, now = self.state["identity"], trainer.provenance.identity
             names = [name for name, value in saved.items() if value != now.get(name, value)]
-            if changed := [f"{name} ({saved[name][:12]}, now {now[name][:12]})" for name in names]:
-                raise ConfigError(f"{self.path} cannot be resumed with another {', '.join(changed)}")
+            if changed := [
+                f"{name} ({saved[name][:12]}, now {now[name][:12]})" for name in names
+            ]:
+                raise ConfigError(
+                    f"{self.path} cannot be resumed with another {', '.join(changed)}"
+                )
             try:
                 trainer.load_state(self.state)
             except (RuntimeError, ValueError, LookupError) as error:
@@ -117,7 +129,9 @@ def _open_first(path: Path, config: Config, resume: bool) -> RunFolder:
             if cfg.LOG.WANDB:  # before the log opens TensorBoard's writers, which it patches
                 names = (cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.TAG)
                 warnings.append(start_wandb(path, *names, yaml.safe_load(config.yaml), resources))
-            first_epoch, first_step = (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
+            first_epoch, first_step = (
+                (state["epoch"], state["total_steps"] + 1) if state else (1, 0)
+            )
             log = RunLog(path, first_epoch, first_step)
             log.held = resources.pop_all()
     except OSError as error:
@@ -146,7 +160,9 @@ def _lock(path: Path) -> IO[str]:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
     except (BlockingIOError, PermissionError) as error:
         lock.close()
-        raise ConfigError(f"another process is training in {path}: set EXPERIMENT.NAME") from error
+        raise ConfigError(
+            f"another process is training in {path}: set EXPERIMENT.NAME"
+        ) from error
     except OSError:  # a file system without locks
         pass
     lock.truncate(0)
@@ -157,9 +173,13 @@ def _lock(path: Path) -> IO[str]:
 def _load_state(path: Path, config: Config) -> tuple[Record, str]:
     cfg, stored = config.node, read_settings(path / CONFIG)
     unused = {*DISTILLERS}.difference(method_names(cfg))
-    defaults, current = (yaml.load(text, TextLoader) for text in (dump(default_config()), config.yaml))
+    defaults, current = (
+        yaml.load(text, TextLoader) for text in (dump(default_config()), config.yaml)
+    )
     different = [key for key, text in current.items() if stored.get(key, defaults[key]) != text]
-    if changed := [k for k in different if not (_is_neutral(k, cfg) or k.split(".")[0] in unused)]:
+    if changed := [
+        k for k in different if not (_is_neutral(k, cfg) or k.split(".")[0] in unused)
+    ]:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")
     problems = []
     for name in (LATEST, PREVIOUS):

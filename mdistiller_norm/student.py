@@ -82,7 +82,9 @@ def load_student(
                 raise
             missing = str(error)
     network = _load(weights, model, about)
-    kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {"name": network.name}
+    kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {
+        "name": network.name
+    }
     from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
     resize = about.get("resize", 256) if from_files else about["image_size"][0]
     return Student(network, kept | _PREPROCESSING | {"resize": resize}, dataset, missing)
@@ -93,7 +95,9 @@ def _open_data(
 ) -> Dataset:
     about = weights.about
     if not (name := model or about.get("name", "")):
-        raise ConfigError(f"{weights.path} does not name its network: add -m, for example -m resnet20")
+        raise ConfigError(
+            f"{weights.path} does not name its network: add -m, for example -m resnet20"
+        )
     kind = kind or about.get("type", about.get("dataset", "cifar100"))
     built_in = name.startswith(PREFIXES) or any(name in models for models in VARIANTS.values())
     if about.get("plugins") and not (built_in and (dataset is not None or kind in DATASETS)):
@@ -104,14 +108,18 @@ def _open_data(
         return dataset
     known = {key: about[key] for key in about.keys() & {"resize", "variant", "val_split"}}
     known |= {key: tuple(about[key]) for key in ("mean", "std", "classes") if key in about}
-    images = ImageOptions(size=about.get("image_size", [ImageOptions.size])[0], train=False, **known)
+    images = ImageOptions(
+        size=about.get("image_size", [ImageOptions.size])[0], train=False, **known
+    )
     return open_dataset(kind, data_root(root, about.get("dataset", "")), images)
 
 
 def build(about: Metadata) -> Network:
     """Build the network that metadata describe, without its weights."""
     size = tuple(about["image_size"])
-    return build_model(about["name"], len(about["classes"]), variant=about["variant"], image_size=size)
+    return build_model(
+        about["name"], len(about["classes"]), variant=about["variant"], image_size=size
+    )
 
 
 def _load(weights: Weights, model: str, about: Metadata) -> Network:

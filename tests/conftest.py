@@ -46,7 +46,9 @@ def unpacked(name: str, marker: str) -> Path:
                 [sys.executable, str(unpack), str(root), name], check=True, capture_output=True
             )
     if not (root / marker).exists():
-        pytest.skip(f"{name} is not in data/: download it, or set MDISTILLER_NORM_DATA to its folder")
+        pytest.skip(
+            f"{name} is not in data/: download it, or set MDISTILLER_NORM_DATA to its folder"
+        )
     return root
 
 
@@ -125,7 +127,9 @@ def tool(name: str, *arguments: object, check: bool = True) -> subprocess.Comple
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     if check and done.returncode:
-        raise AssertionError(f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(
+            f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
     return done
 
 

@@ -93,9 +93,11 @@ def softened(
                 divergence = kl(log_mean_softmax(u_t, scales), log_mean_softmax(u_s, scales))
             else:
                 divergence = decoupled(u_s / scales[0], u_t / scales[0], y, *dkd)
-            weight = {"teacher": tau_t**2, "student_teacher": np.real(tau_s) * tau_t, "none": 1.0}[
-                weighting
-            ]
+            weight = {
+                "teacher": tau_t**2,
+                "student_teacher": np.real(tau_s) * tau_t,
+                "none": 1.0,
+            }[weighting]
             total = total + max(scales) ** 2 * weight * divergence  # the weight has no gradient
         return total / len(targets)
 
@@ -117,7 +119,9 @@ def dist(
     return t**2 * (beta * distance(p_s, p_t) + gamma * distance(p_s.T, p_t.T))
 
 
-def ttm(students: Arrays, teachers: Arrays, targets: np.ndarray, gamma: float, weighted: bool) -> Any:
+def ttm(
+    students: Arrays, teachers: Arrays, targets: np.ndarray, gamma: float, weighted: bool
+) -> Any:
     """Algorithm 1, by the logarithms of the powers of probabilities."""
     total: Any = 0.0
     for z_s, z_t in zip(students[0], teachers[0], strict=True):
@@ -145,7 +149,9 @@ def dtkd(
         top_s, top_t = z_s[z_s.real.argmax()], z_t[z_t.real.argmax()]
         t_s, t_t = 2 * t * top_s / (top_s + top_t), 2 * t * top_t / (top_s + top_t)
         total = (
-            total + alpha * t_s * t_t * kd(z_s / t_s, z_t / t_t) + beta * t**2 * kd(z_s / t, z_t / t)
+            total
+            + alpha * t_s * t_t * kd(z_s / t_s, z_t / t_t)
+            + beta * t**2 * kd(z_s / t, z_t / t)
         )
     return total / len(targets)
 
@@ -315,7 +321,9 @@ def hcl(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
             *((block_mean(s, n, n), block_mean(t, n, n)) for n in (4, 2, 1) if n < s.shape[2]),
         ]
         weights = [0.5**level for level in range(len(grids))]
-        terms = [weight * ((a - b) ** 2).mean() for weight, (a, b) in zip(weights, grids, strict=True)]
+        terms = [
+            weight * ((a - b) ** 2).mean() for weight, (a, b) in zip(weights, grids, strict=True)
+        ]
         total = total + sum(terms) / sum(weights)
     return total
 

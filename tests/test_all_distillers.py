@@ -77,7 +77,9 @@ def make_step(case: dict[str, Any], **more: Any) -> TrainStep:
     need = max(method.need for method in methods.values())
     teacher = Teacher(network("resnet14"), need, train_mode=train_mode)
     loader = few().train_loader(cfg.SOLVER.BATCH_SIZE, 0, CPU)
-    step = build_step(cfg, student, methods, loader, teacher, None, CPU, compiled=False, log=print)
+    step = build_step(
+        cfg, student, methods, loader, teacher, None, CPU, compiled=False, log=print
+    )
     step.begin_epoch(1, 0)
     step.trainable.train()
     return step
@@ -85,7 +87,9 @@ def make_step(case: dict[str, Any], **more: Any) -> TrainStep:
 
 def losses_of(step: TrainStep, count: int) -> Iterator[dict[str, float]]:
     """Yield the losses of the first ``count`` steps."""
-    for raw, _ in zip(step.with_teacher_outputs(step.loader.batches(1)), range(count), strict=False):
+    for raw, _ in zip(
+        step.with_teacher_outputs(step.loader.batches(1)), range(count), strict=False
+    ):
         step(*raw)
         yield step.meters.read(1).losses  # raises if one is not finite
         step.meters.reset()
@@ -97,7 +101,9 @@ def machine() -> dict[str, Any]:
     cpu = {}
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        found = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines)}
+        found = {
+            key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines)
+        }
         cpu = {field: found.get(field, "") for field in fields}
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     kernels = {"torch": torch.__version__, "platform": sys.platform, "capability": capability}
@@ -107,14 +113,17 @@ def machine() -> dict[str, Any]:
 def measure(name: str) -> list[list[float]]:
     """Weighted cross entropy and distillation losses of 20 steps with 8 digits."""
     step = make_step(CASES[name], **{"SOLVER.BATCH_SIZE": 8, "SOLVER.LR": 1e-4})
-    return [[losses[part] for part in step.trainable.loss_names] for losses in losses_of(step, STEPS)]
+    return [
+        [losses[part] for part in step.trainable.loss_names] for losses in losses_of(step, STEPS)
+    ]
 
 
 def store() -> None:
     """Write ``tests/data/twenty_steps.json``."""
     torch.set_num_threads(1)
     losses = {
-        name: [" ".join(value.hex() for value in parts) for parts in measure(name)] for name in CASES
+        name: [" ".join(value.hex() for value in parts) for parts in measure(name)]
+        for name in CASES
     }
     STORED.parent.mkdir(exist_ok=True)
     STORED.write_text(json.dumps({"machine": machine(), "losses": losses}, indent=1) + "\n")
@@ -123,7 +132,9 @@ def store() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_losses_equal_the_stored_ones(name: str) -> None:
     stored = json.loads(STORED.read_text())
-    expected = [[float.fromhex(value) for value in parts.split()] for parts in stored["losses"][name]]
+    expected = [
+        [float.fromhex(value) for value in parts.split()] for parts in stored["losses"][name]
+    ]
     measured = measure(name)
     if machine() == stored["machine"]:
         assert measured == expected

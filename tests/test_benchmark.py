@@ -61,7 +61,9 @@ distiller_dict, trainer_dict = {"NormKD": MSE}, {"base": Trainer}
 def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "tools")
     main, file = importlib.import_module("benchmark").main, tmp_path / "record.json"
-    return lambda *arguments: main([*arguments, "--json", str(file)]) or json.loads(file.read_text())
+    return lambda *arguments: (
+        main([*arguments, "--json", str(file)]) or json.loads(file.read_text())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,9 @@ def assert_quotients(ratio: dict[str, Any], above: dict[str, Any], below: dict[s
 def test_time_memory_and_parameters_of_a_method(measure: Any) -> None:
     method = ["--cfg", str(ROOT / "configs/digits/kd.yaml"), "--methods", "FITNET"]
     row = measure("--table9", *method, "--batch-size", "32", *QUICK)["table9"]["FITNET"]
-    assert row["extra_parameters"] == 32 * 32 + 3 * 32, "a 1x1 convolution with bias and a batch norm"
+    assert row["extra_parameters"] == 32 * 32 + 3 * 32, (
+        "a 1x1 convolution with bias and a batch norm"
+    )
     assert 100 < row["memory_mb"] < 5000
 
 
@@ -116,8 +120,14 @@ def test_bad_options(measure: Any, reference: str) -> None:
     assert_user_error(done, "no must have mdistiller's layout")
     for arguments, words in (
         ([], "nothing to measure: add --table9"),
-        (["--evaluate", "--synthetic", "200", "--batch-size", "300"], "BATCH_SIZE must be <= 200"),
-        (["--against", reference, "--methods", "KD", *SMALL], "has no KD with resnet8 and resnet14"),
+        (
+            ["--evaluate", "--synthetic", "200", "--batch-size", "300"],
+            "BATCH_SIZE must be <= 200",
+        ),
+        (
+            ["--against", reference, "--methods", "KD", *SMALL],
+            "has no KD with resnet8 and resnet14",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             measure(*arguments)

@@ -115,12 +115,18 @@ def test_other_files_are_refused(tmp_path, write, message, capfd):
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "resnet8.pth")
     weights = load_weights(tmp_path / "resnet8.pth")
-    versioned = Wrapped(mnasnet0_5(num_classes=4), 4, classifier="classifier.1")  # requires a version
+    versioned = Wrapped(
+        mnasnet0_5(num_classes=4), 4, classifier="classifier.1"
+    )  # requires a version
     torch.save(versioned.state_dict(), tmp_path / "mnasnet.pth")
     unversioned = load_weights(tmp_path / "mnasnet.pth")
     for network_, content, words in (
         (build_model("resnet14", 10), weights, r"Missing.*layer1\.1\.conv1\.weight"),
-        (build_model("resnet8", 100), weights, r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]"),
+        (
+            build_model("resnet8", 100),
+            weights,
+            r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]",
+        ),
         (versioned, unversioned, r"version sh.* be set"),
     ):
         with pytest.raises(CheckpointError, match=rf"\.pth does not fit name: .*{words}"):
@@ -166,7 +172,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def add_entry(project: Path, **changes: Any) -> None:
-    entry = {"file": "teacher.pt", "model": "resnet8", "dataset": "digits", "top1": 97.5} | changes
+    entry = {
+        "file": "teacher.pt",
+        "model": "resnet8",
+        "dataset": "digits",
+        "top1": 97.5,
+    } | changes
     (project / "checkpoints" / "manifest.yaml").write_text(yaml.safe_dump([entry]))
 
 
@@ -179,7 +190,9 @@ def test_the_manifest_and_mdistillers_downloads_are_searched(project: Path) -> N
     add_entry(project, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
     assert find() == TeacherFile(Path("checkpoints/teacher.pt"), 97.5)
     assert find(str(file)).top1 == 97.5
-    with pytest.raises(CheckpointError, match=r"teacher resnet8 on cifar100.*train it with `python"):
+    with pytest.raises(
+        CheckpointError, match=r"teacher resnet8 on cifar100.*train it with `python"
+    ):
         find(dataset="cifar100")
     folder = project / "download_ckpts" / "cifar_teachers" / "resnet8_vanilla"
     folder.mkdir(parents=True)

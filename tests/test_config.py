@@ -28,7 +28,9 @@ def differences(a: dict, b: dict) -> list[str]:
 
 def plain(node: dict) -> dict:
     """Return a tree as nested dicts."""
-    return {name: plain(value) if isinstance(value, dict) else value for name, value in node.items()}
+    return {
+        name: plain(value) if isinstance(value, dict) else value for name, value in node.items()
+    }
 
 
 def values(node: dict, *keys: str) -> tuple:
@@ -47,7 +49,9 @@ def test_shipped_configs_round_trip_name_their_command_and_write_to_different_fo
         if "/_base_/" not in path:
             assert node.DISTILLER.TEACHER
             assert node.DISTILLER.STUDENT
-            header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
+            header = [
+                line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")
+            ]
             assert any(f"--cfg {path}" in line for line in header)
             places[node.EXPERIMENT.PROJECT, node.EXPERIMENT.NAME or node.EXPERIMENT.TAG] += 1
     assert [place for place, count in places.items() if count > 1] == []
@@ -60,7 +64,9 @@ def test_defaults_are_a_superset_of_mdistillers(facts, tmp_path):
     theirs = json.loads((facts / "config_defaults.json").read_text())["NormKD"]
     ours = default_config()
     known = {name: node for name, node in theirs.items() if name in ours}
-    assert {"EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG", "KD", "NormKD", "DKD"} <= set(known)
+    assert {"EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG", "KD", "NormKD", "DKD"} <= set(
+        known
+    )
     assert set(theirs) - set(known) <= set(theirs) - set(DISTILLERS)
     node = load_config(write(tmp_path, "theirs.yaml", yaml.safe_dump(known))).node
     for section, values in known.items():
@@ -76,7 +82,11 @@ def test_default_trees_are_independent_and_those_of_an_empty_file(tmp_path):
     first.SOLVER.LR_DECAY_STAGES.append(1)
     first.KD.LOSS.CE_WEIGHT = 7.0
     assert default_config().SOLVER.LR_DECAY_STAGES == [150, 180, 210]
-    assert default_config().KD.LOSS.CE_WEIGHT == DISTILLERS["KD"].defaults["LOSS"]["CE_WEIGHT"] != 7.0
+    assert (
+        default_config().KD.LOSS.CE_WEIGHT
+        == DISTILLERS["KD"].defaults["LOSS"]["CE_WEIGHT"]
+        != 7.0
+    )
     empty = write(tmp_path, "run.yaml", "# nothing\n")
     assert load_config(empty).node == load_config().node == default_config()
 
@@ -129,7 +139,11 @@ def test_files_that_include_each_other_are_read_once(tmp_path):
         (["EXPERIMENT.NAME", "&x 'y' [z"], "EXPERIMENT.NAME", "&x 'y' [z"),
         (["EXPERIMENT.NAME", "1:30"], "EXPERIMENT.NAME", "1:30"),
         (["DATASET.ROOT=/data/my #1 set"], "DATASET.ROOT", "/data/my #1 set"),
-        (["DATASET.CLASSES=[yes, no, 0, 01, '#']"], "DATASET.CLASSES", ["yes", "no", "0", "01", "#"]),
+        (
+            ["DATASET.CLASSES=[yes, no, 0, 01, '#']"],
+            "DATASET.CLASSES",
+            ["yes", "no", "0", "01", "#"],
+        ),
     ],
 )
 def test_overrides(overrides, key, value):
@@ -162,8 +176,14 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     write(tmp_path, "e.py", "")
     text = "_BASE_: ~/base.yaml\nLOG.PREFIX: ~/runs\nEXPERIMENT.PLUGINS: ~/e.py"
     node = load_config(write(tmp_path, "r/r.yaml", text)).node
-    assert (f"{tmp_path}/w.pt", str(tmp_path)) == (node.DISTILLER.TEACHER_WEIGHTS, node.DATASET.ROOT)
-    assert (f"{tmp_path}/runs", [f"{tmp_path}/e.py"]) == (node.LOG.PREFIX, node.EXPERIMENT.PLUGINS)
+    assert (f"{tmp_path}/w.pt", str(tmp_path)) == (
+        node.DISTILLER.TEACHER_WEIGHTS,
+        node.DATASET.ROOT,
+    )
+    assert (f"{tmp_path}/runs", [f"{tmp_path}/e.py"]) == (
+        node.LOG.PREFIX,
+        node.EXPERIMENT.PLUGINS,
+    )
 
 
 # Values and their types
@@ -173,9 +193,13 @@ def test_values_have_the_types_of_their_defaults(tmp_path):
     text = "SOLVER: {WEIGHT_DECAY: 5e-4, LR: 1E-2, EPOCHS: '7', LR_DECAY_STAGES: '(3, 5)', NESTEROV: yes}\n"
     text += "DATASET: {CLASSES: ['1', 02], MEAN: [0.5, 5e-1, 0.5]}\nENGINE: {CUDA_GRAPH: on}\nEXPERIMENT: {TAG: 3}\n"
     node = load_config(write(tmp_path, "run.yaml", text)).node
-    found = values(node, "SOLVER.WEIGHT_DECAY", "SOLVER.LR", "SOLVER.EPOCHS", "SOLVER.LR_DECAY_STAGES")
+    found = values(
+        node, "SOLVER.WEIGHT_DECAY", "SOLVER.LR", "SOLVER.EPOCHS", "SOLVER.LR_DECAY_STAGES"
+    )
     assert found == (5e-4, 1e-2, 7, [3, 5])
-    found = values(node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH")
+    found = values(
+        node, "SOLVER.NESTEROV", "DATASET.CLASSES", "DATASET.MEAN", "ENGINE.CUDA_GRAPH"
+    )
     assert found == (True, ["1", "02"], [0.5, 0.5, 0.5], "on")
     assert node.EXPERIMENT.TAG == "3"
 

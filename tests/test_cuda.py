@@ -20,7 +20,12 @@ pytestmark = [
     ),
 ]
 
-COMMON = ["DEVICE=cuda", "SOLVER.BATCH_SIZE=64", "ENGINE.COMPILE=none", "ENGINE.DETERMINISTIC=true"]
+COMMON = [
+    "DEVICE=cuda",
+    "SOLVER.BATCH_SIZE=64",
+    "ENGINE.COMPILE=none",
+    "ENGINE.DETERMINISTIC=true",
+]
 METHODS = [
     ["NONE"], ["KD"], ["NormKD"], ["DKD"], ["NormKD_W_DKD"], ["FITNET"], ["RKD"], ["CRD", "CRD.NCE.K=128"],
     ["REVIEWKD"], ["AT"], ["NST"], ["PKT"], ["SP"], ["VID"], ["DIST"], ["TTM"], ["WTTM"], ["NKD"], ["DTKD"], ["CTKD"],
@@ -57,7 +62,9 @@ def trainer_of(folder: Path, name: str, *overrides: str) -> Trainer:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=" ".join)
-def test_a_captured_step_equals_an_eager_step(method: list[str], teacher: str, tmp_path: Path) -> None:
+def test_a_captured_step_equals_an_eager_step(
+    method: list[str], teacher: str, tmp_path: Path
+) -> None:
     overrides = [
         f"DISTILLER.TYPE={method[0]}",
         *method[1:],

@@ -45,7 +45,9 @@ def test_every_view_equals_torchvision(cifar: TensorDataset) -> None:
         picture = TF.to_pil_image(cifar.train.images[index].permute(2, 0, 1))
         picture = TF.crop(TF.pad(picture, 4), view // 18, view // 2 % 9, 32, 32)
         picture = TF.hflip(picture) if view % 2 else picture
-        assert torch.equal(image, TF.normalize(TF.to_tensor(picture), cifar.mean, cifar.std)), view
+        assert torch.equal(image, TF.normalize(TF.to_tensor(picture), cifar.mean, cifar.std)), (
+            view
+        )
     images, targets = next(iter(cifar.eval_loader(16, torch.device("cpu"))))
     test = [TF.to_tensor(image.numpy()) for image in cifar.test.images[:16]]
     normalised = [TF.normalize(image, cifar.mean, cifar.std) for image in test]
@@ -71,7 +73,9 @@ def test_epoch_contains_every_sample_once_and_can_start_at_any_step() -> None:
     assert [len(batch.targets) for batch in batches] == [64] * 22 + [29]
     indices = torch.cat([batch.indices for batch in batches])
     assert sorted(indices.tolist()) == list(range(1437))
-    assert torch.equal(torch.cat([batch.targets for batch in batches]), data.train.targets[indices])
+    assert torch.equal(
+        torch.cat([batch.targets for batch in batches]), data.train.targets[indices]
+    )
     assert len({int(batch.key) for batch in batches}) == loader.steps == 23
     for resumed, whole in zip(loader.batches(1, first_step=20), raw[20:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
@@ -79,7 +83,10 @@ def test_epoch_contains_every_sample_once_and_can_start_at_any_step() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
 def test_weighted_parts_give_the_mean_of_the_batch(count: int) -> None:
-    values, parts = torch.arange(100.0), [share_out(40, count, Share(rank, 3)) for rank in range(3)]
+    values, parts = (
+        torch.arange(100.0),
+        [share_out(40, count, Share(rank, 3)) for rank in range(3)],
+    )
     mean = sum(part.weight * values[part.rows].mean() for part in parts) / 3
     torch.testing.assert_close(mean, values[40 : 40 + count].mean())
     real = [i for part in parts if part.weight for i in range(part.rows.start, part.rows.stop)]
@@ -159,7 +166,12 @@ def test_cifar10_is_read_from_its_files(tmp_path: Path) -> None:
     labels = random.integers(10, size=(6, 20)).tolist()
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     for name, data, batch in zip(names, pixels, labels, strict=True):
-        content = {"batch_label": name, "labels": batch, "data": data, "filenames": ["a.png"] * 20}
+        content = {
+            "batch_label": name,
+            "labels": batch,
+            "data": data,
+            "filenames": ["a.png"] * 20,
+        }
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
     classes = [
         "airplane",
@@ -179,7 +191,9 @@ def test_cifar10_is_read_from_its_files(tmp_path: Path) -> None:
     assert data.summary() == "cifar10: 10 classes, 100 + 20 images"
     assert data.classes == tuple(classes)
     assert data.targets.tolist() == [label for batch in labels[:5] for label in batch]
-    assert data.train.images[25, 3, 4].tolist() == pixels[1, 5].reshape(3, 32, 32)[:, 3, 4].tolist()
+    assert (
+        data.train.images[25, 3, 4].tolist() == pixels[1, 5].reshape(3, 32, 32)[:, 3, 4].tolist()
+    )
 
 
 def test_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +201,9 @@ def test_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     sources = tmp_path / "sources.yaml"  # no server listens
     sources.write_text("cifar100: [{urls: ['http://127.0.0.1:9/archive.tar.gz'], to: data}]")
     monkeypatch.setattr("mdistiller_norm.data.cifar.read_sources", lambda: read_sources(sources))
-    with pytest.raises(DataError, match=r"archive.tar.gz cannot be downloaded: .*: set DATASET.ROOT"):
+    with pytest.raises(
+        DataError, match=r"archive.tar.gz cannot be downloaded: .*: set DATASET.ROOT"
+    ):
         cifar100(tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
 
@@ -197,10 +213,13 @@ def test_held_out_part_is_stratified_fixed_and_disjoint() -> None:
     held = whole.hold_out(0.1)
     assert len(held.train) + len(held.test) == len(whole.train)
     counts = torch.bincount(whole.train.targets)
-    assert torch.bincount(held.test.targets).tolist() == [round(0.1 * int(count)) for count in counts]
+    assert torch.bincount(held.test.targets).tolist() == [
+        round(0.1 * int(count)) for count in counts
+    ]
     everything = torch.cat([held.train.images, held.test.images])
     sums = [
-        images.flatten(1).long().sum(1).sort().values for images in (everything, whole.train.images)
+        images.flatten(1).long().sum(1).sort().values
+        for images in (everything, whole.train.images)
     ]
     assert torch.equal(*sums)
     torch.manual_seed(5)

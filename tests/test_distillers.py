@@ -46,7 +46,9 @@ def outputs(maps: Maps, count: int = 2, device: str = "meta", seed: int = 0) -> 
     features = tuple(draw(count, channels, size, size) for channels, size in maps)
     pooled = draw(count, maps[-1][0])
     # Values of the pre-activations differ, so that a method that mistakes one for the other is found.
-    return Outputs(4 * draw(count, 10) - 1, features, tuple(each - 0.3 for each in features), pooled)
+    return Outputs(
+        4 * draw(count, 10) - 1, features, tuple(each - 0.3 for each in features), pooled
+    )
 
 
 def batch_of(count: int) -> Batch:
@@ -65,7 +67,9 @@ def make_pair(
     return Pair(outputs(student), outputs(teacher), network, TARGETS, 5)
 
 
-def build(name: str, pair: Pair | None = None, changes: dict[str, Any] | None = None) -> Distiller:
+def build(
+    name: str, pair: Pair | None = None, changes: dict[str, Any] | None = None
+) -> Distiller:
     """Build a method from its defaults, with changes by dotted key."""
     node = CfgNode(copy.deepcopy(DISTILLERS[name].defaults))
     settings = ({"NCE.K": 7} if name == "CRD" else {}) | (changes or {})
@@ -100,7 +104,9 @@ def build(name: str, pair: Pair | None = None, changes: dict[str, Any] | None = 
 def test_bad_values(name: str, key: str, value: Any, words: str) -> None:
     overrides = [f"DISTILLER.TYPE={name}", "CRD.NCE.K=7", f"{name}.{key}={value}"]
     with pytest.raises(ConfigError, match=words):
-        DISTILLERS[name].from_config(load_config(None, overrides, ["CRD"]).node[name], make_pair())
+        DISTILLERS[name].from_config(
+            load_config(None, overrides, ["CRD"]).node[name], make_pair()
+        )
 
 
 STEMS = make_pair(STUDENT[:1], TEACHER[:1])
@@ -128,7 +134,14 @@ def test_pairs_that_do_not_work(name: str, pair: Pair, words: str) -> None:
 Call = Callable[[Outputs, Outputs, Tensor, Any], Tensor]
 KD_WEIGHTS = {"WARMUP": 9, "LOSS.CE_WEIGHT": 0.37, "LOSS.KD_WEIGHT": 4.3}
 FEATURE_WEIGHTS = {"WARMUP": 9, "LOSS.CE_WEIGHT": 0.37, "LOSS.FEAT_WEIGHT": 4.3}
-WEIGHT_KEYS = ("CE_WEIGHT", "KD_WEIGHT", "FEAT_WEIGHT", "REVIEWKD_WEIGHT", "WARMUP", "WARMUP_EPOCHS")
+WEIGHT_KEYS = (
+    "CE_WEIGHT",
+    "KD_WEIGHT",
+    "FEAT_WEIGHT",
+    "REVIEWKD_WEIGHT",
+    "WARMUP",
+    "WARMUP_EPOCHS",
+)
 UNUSED = ("INPUT_SIZE", "MAX_MID_CHANNEL", "LOSS")
 
 
@@ -137,7 +150,9 @@ def vid_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
     start = 0.1 + math.log(math.expm1(2.3 - 0.7))
     pairs = zip(method.regressors, s.features[1:], t.features[1:], strict=True)
     pooled = [(regressor(a), pool_to(b, a.shape[2:])) for regressor, a, b in pairs]
-    return sum(losses.vid_loss(a, b, torch.full((b.shape[1],), start), eps=0.7) for a, b in pooled)
+    return sum(
+        losses.vid_loss(a, b, torch.full((b.shape[1],), start), eps=0.7) for a, b in pooled
+    )
 
 
 def ofd_by_hand(s: Outputs, t: Outputs, y: Tensor, method: Any) -> Tensor:
@@ -198,7 +213,9 @@ WIRING: dict[str, tuple[dict[str, Any], Call]] = {
 @pytest.mark.parametrize("name", WIRING)
 def test_every_key_of_a_method_with_modules_reaches_it(name: str) -> None:
     changes, loss = WIRING[name]
-    assert {key for key, _ in leaves(DISTILLERS[name].defaults) if key not in UNUSED} == changes.keys()
+    assert {
+        key for key, _ in leaves(DISTILLERS[name].defaults) if key not in UNUSED
+    } == changes.keys()
     method, batch = build(name, changes=changes), batch_of(4)
     student, teacher = outputs(STUDENT, 4, "cpu", seed=1), outputs(TEACHER, 4, "cpu", seed=2)
     with torch.no_grad():  # at the start, a variance of VID is INIT_PRED_VAR for any EPS
@@ -211,7 +228,9 @@ def test_every_key_of_a_method_with_modules_reaches_it(name: str) -> None:
     assert method.teacher_in_train_mode is (name == "OFD")
 
 
-@pytest.mark.parametrize("name", [name for name, cls in DISTILLERS.items() if hasattr(cls, "loss")])
+@pytest.mark.parametrize(
+    "name", [name for name, cls in DISTILLERS.items() if hasattr(cls, "loss")]
+)
 def test_every_key_of_a_method_is_an_argument_of_its_loss(name: str) -> None:
     cls = DISTILLERS[name]
     names = [key for key, _ in leaves(cls.defaults)]
@@ -235,7 +254,11 @@ def test_stages_are_matched_from_the_deepest() -> None:
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_needs_are_all_that_it_reads(name: str) -> None:
     method = build(name).eval()
-    student, teacher, batch = outputs(STUDENT, 4, "cpu", 1), outputs(TEACHER, 4, "cpu", 2), batch_of(4)
+    student, teacher, batch = (
+        outputs(STUDENT, 4, "cpu", 1),
+        outputs(TEACHER, 4, "cpu", 2),
+        batch_of(4),
+    )
     nothing = torch.full((), torch.nan)
     kept = teacher._replace(
         logits=teacher.logits if method.need >= Need.LOGITS else nothing,
@@ -295,7 +318,9 @@ def step_without_values(method: Distiller, pair: Pair, count: int = 5) -> None:
         assert any(leaf.grad is not None for leaf in tree_leaves(student))
 
 
-@pytest.mark.parametrize("name", [name for name, cls in DISTILLERS.items() if cls.need > Need.LOGITS])
+@pytest.mark.parametrize(
+    "name", [name for name, cls in DISTILLERS.items() if cls.need > Need.LOGITS]
+)
 def test_steps_of_all_pairs_do_not_synchronise(name: str) -> None:
     """The pairs of the paper's tables, with the shipped configs of the feature methods."""
     for at in sorted((CONFIGS / "at").glob("*.yaml")):
@@ -308,7 +333,9 @@ def test_steps_of_all_pairs_do_not_synchronise(name: str) -> None:
         step_without_values(build(name, pair), pair)
 
 
-def test_step_of_crd_with_gathered_rows_does_not_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_of_crd_with_gathered_rows_does_not_synchronise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(crd, "DENSE_SAMPLES", 0)
     pair = real_pair("resnet56", "resnet20")
     step_without_values(build("CRD", pair, {"MODE": "relax"}), pair)
@@ -321,7 +348,12 @@ def test_curriculum_of_ctkd() -> None:
     theta = torch.ones((), requires_grad=True)
     plain = losses.ctkd_loss(student.logits, teacher.logits, 1 + 20 * theta.sigmoid())
     (slope,) = torch.autograd.grad(plain, theta)
-    for epoch, strength in ((1, (1 - math.cos(math.pi / 10)) / 2), (5, 0.5), (10, 1.0), (240, 1.0)):
+    for epoch, strength in (
+        (1, (1 - math.cos(math.pi / 10)) / 2),
+        (5, 0.5),
+        (10, 1.0),
+        (240, 1.0),
+    ):
         method.begin_epoch(epoch, seed=0)
         loss = method(student, teacher, batch_of(5))
         (reversed_slope,) = torch.autograd.grad(loss, list(method.parameters()))
@@ -351,7 +383,9 @@ def test_fusion_of_reviewkd() -> None:
     mixed = this * attention[:, :1] + upsampled * attention[:, 1:]
     mixed = mixed.repeat_interleave(2, 2).repeat_interleave(2, 3)
     out, passed = fusion(x, deeper, (8, 8))
-    torch.testing.assert_close(out, norm(F.conv2d(mixed, state["outer.0.weight"], padding=1), "outer"))
+    torch.testing.assert_close(
+        out, norm(F.conv2d(mixed, state["outer.0.weight"], padding=1), "outer")
+    )
     torch.testing.assert_close(passed, mixed)
 
 
@@ -394,7 +428,9 @@ def test_negatives_and_relaxed_positives_are_uniform() -> None:
     sampler, draws = ContrastSampler(TARGETS, 5, 5, relaxed=True), 2000
     same, others = torch.nonzero(TARGETS == 1).flatten(), torch.nonzero(TARGETS != 1).flatten()
     index = same[:1]
-    chosen = torch.cat([sampler(TARGETS[index], index, torch.tensor(key)) for key in range(draws)])
+    chosen = torch.cat(
+        [sampler(TARGETS[index], index, torch.tensor(key)) for key in range(draws)]
+    )
     for counts, members, rate in (
         (chosen[:, 0].bincount(minlength=33), same, 1 / 9),
         (chosen[:, 1:].flatten().bincount(minlength=33), others, 5 / 24),
@@ -424,12 +460,17 @@ class ReferenceCRD:
     """CRD with gathered rows, exponentials and autograd (section 3 of the paper), in RepDistiller's order."""
 
     def __init__(self, method: CRD, momentum: float, temperature: float) -> None:
-        self.memory_s, self.memory_t = method.student_memory.clone(), method.teacher_memory.clone()
+        self.memory_s, self.memory_t = (
+            method.student_memory.clone(),
+            method.teacher_memory.clone(),
+        )
         self.momentum, self.temperature = momentum, temperature
         self.z: list[Tensor] = []
         self.method = copy.deepcopy(method)
 
-    def __call__(self, student: Tensor, teacher: Tensor, chosen: Tensor, indices: Tensor) -> Tensor:
+    def __call__(
+        self, student: Tensor, teacher: Tensor, chosen: Tensor, indices: Tensor
+    ) -> Tensor:
         samples, total = len(self.memory_s), torch.zeros((), dtype=torch.float64)
         method, embedded = self.method, []
         for linear, pooled in ((method.embed_student, student), (method.embed_teacher, teacher)):

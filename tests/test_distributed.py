@@ -49,7 +49,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start_pair(folder: Path, function: Callable[..., object], *arguments: object) -> list[Process]:
+def start_pair(
+    folder: Path, function: Callable[..., object], *arguments: object
+) -> list[Process]:
     """Fork two processes that train together, as Slurm would start them; their output goes to the folder."""
     port = str(free_port())
 
@@ -63,7 +65,9 @@ def start_pair(folder: Path, function: Callable[..., object], *arguments: object
         function(*arguments)
 
     fork = multiprocessing.get_context("fork")
-    pair: list[Process] = [fork.Process(target=run, args=(rank,), daemon=True) for rank in ("0", "1")]
+    pair: list[Process] = [
+        fork.Process(target=run, args=(rank,), daemon=True) for rank in ("0", "1")
+    ]
     for process in pair:
         process.start()
     return pair
@@ -73,7 +77,8 @@ def finish(processes: list[Process], folder: Path) -> list[subprocess.CompletedP
     for process in processes:
         process.join(timeout=300)
     outputs = [
-        [(folder / f"{name}_{rank}").read_text() for name in ("stdout", "stderr")] for rank in (0, 1)
+        [(folder / f"{name}_{rank}").read_text() for name in ("stdout", "stderr")]
+        for rank in (0, 1)
     ]
     return [
         subprocess.CompletedProcess([], process.exitcode, *output)
@@ -108,7 +113,9 @@ def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
     optimizer = build_fused(
         "SGD", step.trainable.parameters(), 0.002, 1e-4, momentum=0.9, nesterov=True
     )
-    teacher = Teacher(step.teacher.network.double(), step.trainable.need) if step.teacher else None
+    teacher = (
+        Teacher(step.teacher.network.double(), step.trainable.need) if step.teacher else None
+    )
     whole = TrainStep(
         step.loader, teacher, step.trainable, optimizer, step.meters,
         forward=distributed.wrap(step.trainable), accumulate=step.accumulate,
@@ -116,7 +123,9 @@ def train_steps(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
     )  # fmt: skip
     step.trainable.train()
     seen = []
-    for number, raw in zip(range(FIRST, FIRST + STEPS), step.loader.batches(1, FIRST), strict=False):
+    for number, raw in zip(
+        range(FIRST, FIRST + STEPS), step.loader.batches(1, FIRST), strict=False
+    ):
         whole.part = step.loader.part(number)
         seen.append(raw[0].tolist() if whole.part.weight else [])
         whole(*raw)
@@ -129,7 +138,9 @@ def train_and_evaluate(folder: Path) -> None:
     share = distributed.process_share()
     for method in METHODS:
         torch.save(train_steps(method, folder), folder / f"{method}_{share.rank}.pt")
-    accumulated = train_steps("NormKD", folder, "SOLVER.ACCUMULATE=2", "EXPERIMENT.NAME=accumulated")
+    accumulated = train_steps(
+        "NormKD", folder, "SOLVER.ACCUMULATE=2", "EXPERIMENT.NAME=accumulated"
+    )
     torch.save(accumulated, folder / f"accumulated_{share.rank}.pt")
     torch.manual_seed(3)
     network = build_model("resnet8", 10)
@@ -212,7 +223,11 @@ def test_several_processes_evaluate_every_image_once(both: Path) -> None:
     )
     for rank in range(2):
         found = torch.load(both / f"evaluation_{rank}.pt")
-        assert (found["top1"], found["top5"], found["samples"]) == (expected.top1, expected.top5, 360)
+        assert (found["top1"], found["top5"], found["samples"]) == (
+            expected.top1,
+            expected.top5,
+            360,
+        )
         assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
         assert torch.equal(found["per_class"], expected.per_class)
 
@@ -236,7 +251,14 @@ def wait_for_state(folder: Path, process: Process) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_several_networks_after_each_other(tmp_path: Path) -> None:
-    networks = ["--teacher", "resnet8", "--student", "resnet8", "--train-teacher", "--student-alone"]
+    networks = [
+        "--teacher",
+        "resnet8",
+        "--student",
+        "resnet8",
+        "--train-teacher",
+        "--student-alone",
+    ]
     keys = [f"LOG.PREFIX={tmp_path}", "DATASET.SUBSET=100", "DEVICE=cpu"]
     command = ["distill", "--data", "digits", *networks, "--epochs", "1", *keys]
     pair = finish(start_pair(tmp_path, main, command), tmp_path)
@@ -311,7 +333,10 @@ models.register("unread")(lambda num_classes: Own(num_classes, unread=True))
 @pytest.mark.parametrize(
     ("student", "words"),
     [
-        ("breaking", ("the loss ce became NaN or infinite in epoch 1, step 3", "lower SOLVER.LR")),
+        (
+            "breaking",
+            ("the loss ce became NaN or infinite in epoch 1, step 3", "lower SOLVER.LR"),
+        ),
         ("unread", ("takes no part in the loss", "remove it")),
     ],
 )

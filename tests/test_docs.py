@@ -18,7 +18,8 @@ from mdistiller_norm import cli, config
 from mdistiller_norm.errors import ConfigError
 
 PAGES = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/README.md")
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/README.md")
 ]
 PAGES += sorted(ROOT.glob("docs/*.md"))
 TOOLS = {"make_shards": "shards"}
@@ -55,7 +56,9 @@ def test_documented_command_parses(page, tool, arguments, monkeypatch):
     for word in words:
         assert not word.startswith(("configs/", "examples/")) or Path(word).is_file(), word
     if "--plugin" in words:
-        words[words.index("--plugin") + 1] = "json"  # any importable module: the file is not run here
+        words[words.index("--plugin") + 1] = (
+            "json"  # any importable module: the file is not run here
+        )
     words += ["--end-of-command"]  # reported only if everything else parses
     monkeypatch.syspath_prepend("tools")
     main = importlib.import_module("benchmark").main if tool == "benchmark" else cli.execute
@@ -102,7 +105,10 @@ def test_files_of_the_project_are_well_formed() -> None:
     assert {"cff-version", "message", "title", "authors", "references"} <= citation.keys()
     assert {"run": "bash scripts/test.sh"} in workflow["jobs"]["test"]["steps"]
     pages = {page for item in site["nav"] for page in item.values() if isinstance(page, str)}
-    assert pages - {path.name for path in ROOT.glob("docs/*.md")} == {"index.md", "configuration.md"}
+    assert pages - {path.name for path in ROOT.glob("docs/*.md")} == {
+        "index.md",
+        "configuration.md",
+    }
     known = ("#", "FROM ", "ENV ", "WORKDIR ", "COPY ", "RUN ", "CMD [")
     assert all(line.startswith(known) for line in (ROOT / "Dockerfile").read_text().splitlines())
 

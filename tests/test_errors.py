@@ -35,31 +35,61 @@ COMMANDS = [
     (f"{DIGITS} SOLVER '{{LR: 1}}'", "SOLVER is a section: set one of its keys, such as SOLVER."),
     (f"{DIGITS} SOLVER.TRIALS 3", "unknown key SOLVER.TRIALS: it was removed … --trials"),
     (f"{DIGITS} SOLVER.LR fast", "command line: SOLVER.LR must be a finite number, got fast"),
-    (f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0", "SOLVER.MOMENTUM must be > 0 with NESTEROV"),
-    (f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9", "DELTA must be in (0, 1) … and 0.9 (comm"),
+    (
+        f"{DIGITS} SOLVER.NESTEROV true SOLVER.MOMENTUM 0",
+        "SOLVER.MOMENTUM must be > 0 with NESTEROV",
+    ),
+    (
+        f"{NORMKD} SOLVER.TRAINER dot SOLVER.DOT.DELTA 0.9",
+        "DELTA must be in (0, 1) … and 0.9 (comm",
+    ),
     (f"{NORMKD} SOLVER.TRAINER dot SOLVER.TYPE AdamW", "dot does not support SOLVER.TYPE AdamW"),
     (f"{DIGITS} SOLVER.TRAINER dot", "SOLVER.TRAINER dot does not support DISTILLER.TYPE NONE"),
-    (f"{DIGITS} SOLVER.ACCUMULATE 7", "SOLVER.BATCH_SIZE 64 must be a multiple … SOLVER.ACCUMULATE 7"),
+    (
+        f"{DIGITS} SOLVER.ACCUMULATE 7",
+        "SOLVER.BATCH_SIZE 64 must be a multiple … SOLVER.ACCUMULATE 7",
+    ),
     (f"{DIGITS} SOLVER.SYNC_BN true", "SOLVER.SYNC_BN requires a GPU, got cpu"),
     (f"{DIGITS} SOLVER.LR_DECAY_RATE 10", "SOLVER.LR_DECAY_RATE must be in (0, 1], got 10"),
     (f"{NORMKD} NormKD.TEMPERATURE_NORM 0", "NormKD.TEMPERATURE_NORM must be > 0, got 0"),
     (f"{NORMKD} NormKD.LOSS.KD_WEIGHT=-1", "NormKD.LOSS.KD_WEIGHT must be >= 0, got -1"),
     ("train --cfg fifo", "config file fifo cannot be read … not a regular file"),
-    (f"{NORMKD} KD.TEMPERATURE 8", "KD.TEMPERATURE has no effect … digits/normkd.yaml) is NormKD"),
+    (
+        f"{NORMKD} KD.TEMPERATURE 8",
+        "KD.TEMPERATURE has no effect … digits/normkd.yaml) is NormKD",
+    ),
     (f"{NORMKD} EXPERIMENT.PLUGINS no/file.py", "plugin no/file.py does not exist in /"),
-    (f"{NORMKD} EXPERIMENT.PLUGINS no_module", "no_module cannot be imported: ModuleNotFoundError"),
+    (
+        f"{NORMKD} EXPERIMENT.PLUGINS no_module",
+        "no_module cannot be imported: ModuleNotFoundError",
+    ),
     (f"{DIGITS} DATASET.TYPE digit", "unknown data set 'digit': did you mean digits?"),
     (f"{DIGITS} DATASET.SUBSET 9", "DATASET.SUBSET must be >= 10, one per class, got 9"),
     (f"{DIGITS} DATASET.VAL_SPLIT 0.001", "DATASET.VAL_SPLIT 0.001 holds out no image of digits"),
     (f"{DIGITS} DATASET.RANDAUGMENT 31", "DATASET.RANDAUGMENT must be in [0, 30], got 31"),
     (f"{DIGITS} DATASET.RANDAUGMENT=9", "RANDAUGMENT requires image files, digits is in memory"),
-    (f"{DIGITS} DATASET.CLASSES '[a, a]'", "DATASET.CLASSES must be different names, got ['a', 'a']"),
-    ("reproduce --table 1 --dry-run DATASET.SUBSET 2000", "DATASET.SUBSET would change the result"),
+    (
+        f"{DIGITS} DATASET.CLASSES '[a, a]'",
+        "DATASET.CLASSES must be different names, got ['a', 'a']",
+    ),
+    (
+        "reproduce --table 1 --dry-run DATASET.SUBSET 2000",
+        "DATASET.SUBSET would change the result",
+    ),
     (f"{DIGITS} DEVICE tpu", "DEVICE … tpu"),
-    (f"{DIGITS} DISTILLER.STUDENT resnet21", "STUDENT: unknown CIFAR model 'resnet21' … resnet20"),
+    (
+        f"{DIGITS} DISTILLER.STUDENT resnet21",
+        "STUDENT: unknown CIFAR model 'resnet21' … resnet20",
+    ),
     (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet19", "did you mean torchvision:resnet18"),
-    (f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9", "did you mean torchvision:resnet18.DEF"),
-    (f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained", "pretrained weights need a model named timm:"),
+    (
+        f"{DIGITS} DISTILLER.STUDENT torchvision:resnet18.V9",
+        "did you mean torchvision:resnet18.DEF",
+    ),
+    (
+        f"{NORMKD} DISTILLER.TEACHER_WEIGHTS pretrained",
+        "pretrained weights need a model named timm:",
+    ),
     (f"{PAIR} resnet8", "teacher resnet44 … or add --train-teacher"),
     (f"{PAIR} resnet9", "STUDENT: unknown CIFAR model 'resnet9'"),
     ("eval -c x.pt -bs 0", "must be an integer >= 1, got 0"),
@@ -69,8 +99,14 @@ COMMANDS = [
     ("eval -c 'two\nlines.pt'", "two lines.pt"),
     ("shards --root x --out y", "x"),
     ("predict -c x.safetensors run.yaml", "x.safetensors has no network: use the run folder"),
-    ("config show digits/normkt", "digits/normkt does not exist; see mdistiller-norm list configs"),
-    ("config copy run.yaml", "run.yaml is not a packaged config; see mdistiller-norm list configs"),
+    (
+        "config show digits/normkt",
+        "digits/normkt does not exist; see mdistiller-norm list configs",
+    ),
+    (
+        "config copy run.yaml",
+        "run.yaml is not a packaged config; see mdistiller-norm list configs",
+    ),
     ("config copy digits/normkd run.yaml", "run.yaml exists: choose another name"),
     ("fetch imagenet", "unknown source 'imagenet'"),
     ("fetch cifar100 --sources run.yaml", "run.yaml cannot be read as sources"),
@@ -93,20 +129,35 @@ CONFIGS = [
     ("SOLVER: {EPOCHS: 2.0}", "SOLVER.EPOCHS must be an integer, got 2.0"),
     ("SOLVER: {NESTEROV: 1}", "SOLVER.NESTEROV must be true or false, got 1"),
     ("SOLVER: {MOMENTUM: 1}", "SOLVER.MOMENTUM must be in [0, 1), got 1"),
-    ("SOLVER: {LR_DECAY_STAGES: [1, x]}", "must be a list (each item an integer), got ['1', 'x']"),
+    (
+        "SOLVER: {LR_DECAY_STAGES: [1, x]}",
+        "must be a list (each item an integer), got ['1', 'x']",
+    ),
     ("SOLVER: {LR_DECAY_STAGES: [2, 2]}", "must be increasing epochs >= 1, got ['2', '2']"),
     ("SOLVER: {PRECISION: tf32}", "SOLVER.PRECISION must be one of fp32, bf16, fp16, got tf32"),
     ("SEED: 99999999999999999999", "SEED must be in [0, 2**63), got 9999"),
-    ("DATASET: {MEAN: [7, 7, 7]}", "DATASET.MEAN must be [] or three numbers in [0, 1], got ['7', "),
+    (
+        "DATASET: {MEAN: [7, 7, 7]}",
+        "DATASET.MEAN must be [] or three numbers in [0, 1], got ['7', ",
+    ),
     (
         "EXPERIMENT: {NAME: ../../evil}",
         "NAME must be the name of one folder, without /, got ../../evil",
     ),
     ("EXPERIMENT: {TAG: ''}", "EXPERIMENT.NAME or TAG (run.yaml) must not be empty"),
-    ("NormKD: {TEMPERATURE_NORM: [1, 2]}", "TEMPERATURE_NORM must be a finite number, got ['1', '2']"),
-    ("DISTILLER: {TYPE: normkd}", "TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD"),
+    (
+        "NormKD: {TEMPERATURE_NORM: [1, 2]}",
+        "TEMPERATURE_NORM must be a finite number, got ['1', '2']",
+    ),
+    (
+        "DISTILLER: {TYPE: normkd}",
+        "TYPE (run.yaml): unknown distiller 'normkd': did you mean NormKD",
+    ),
     ("DISTILLER: {TYPE: [KD, KD]}", "TYPE must be NONE or different methods, got ['KD', 'KD']"),
-    ("NORMKD: {TEMPERATURE_NORM: 2}", "NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM"),
+    (
+        "NORMKD: {TEMPERATURE_NORM: 2}",
+        "NORMKD.TEMPERATURE_NORM: did you mean NormKD.TEMPERATURE_NORM",
+    ),
     ("SOLVER: {LR: 1}\nSOLVER.LR: 2", "cannot be read: key SOLVER.LR is given twice"),
     ("- 1", "config file run.yaml cannot be read: it must be a mapping"),
     ("SOLVER:\n  LR: [1\nSEED: 2", "config file run.yaml cannot be read"),
@@ -128,15 +179,24 @@ PLUGINS = [
     ("def broken(:", "own.py:1:  … syntax"),
     ("\nimport no_such_module", "own.py:2: ModuleNotFoundError … no_such_module"),
     ("import sys\nsys.exit(3)", "own.py:2: SystemExit: 3"),
-    (f"{REGISTER}models.register('resnet8x4')(len)", "own.py:2:  … 'resnet8x4' is registered already"),
-    (f"{REGISTER}distillers.register('New')(object)", "own.py:2:  … must be a subclass of Distiller"),
+    (
+        f"{REGISTER}models.register('resnet8x4')(len)",
+        "own.py:2:  … 'resnet8x4' is registered already",
+    ),
+    (
+        f"{REGISTER}distillers.register('New')(object)",
+        "own.py:2:  … must be a subclass of Distiller",
+    ),
     (f"{REGISTER}models.register('new')(lambda: 0)", "'new' requires a function … num_classes"),
     (
         f"{REGISTER}@distillers.register('New')\nclass A(distillers.Distiller):\n"
         "    def helper(self, teacher):\n        return teacher.pooled.mean()",
         "own.py:2:  … New reads pooled: add `need = distillers.Need.POOLED`",
     ),
-    (f"{REGISTER}distillers.register('SOLVER')(distillers.Distiller)", "distiller name 'SOLVER' must"),
+    (
+        f"{REGISTER}distillers.register('SOLVER')(distillers.Distiller)",
+        "distiller name 'SOLVER' must",
+    ),
 ]
 METHOD = """
 @distillers.register("Own")
@@ -199,18 +259,36 @@ USED_PLUGINS = [
     (data_set("return train, test"), "data set 'own_data' … tuple … TensorDataset"),
     (("class Own: pass\n", "DISTILLER.TYPE=Own"), "Own in  … own.py is not registered"),
     (("class Own: pass\n", "Own.LOSS.KD_WEIGHT=1"), "key Own.LOSS … own.py is not registered"),
-    (network("models.Wrapped(resnet18(), classifier='fc')"), "'own' cannot be built … num_classes"),
+    (
+        network("models.Wrapped(resnet18(), classifier='fc')"),
+        "'own' cannot be built … num_classes",
+    ),
     (network("resnet18(num_classes=n)"), "model 'own' … ResNet … Wrapped"),
     (network("models.Wrapped(resnet18(), n, classifier='fc')"), "1000 logits for 10 classes"),
-    (network("models.Wrapped(resnet18(), n, classifier='fcc')"), "ResNet has no submodule 'fcc' … fc"),
-    (network("models.Wrapped(small, n, classifier='fc', features=['fc'])"), "torch.Size([2, 10])"),
+    (
+        network("models.Wrapped(resnet18(), n, classifier='fcc')"),
+        "ResNet has no submodule 'fcc' … fc",
+    ),
+    (
+        network("models.Wrapped(small, n, classifier='fc', features=['fc'])"),
+        "torch.Size([2, 10])",
+    ),
     (
         network("models.Wrapped(small, n, classifier='fc')", "DISTILLER.TYPE=SP"),
         "SP requires feature maps, which own lacks … without maps: CRD … NormKD",
     ),
-    (("", "DISTILLER.TYPE=DKD DATASET.MIXUP=0.2"), "DATASET.MIXUP cannot be used with DKD: an image"),
-    (("", "DISTILLER.TEACHER_CACHE=lazy DATASET.MIXUP=1"), "MIXUP cannot be used with DISTILLER.TEA"),
-    (("", f"{WEIGHTS}.CE_WEIGHT=0 {WEIGHTS}.KD_WEIGHT=0"), "NormKD: CE_WEIGHT and the other weights"),
+    (
+        ("", "DISTILLER.TYPE=DKD DATASET.MIXUP=0.2"),
+        "DATASET.MIXUP cannot be used with DKD: an image",
+    ),
+    (
+        ("", "DISTILLER.TEACHER_CACHE=lazy DATASET.MIXUP=1"),
+        "MIXUP cannot be used with DISTILLER.TEA",
+    ),
+    (
+        ("", f"{WEIGHTS}.CE_WEIGHT=0 {WEIGHTS}.KD_WEIGHT=0"),
+        "NormKD: CE_WEIGHT and the other weights",
+    ),
 ]
 
 
@@ -257,9 +335,7 @@ def test_plugin_that_cannot_be_used(plugin, words, teacher, capsys):
 
 def command_with_plugin(plugin: tuple[str, str], teacher: str) -> str:
     text, overrides = plugin
-    imports = (
-        "import torch\nfrom torchvision.models import resnet18\nsmall = resnet18(num_classes=10)\n"
-    )
+    imports = "import torch\nfrom torchvision.models import resnet18\nsmall = resnet18(num_classes=10)\n"
     Path("own.py").write_text(f"{REGISTER}{imports}{text}")
     pair = f"DISTILLER.TYPE=NormKD DISTILLER.TEACHER=resnet14 {teacher} DISTILLER.STUDENT=resnet8"
     return f"{DIGITS} EXPERIMENT.PLUGINS=own.py SOLVER.BATCH_SIZE=12 {pair} {overrides}"
@@ -269,8 +345,14 @@ def command_with_plugin(plugin: tuple[str, str], teacher: str) -> str:
     ("damage", "words"),
     [
         ("shutil.rmtree('out')", "out/digits/run … No such file or directory"),
-        ("shutil.rmtree(next(Path('out').rglob('tensorboard')))", "tensorboard … No such file or dir"),
-        ("resource.setrlimit(resource.RLIMIT_FSIZE, (999, -1))", "out/digits/run … File too large"),
+        (
+            "shutil.rmtree(next(Path('out').rglob('tensorboard')))",
+            "tensorboard … No such file or dir",
+        ),
+        (
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (999, -1))",
+            "out/digits/run … File too large",
+        ),
     ],
 )
 @pytest.mark.usefixtures("limited_files")
@@ -323,7 +405,9 @@ def test_data_files_that_are_not_regular(name: str, capsys: Capture) -> None:
     os.mkfifo(Path("d", name))
     for path in ("train/dog/1.png", "val/cat/1.png", "val/dog/1.png"):
         Path("d", path).write_bytes(b"")
-    command = f"{DIGITS} DATASET.TYPE={kind} DATASET.ROOT=d DATASET.IMAGE_SIZE=32 DATASET.RESIZE=32"
+    command = (
+        f"{DIGITS} DATASET.TYPE={kind} DATASET.ROOT=d DATASET.IMAGE_SIZE=32 DATASET.RESIZE=32"
+    )
     check(command, "not a regular file" if kind == "webdataset" else "can be read", capsys)
 
 

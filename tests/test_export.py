@@ -47,7 +47,10 @@ def test_pt2_beside_the_checkpoint(student: Path, capfd: pytest.CaptureFixture[s
     printed = capfd.readouterr()
     assert "Unable to load" not in printed.err
     assert "on digits images, batches of 1 and 64" in printed.out
-    stored, copied = load_weights(student).about, ("name", "dataset", "classes", "mean", "std", "top1")
+    stored, copied = (
+        load_weights(student).about,
+        ("name", "dataset", "classes", "mean", "std", "top1"),
+    )
     assert {key: about[key] for key in copied} == {key: stored[key] for key in copied}
     assert (about["resize"], about["crop"], about["channels"]) == (32, "center", "RGB")
     mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
@@ -69,15 +72,21 @@ def test_the_normalisation_can_be_included(student: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(module(pixels()), outputs_of(student)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_state_dict_of_a_student_and_of_a_run_state(run: Path, student: Path, tmp_path: Path) -> None:
+def test_state_dict_of_a_student_and_of_a_run_state(
+    run: Path, student: Path, tmp_path: Path
+) -> None:
     for source in (student, run / "latest.pt"):
         export("-c", source, "-o", tmp_path / f"{source.stem}.pth")
         content = torch.load(tmp_path / f"{source.stem}.pth", weights_only=True)
         assert_same_state(content, {"model": dict(load(student)["model"])})
 
 
-@pytest.mark.parametrize(("variant", "name"), [("cifar", "ShuffleV1"), ("imagenet", "MobileNetV1")])
-def test_networks_without_its_data_set(variant: str, name: str, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("variant", "name"), [("cifar", "ShuffleV1"), ("imagenet", "MobileNetV1")]
+)
+def test_networks_without_its_data_set(
+    variant: str, name: str, tmp_path: Path, capsys: Any
+) -> None:
     network = build(variant, name, "cpu")
     randomise_norms(network)
     size = 224 if name == "MobileNetV1" else 32
@@ -87,7 +96,9 @@ def test_networks_without_its_data_set(variant: str, name: str, tmp_path: Path, 
         "image_size": [size, size], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3],
     }  # fmt: skip
     torch.save({"model": network.state_dict(), "about": about}, tmp_path / "s.pt")
-    export("-c", tmp_path / "s.pt", "--root", tmp_path)  # CIFAR-100 is not downloaded for the check
+    export(
+        "-c", tmp_path / "s.pt", "--root", tmp_path
+    )  # CIFAR-100 is not downloaded for the check
     first, found, reason = capsys.readouterr().out.splitlines()
     assert f"{name}, {network.num_classes} classes, input float32 [B, 3, {size}, {size}]" in first
     assert found.endswith("on random images, batches of 1 and 16")
@@ -139,20 +150,28 @@ def test_bad_options(student: Path) -> None:
 def test_onnx(student: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     export("-c", student, "-o", tmp_path / "s.onnx", "--with-normalisation")
-    session = onnxruntime.InferenceSession(tmp_path / "s.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "s.onnx", providers=["CPUExecutionProvider"]
+    )
     about = session.get_modelmeta().custom_metadata_map
     assert (about["name"], about["resize"], about["channels"]) == ("resnet8", "32", "RGB")
     expected = outputs_of(student)[0]
     for count in (1, 3, 360):
         (found,) = session.run(["logits"], {"images": pixels()[:count].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected[:count], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(found), expected[:count], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_folder_for_the_hub(run: Path, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     export("-c", run, "--push-folder", tmp_path / "hub")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
-    assert (config["architecture"], config["num_classes"], config["resize"]) == ("resnet8", 10, 32)
+    assert (config["architecture"], config["num_classes"], config["resize"]) == (
+        "resnet8",
+        10,
+        32,
+    )
     network = build_model("resnet8", 10)
     network.load_state_dict(safetensors.load_file(tmp_path / "hub" / "model.safetensors"))
     assert_same_state(network.state_dict(), load(run / "student_best.pt")["model"])

@@ -159,7 +159,11 @@ def test_weights_are_listed_found_and_evaluated(server, run, capsys):
 def test_teachers_of_mdistiller_are_unpacked_where_training_searches(server, capsys):
     path = "cifar_teachers/resnet8_vanilla/ckpt_epoch_240.pth"
     server.files["t.tar"] = tar(**{path: b"not weights"})
-    entry = {"urls": [server.url("plain/t.tar")], "to": "download_ckpts", "unpack": "cifar_teachers"}
+    entry = {
+        "urls": [server.url("plain/t.tar")],
+        "to": "download_ckpts",
+        "unpack": "cifar_teachers",
+    }
     assert fetch("teachers", **entry) == 0
     assert "resnet8: not evaluated, data contains no cifar-100-python" in capsys.readouterr().out
     teacher = known_teacher("resnet8", "cifar100")

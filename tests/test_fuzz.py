@@ -22,7 +22,22 @@ fuzz = settings(
 )  # fmt: skip
 KEYS = [key for key, _ in leaves(default_config(), sections=True)]
 WORDS = st.sampled_from(
-    ["", "0", "-1", "1e400", "nan", "007", "true", "KD", "[1, 2]", "(a, b", "[", "~", "x: y", "*a"]
+    [
+        "",
+        "0",
+        "-1",
+        "1e400",
+        "nan",
+        "007",
+        "true",
+        "KD",
+        "[1, 2]",
+        "(a, b",
+        "[",
+        "~",
+        "x: y",
+        "*a",
+    ]
 )
 TEXT = st.one_of(
     WORDS,
@@ -32,7 +47,9 @@ TEXT = st.one_of(
 NAMES = st.one_of(st.sampled_from(KEYS), TEXT)
 TREES: st.SearchStrategy[Any] = st.recursive(
     st.one_of(TEXT, st.none(), st.booleans(), st.integers(), st.floats()),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAMES, inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(NAMES, inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -48,7 +65,16 @@ def check(content: bytes | None, *overrides: str) -> None:
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         code = main(
-            ["train", "--no-plugins", "--cfg", "run.yaml", "--", "DATASET.TYPE", "none", *overrides]
+            [
+                "train",
+                "--no-plugins",
+                "--cfg",
+                "run.yaml",
+                "--",
+                "DATASET.TYPE",
+                "none",
+                *overrides,
+            ]
         )
     assert code == 2
     assert errors.getvalue().startswith("error: ")
@@ -71,7 +97,9 @@ def test_yaml_trees(tree: Any, flow: bool) -> None:
 
 
 @fuzz
-@given(st.one_of(st.binary(), st.text("aK:{}[]&*<!|>-'\"%@`#?, \n\t0", max_size=60).map(str.encode)))
+@given(
+    st.one_of(st.binary(), st.text("aK:{}[]&*<!|>-'\"%@`#?, \n\t0", max_size=60).map(str.encode))
+)
 @example(b'"\\UFFFFFFFF"')
 def test_files_that_may_not_be_yaml(content: bytes) -> None:
     check(content)

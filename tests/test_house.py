@@ -35,7 +35,8 @@ def test_file_keeps_the_limits(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < FUNCTION_LINES, node.name
             names = [
-                each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                each.arg
+                for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             ]
             assert len([name for name in names if name not in ("self", "cls")]) <= PARAMETERS, (
                 node.name

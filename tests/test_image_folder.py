@@ -110,7 +110,10 @@ def test_decode_equals_pillow(jpegs: list[Path], monkeypatch: pytest.MonkeyPatch
 def test_large_texts_and_16_bits_are_read_and_other_formats_refused() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("history", "x" * 2**21, zip=True)
-    image, deep = Image.new("RGB", (8, 8)), (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    image, deep = (
+        Image.new("RGB", (8, 8)),
+        (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16),
+    )
     assert decode(encoded(image, "PNG", pnginfo=text)).shape == (3, 8, 8)
     for kind in ("PNG", "TIFF"):
         pixels = decode(encoded(Image.fromarray(deep), kind))
@@ -151,7 +154,9 @@ def test_crops_are_distributed_as_in_torchvision() -> None:
     random, draws = np.random.default_rng(1), 4000
     for height, width, scale in ((375, 500, (0.08, 1.0)), (100, 400, (0.5, 1.0))):
         blank = torch.empty(3, height, width)
-        ours = np.array([draw_crop(random, height, width, scale) for _ in range(draws)], dtype=float)
+        ours = np.array(
+            [draw_crop(random, height, width, scale) for _ in range(draws)], dtype=float
+        )
         draw = partial(T.RandomResizedCrop.get_params, blank, list(scale), [3 / 4, 4 / 3])
         theirs = np.array([draw() for _ in range(draws)])
         assert (ours[:, :2] + ours[:, 2:4] <= (height, width)).all()
@@ -199,7 +204,9 @@ def test_nested_folders_count_and_hidden_files_do_not(copy, capsys):
     after = image_folder(copy, SMALL)
     assert after.summary() == "tiny: 3 classes, 36 + 12 images"
     build_run(run_config(copy, copy.parent, "hidden")).trainer.log.close()
-    assert "warning: 2 images are left out: their names begin with a dot" in capsys.readouterr().out
+    assert (
+        "warning: 2 images are left out: their names begin with a dot" in capsys.readouterr().out
+    )
     assert torch.bincount(after.targets).tolist() == [12, 12, 12]
     added = (folder / "b.pgm").read_bytes()
     assert {after.train.read(index) for index in range(12, 24)} == {*kept, added}
@@ -242,7 +249,9 @@ def test_epochs_contain_every_sample_once_in_new_orders_and_crops(tree: Path) ->
         indices = torch.cat([batch[2] for batch in batches])
         assert sorted(indices.tolist()) == list(range(36))
         assert [len(images) for images, *_ in batches] == [8, 8, 8, 8, 4]
-        assert all(torch.equal(targets, data.targets[indices]) for _, targets, indices, _ in batches)
+        assert all(
+            torch.equal(targets, data.targets[indices]) for _, targets, indices, _ in batches
+        )
     assert not same(first, second)
     batch = data.train_loader(8, 0, CPU).prepare(*first[0])
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -328,8 +337,12 @@ def test_check_data_and_shards_list_unreadable_files(copy, capsys):
     files[0].write_bytes(b"")
     files[1].write_bytes(b"\xff\xd8\xff\xe0 not an image")
     assert execute(["train", "--cfg", VANILLA, "--check-data", *RUN, f"DATASET.ROOT={copy}"]) == 2
-    with pytest.raises(DataError, match=rf"{copy}: 2 images cannot be read \(listed above\): replace"):
-        execute(["shards", "--root", str(copy), "--out", str(copy.parent / "out"), "--workers", "0"])
+    with pytest.raises(
+        DataError, match=rf"{copy}: 2 images cannot be read \(listed above\): replace"
+    ):
+        execute(
+            ["shards", "--root", str(copy), "--out", str(copy.parent / "out"), "--workers", "0"]
+        )
     printed = capsys.readouterr().out
     assert printed.count("tiny: 3 classes, 36 + 12 images") == 2
     assert all(printed.count(str(file)) == 2 for file in files)
@@ -342,7 +355,9 @@ def test_check_data_and_shards_list_unreadable_files(copy, capsys):
     assert not (copy.parent / "runs").exists()
 
 
-def test_small_shared_memory_is_reported(tree: Path, limited_files: Callable[[int], None]) -> None:
+def test_small_shared_memory_is_reported(
+    tree: Path, limited_files: Callable[[int], None]
+) -> None:
     limited_files(50_000)
     with pytest.raises(DataError, match="/dev/shm is too small"):
         epoch(image_folder(tree, replace(SMALL, workers=2)))
@@ -369,11 +384,23 @@ def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pack(root: Path, out: Path) -> None:
-    command = ["shards", "--root", str(root), "--out", str(out), "--per-shard", "10", "--workers", "0"]
+    command = [
+        "shards",
+        "--root",
+        str(root),
+        "--out",
+        str(out),
+        "--per-shard",
+        "10",
+        "--workers",
+        "0",
+    ]
     assert execute(command) == 0
 
 
-def test_shards_contain_the_same_images_and_classes(tree: Path, shards: Path, tmp_path: Path) -> None:
+def test_shards_contain_the_same_images_and_classes(
+    tree: Path, shards: Path, tmp_path: Path
+) -> None:
     files, packed = image_folder(tree, SMALL), webdataset(shards, SMALL)
     assert packed.classes == files.classes
     assert packed.summary() == "tiny_shards: 3 classes, 36 + 12 images"
@@ -394,7 +421,9 @@ def index(**change: Any) -> Callable[[Path], None]:
     return damage
 
 
-def shard(change: Callable[[bytes, int], bytes], keep_index: bool = False) -> Callable[[Path], None]:
+def shard(
+    change: Callable[[bytes, int], bytes], keep_index: bool = False
+) -> Callable[[Path], None]:
     """Change the second shard, given its bytes and the position of a header in the middle."""
 
     def damage(root: Path) -> None:
@@ -426,7 +455,10 @@ CLASSES = r"classes\.txt must contain one class name per line"
     [
         (shard(lambda whole, middle: whole[:middle]), TRUNCATED),
         (shard(lambda whole, middle: whole[:middle] + bytes(len(whole) - middle)), TRUNCATED),
-        (shard(lambda whole, middle: whole[:middle] + b"x" * 512 + whole[middle + 512 :]), TRUNCATED),
+        (
+            shard(lambda whole, middle: whole[:middle] + b"x" * 512 + whole[middle + 512 :]),
+            TRUNCATED,
+        ),
         (shard(lambda whole, middle: gzip.compress(whole)), r"000001\.tar cannot be read"),
         (shard(lambda whole, middle: lone_image()), "a must have both an image and a .cls"),
         (shard(lambda whole, middle: whole[:5000], keep_index=True), STALE),
@@ -463,7 +495,9 @@ def test_wrong_options_and_missing_folders_are_refused(copy, shards, tmp_path):
     with pytest.raises(DataError, match=f"val has no images .* of class {first.name}"):
         image_folder(copy, SMALL)
     shutil.rmtree(copy / "val")
-    with pytest.raises(DataError, match=r"val cannot be read \(No such file or directory\): images"):
+    with pytest.raises(
+        DataError, match=r"val cannot be read \(No such file or directory\): images"
+    ):
         train(run_config(copy, tmp_path / "out", "run"))
     assert not (tmp_path / "out").exists()
 
@@ -476,9 +510,15 @@ def test_shards_are_written_completely_or_not_at_all(copy, shards, tmp_path, lim
         pack(copy, tmp_path / "full")
     limited_files(-1)
     assert not list((tmp_path / "full").iterdir())
-    (tmp_path / "full" / ".unfinished_shards" / "train").mkdir(parents=True)  # of a killed process
+    (tmp_path / "full" / ".unfinished_shards" / "train").mkdir(
+        parents=True
+    )  # of a killed process
     pack(copy, tmp_path / "full")
-    assert {path.name for path in (tmp_path / "full").iterdir()} == {"classes.txt", "train", "val"}
+    assert {path.name for path in (tmp_path / "full").iterdir()} == {
+        "classes.txt",
+        "train",
+        "val",
+    }
     assert webdataset(tmp_path / "full", SMALL).summary() == "full: 3 classes, 36 + 12 images"
 
 
@@ -499,7 +539,9 @@ def test_teacher_trained_on_other_images_is_reported(tree, run, tmp_path, capsys
 
     def build(name: str, *overrides: str) -> str:
         build_run(run_config(tree, tmp_path, name, *given, *overrides))
-        return "".join(line for line in capsys.readouterr().out.splitlines() if "was trained" in line)
+        return "".join(
+            line for line in capsys.readouterr().out.splitlines() if "was trained" in line
+        )
 
     assert build("same") == ""
     (tmp_path / "moved").symlink_to(shutil.copytree(tree, tmp_path / "another"))
@@ -592,10 +634,14 @@ def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys)
     assert network["measured_top1"] == pytest.approx(result["best"]["top1"])
     whole = open_dataset("image_folder", copy, replace(SMALL, val_split=0.25, train=False))
     assert whole.test.targets.tolist() == [0] * 3 + [1] * 3 + [2] * 3
-    with pytest.raises(DataError, match=r"val cannot be read .* without val, set DATASET\.VAL_SPLIT"):
+    with pytest.raises(
+        DataError, match=r"val cannot be read .* without val, set DATASET\.VAL_SPLIT"
+    ):
         image_folder(copy, SMALL)
     pack(copy, tmp_path / "packed")
-    assert "has no folder val: train on the shards with DATASET.VAL_SPLIT" in capsys.readouterr().out
+    assert (
+        "has no folder val: train on the shards with DATASET.VAL_SPLIT" in capsys.readouterr().out
+    )
     for needs_train in (True, False):
         options = replace(SMALL, val_split=0.25, train=needs_train)
         packed = open_dataset("webdataset", tmp_path / "packed", options)
@@ -605,15 +651,24 @@ def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys)
 # Augmentation
 
 
-def test_resumed_run_with_mixed_images_and_randaugment_is_bit_identical(tree: Path, run: Path) -> None:
-    given = ["DATASET.MIXUP=0.2", "DATASET.CUTMIX=1", "DATASET.RANDAUGMENT=9", "DISTILLER.TYPE=KD"]
+def test_resumed_run_with_mixed_images_and_randaugment_is_bit_identical(
+    tree: Path, run: Path
+) -> None:
+    given = [
+        "DATASET.MIXUP=0.2",
+        "DATASET.CUTMIX=1",
+        "DATASET.RANDAUGMENT=9",
+        "DISTILLER.TYPE=KD",
+    ]
     teacher = f"DISTILLER.TEACHER_WEIGHTS={run}/distill/whole/student_last.pt"
     given += ["DISTILLER.TEACHER=resnet8", teacher]
     train(run_config(tree, run, "mixed", *given))
     train(run_config(tree, run, "mixed_parts", *given, "SOLVER.EPOCHS=1"))
     train(run_config(tree, run, "mixed_parts", *given, "DATASET.NUM_WORKERS=2"), resume=True)
     names = ("mixed", "mixed_parts", "whole")
-    mixed, parts, plain = (load(run / "distill" / name / "latest.pt")["trainable"] for name in names)
+    mixed, parts, plain = (
+        load(run / "distill" / name / "latest.pt")["trainable"] for name in names
+    )
     assert all(torch.equal(mixed[key], parts[key]) for key in mixed)
     assert not torch.equal(mixed["student.conv1.weight"], plain["student.conv1.weight"])
 

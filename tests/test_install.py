@@ -23,7 +23,9 @@ from mdistiller_norm.data import digits
 
 def test_digits_equal_those_of_scikit_learn() -> None:
     source, data = load_digits(), digits()
-    indices = train_test_split(np.arange(1797), test_size=360, stratify=source.target, random_state=0)
+    indices = train_test_split(
+        np.arange(1797), test_size=360, stratify=source.target, random_state=0
+    )
     for part, chosen in zip((data.train, data.test), indices, strict=True):
         grey = np.round(source.images[chosen] * (255 / 16)).astype(np.uint8)
         assert (part.images.numpy() == grey.repeat(4, 1).repeat(4, 2)[..., None]).all()
@@ -34,7 +36,9 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["report", "--results", str(tmp_path)]) == 2
-    message = 'needs the extra "report": pip install "mdistiller_norm[report]" (jinja2 is missing)'
+    message = (
+        'needs the extra "report": pip install "mdistiller_norm[report]" (jinja2 is missing)'
+    )
     assert message in capsys.readouterr().err
 
 
@@ -60,7 +64,9 @@ def test_packaged_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
         ("/bin/mdistiller-norm", "mdistiller-norm train"),
     ],
 )
-def test_messages_name_the_program_that_was_started(script, command, tmp_path, monkeypatch, capsys):
+def test_messages_name_the_program_that_was_started(
+    script, command, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script])
     assert main(["train", "--cfg", "digits/normkd", "DISTILLER.TEACHER=resnet20"]) == 2
@@ -69,7 +75,9 @@ def test_messages_name_the_program_that_was_started(script, command, tmp_path, m
 
 
 def test_system_without_fcntl_is_named() -> None:
-    code = "import sys, importlib.util as u; u.find_spec = lambda name: None; import mdistiller_norm"
+    code = (
+        "import sys, importlib.util as u; u.find_spec = lambda name: None; import mdistiller_norm"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "ImportError: mdistiller_norm requires Linux" in done.stderr
 
@@ -107,8 +115,14 @@ def test_models_methods_data_sets_and_configs_are_listed(facts, capsys):
     expected = [model["n_params"], model["macs_one_image"]["total"]]
     assert [int(number.replace(",", "")) for number in (parameters, macs)] == expected
     methods = {name: reads for name, reads, _ in output_of("list distillers", capsys)}
-    assert (methods["NormKD"], methods["CRD"], methods["AT"]) == ("logits", "pooled, indices", "maps")
-    assert output_of("list datasets digits", capsys)[1][1].startswith("Return 1,797 grey 8x8 images")
+    assert (methods["NormKD"], methods["CRD"], methods["AT"]) == (
+        "logits",
+        "pooled, indices",
+        "maps",
+    )
+    assert output_of("list datasets digits", capsys)[1][1].startswith(
+        "Return 1,797 grey 8x8 images"
+    )
     listed = output_of("list configs digits/normkd", capsys)
     assert listed[1][0] == "digits/normkd"
     assert "NormKD, resnet20 -> resnet8" in listed[1][1]
@@ -137,7 +151,9 @@ def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
     (packages,) = tmp_path.glob("env/lib/*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
 
-    short = "--cfg digits/vanilla_resnet8 SOLVER.EPOCHS 1 SOLVER.LR_DECAY_STAGES [] DATASET.SUBSET 64"
+    short = (
+        "--cfg digits/vanilla_resnet8 SOLVER.EPOCHS 1 SOLVER.LR_DECAY_STAGES [] DATASET.SUBSET 64"
+    )
     train = (bin_ / "mdistiller-norm", "train", *short.split(), "EXPERIMENT.NAME", "a")
     assert "done: last top-1" in run(*train)
     commands = (
@@ -170,7 +186,10 @@ def test_report_describes_the_installation(tmp_path, monkeypatch, capsys):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["environment"]["torch"]
-    assert report["data"] == {"digits": "in the package", "cifar-100-python": "data/cifar-100-python"}
+    assert report["data"] == {
+        "digits": "in the package",
+        "cifar-100-python": "data/cifar-100-python",
+    }
     assert any("resnet20 on cifar100" in line for line in report["checkpoints"])
     assert report["self_test"]["passed"]
     assert {path.name for path in tmp_path.iterdir()} == {"data"}

@@ -22,7 +22,11 @@ from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.functional import normkd_loss
 
-IMAGES, TARGETS, INDICES = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 4, 0]), torch.arange(6)
+IMAGES, TARGETS, INDICES = (
+    torch.randn(6, 3, 32, 32),
+    torch.tensor([0, 1, 2, 3, 4, 0]),
+    torch.arange(6),
+)
 
 
 def plain_network() -> nn.Module:
@@ -93,7 +97,11 @@ def test_several_methods_and_autocast() -> None:
     [
         ("NormKDD", {}, "NormKD"),
         ("NormKD", {"T": 2.0}, "^arguments: unknown key NormKD.T"),
-        ("NormKD", {"TEMPERATURE_NORM": "hot"}, "TEMPERATURE_NORM must be a finite number, got hot"),
+        (
+            "NormKD",
+            {"TEMPERATURE_NORM": "hot"},
+            "TEMPERATURE_NORM must be a finite number, got hot",
+        ),
         ("AT", {}, "AT requires features"),
     ],
 )
@@ -226,7 +234,12 @@ def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(tmp_path.glob("digits/*/result.json"))) == 4
 
 
-TINY = ["DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=32", "DATASET.NUM_WORKERS=0", "SOLVER.BATCH_SIZE=16"]
+TINY = [
+    "DATASET.IMAGE_SIZE=32",
+    "DATASET.RESIZE=32",
+    "DATASET.NUM_WORKERS=0",
+    "SOLVER.BATCH_SIZE=16",
+]
 
 
 def test_teacher_student_alone_and_distilled(tree, tmp_path, monkeypatch, capsys):

@@ -122,7 +122,9 @@ LOGITS = [name for name, case in CASES.items() if case.student == [(5, 7)]]
 Inputs = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]
 
 
-def draw(name: str, seed: int = 0, shape: tuple[int, int] | None = None, scale: float = 3.0) -> Inputs:
+def draw(
+    name: str, seed: int = 0, shape: tuple[int, int] | None = None, scale: float = 3.0
+) -> Inputs:
     """Random inputs of a case; ``shape`` replaces that of logits."""
     case, rng = CASES[name], np.random.RandomState(seed)
     sides = [
@@ -140,7 +142,9 @@ def draw(name: str, seed: int = 0, shape: tuple[int, int] | None = None, scale: 
     return sides[0], sides[1], rng.randint(0, classes, count)
 
 
-def evaluate(name: str, inputs: Inputs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensors]:
+def evaluate(
+    name: str, inputs: Inputs, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensors]:
     """Loss and gradients with respect to the student's tensors."""
     students, teachers, targets = inputs
     leaves = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in students]
@@ -156,7 +160,11 @@ def evaluate(name: str, inputs: Inputs, dtype: torch.dtype = torch.float64) -> t
 @pytest.mark.parametrize(
     ("name", "shape", "scale"),
     [(name, None, 3.0) for name in CASES]
-    + [(name, *more) for name in LOGITS for more in (((1, 6), 3.0), ((4, 2), 3.0), ((3, 5), 60.0))],
+    + [
+        (name, *more)
+        for name in LOGITS
+        for more in (((1, 6), 3.0), ((4, 2), 3.0), ((3, 5), 60.0))
+    ],
 )
 def test_value_and_gradient(name: str, shape: tuple[int, int] | None, scale: float) -> None:
     students, teachers, targets = inputs = draw(name, seed=len(name), shape=shape, scale=scale)
@@ -170,7 +178,9 @@ def test_value_and_gradient(name: str, shape: tuple[int, int] | None, scale: flo
         direction = [rng.standard_normal(x.shape) for x in students]
         function = partial(case.reference, teachers=teachers, targets=targets)
         slope = ref.derivative(function, students, direction, case.analytic)
-        found = sum((grad.numpy() * d).sum() for grad, d in zip(gradients, direction, strict=True))
+        found = sum(
+            (grad.numpy() * d).sum() for grad, d in zip(gradients, direction, strict=True)
+        )
         assert found == pytest.approx(slope, rel=rel, abs=small)
 
 
@@ -231,7 +241,10 @@ UNDEFINED += [("dist", kind) for kind in ("tiny", "equal_samples", "dead_samples
 def test_hard_inputs(name: str, kind: str) -> None:
     students, teachers, targets = draw(name, seed=11)
     change_student, change_teacher = (HARD | HARD_LOGITS)[kind]
-    students, teachers = [change_student(x) for x in students], [change_teacher(x) for x in teachers]
+    students, teachers = (
+        [change_student(x) for x in students],
+        [change_teacher(x) for x in teachers],
+    )
     inputs = (students, teachers, targets[: len(students[0])])
     for dtype in (torch.float64, torch.float32, *HALF):
         loss, gradients = evaluate(name, inputs, dtype)
@@ -257,7 +270,9 @@ def test_equal_inputs_have_no_loss_and_no_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["kd", "norm_dkd", "dist", "ttm", "rld"])
-@pytest.mark.parametrize(("student", "teacher"), [((3, 1), (3, 1)), ((5, 7), (5, 6)), ((7,), (7,))])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((3, 1), (3, 1)), ((5, 7), (5, 6)), ((7,), (7,))]
+)
 def test_shapes_of_logits_are_checked(name, student, teacher):
     targets = torch.zeros(student[0], dtype=torch.long)
     with pytest.raises(ValueError, match=r"of the same shape \[B, C\] with C >= 2"):
@@ -313,5 +328,7 @@ def test_margins_are_means_of_negative_values() -> None:
             x = np.linspace(min(mean, 0) - 12 * deviation, 0, 400_001)
             density = np.exp(-(((x - mean) / deviation) ** 2) / 2)
             probability = density.mean() * -x[0] / (deviation * math.sqrt(2 * math.pi))
-            expected = (x * density).sum() / density.sum() if probability > 0.001 else -3 * deviation
+            expected = (
+                (x * density).sum() / density.sum() if probability > 0.001 else -3 * deviation
+            )
         assert margin.item() == pytest.approx(expected, rel=1e-4)

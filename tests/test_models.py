@@ -29,7 +29,9 @@ PARAMETERS = {
     ("imagenet", "ResNet18"): 11_689_512, ("imagenet", "ResNet34"): 21_797_672, ("imagenet", "ResNet50"): 25_557_032,
     ("imagenet", "ResNet101"): 44_549_160, ("imagenet", "MobileNetV1"): 4_231_976,
 }  # fmt: skip
-MODELS = [("cifar", name) for name in CIFAR_MODELS] + [("imagenet", name) for name in IMAGENET_MODELS]
+MODELS = [("cifar", name) for name in CIFAR_MODELS] + [
+    ("imagenet", name) for name in IMAGENET_MODELS
+]
 EVERY = pytest.mark.parametrize(("variant", "name"), MODELS)
 # The smallest of each family, for tests in which depth and width do not matter.
 SMALL = ["resnet8x4", "ResNet18", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
@@ -156,7 +158,9 @@ def test_features_without_activation_are_not_overwritten(name: str, modules: lis
     for module in modules:
         network.get_submodule(module).register_forward_hook(keep)
     features = network.outputs(images("cifar")).features
-    assert all(torch.equal(feature, before) for feature, before in zip(features, seen, strict=True))
+    assert all(
+        torch.equal(feature, before) for feature, before in zip(features, seen, strict=True)
+    )
 
 
 @EACH_FAMILY
@@ -169,7 +173,9 @@ def test_norms_run_once_and_channels_last_gives_the_same(variant: str, name: str
     with torch.no_grad():
         expected = network.eval()(batch)
         found = network.to(**last)(batch.to(**last))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
 
 
 @EACH_FAMILY
@@ -209,7 +215,9 @@ def test_imagenet_resnets_equal_torchvision(name: str) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     with torch.no_grad():
         expected, found = (network.eval()(images("imagenet")) for network in (theirs, ours))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 @EACH_FAMILY
@@ -227,7 +235,8 @@ def test_probe_does_not_change_the_network() -> None:
     rng = torch.get_rng_state()
     outputs = probe(network, (64, 64))
     assert all(
-        each.is_meta for each in (outputs.logits, outputs.pooled, *outputs.features, *outputs.preacts)
+        each.is_meta
+        for each in (outputs.logits, outputs.pooled, *outputs.features, *outputs.preacts)
     )
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(module.training for module in network.modules())
@@ -238,7 +247,12 @@ def test_probe_does_not_change_the_network() -> None:
 @pytest.mark.parametrize(
     ("name", "num_classes", "variant", "message"),
     [
-        ("MobileNetV1", 100, "cifar", "'MobileNetV1' requires DATASET.VARIANT imagenet.*MobileNetV2"),
+        (
+            "MobileNetV1",
+            100,
+            "cifar",
+            "'MobileNetV1' requires DATASET.VARIANT imagenet.*MobileNetV2",
+        ),
         ("resnet8x4", 3, "imagenet", "'resnet8x4' requires DATASET.VARIANT cifar.*ResNet34"),
         ("ResNet18", 100, "imagnet", "imagenet"),
         ("resnet20", 1, "cifar", "at least 2"),

@@ -32,7 +32,12 @@ def run_folder(folder: Path, name: str) -> Path:
 
 
 def train(folder: Path, name: str, *overrides: str) -> dict:
-    words = ["DATASET.TYPE=digits", "DATASET.SUBSET=100", "SOLVER.EPOCHS=1", f"LOG.PREFIX={folder}"]
+    words = [
+        "DATASET.TYPE=digits",
+        "DATASET.SUBSET=100",
+        "SOLVER.EPOCHS=1",
+        f"LOG.PREFIX={folder}",
+    ]
     words = [f"--cfg={folder}/run.yaml", f"EXPERIMENT.NAME={name}", *words, *overrides]
     assert main(["train", *words]) == 0
     return json.loads((run_folder(folder, name) / "result.json").read_text())
@@ -73,7 +78,9 @@ def test_methods_with_and_without_maps_and_a_cache(folder: Path) -> None:
     assert main(["export", "-c", weights, "--out", str(folder / "kd.pth")]) == 0
 
 
-def test_pretrained_weights_of_a_hub_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrained_weights_of_a_hub_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = f"local-dir:{folder}/hub"
     words = ["DISTILLER.TYPE=KD", "DISTILLER.TEACHER_WEIGHTS=pretrained", "SOLVER.LR=1e-9"]
     words += [f"DISTILLER.TEACHER={name}", f"DISTILLER.STUDENT={name}"]
@@ -94,18 +101,26 @@ def test_pretrained_weights_of_a_hub_folder(folder: Path, capsys: pytest.Capture
 
 
 @pytest.fixture
-def weights_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def weights_of_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, torch.Tensor]:
     """Replace the download of ResNet18's weights by a file with random ones in torch.hub's cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     state = resnet18().state_dict()
-    torch.save(state, tmp_path / "hub/checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
+    torch.save(
+        state, tmp_path / "hub/checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name
+    )
     return state
 
 
-def test_pretrained_weights_of_torchvision(weights_of_torchvision: dict[str, torch.Tensor]) -> None:
+def test_pretrained_weights_of_torchvision(
+    weights_of_torchvision: dict[str, torch.Tensor],
+) -> None:
     network = build_model("torchvision:resnet18.IMAGENET1K_V1", 10, pretrained=True)
-    assert torch.equal(network.state_dict()["conv1.weight"], weights_of_torchvision["conv1.weight"])
+    assert torch.equal(
+        network.state_dict()["conv1.weight"], weights_of_torchvision["conv1.weight"]
+    )
     assert network.pretrained["num_classes"] == 1000
     assert network.module.fc.out_features == 10
 
@@ -135,7 +150,9 @@ def test_the_teacher_sees_the_preprocessing_of_its_library(name: str) -> None:
 def test_the_images_are_converted_for_published_weights() -> None:
     name = "DISTILLER.TEACHER_WEIGHTS=torchvision:ResNet18_Weights.IMAGENET1K_V1"
     split = Split(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
-    dataset = TensorDataset("own", split, split, tuple(map(str, range(1000))), (0.5,) * 3, (0.25,) * 3)
+    dataset = TensorDataset(
+        "own", split, split, tuple(map(str, range(1000))), (0.5,) * 3, (0.25,) * 3
+    )
     cfg = load_config(None, ["DISTILLER.TEACHER=torchvision:resnet18", name]).node
     network, file = build_teacher(cfg, dataset)
     assert (type(network), network.size) == (Preprocessed, (224, 224))

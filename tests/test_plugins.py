@@ -70,7 +70,9 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(CONFIG.format(folder=folder))
     torch.manual_seed(0)
     torch.save({"model": build_model("resnet8", 3).state_dict()}, folder / "teacher.pth")
-    import_plugin(str(folder / "mine.py"))  # once per process, before a test restores the registries
+    import_plugin(
+        str(folder / "mine.py")
+    )  # once per process, before a test restores the registries
     return folder
 
 
@@ -132,7 +134,12 @@ def test_evaluation_in_a_process_of_its_own(mine: Path) -> None:
 
 def test_folders_in_which_a_plugin_is_searched(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "installed")])
-    for name in ("configs/beside.py", "work/below/here.py", "installed/a_module.py", "work/twice.py"):
+    for name in (
+        "configs/beside.py",
+        "work/below/here.py",
+        "installed/a_module.py",
+        "work/twice.py",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{REGISTER}models.register('{Path(name).stem}')(len)\n")
     base, cfg = tmp_path / "configs" / "base.yaml", tmp_path / "configs" / "own.yaml"
@@ -166,5 +173,9 @@ def test_wrapping_changes_nothing_about_a_module() -> None:
     with torch.no_grad():
         logits = module.eval()(images)
         torch.testing.assert_close(outputs.logits, logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(module.classifier(outputs.pooled), logits, rtol=1e-4, atol=1e-5)
-    assert not [each for each in network.modules() if each._forward_hooks or each._forward_pre_hooks]
+        torch.testing.assert_close(
+            module.classifier(outputs.pooled), logits, rtol=1e-4, atol=1e-5
+        )
+    assert not [
+        each for each in network.modules() if each._forward_hooks or each._forward_pre_hooks
+    ]

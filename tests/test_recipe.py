@@ -9,7 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from short_runs import RECIPE, assert_same_state, build_step, config, few_digits, state_of, train_few
+from short_runs import (
+    RECIPE,
+    assert_same_state,
+    build_step,
+    config,
+    few_digits,
+    state_of,
+    train_few,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch._functorch import config as functorch
@@ -65,7 +73,12 @@ def test_adamw_from_zeros_is_adamw() -> None:
 
 
 def test_the_norm_of_a_clipped_gradient(tmp_path: Path) -> None:
-    plain = ["SOLVER.MOMENTUM=0", "SOLVER.NESTEROV=false", "SOLVER.WEIGHT_DECAY=0", "SOLVER.LR=0.5"]
+    plain = [
+        "SOLVER.MOMENTUM=0",
+        "SOLVER.NESTEROV=false",
+        "SOLVER.WEIGHT_DECAY=0",
+        "SOLVER.LR=0.5",
+    ]
     step = build_step(tmp_path, "step", "SOLVER.CLIP_GRAD=0.01", *plain)
     parameters = list(step.trainable.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
@@ -75,7 +88,10 @@ def test_the_norm_of_a_clipped_gradient(tmp_path: Path) -> None:
 
 
 def test_class_probabilities_and_label_smoothing() -> None:
-    student, images = build_model("resnet8", 3).double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    student, images = (
+        build_model("resnet8", 3).double(),
+        torch.randn(4, 3, 8, 8, dtype=torch.float64),
+    )
     probabilities, index = torch.rand(4, 3, dtype=torch.float64).softmax(1), torch.arange(4)
     trainable = Trainable(student, label_smoothing=0.3)
     losses = trainable(Batch(images, probabilities, index, index, index[0]), None, torch.ones(1))
@@ -83,7 +99,9 @@ def test_class_probabilities_and_label_smoothing() -> None:
     expected = -(smooth * losses.logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(losses.total, expected)
     meters = TrainMeters(["ce"])
-    meters.update(Losses(losses.total, losses.parts, probabilities.flip(0)), probabilities, True, True)
+    meters.update(
+        Losses(losses.total, losses.parts, probabilities.flip(0)), probabilities, True, True
+    )
     hits = (probabilities.flip(0).argmax(1) == probabilities.argmax(1)).double().mean()
     assert meters.read(1).top1 == pytest.approx(100 * float(hits))
 
@@ -118,14 +136,18 @@ def test_averaged_weights_are_evaluated_and_saved(
         assert f"top-1 {result['last']['top1']:6.2f}" in capsys.readouterr().out
 
 
-def test_gradient_norms_are_logged_and_do_not_change_the_run(tmp_path: Path, teacher: str) -> None:
+def test_gradient_norms_are_logged_and_do_not_change_the_run(
+    tmp_path: Path, teacher: str
+) -> None:
     common = ["DISTILLER.TYPE=NormKD", teacher]
     for name, more in (("plain", []), ("norms", ["LOG.GRAD_NORMS=true"])):
         train_few(tmp_path, name, *common, *more)
     states = [state_of(tmp_path, name)["trainable"] for name in ("plain", "norms")]
     assert_same_state(*states)
     records = read_metrics(tmp_path / "distill" / "norms" / "metrics.jsonl")
-    assert all(record[f"grad_norm_{name}"] > 0 for record in records for name in ("ce", "distill"))
+    assert all(
+        record[f"grad_norm_{name}"] > 0 for record in records for name in ("ce", "distill")
+    )
     step = build_step(tmp_path, "step", *common, "SOLVER.BATCH_SIZE=8", dataset=few_digits(44))
     step.begin_epoch(1, 0)
     step.optimizer.param_groups[0]["lr"] = 0.0
@@ -142,7 +164,9 @@ def test_tensorboard_has_one_entry_of_three_groups(tmp_path: Path) -> None:
     folder = tmp_path / "distill" / "run" / "tensorboard"
     assert all(path.is_file() for path in folder.iterdir())
     events = EventAccumulator(str(folder)).Reload()
-    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    steps = {
+        tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
     assert steps["train/loss_ce"] == steps["train/loss_total"] == [4, 8, 12]
     for tag in ("epoch/test_top1", "epoch/lr", "epoch/grad_norm_ce", "speed/images_per_second"):
         assert steps[tag] == [1, 2], tag
@@ -164,7 +188,11 @@ def loader(mixup: float, cutmix: float, seed: int = 0, share: Share = ALONE) -> 
 
 
 def test_mixed_images_and_targets_equal_torchvisions() -> None:
-    images, targets, rest = torch.randn(5, 3, 8, 10), torch.tensor([1, 0, 2, 2, 1]), torch.zeros(())
+    images, targets, rest = (
+        torch.randn(5, 3, 8, 10),
+        torch.tensor([1, 0, 2, 2, 1]),
+        torch.zeros(()),
+    )
     batch = Batch(images, targets, rest, rest, rest)
     common = {"labels": targets, "batch_size": 5}
     cut = {"box": (2, 0, 6, 4), "lam_adjusted": 0.8}
@@ -256,16 +284,25 @@ def gradients(
 def test_dot_computes_its_formula(nesterov: bool) -> None:
     rng = np.random.RandomState(0)
     index, weights = torch.arange(BATCH), torch.tensor(WEIGHTS, dtype=torch.float64)
-    both, task, own = (rng.standard_normal(shape) for shape in ((INPUTS, CLASSES), CLASSES, CLASSES))
+    both, task, own = (
+        rng.standard_normal(shape) for shape in ((INPUTS, CLASSES), CLASSES, CLASSES)
+    )
     trainable = Trainable(Student(both, task), {"REGRESSION": Regression(own)})
     named = trainable.named_parameters()
     parameters = {key.split(".")[-1]: each.detach().numpy() for key, each in named}
-    velocities = {name: [np.zeros_like(parameters[name]) for _ in UPDATES[name]] for name in UPDATES}
+    velocities = {
+        name: [np.zeros_like(parameters[name]) for _ in UPDATES[name]] for name in UPDATES
+    }
     optimizer = None
     for rate in RATES:
-        images, features = rng.standard_normal((BATCH, INPUTS)), rng.standard_normal((BATCH, CLASSES))
+        images, features = (
+            rng.standard_normal((BATCH, INPUTS)),
+            rng.standard_normal((BATCH, CLASSES)),
+        )
         targets = rng.randint(0, CLASSES, BATCH)
-        batch = Batch(torch.tensor(images), torch.as_tensor(targets), index, index, torch.tensor(0))
+        batch = Batch(
+            torch.tensor(images), torch.as_tensor(targets), index, index, torch.tensor(0)
+        )
         outputs = Outputs(torch.zeros(BATCH, CLASSES), (), (), torch.tensor(features))
         if not optimizer:
             network = SimpleNamespace(outputs=lambda _, outputs=outputs: outputs)
@@ -298,7 +335,9 @@ def test_a_compiled_student_can_be_differentiated_twice(monkeypatch: pytest.Monk
         results = []
         for student, run in ((eager, eager.outputs), (network, forward)):
             logits, parameters = run(images).logits, list(student.parameters())
-            results.append(torch.autograd.grad(logits.square().sum(), parameters, retain_graph=True))
+            results.append(
+                torch.autograd.grad(logits.square().sum(), parameters, retain_graph=True)
+            )
             results.append(torch.autograd.grad(logits[:, 0].sum(), parameters))
     for expected, found in zip(results[:2], results[2:], strict=True):
         torch.testing.assert_close(found, expected)

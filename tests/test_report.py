@@ -42,7 +42,9 @@ def made_up(
     methods = [] if node.DISTILLER.TYPE == "NONE" else [node.DISTILLER.TYPE]
     curve = [best - 30 + 30 * i / epochs for i in range(epochs)]
     curve[-2], curve[-1] = best, last
-    losses = {f"loss_{name}": [3 - 2 * i / epochs for i in range(epochs)] for name in ["ce", *methods]}
+    losses = {
+        f"loss_{name}": [3 - 2 * i / epochs for i in range(epochs)] for name in ["ce", *methods]
+    }
     teacher = {"name": node.DISTILLER.TEACHER, "top1": 79.0, "top5": 94.0, "hash": teacher_hash}
     record: Record = {
         "format": 1, "status": "finished", "smoke": False, "config_file": cell.config, "seed": seed,
@@ -76,12 +78,17 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results") / "runs"
     for row, numbers in NUMBERS.items():
         for seed, (last, best) in enumerate(numbers):
-            write_record(made_up(TABLES["2"].cells[row, PAIR], seed, last, best, "a" * 64), folder)
+            write_record(
+                made_up(TABLES["2"].cells[row, PAIR], seed, last, best, "a" * 64), folder
+            )
     write_record(made_up(TABLES["9"].cells["rkd", PAIR], 0, 71.0, 71.5, "b" * 64), folder)
     cell = TABLES["2"].cells["crd", PAIR]
     config = cell_config(cell)
     assert config is not None
-    error, more = "error: no <memory> | left", {"smoke": False, "seed": 0, "command": "train.py <x>"}
+    error, more = (
+        "error: no <memory> | left",
+        {"smoke": False, "seed": 0, "command": "train.py <x>"},
+    )
     failure = failed_record(error, ["line 1"], config.node, config_file=cell.config, **more)
     write_record(failure, folder)
     (folder / "broken.json").write_text("{")
@@ -103,7 +110,11 @@ def test_means_and_deviations_equal_numpys(report: Record) -> None:
     for which, numbers in (("last", [76.2, 76.6, 76.4]), ("best", [76.5, 76.6, 76.7])):
         result = cell.mean(which)
         assert result is not None
-        assert result == (3, pytest.approx(np.mean(numbers)), pytest.approx(np.std(numbers, ddof=1)))
+        assert result == (
+            3,
+            pytest.approx(np.mean(numbers)),
+            pytest.approx(np.std(numbers, ddof=1)),
+        )
     assert cell.difference == pytest.approx(76.6 - 76.57)
     assert cell.agreement == view(report, "2", "dkd_normkd").agreement == "within"
     assert view(report, "2", "student").agreement == ""
@@ -204,7 +215,9 @@ def test_the_page_is_complete_escaped_and_loads_nothing(report: Record) -> None:
     for unescaped in ("<memory>", "Test GPU <1>", "train.py <x>"):
         assert unescaped not in text
     # A chart of accuracy and one of losses for each measured cell, and an overview of columns with two rows or more.
-    measured = [sum(bool(cell.runs) for cell in entry.cells.values()) for entry in report["tables"]]
+    measured = [
+        sum(bool(cell.runs) for cell in entry.cells.values()) for entry in report["tables"]
+    ]
     assert tags["svg"] == 2 * sum(measured) + sum(number > 1 for number in measured)
 
 
@@ -221,7 +234,9 @@ def test_differences_between_runs_of_a_column_are_named(tmp_path: Path) -> None:
         write_record(made_up(cell, 1, 74.0, 74.2, teacher_hash), tmp_path)
     report = collect(tmp_path)
     kd, normkd, dkd = (view(report, "2", row) for row in ("kd", "normkd", "dkd"))
-    assert sorted(kd.top1("best").items()) == [(0, 73.2), (1, 73.2)], "the teacher of most runs counts"
+    assert sorted(kd.top1("best").items()) == [(0, 73.2), (1, 73.2)], (
+        "the teacher of most runs counts"
+    )
     assert kd.minus(normkd, "best") is not None
     assert dkd.minus(kd, "best") is None, "different teachers"
     text, page = (render(report, f"report.{name}.j2") for name in ("md", "html"))
@@ -246,7 +261,9 @@ def test_parts_of_resumed_runs_and_settings_of_other_runs_are_shown(tmp_path: Pa
     parts = [[first], [first, {"from_step": 700, "commit": "d" * 40}], [{"from_step": 900}]]
     for record, steps in zip(records, parts, strict=True):
         write_record(signed_record(record | {"parts": [here | part for part in steps]}), tmp_path)
-    other = made_up(TABLES["2"].cells["normkd", PAIR], 1, 73.0, 73.2, command="train.py SOLVER.LR 0.1")
+    other = made_up(
+        TABLES["2"].cells["normkd", PAIR], 1, 73.0, 73.2, command="train.py SOLVER.LR 0.1"
+    )
     other["config"]["SOLVER"]["LR"], other["config"]["DATASET"]["VAL_SPLIT"] = 0.1, 0.1
     write_record(signed_record(other), tmp_path)
     text = render(collect(tmp_path), "report.md.j2")
@@ -254,7 +271,9 @@ def test_parts_of_resumed_runs_and_settings_of_other_runs_are_shown(tmp_path: Pa
     assert re.search(
         r"1, trained in parts: from step 0 on Test GPU .*; from step 700 on .*d{10}", text
     )
-    assert "2, trained in parts: the first 900 steps on an unknown machine; from step 900 on" in text
+    assert (
+        "2, trained in parts: the first 900 steps on an unknown machine; from step 900 on" in text
+    )
     assert "seed 1: best 73.20, last 73.00 on 10% of the training set, held out (`" in text
     assert ".json`), by `train.py SOLVER.LR 0.1`" in text
 

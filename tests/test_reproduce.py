@@ -18,7 +18,13 @@ from mdistiller_norm.errors import UserError
 from mdistiller_norm.reproduce import plan
 from mdistiller_norm.reproduce.command import select_cells
 from mdistiller_norm.reproduce.ledger import identity
-from mdistiller_norm.reproduce.plan import Job, cell_command, cell_config, cell_identity, value_rank
+from mdistiller_norm.reproduce.plan import (
+    Job,
+    cell_command,
+    cell_config,
+    cell_identity,
+    value_rank,
+)
 from mdistiller_norm.reproduce.tables import TABLES, Cell
 from mdistiller_norm.run_folder import run_folder
 
@@ -42,7 +48,9 @@ def test_printed_numbers_equal_the_facts(facts: Path) -> None:
         table, expected = TABLES[number], paper[f"table{number}"]
         for row in table.rows:
             cells = [table.cells[row.key, column.key].paper for column in table.columns]
-            printed = list(cells[0].values()) if number in "45" else [cell["top1"] for cell in cells]
+            printed = (
+                list(cells[0].values()) if number in "45" else [cell["top1"] for cell in cells]
+            )
             assert printed == expected["rows"].pop(NAMES.get(row.key, row.name)), row.name
         assert not expected["rows"]
         if "delta1_printed" in expected:
@@ -67,14 +75,22 @@ def test_printed_numbers_equal_the_facts(facts: Path) -> None:
 
 def test_every_cell_has_a_config_of_its_pair_and_method() -> None:
     for cell in CELLS:
-        table, config, is_teacher = TABLES[cell.table], cell_config(cell), cell.row.key == "teacher"
+        table, config, is_teacher = (
+            TABLES[cell.table],
+            cell_config(cell),
+            cell.row.key == "teacher",
+        )
         if not config:
             assert (is_teacher, table.dataset) == (True, "imagenet")
             continue
         node, column = config.node, cell.column
         assert table.dataset == node.DATASET.TYPE, cell.name
-        assert (column.teacher if is_teacher else column.student) == node.DISTILLER.STUDENT, cell.name
-        assert node.DISTILLER.TYPE == "NONE" or column.teacher == node.DISTILLER.TEACHER, cell.name
+        assert (column.teacher if is_teacher else column.student) == node.DISTILLER.STUDENT, (
+            cell.name
+        )
+        assert node.DISTILLER.TYPE == "NONE" or column.teacher == node.DISTILLER.TEACHER, (
+            cell.name
+        )
         assert TYPES.get(cell.row.key, node.DISTILLER.TYPE) == node.DISTILLER.TYPE, cell.name
         assert not is_teacher or cell.config == table.teacher_config(column)
         if table.in_paper and table.id != "9" and node.DISTILLER.TYPE != "NONE":
@@ -166,7 +182,9 @@ def test_a_plan_has_teachers_first_and_every_run_once() -> None:
     assert teacher.config_file == "configs/cifar100/vanilla/resnet32x4.yaml"
     assert all(job.teacher is not None and job.teacher.key == teacher.key for job in students)
     assert [job.key[1] for job in students] == [0] * 4 + [1] * 4
-    assert all(f"DISTILLER.TEACHER_WEIGHTS={teacher.weights}" in job.overrides for job in students)
+    assert all(
+        f"DISTILLER.TEACHER_WEIGHTS={teacher.weights}" in job.overrides for job in students
+    )
     shared = next(job for job in students if "table 9, KD, resnet32x4 → resnet8x4" in job.cells)
     assert "table 2, KD, resnet32x4 → resnet8x4" in shared.cells
 
@@ -225,7 +243,10 @@ def test_config_keys_after_the_values_of_a_list_option_are_overrides(tmp_path, c
         ("--table digits --launcher foo", "argument --launcher: invalid choice: 'foo'"),
         ("--table digits --jobs 0", "argument --jobs: must be an integer >= 1, got 0"),
         ("--table digits --slurm gpus=1", "--slurm requires --launcher"),
-        ("--table digits --launcher slurm --budget 9m", "--jobs and --budget require --launcher here"),
+        (
+            "--table digits --launcher slurm --budget 9m",
+            "--jobs and --budget require --launcher here",
+        ),
         ("--add FOLDER --results FOLDER", "FOLDER"),
         # 240 is the default, but not the value of this table's configs.
         (f"{KD} SOLVER.EPOCHS=240", "SOLVER.EPOCHS would change the result"),
@@ -294,7 +315,9 @@ def test_commands_of_students_use_the_weights_of_their_teachers_commands(capsys)
 @pytest.mark.parametrize(
     ("study", "stages"), [("short", [160, 200, 220]), ("short16", [150, 180, 210])]
 )
-def test_short_studies_change_only_length_pair_and_precision(study: str, stages: list[int]) -> None:
+def test_short_studies_change_only_length_pair_and_precision(
+    study: str, stages: list[int]
+) -> None:
     for method in ("kd", "normkd", "dkd", "dkd_normkd"):
         nodes = []
         for file in (f"{study}/{method}", f"{method}/res56_res20"):

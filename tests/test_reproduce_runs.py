@@ -166,7 +166,9 @@ def test_a_budget_stops_the_runs_in_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_by_torchrun_is_evaluated_on_held_out_images_and_fills_no_cell(tmp_path: Path) -> None:
+def test_a_sweep_by_torchrun_is_evaluated_on_held_out_images_and_fills_no_cell(
+    tmp_path: Path,
+) -> None:
     options = ["--methods", "student", "teacher", "--sweep", "SOLVER.MOMENTUM=0.8", "--trials", 1]
     code, printed = smoke(tmp_path, *options, "--processes", 2)
     assert code == 0
@@ -208,7 +210,9 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(tmp_path, monke
     assert code == 3
     assert "2 runs queued on Slurm" in printed
     teacher, student = ((tmp_path / f"{n}.sh").read_text() for n in (0, 1))
-    assert all("--constraint=a100" in script and "--time=7" in script for script in (teacher, student))
+    assert all(
+        "--constraint=a100" in script and "--time=7" in script for script in (teacher, student)
+    )
     assert "--dependency=afterok:0" in student
     assert "--dependency" not in teacher
     (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 1\n")
@@ -311,15 +315,27 @@ def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
         "list": ("[]", "format is missing"),
         "missing": (changed(metrics={}), "metrics.test_top1 is missing"),
         "deep": ("[" * 100_000, "malformed (RecursionError"),
-        "metric": (changed(metrics=metrics | {"test_loss": [1e300, 1]}), "does not have 2 numbers"),
+        "metric": (
+            changed(metrics=metrics | {"test_loss": [1e300, 1]}),
+            "does not have 2 numbers",
+        ),
         "huge": (changed(seed=10**400), "not finite or too large"),
         "digits": (text.replace('"seed": 0', f'"seed": {"9" * 5000}'), "malformed (ValueError"),
-        "infinite": (changed(last=record["last"] | {"top1": float("inf")}), "not finite or too large"),
-        "teacher": (changed(teacher=record["teacher"] | {"hash": None}), "hash must be str, got None"),
+        "infinite": (
+            changed(last=record["last"] | {"top1": float("inf")}),
+            "not finite or too large",
+        ),
+        "teacher": (
+            changed(teacher=record["teacher"] | {"hash": None}),
+            "hash must be str, got None",
+        ),
         "type": (changed(seed="0"), "seed must be int, got '0'"),
         "future": (changed(format=2), "format must be 1, got 2"),
         "better": (changed(best=record["best"] | {"top1": 99.9}), "best top1 99.9 differs"),
-        "short": (changed(metrics=metrics | {"epoch": [1, 1]}), "do not cover the epochs 1 to SOLVER"),
+        "short": (
+            changed(metrics=metrics | {"epoch": [1, 1]}),
+            "do not cover the epochs 1 to SOLVER",
+        ),
         "schedule": (changed(epochs=3), "does not have 3 numbers"),
     }
     for name, (content, _) in cases.items():
@@ -335,7 +351,9 @@ def test_invalid_files_are_ignored_with_a_reason(output: Path) -> None:
     assert "edited.json is ignored" in smoke(output, "--methods", "kd", "--trials", 1)[1]
 
 
-def test_ledgers_merge_by_copying_and_each_seed_counts_once(trained: Path, tmp_path: Path) -> None:
+def test_ledgers_merge_by_copying_and_each_seed_counts_once(
+    trained: Path, tmp_path: Path
+) -> None:
     folder = jobs_of(trained, "kd")[-1].folder
     record = finished_run(folder, "configs/digits/kd.yaml", smoke=True).record
     first = write_record(record, tmp_path)
@@ -356,7 +374,11 @@ def test_published_weights_become_teachers_if_trained_alone(trained, tmp_path, m
         assert config is not None
         last = {"epoch": 240, "top1": 72.5, "top5": 92.0, "loss": 1.0}
         result = json.loads((jobs_of(trained, "kd")[-1].folder / "result.json").read_text())
-        result |= {"config": yaml.safe_load(dump(config.node)), "epochs": 240, "dataset": "cifar100"}
+        result |= {
+            "config": yaml.safe_load(dump(config.node)),
+            "epochs": 240,
+            "dataset": "cifar100",
+        }
         result |= {"method": [] if method == "student" else ["KD"], "student": "resnet8x4"}
         result |= {"last": last, "best": last}
         folder = tmp_path / method
@@ -380,7 +402,9 @@ def test_published_weights_become_teachers_if_trained_alone(trained, tmp_path, m
     load_into(again, weights, "resnet8x4")
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(again.eval()(images), network.eval()(images), rtol=0.02, atol=0.02)
-    assert "| KD | 73.33 | 72.50 | 72.50 | 1 |" in (tmp_path / "results" / "TABLES.md").read_text()
+    assert (
+        "| KD | 73.33 | 72.50 | 72.50 | 1 |" in (tmp_path / "results" / "TABLES.md").read_text()
+    )
     other = jobs_of(trained, "kd")[-1].folder
     for folder, message in ((runs[0], "exists"), (other, "does not fill a cell")):
         with pytest.raises(ConfigError, match=message):

@@ -28,7 +28,9 @@ def folder(once: Once, tmp_path: Path) -> Path:
     """A copy of a finished run of one epoch; ``resume`` continues it."""
     finished = once("finished", lambda folder: train_few(folder, "run", epochs=1))
     logs = shutil.ignore_patterns("worklog.txt", "tensorboard")
-    return shutil.copytree(finished / "distill" / "run", tmp_path / "distill" / "run", ignore=logs)
+    return shutil.copytree(
+        finished / "distill" / "run", tmp_path / "distill" / "run", ignore=logs
+    )
 
 
 def resume(folder: Path, *overrides: str, **more: object) -> dict[str, object]:
@@ -39,7 +41,9 @@ def test_two_processes_do_not_train_in_one_folder(folder: Path, tmp_path: Path) 
     holder = build_few(tmp_path, "run", resume=True)
     before = (folder / "metrics.jsonl").read_text()
     again = ["--cfg", folder / "config.yaml", "--resume", "SOLVER.EPOCHS", 2]
-    assert_user_error(tool("train", *again, check=False), f"another process is training in {folder}")
+    assert_user_error(
+        tool("train", *again, check=False), f"another process is training in {folder}"
+    )
     assert (folder / "metrics.jsonl").read_text() == before
     holder.trainer.log.close()
     assert resume(folder)["last"]["epoch"] == 2
@@ -108,7 +112,10 @@ def damaged(key: str, value: object) -> Callable[[Path], object]:
         (lambda folder: (folder / LATEST).write_bytes(b"PK\3\4"), r"latest\.pt is damaged"),
         (lambda folder: (folder / LATEST).unlink(), r"there is no checkpoint .*latest\.pt"),
         (lambda folder: (folder / "config.yaml").unlink(), r"config\.yaml does not exist"),
-        (lambda folder: (folder / "config.yaml").write_bytes(b"\0"), r"config\.yaml cannot be read"),
+        (
+            lambda folder: (folder / "config.yaml").write_bytes(b"\0"),
+            r"config\.yaml cannot be read",
+        ),
     ],
 )
 def test_damaged_states_are_not_resumed(folder, damage, words):
@@ -117,7 +124,9 @@ def test_damaged_states_are_not_resumed(folder, damage, words):
 
 
 def test_other_settings_are_not_resumed(folder: Path) -> None:
-    assert_not_resumed(folder, r"with other values of SOLVER\.LR, SEED", "SOLVER.LR=0.1", "SEED=5")
+    assert_not_resumed(
+        folder, r"with other values of SOLVER\.LR, SEED", "SOLVER.LR=0.1", "SEED=5"
+    )
 
 
 def assert_not_resumed(folder: Path, words: str, *overrides: str) -> None:

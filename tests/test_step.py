@@ -22,7 +22,12 @@ from mdistiller_norm.run import build_run, train
 
 
 def step_on_few_digits(folder: Path, method: str, *overrides: str) -> TrainStep:
-    extra = [f"DISTILLER.TYPE={method}", "SOLVER.BATCH_SIZE=8", *SMALLER.get(method, []), *overrides]
+    extra = [
+        f"DISTILLER.TYPE={method}",
+        "SOLVER.BATCH_SIZE=8",
+        *SMALLER.get(method, []),
+        *overrides,
+    ]
     return build_step(folder, "run", *extra, dataset=few_digits(100))
 
 
@@ -33,7 +38,9 @@ class HostTensors(TorchDispatchMode):
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         tensors = [
             leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)
@@ -56,7 +63,9 @@ def test_losses_are_float32_and_finite_under_bf16(step, monkeypatch):
     batch = step.loader.prepare(*next(step.loader.batches(1)))
     with torch.autocast("cpu", torch.bfloat16):
         assert step.trainable.student(batch.images).dtype is torch.bfloat16
-    losses = step.trainable(batch, step.teacher(batch) if step.teacher else None, step.loss_weights)
+    losses = step.trainable(
+        batch, step.teacher(batch) if step.teacher else None, step.loss_weights
+    )
     assert losses.parts.dtype is torch.float32
     assert losses.logits.dtype is torch.float32
     assert losses.parts.isfinite().all()
@@ -128,21 +137,27 @@ def test_the_scale_of_fp16_gradients_can_be_restored(tmp_path: Path) -> None:
 def test_everything_that_a_step_changes_can_be_restored(tmp_path, teacher, method):
     """Capturing a graph runs the step a few times and restores the state in place."""
     extra = [teacher, *(RECIPE if method == "KD" else [])]
-    steps = [step_on_few_digits(tmp_path / name, method, *extra) for name in ("straight", "restored")]
+    steps = [
+        step_on_few_digits(tmp_path / name, method, *extra) for name in ("straight", "restored")
+    ]
     raws = list(steps[0].loader.batches(1))[:3]
     state = steps[1].state_tensors()
     addresses = [tensor.data_ptr() for tensor in state]
     before = [tensor.clone() for tensor in state]
     for raw in raws[1:]:
         steps[1](*raw)
-    assert not all(torch.equal(tensor, saved) for tensor, saved in zip(state, before, strict=True))
+    assert not all(
+        torch.equal(tensor, saved) for tensor, saved in zip(state, before, strict=True)
+    )
     restore(state, before)
     static = [tensor.clone() for tensor in raws[0]]
     for raw in raws:
         steps[0](*raw)
         restore(static, list(raw))
         steps[1](*static)
-    assert addresses == [tensor.data_ptr() for tensor in steps[1].state_tensors()]  # also of momenta
+    assert addresses == [
+        tensor.data_ptr() for tensor in steps[1].state_tensors()
+    ]  # also of momenta
     for part in ("trainable", "optimizer", "meters"):
         assert_same_state(*(dict(getattr(step, part).state_dict()) for step in steps))
 
@@ -199,11 +214,15 @@ def test_eval_computes_the_figures_of_a_run_in_bf16(tmp_path, capsys):
     assert "no fast fp16" in capsys.readouterr().err
     assert main([*command, result["precision"]]) == 0
     shown, last = capsys.readouterr().out, result["last"]
-    assert f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}" in shown
+    assert (
+        f"top-1 {last['top1']:6.2f}  top-5 {last['top5']:6.2f}  loss {last['loss']:7.4f}" in shown
+    )
     assert f"{result['precision']}, " in shown
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_missing_wandb_causes_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_wandb_causes_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build_run(config(tmp_path, "run", "LOG.WANDB=true")).trainer.log.close()
     assert "wandb is not installed" in capsys.readouterr().out

@@ -106,13 +106,16 @@ def test_folding_changes_outputs_by_rounding_only(name: str) -> None:
     for need in (Need.LOGITS, Need.MAPS):
         module = folded(network, need)
         norms = [
-            sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (module, network)
+            sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules())
+            for n in (module, network)
         ]
         assert norms[0] < norms[1]
         with torch.no_grad():
             expected, got = network.outputs(images), module(images)
         scale = expected.logits.std()
-        torch.testing.assert_close(got.logits / scale, expected.logits / scale, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            got.logits / scale, expected.logits / scale, rtol=1e-4, atol=1e-4
+        )
         maps = [*expected.features, *expected.preacts] if need is Need.MAPS else []
         for a, b in zip([*got.features, *got.preacts], maps, strict=True):
             torch.testing.assert_close(a / b.std(), b / b.std(), rtol=1e-3, atol=1e-3)
@@ -147,10 +150,14 @@ def test_resuming_with_a_cache_is_exact(filled: tuple[Path, str], cache: str) ->
     overrides = [weights, f"DISTILLER.TEACHER_CACHE={cache}"]
     run(folder, cache, *overrides)
     run(folder, cache, *overrides, epochs=2, resume=True)
-    assert_same_state(state_of(folder, cache)["trainable"], state_of(folder, "fills")["trainable"])
+    assert_same_state(
+        state_of(folder, cache)["trainable"], state_of(folder, "fills")["trainable"]
+    )
 
 
-def test_full_computes_each_row_once_before_the_first_step(tmp_path: Path, own_teacher: str) -> None:
+def test_full_computes_each_row_once_before_the_first_step(
+    tmp_path: Path, own_teacher: str
+) -> None:
     trainer, found = build(tmp_path, "run", own_teacher, "DISTILLER.TEACHER_CACHE=full", epochs=2)
     found.device_rows = DeviceRows(found.store, CPU)
     for _ in trainer.prefetch:
@@ -158,7 +165,10 @@ def test_full_computes_each_row_once_before_the_first_step(tmp_path: Path, own_t
     rows = np.unique([found.row_indices(found.loader.batches(epoch)).numpy() for epoch in (1, 2)])
     assert len(found.store.written()) == found.computed == len(rows)
     assert (
-        len(found.store.missing(rows)) == len(found.device_rows.absent(rows)) == found.requested == 0
+        len(found.store.missing(rows))
+        == len(found.device_rows.absent(rows))
+        == found.requested
+        == 0
     )
 
 
@@ -203,7 +213,9 @@ def test_a_cache_of_changed_code_is_refused(filled, monkeypatch):
 
 
 def test_outputs_too_large_for_fp16_are_refused(tmp_path: Path, own_teacher: str) -> None:
-    edit_weights(own_teacher, lambda state: (state["fc.weight"].mul_(1e5), state["fc.bias"].mul_(1e5)))
+    edit_weights(
+        own_teacher, lambda state: (state["fc.weight"].mul_(1e5), state["fc.bias"].mul_(1e5))
+    )
     with pytest.raises(
         CheckpointError, match=r"for fp16: set DISTILLER\.TEACHER_CACHE_PRECISION fp32"
     ):
@@ -211,8 +223,12 @@ def test_outputs_too_large_for_fp16_are_refused(tmp_path: Path, own_teacher: str
 
 
 @pytest.mark.parametrize("method", ["KD", "FITNET"])
-def test_outputs_that_cannot_be_cached_are_not(tmp_path, own_teacher, method, monkeypatch, capsys):
-    monkeypatch.setattr(DISTILLERS["KD"], "teacher_in_train_mode", True)  # outputs depend on the batch
+def test_outputs_that_cannot_be_cached_are_not(
+    tmp_path, own_teacher, method, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        DISTILLERS["KD"], "teacher_in_train_mode", True
+    )  # outputs depend on the batch
     _, found = build(tmp_path, "run", f"DISTILLER.TYPE={method}", own_teacher, LAZY)
     assert not isinstance(found, CachedTeacher)
     assert f"no teacher cache: {method} " in capsys.readouterr().out
@@ -251,7 +267,11 @@ def test_rows_are_written_once_and_shared(tmp_path: Path) -> None:
     device_rows = DeviceRows(a, CPU)
     b.write(np.array([7]), np.array([[7, 8, 9]]))
     device_rows.copy_rows(np.array([7]))
-    assert device_rows.read(torch.tensor([7, 8, 7])).tolist() == [[7, 8, 9], [-1, -1, -1], [7, 8, 9]]
+    assert device_rows.read(torch.tensor([7, 8, 7])).tolist() == [
+        [7, 8, 9],
+        [-1, -1, -1],
+        [7, 8, 9],
+    ]
 
 
 def test_concurrent_writers_store_each_row_once(tmp_path: Path) -> None:
@@ -271,7 +291,9 @@ def test_concurrent_writers_store_each_row_once(tmp_path: Path) -> None:
 
 def test_half_written_rows_are_missing_and_written_again(tmp_path: Path) -> None:
     open_store(tmp_path).write(np.array([4, 5, 6]), np.arange(1, 10).reshape(3, 3))
-    with (tmp_path / "rows.bin").open("r+b") as file:  # the checksum reached the disk, the row did not
+    with (tmp_path / "rows.bin").open(
+        "r+b"
+    ) as file:  # the checksum reached the disk, the row did not
         file.seek(1000 * 4 + 5 * 12 + 4)
         file.write(bytes(8))
     store = open_store(tmp_path)
@@ -297,7 +319,9 @@ def test_unusable_caches_are_refused(tmp_path: Path) -> None:
         open_store(folder)
 
 
-def test_a_read_only_cache_is_read_and_missing_rows_are_computed(tmp_path: Path, teacher: str) -> None:
+def test_a_read_only_cache_is_read_and_missing_rows_are_computed(
+    tmp_path: Path, teacher: str
+) -> None:
     folder, user = Path(tempfile.mkdtemp()), os.geteuid()
     weights = copy_teacher(teacher, folder)
     first = run(folder, "first", weights, LAZY).store.folder
@@ -382,7 +406,11 @@ def test_the_teacher_is_compiled_once(tmp_path, own_teacher, monkeypatch, method
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr("mdistiller_norm.engine.compile.compiler_missing", lambda device: "")
-    more = (f"DISTILLER.TYPE={method}", f"DISTILLER.TEACHER_CACHE={cache}", "ENGINE.COMPILE=teacher")
+    more = (
+        f"DISTILLER.TYPE={method}",
+        f"DISTILLER.TEACHER_CACHE={cache}",
+        "ENGINE.COMPILE=teacher",
+    )
     step = build(tmp_path, "run", *more, own_teacher)[0].step
     step.trainable.train()
     # A live teacher is compiled again for the last, smaller batch.

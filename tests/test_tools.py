@@ -197,7 +197,9 @@ def test_tsne(networks: tuple[str, str], tmp_path: Path) -> None:
     assert apart, "classes of a trained network are apart"
     before = dict(mpl.rcParams)
     assert drawn(tmp_path / "again", *options) == data, "the seed fixes the embedding"
-    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "new" / "tsne.v1.svg").read_bytes()
+    assert (tmp_path / "again.svg").read_bytes() == (
+        tmp_path / "new" / "tsne.v1.svg"
+    ).read_bytes()
     assert dict(mpl.rcParams) == before
 
 
@@ -261,4 +263,6 @@ def test_bad_options_of_visualize(networks, tmp_path, capsys):
         ("tsne", "--names", "a", "b", "must have a name for each of the 1 files"),
     ):
         with pytest.raises(UserError, match=words):
-            execute(["visualize", figure, "-c", networks[0], "--out", str(tmp_path / "x"), *arguments])
+            execute(
+                ["visualize", figure, "-c", networks[0], "--out", str(tmp_path / "x"), *arguments]
+            )

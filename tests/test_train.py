@@ -70,14 +70,20 @@ def test_a_run_writes_its_files(tmp_path: Path, teacher: str) -> None:
     assert result["last"]["top1"] == records[-1]["test_top1"]
     assert result["best"]["top1"] == max(record["test_top1"] for record in records)
     assert {"train_top1", "test_top5", "lr", "data_wait"} <= records[0].keys()
-    assert records[0]["loss_total"] == pytest.approx(records[0]["loss_ce"] + records[0]["loss_NormKD"])
-    assert result["teacher"]["top1"] == pytest.approx(load(teacher.partition("=")[2])["about"]["top1"])
+    assert records[0]["loss_total"] == pytest.approx(
+        records[0]["loss_ce"] + records[0]["loss_NormKD"]
+    )
+    assert result["teacher"]["top1"] == pytest.approx(
+        load(teacher.partition("=")[2])["about"]["top1"]
+    )
     assert result["config"]["NormKD"]["TEMPERATURE_NORM"] == 2.0
     assert result["environment"]["torch"] == torch.__version__
     assert list((folder / "tensorboard").glob("events*"))
 
     state = load(folder / "latest.pt")
-    assert all(key.startswith("student.") for key in state["trainable"]), "a teacher in the checkpoint"
+    assert all(key.startswith("student.") for key in state["trainable"]), (
+        "a teacher in the checkpoint"
+    )
     about = load(folder / "student_last.pt")["about"]
     assert (about["name"], about["top1"]) == ("resnet8", result["last"]["top1"])
     assert about["classes"] == [str(i) for i in range(10)]
@@ -173,14 +179,18 @@ def test_states_that_are_not_finite_are_not_saved(tmp_path: Path, name: str) -> 
     run = build_few(tmp_path, "run", "LOG.CHECKPOINT_STEPS=1")
     tensor = run.trainer.step.trainable.student.state_dict()[name]
     after_step(run, 2, lambda: tensor.fill_(torch.inf))
-    with pytest.raises(NonFiniteLossError, match="norms became NaN or infinite at step 2 of epoch"):
+    with pytest.raises(
+        NonFiniteLossError, match="norms became NaN or infinite at step 2 of epoch"
+    ):
         run.trainer.fit()
     run.trainer.log.close()
     assert state_of(tmp_path, "run")["steps_done"] == 1
 
 
 def test_weights_of_a_diverged_epoch_are_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLossError, match="the test loss became NaN or infinite after epoch 1"):
+    with pytest.raises(
+        NonFiniteLossError, match="the test loss became NaN or infinite after epoch 1"
+    ):
         train_few(tmp_path, "last", "SOLVER.BATCH_SIZE=44", "SOLVER.LR=1e30", epochs=1)
     assert not list((tmp_path / "distill" / "last").glob("*.pt"))
 
@@ -232,7 +242,9 @@ def test_a_teacher_far_below_its_manifest_is_a_warning_and_nan_an_error(
     weights = load("checkpoints/teacher.pt")
     weights["model"]["fc.bias"][0] = torch.nan
     torch.save(weights, "diverged.pt")
-    with pytest.raises(CheckpointError, match=r"teacher diverged\.pt computes NaN or infinite logits"):
+    with pytest.raises(
+        CheckpointError, match=r"teacher diverged\.pt computes NaN or infinite logits"
+    ):
         build_few(tmp_path, "nan", "DISTILLER.TYPE=KD", "DISTILLER.TEACHER_WEIGHTS=diverged.pt")
 
 

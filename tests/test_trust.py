@@ -36,7 +36,9 @@ def corrupt(content: bytes, chance: random.Random) -> bytes:
     place, kind = chance.randrange(len(content)), chance.randrange(4)
     if kind == 0:
         return (
-            content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :]
+            content[:place]
+            + bytes([content[place] ^ 1 << chance.randrange(8)])
+            + content[place + 1 :]
         )
     if kind == 1:
         noise = chance.randbytes(chance.randrange(1, 65))
@@ -80,7 +82,9 @@ def test_a_damaged_state_is_replaced_by_the_one_before_it(tmp_path, capsys, dama
     damage(folder / "latest.pt")
     (folder / "result.json").unlink()
     start(resume=True)
-    (warning,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:"))
+    (warning,) = (
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")
+    )
     assert "latest.prev.pt at epoch 1" in warning
     assert_same_state(state_of(tmp_path, "run"), whole)
 
@@ -168,7 +172,9 @@ def assert_equal_to_whole_run(folder: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_phase_equals_one_that_was_not(tmp_path: Path, teacher: str) -> None:
+def test_a_run_killed_in_every_phase_equals_one_that_was_not(
+    tmp_path: Path, teacher: str
+) -> None:
     shutil.copy(teacher.partition("=")[2], tmp_path / "teacher.pt")  # with a cache of its own
     settings = ("DISTILLER.TYPE=NormKD", "DISTILLER.TEACHER_CACHE=lazy", "LOG.CHECKPOINT_STEPS=2")
     copy = f"DISTILLER.TEACHER_WEIGHTS={tmp_path / 'teacher.pt'}"
@@ -214,7 +220,9 @@ def test_two_processes_killed_in_every_phase_equal_ones_that_were_not(tmp_path: 
     for name in ("killed", "restarted"):
         assert_equal_to_whole_run(tmp_path, name)
     parts = train_few(tmp_path, "killed", epochs=3, resume=True)["parts"]
-    assert (parts[0]["processes"], parts[-1]["processes"]) == (2, 1), "one continues the run of two"
+    assert (parts[0]["processes"], parts[-1]["processes"]) == (2, 1), (
+        "one continues the run of two"
+    )
 
 
 def kill_processes(pid: int) -> None:

@@ -45,7 +45,9 @@ def spread(values: Sequence[float], by: Sequence[float] | None = None) -> Record
     """Return median, quartiles (inclusive method), number and list of the values, or of their quotients by ``by``."""
     values = [a / b for a, b in zip(values, by, strict=True)] if by else list(values)
     q1, median, q3 = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else [*values] * 3
     )
     return {"median": median, "q1": q1, "q3": q3, "n": len(values), "values": values}
 
@@ -101,7 +103,9 @@ class Bench:
         """Return the config of a method: the pair's file, or that of ``--cfg`` with this method."""
         options, overrides = self.options, [*self.options.overrides, *more]
         if options.cfg:
-            return load_config(options.cfg, [*overrides, f"DISTILLER.TYPE={method}"], options.methods)
+            return load_config(
+                options.cfg, [*overrides, f"DISTILLER.TYPE={method}"], options.methods
+            )
         folder = (
             PROJECT
             / "configs"
@@ -112,7 +116,11 @@ class Bench:
 
     def config(self, method: str, name: str) -> Config:
         """Return the config of a run of the method in a subfolder of that name."""
-        where = [f"LOG.PREFIX={self.folder / name}", f"EXPERIMENT.NAME={method}", "LOG.WANDB=false"]
+        where = [
+            f"LOG.PREFIX={self.folder / name}",
+            f"EXPERIMENT.NAME={method}",
+            "LOG.WANDB=false",
+        ]
         return self.load(method, f"DISTILLER.TEACHER_WEIGHTS={self.weights}", *where)
 
     def reference(self, method: str, ours: Ours) -> Reference:
@@ -128,7 +136,9 @@ class Bench:
         """Return the milliseconds of a step of each side in each round, after a warm-up."""
         steps = self.options.steps
         for side in sides.values():
-            side.block(max(self.options.warmup, steps) if self.options.replay else self.options.warmup)
+            side.block(
+                max(self.options.warmup, steps) if self.options.replay else self.options.warmup
+            )
         return interleave(
             {name: partial(side.block, steps) for name, side in sides.items()},
             self.options.blocks,
@@ -140,7 +150,9 @@ def measure_table9(bench: Bench) -> Record:
     """Measure time, memory and extra parameters of the methods."""
     methods = bench.options.methods
     # The compiled losses of many methods exceed the default limit.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(methods))
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, 4 * len(methods)
+    )
     ours = {
         method: Ours(bench.config(method, "timed"), bench.dataset, bench.options.replay)
         for method in methods
@@ -149,7 +161,10 @@ def measure_table9(bench: Bench) -> Record:
     print(f"{'':14}{'ms a step':>24}{'x KD':>20}{'memory MB':>11}{'parameters':>12}")
     table: Record = {}
     for method, side in ours.items():
-        ms, kd = spread(times[method]), spread(times[method], times["KD"]) if "KD" in times else None
+        ms, kd = (
+            spread(times[method]),
+            spread(times[method], times["KD"]) if "KD" in times else None,
+        )
         extra = sum(part.extra_parameters() for part in side.step.trainable.methods)
         # A separate process: this one's allocator keeps the memory of the other methods.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -186,7 +201,9 @@ def measure_evaluation(bench: Bench) -> Record:
     ours = Ours(bench.config(method, "evaluate"), bench.dataset)
     trainable = ours.step.trainable
     loader = bench.dataset.eval_loader(bench.node.DATASET.TEST.BATCH_SIZE, ours.device)
-    sides = {"ours": lambda: evaluate(trainable.student, loader, trainable.autocast).images_per_second}
+    sides = {
+        "ours": lambda: evaluate(trainable.student, loader, trainable.autocast).images_per_second
+    }
     if bench.options.against:
         sides["reference"] = bench.reference(method, ours).images_per_second
     interleave(sides, 1)  # warm up
@@ -205,7 +222,9 @@ def measure_evaluation(bench: Bench) -> Record:
 def measure_loader(node: Any, name: str, passes: int) -> Record:
     """Measure images/s of reading class folders with our loader and with torchvision's ImageFolder, best of passes."""
     folder = (
-        Path(name) if name != "imagenet" else data_root(Path(node.DATASET.ROOT), "imagenet") / "train"
+        Path(name)
+        if name != "imagenet"
+        else data_root(Path(node.DATASET.ROOT), "imagenet") / "train"
     )
     if not folder.is_dir():
         raise DataError(
@@ -244,16 +263,27 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
     ratio = best["ours"] / best["usual"]
     print(f"loading {images} images of {folder}, {options.workers} workers, best of {passes} passes: "
           f"{best['ours']:.0f} images/s, torchvision {best['usual']:.0f}, ratio {ratio:.2f}")  # fmt: skip
-    return best | {"ratio": ratio, "folder": str(folder), "images": images, "workers": options.workers}
+    return best | {
+        "ratio": ratio,
+        "folder": str(folder),
+        "images": images,
+        "workers": options.workers,
+    }
 
 
 def parse(arguments: Sequence[str]) -> Any:
     """Parse and check the command line."""
     example = "example: python tools/benchmark.py --table9 --methods KD,NormKD --json table9.json ENGINE.COMPILE none"
-    parser = ArgumentParser(prog="tools/benchmark.py", description="Measure speed.", epilog=example)
+    parser = ArgumentParser(
+        prog="tools/benchmark.py", description="Measure speed.", epilog=example
+    )
     add = parser.add_argument
     add("--table9", action="store_true", help="time, memory and extra parameters of the methods")
-    add("--evaluate", action="store_true", help="images/s of evaluating the student on the test split")
+    add(
+        "--evaluate",
+        action="store_true",
+        help="images/s of evaluating the student on the test split",
+    )
     add("--against", type=Path, metavar="PATH", help="compare with the checkout of a reference")
     add(
         "--loader",
@@ -267,13 +297,22 @@ def parse(arguments: Sequence[str]) -> Any:
         metavar="A,B",
         help="DISTILLER.TYPEs; default: those of Table 9, or NormKD",
     )
-    add("--pair", default="res32x4_res8x4", help="stem of the config files in configs/cifar100/METHOD")
+    add(
+        "--pair",
+        default="res32x4_res8x4",
+        help="stem of the config files in configs/cifar100/METHOD",
+    )
     add("--cfg", default="", metavar="FILE", help="config file to use instead of the pair's")
     add("--blocks", type=int, default=7, help="rounds, the n of medians and quartiles")
     add("--steps", type=int, default=5, help="steps of a block")
     add("--warmup", type=int, default=3, help="untimed steps before")
     add("--batch-size", type=int, help="short for SOLVER.BATCH_SIZE")
-    add("--teacher", default="", metavar="FILE", help="the teacher's weights (default: random ones)")
+    add(
+        "--teacher",
+        default="",
+        metavar="FILE",
+        help="the teacher's weights (default: random ones)",
+    )
     add(
         "--synthetic",
         type=int,

@@ -41,7 +41,9 @@ def clock(device: torch.device) -> float:
 def load_images(config: Config, synthetic: int) -> tuple[TensorDataset, str]:
     """Return the data set and its description: noise in the shapes of CIFAR-100 if requested or if it is missing."""
     node = config.node.DATASET
-    if not synthetic and (node.TYPE != "cifar100" or (Path(node.ROOT) / "cifar-100-python").is_dir()):
+    if not synthetic and (
+        node.TYPE != "cifar100" or (Path(node.ROOT) / "cifar-100-python").is_dir()
+    ):
         dataset = build_dataset(config.node)
         if not isinstance(dataset, TensorDataset):
             raise ConfigError(
@@ -98,11 +100,15 @@ def memory(config: Config, synthetic: int) -> float:
     for name in config.node.EXPERIMENT.PLUGINS:
         import_plugin(name)
     ours = Ours(config, load_images(config, synthetic)[0])
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which may be from reading the data
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # reset the peak, which may be from reading the data
     ours.block(3)
     if ours.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ours.device) / 1e6
-    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024 / 1e6
+    return (
+        int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024 / 1e6
+    )
 
 
 def _module(name: str) -> Any:
@@ -147,7 +153,9 @@ class Reference:
         known, models = _module("distillers").distiller_dict, _module("models").cifar_model_dict
         names = [node.DISTILLER.STUDENT, node.DISTILLER.TEACHER]
         if method not in known or not models.keys() >= {*names}:
-            raise ConfigError(f"--against: the reference has no {method} with {' and '.join(names)}")
+            raise ConfigError(
+                f"--against: the reference has no {method} with {' and '.join(names)}"
+            )
         with self._patched(data):
             train, self._test, count, classes = _module("dataset").get_dataset(node)
             networks = [models[name][0](num_classes=classes) for name in names]
@@ -180,13 +188,16 @@ class Reference:
         ]  # as its train.py
         if self.device.type == "cpu":
             contexts += [
-                patch.object(kind, "cuda", lambda self, *_, **__: self) for kind in (Tensor, nn.Module)
+                patch.object(kind, "cuda", lambda self, *_, **__: self)
+                for kind in (Tensor, nn.Module)
             ]
         if data:  # the checksums are those of the original files
             contexts += [patch("torchvision.datasets.cifar.check_integrity", return_value=True)]
             contexts += [
                 patch(
-                    "mdistiller.dataset.cifar100.get_data_folder", return_value=str(data), create=True
+                    "mdistiller.dataset.cifar100.get_data_folder",
+                    return_value=str(data),
+                    create=True,
                 )
             ]
         with contextlib.ExitStack() as stack:
@@ -232,7 +243,9 @@ def _reference_config(cfg: Any, folder: Path) -> Any:
     copy_shared(cfg, node)
     if cfg.DISTILLER.TYPE == "CRD":  # its default dimensions fit one pair only
         for role in ("STUDENT", "TEACHER"):
-            node.CRD.FEAT[f"{role}_DIM"] = probe(build_model(cfg.DISTILLER[role], 2)).pooled.shape[1]
+            node.CRD.FEAT[f"{role}_DIM"] = probe(
+                build_model(cfg.DISTILLER[role], 2)
+            ).pooled.shape[1]
     node.SOLVER.TRAINER = "crd" if cfg.DISTILLER.TYPE == "CRD" else "base"
     node.LOG.PREFIX, node.LOG.WANDB = str(folder), False
     return node

@@ -88,7 +88,16 @@ def main() -> None:
     if len(sys.argv) > 1:
         teacher, kd, normkd = sys.argv[1:]
         execute(
-            ["visualize", "logits", "-c", teacher, "--sample", "7", "--out", str(HERE / "softening")]
+            [
+                "visualize",
+                "logits",
+                "-c",
+                teacher,
+                "--sample",
+                "7",
+                "--out",
+                str(HERE / "softening"),
+            ]
         )
         names = ["--names", "KD", "NormKD", "--out", str(HERE / "correlation")]
         execute(["visualize", "correlation", "-t", teacher, "-c", kd, normkd, *names])

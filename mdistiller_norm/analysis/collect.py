@@ -32,7 +32,9 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     """Return distinct labels of weights files: the run folder, the stem of other files, or the whole path."""
     in_runs = ("student_", "latest", "best")
     names = [path.parent.name if path.name.startswith(in_runs) else path.stem for path in paths]
-    return names if len(set(names)) == len(paths) and all(names) else [str(path) for path in paths]
+    return (
+        names if len(set(names)) == len(paths) and all(names) else [str(path) for path in paths]
+    )
 
 
 @torch.inference_mode()
@@ -44,7 +46,9 @@ def collect(
     batches = []
     for images, targets in dataset.eval_loader(batch_size, device):
         outputs = network.outputs(images)
-        batches.append((outputs.logits.float().cpu(), outputs.pooled.float().cpu(), targets.cpu()))
+        batches.append(
+            (outputs.logits.float().cpu(), outputs.pooled.float().cpu(), targets.cpu())
+        )
     logits, pooled, labels = map(torch.cat, zip(*batches, strict=True))
     if not (logits.isfinite().all() and pooled.isfinite().all()):
         raise CheckpointError(f"{name} gives NaN or infinite outputs: its training diverged")

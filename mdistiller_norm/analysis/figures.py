@@ -26,7 +26,9 @@ Drawing = tuple[Figure, dict[str, Any], list[str]]
 
 def save(figure: Figure, data: dict[str, Any], stem: Path) -> None:
     """Write ``stem.png``, ``stem.svg`` and, with data, ``stem.json``."""
-    png, svg, numbers = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg", "json"))
+    png, svg, numbers = (
+        stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg", "json")
+    )
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=160)
     figure.savefig(svg, metadata={"Date": None})
@@ -68,7 +70,11 @@ def draw_correlation(teacher: Collected, students: Sequence[Collected]) -> Drawi
         axis.set(title=line.replace(": ", "\n"), xlabel="class", ylabel="class")
         axis.grid(False)
     figure.colorbar(image, ax=axes, shrink=0.6, label=f"correlation minus that of {teacher.name}")
-    return figure, {"teacher": teacher.name, "classes": list(teacher.classes), "panels": panels}, lines
+    return (
+        figure,
+        {"teacher": teacher.name, "classes": list(teacher.classes), "panels": panels},
+        lines,
+    )
 
 
 def _draw_histograms(axis: Axes, rows: dict[str, list[float]]) -> None:
@@ -98,7 +104,9 @@ def draw_softening(
     over = int((fixed > tolerance * by_sample).sum())
     under = int((fixed < by_sample / tolerance).sum())
     counted = f"T = {fixed:g} over-softens {over} and under-softens {under}"
-    lines = [f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}"]
+    lines = [
+        f"std of a sample's logits: mean {std.mean():.3f}, {std.min():.3f} to {std.max():.3f}"
+    ]
     lines.append(f"{counted} of {len(std)} samples")
     figure = Figure(figsize=(12.6, 3.4))
     first, second, third = figure.subplots(1, 3)
@@ -121,14 +129,18 @@ def draw_softening(
     )
     entropies = {
         f"T = {fixed:g}": entr((logits / fixed).softmax(1)).sum(1).tolist(),
-        f"NormKD, T_norm = {t_norm:g}": entr((logits / by_sample[:, None]).softmax(1)).sum(1).tolist(),
+        f"NormKD, T_norm = {t_norm:g}": entr((logits / by_sample[:, None]).softmax(1))
+        .sum(1)
+        .tolist(),
     }
     for name, values in entropies.items():
         mean, deviation = np.mean(values), np.std(values, ddof=1)
         lines.append(f"entropy at {name}: {mean:.3f} ± {deviation:.3f} nats")
         third.hist(values, _BINS, alpha=0.5, label=f"{name}: {mean:.2f} ± {deviation:.2f}")
     third.axvline(math.log(len(network.classes)), color="black", lw=1, ls="--")
-    third.set(title="Entropy of soft predictions", xlabel="nats (dashed: uniform)", ylabel="samples")
+    third.set(
+        title="Entropy of soft predictions", xlabel="nats (dashed: uniform)", ylabel="samples"
+    )
     third.legend(fontsize=7)
     return figure, {
         "network": network.name, "top1": network.top1, "sample": sample, "target": target, "softened": softened,
@@ -151,7 +163,9 @@ def draw_tsne(
     """
     check_same_classes(networks)
     if min(samples, classes, seed) < 0 or seed >= 2**32 or not 0 < perplexity < math.inf:
-        raise ConfigError("--samples, --classes, --seed (< 2**32) and --perplexity must be positive")
+        raise ConfigError(
+            "--samples, --classes, --seed (< 2**32) and --perplexity must be positive"
+        )
     names = networks[0].classes[: classes or None]
     candidates = torch.nonzero(networks[0].targets < len(names)).squeeze(1)
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
@@ -161,7 +175,9 @@ def draw_tsne(
     if len(chosen) < 8 or not 2 <= present < len(chosen):
         raise ConfigError(f"t-SNE needs 8 samples and 2 classes, got {len(chosen)} and {present}")
     tsne = TSNE(perplexity=min(perplexity, (len(chosen) - 1) / 3), init="pca", random_state=seed)
-    palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
+    palette = mpl.colormaps[
+        "tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"
+    ]
     figure = Figure(figsize=(3.6 * len(networks), 3.8))
     axes = figure.subplots(1, len(networks), squeeze=False).ravel()
     entries, lines = [], []
@@ -177,7 +193,9 @@ def draw_tsne(
         axis.set(xticks=[], yticks=[], title=lines[-1].replace(": ", "\n"))
         axis.grid(False)
         axis.spines[:].set_visible(False)
-        entries.append({"name": network.name, "silhouette": silhouette, "points": points.tolist()})
+        entries.append(
+            {"name": network.name, "silhouette": silhouette, "points": points.tolist()}
+        )
     if len(names) <= 20:
         labels = axis.get_legend_handles_labels()
         figure.legend(*labels, loc="outside lower center", ncols=5, markerscale=2)

@@ -38,7 +38,9 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
             dataset = dataset.hold_out(options.val_split)
         return dataset.subset(options.subset) if options.train and options.subset else dataset
     except (AttributeError, TypeError) as error:  # of a plugin's splits
-        raise DataError(f"DATASET.VAL_SPLIT or SUBSET of {name!r}: {first_line(error)}") from error
+        raise DataError(
+            f"DATASET.VAL_SPLIT or SUBSET of {name!r}: {first_line(error)}"
+        ) from error
 
 
 __all__ = [

@@ -109,7 +109,9 @@ class Dataset(ABC):
         """Return the loader of this process's part of the training batches, on ``device``."""
 
     @abstractmethod
-    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
+    def eval_loader(
+        self, batch_size: int, device: torch.device, share: Share = ALONE
+    ) -> EvalLoader:
         """Return a loader of this process's share of the test split."""
 
 

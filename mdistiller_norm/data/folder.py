@@ -112,7 +112,9 @@ def split_names(root: Path, options: ImageOptions) -> tuple[str, ...]:
 def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageDataset:
     """Open a data set of image files, ``root/{train,val}/<class>/*`` or in the folder ``name`` of ``root``."""
     root = data_root(root, name)
-    found = {each: list_images(root / each, options.classes) for each in split_names(root, options)}
+    found = {
+        each: list_images(root / each, options.classes) for each in split_names(root, options)
+    }
     classes = options.classes or tuple(sorted(set().union(*found.values())))
     parts = [files(root / split, images, classes) for split, images in found.items()]
     dataset = ImageDataset(name or root.resolve().name, classes, parts, options)
@@ -155,11 +157,17 @@ class ImageDataset(Dataset):
     test: ImageSplit
 
     def __init__(
-        self, name: str, classes: tuple[str, ...], splits: Sequence[ImageSplit], options: ImageOptions
+        self,
+        name: str,
+        classes: tuple[str, ...],
+        splits: Sequence[ImageSplit],
+        options: ImageOptions,
     ) -> None:
         resize, size = options.resize, options.size
         if resize < size:
-            raise ConfigError(f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {size}, got {resize}")
+            raise ConfigError(
+                f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {size}, got {resize}"
+            )
         if bool(options.mean) != bool(options.std):
             raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither")
         self.name, self.classes, self.train, self.test = name, classes, splits[0], splits[-1]
@@ -184,7 +192,9 @@ class ImageDataset(Dataset):
     ) -> ImageTrainLoader:
         return ImageTrainLoader(self.train, self.options, batch_size, seed, device, share)
 
-    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
+    def eval_loader(
+        self, batch_size: int, device: torch.device, share: Share = ALONE
+    ) -> EvalLoader:
         return eval_loader(self.test, self.options, batch_size, device, share)
 
     def unreadable(self, train: bool = True, share: Share = ALONE) -> list[str]:

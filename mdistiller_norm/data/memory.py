@@ -97,7 +97,9 @@ class TensorDataset(Dataset):
         dataset = replace(self, train=self.train.to(device))
         return MemoryTrainLoader(dataset, batch_size, seed, share)
 
-    def eval_loader(self, batch_size: int, device: torch.device, share: Share = ALONE) -> EvalLoader:
+    def eval_loader(
+        self, batch_size: int, device: torch.device, share: Share = ALONE
+    ) -> EvalLoader:
         rows = eval_share(len(self.test), share)
         part = self.test[rows.start : rows.stop].to(device)
         parts = [part[first : first + batch_size] for first in range(0, len(part), batch_size)]

@@ -60,7 +60,9 @@ def mix(batch: Batch, drawn: Tensor, classes: int) -> Batch:
     top, left, bottom, right, weight = drawn
     y = torch.arange(height, device=drawn.device)[:, None]
     x = torch.arange(width, device=drawn.device)
-    inside = (y >= top * height) & (y < bottom * height) & (x >= left * width) & (x < right * width)
+    inside = (
+        (y >= top * height) & (y < bottom * height) & (x >= left * width) & (x < right * width)
+    )
     weights = torch.where(inside, weight, 1.0)
     targets = torch.nn.functional.one_hot(batch.targets, classes).to(weights)
     images = batch.images.roll(1, 0).lerp(batch.images, weights.to(batch.images))

@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mdistiller_norm.data.folder import EXTENSIONS, MEAN, STD, ImageDataset, data_root, split_names
+from mdistiller_norm.data.folder import (
+    EXTENSIONS,
+    MEAN,
+    STD,
+    ImageDataset,
+    data_root,
+    split_names,
+)
 from mdistiller_norm.data.loader import ImageOptions, ImageSplit
 from mdistiller_norm.data.memory import check_range
 from mdistiller_norm.errors import DataError
@@ -77,13 +84,19 @@ def _read_index(folder: Path, shards: list[str]) -> tuple[Ints, Ints]:
     sizes = np.array([(folder / name).stat().st_size for name in shards])
     try:
         with np.load(folder / INDEX) as index:
-            names, positions, targets = index["shards"].tolist(), index["places"], index["targets"]
+            names, positions, targets = (
+                index["shards"].tolist(),
+                index["places"],
+                index["targets"],
+            )
         shard, first, size = positions.T
         if names != shards or len(shard) != len(targets) or (first + size > sizes[shard]).any():
             raise ValueError("it was written for others")
         return positions, targets.astype(np.int64)
     except Exception as error:  # a damaged archive may raise any exception
-        raise DataError(f"{folder / INDEX} does not match the shards ({error}): remove it") from error
+        raise DataError(
+            f"{folder / INDEX} does not match the shards ({error}): remove it"
+        ) from error
 
 
 def _scan(folder: Path, shards: list[str]) -> tuple[Ints, Ints]:
@@ -147,7 +160,10 @@ def _write_split(split: ImageSplit, folder: Path, per_shard: int) -> int:
         with tarfile.open(folder / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, index in enumerate(order[first : first + per_shard]):
                 suffix = os.path.splitext(split.name(index))[1].lower().replace("jpeg", "jpg")
-                contents = {suffix: split.read(index), ".cls": b"%d" % split.targets[index].item()}
+                contents = {
+                    suffix: split.read(index),
+                    ".cls": b"%d" % split.targets[index].item(),
+                }
                 for extension, content in contents.items():
                     member = tarfile.TarInfo(f"{number:06d}{row:08d}{extension}")
                     member.size = len(content)

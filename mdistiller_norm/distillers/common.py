@@ -27,7 +27,9 @@ def match_stages(student: Maps, teacher: Maps) -> tuple[Maps, Maps]:
     """
     count = min(len(student), len(teacher)) - 1
     if count < 1:
-        raise ConfigError(f"requires stems and stages, got {shapes(student)} and {shapes(teacher)}")
+        raise ConfigError(
+            f"requires stems and stages, got {shapes(student)} and {shapes(teacher)}"
+        )
     return student[-count:], teacher[-count:]
 
 

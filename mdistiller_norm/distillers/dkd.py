@@ -31,7 +31,9 @@ def binary_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return divergence + (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
 
 
-def decoupled_divergence(softened: Softened, targets: Tensor, alpha: float, beta: float) -> Tensor:
+def decoupled_divergence(
+    softened: Softened, targets: Tensor, alpha: float, beta: float
+) -> Tensor:
     """Average ``weight * (alpha * TCKD + beta * NCKD)`` of softened logits over the batch.
 
     The target logit is removed by index, and the two-class part is a log-sigmoid of ``z_target - logsumexp(z_rest)``:

@@ -71,4 +71,6 @@ class FitNet(Distiller):
         return cls(make_regressor(students[layer], teachers[layer]), layer, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return hint_loss(self.regressor(student.features[self.layer]), teacher.features[self.layer])
+        return hint_loss(
+            self.regressor(student.features[self.layer]), teacher.features[self.layer]
+        )

@@ -15,7 +15,9 @@ from mdistiller_norm.distillers.kd import kl_divergence
 from mdistiller_norm.distillers.temperature import soften
 
 
-def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, base_temperature: float = 2.0) -> Tensor:
+def lskd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, base_temperature: float = 2.0
+) -> Tensor:
     """``T^2 * KL(p_t || p_s)`` of z-scored logits ``[B, C]`` divided by T, averaged over the batch."""
     return kl_divergence(soften(student_logits, teacher_logits, base_temperature, "std", "none"))
 

@@ -92,7 +92,9 @@ class OFD(Distiller):
     def from_config(cls, node: Any, pair: Pair) -> Self:
         kernel_size = node.CONNECTOR.KERNEL_SIZE
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ConfigError(f"OFD.CONNECTOR.KERNEL_SIZE must be odd and >= 1, got {kernel_size}")
+            raise ConfigError(
+                f"OFD.CONNECTOR.KERNEL_SIZE must be odd and >= 1, got {kernel_size}"
+            )
         need_preacts("student", pair.student.preacts)
         need_preacts("teacher", pair.teacher.preacts)
         students, teachers = match_stages(pair.student.preacts, pair.teacher.preacts)
@@ -109,6 +111,8 @@ class OFD(Distiller):
         losses = []
         for stage, connector in enumerate(self.connectors):
             source, margin = students[stage], self.get_buffer(f"margin{stage}")
-            loss = feat_loss(connector(source), pool_to(teachers[stage], source.shape[-2:]), margin)
+            loss = feat_loss(
+                connector(source), pool_to(teachers[stage], source.shape[-2:]), margin
+            )
             losses.append(loss / 2 ** (len(students) - 1 - stage))
         return torch.stack(losses).sum()

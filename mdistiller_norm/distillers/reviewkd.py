@@ -59,7 +59,9 @@ class AttentionFusion(nn.Module):
         self.outer = nn.Sequential(outer, BatchNorm(outs))
         self.attention = nn.Conv2d(2 * width, 2, 1) if fuse else None
 
-    def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, deeper: Tensor | None, size: torch.Size
+    ) -> tuple[Tensor, Tensor]:
         """Return the map to compare with the teacher's and the fused map for the next level, both of ``size``."""
         x = self.inner(x)
         if self.attention is not None and deeper is not None:
@@ -105,7 +107,9 @@ class ReviewKD(Distiller):
     }
     need = Need.MAPS
 
-    def __init__(self, ins: Sequence[int], outs: Sequence[int], preact: bool, **weights: Any) -> None:
+    def __init__(
+        self, ins: Sequence[int], outs: Sequence[int], preact: bool, **weights: Any
+    ) -> None:
         super().__init__(**weights)
         self.preact, width = preact, min(512, ins[-1])
         self.fusions = nn.ModuleList(

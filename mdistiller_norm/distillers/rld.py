@@ -54,7 +54,14 @@ def rld_loss(
 class RLD(TargetDistiller):
     """Refined logit distillation."""
 
-    defaults = {"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0, "WARMUP": 20}
+    defaults = {
+        "CE_WEIGHT": 1.0,
+        "ALPHA": 1.0,
+        "BETA": 8.0,
+        "ALPHA_T": 1.0,
+        "T": 4.0,
+        "WARMUP": 20,
+    }
     meanings = {
         "ALPHA": "weight of the sample confidence",
         "BETA": "weight of the masked correlation",

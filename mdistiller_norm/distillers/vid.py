@@ -61,7 +61,9 @@ class VID(Distiller):
         start = variance - eps
         start += math.log(-math.expm1(-start))
         self.regressors = nn.ModuleList(_regressor(s, t) for s, t in channels)
-        self.log_scales = nn.ParameterList(nn.Parameter(torch.full((t,), start)) for _, t in channels)
+        self.log_scales = nn.ParameterList(
+            nn.Parameter(torch.full((t,), start)) for _, t in channels
+        )
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:
@@ -73,7 +75,9 @@ class VID(Distiller):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         losses = []
         stages = zip(*match_stages(student.features, teacher.features), strict=True)
-        for regressor, log_scale, stage in zip(self.regressors, self.log_scales, stages, strict=True):
+        for regressor, log_scale, stage in zip(
+            self.regressors, self.log_scales, stages, strict=True
+        ):
             s, t = same_size(*stage)
             losses.append(vid_loss(regressor(s), t, log_scale, self.eps))
         return torch.stack(losses).sum()

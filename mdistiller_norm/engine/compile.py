@@ -62,7 +62,9 @@ def compile_outputs(
                 return compiled(images)
             except Exception as error:  # errors of the network are raised again below
                 failed = True
-                warn(f"the {name} could not be compiled ({first_line(error)}): it runs uncompiled")
+                warn(
+                    f"the {name} could not be compiled ({first_line(error)}): it runs uncompiled"
+                )
         return outputs(images)
 
     return forward

@@ -59,7 +59,9 @@ def start(device: torch.device, timeout: int) -> Share:
             backend, store=_store, rank=rank, world_size=world, timeout=limit
         )
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"process {share.rank} could not connect: {first_line(error)}") from error
+        raise ConfigError(
+            f"process {share.rank} could not connect: {first_line(error)}"
+        ) from error
     atexit.register(stop)  # later trainings of this process use the same group
     return share
 

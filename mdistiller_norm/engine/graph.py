@@ -53,7 +53,9 @@ class Captured:
         graph.replay()
         return outputs
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+    def _record(
+        self, inputs: tuple[Tensor, ...]
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         """Warm up on a side stream, as capturing requires, undo the changes of the warm-up, and record."""
         buffers = [tensor.clone() for tensor in inputs]
         state = self._state_tensors()

@@ -98,7 +98,9 @@ class RunLog:
                 self._writer.close()
 
 
-def start_wandb(folder: Path, project: str, tags: str, config: Record, resources: ExitStack) -> str:
+def start_wandb(
+    folder: Path, project: str, tags: str, config: Record, resources: ExitStack
+) -> str:
     """Mirror TensorBoard to Weights & Biases until ``resources`` are closed; return a warning if that fails."""
     try:
         import wandb

@@ -27,7 +27,9 @@ def to_device(array: Array, device: torch.device) -> Tensor:
 
 def _checksums(values: Array) -> Array:
     """Compute the CRC-32 of each row, with the highest bit set: zero marks a row that was never written."""
-    return np.array([zlib.crc32(row) | 1 << 31 for row in np.ascontiguousarray(values)], np.uint32)
+    return np.array(
+        [zlib.crc32(row) | 1 << 31 for row in np.ascontiguousarray(values)], np.uint32
+    )
 
 
 class RowStore:
@@ -57,7 +59,9 @@ class RowStore:
             shape = rows, width
             self._values: Array = np.memmap(self._file, self._dtype, "r", self._header, shape)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"the teacher cache {folder} cannot be used ({error})") from error
+            raise CheckpointError(
+                f"the teacher cache {folder} cannot be used ({error})"
+            ) from error
 
     def _create(self) -> None:
         """Create the file unless it exists; set ``read_only``."""
@@ -102,7 +106,9 @@ class RowStore:
                 new = ~self.is_valid(rows)
                 values = np.ascontiguousarray(values[new], self._dtype)
                 # Not through the memory map, where a full disk would kill the process.
-                for row, value, checksum in zip(rows[new], values, _checksums(values), strict=True):
+                for row, value, checksum in zip(
+                    rows[new], values, _checksums(values), strict=True
+                ):
                     os.pwrite(file.fileno(), value, self._header + int(row) * self.row_bytes)
                     os.pwrite(file.fileno(), checksum, int(row) * 4)
         except OSError as error:
@@ -115,7 +121,9 @@ class RowStore:
         if self.read_only:
             return
         host = values.to("cpu", non_blocking=True)  # into pinned memory if it comes from a GPU
-        ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+        ready = (
+            torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+        )
 
         def write() -> None:
             if ready:

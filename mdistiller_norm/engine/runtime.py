@@ -69,12 +69,16 @@ def slot_environment(device: str, slot: int, at_once: int, processes: int = 1) -
     """
     environment = {}
     if at_once * processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // (at_once * processes), 1))
+        environment["OMP_NUM_THREADS"] = str(
+            max((os.cpu_count() or 1) // (at_once * processes), 1)
+        )
     count = torch.cuda.device_count()
     if at_once > 1 and count > 1 and device in ("auto", "cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         gpus = visible if len(visible) == count else [str(number) for number in range(count)]
-        used = [gpus[(slot * processes + number) % count] for number in range(min(processes, count))]
+        used = [
+            gpus[(slot * processes + number) % count] for number in range(min(processes, count))
+        ]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(used)
     return environment
 

@@ -76,7 +76,9 @@ class TrainStep:
         for number, (micro_batch, its_extra) in enumerate(micro_batches, 1):
             teacher_outputs = self.teacher(micro_batch, *its_extra) if self.teacher else None
             # Gradients are exchanged after the last micro-batch.
-            with parallel.no_sync() if parallel and number < len(micro_batches) else nullcontext():
+            with (
+                parallel.no_sync() if parallel and number < len(micro_batches) else nullcontext()
+            ):
                 losses = self.forward(micro_batch, teacher_outputs, self.loss_weights)
                 if isinstance(self.optimizer, DOT):
                     self.optimizer.backward(losses.parts)
@@ -106,7 +108,9 @@ class TrainStep:
             parts = trial(batch, outputs, self.loss_weights).parts
         norms = {}
         for name, loss in (("ce", parts[0]), ("distill", parts[1:].sum())):
-            grads = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                loss, parameters, retain_graph=True, materialize_grads=True
+            )
             norms[f"grad_norm_{name}"] = float(nn.utils.get_total_norm(grads))
         return norms
 

@@ -73,7 +73,9 @@ class Teacher:
         self.network = network.eval().requires_grad_(False)
         self.hash, self.need, self.autocast = weights_hash(network), need, autocast
         if train_mode:
-            self._runs: Callable[[Tensor], Outputs] = _Forward(copy.deepcopy(network), need).train()
+            self._runs: Callable[[Tensor], Outputs] = _Forward(
+                copy.deepcopy(network), need
+            ).train()
         else:
             module = folded(network, need)
             self._runs = compiler(module) if compiler else module

@@ -23,9 +23,19 @@ from mdistiller_norm.models.external import expected_images
 MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's weights
 ROOTS = (Path(), PROJECT)  # folders that are searched
-PEER_TEACHERS = Path("download_ckpts/cifar_teachers")  # mdistiller's folder of downloaded teachers
+PEER_TEACHERS = Path(
+    "download_ckpts/cifar_teachers"
+)  # mdistiller's folder of downloaded teachers
 # Errors of a result.json of another program, or one that is being written.
-FOREIGN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+FOREIGN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,9 @@ class TeacherFile:
     path: Path
     top1: float | None = None  # stated accuracy in percent
     warning: str = ""  # why it may not be the intended teacher
-    images: dict[str, Any] | None = None  # that torchvision states: size, mean, std, interpolation
+    images: dict[str, Any] | None = (
+        None  # that torchvision states: size, mean, std, interpolation
+    )
 
     def cache_path(self, runs: Path) -> Path:
         """Return the path beside which its outputs are cached: in ``runs`` for a file of the installed package."""
@@ -124,7 +136,10 @@ def known_teacher(model: str, dataset: str) -> TeacherFile | None:
             if (entry["model"], entry["dataset"]) == (model, dataset) and not entry.get("method"):
                 if not path.is_file():
                     raise CheckpointError(f"{path}, listed in {root / MANIFEST}, does not exist")
-                if entry.get("sha256") not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+                if entry.get("sha256") not in (
+                    None,
+                    hashlib.sha256(path.read_bytes()).hexdigest(),
+                ):
                     raise CheckpointError(f"{path} has another SHA-256 than in {root / MANIFEST}")
                 return TeacherFile(path, entry.get("top1"))
         path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
@@ -139,7 +154,9 @@ def published(name: str) -> TeacherFile:
 
     try:
         weights = get_weight(name)
-        if not (path := Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)).is_file():
+        if not (
+            path := Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        ).is_file():
             weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"torchvision's weights {name} are missing ({error})") from error

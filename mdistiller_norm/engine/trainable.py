@@ -41,7 +41,10 @@ class Trainable(nn.Module):
         self.student, self.autocast = student, autocast
         self.forward_student: Callable[[Tensor], Outputs] = student.outputs
         self.distillers = nn.ModuleDict(dict(distillers or {}))
-        self.methods, self.loss_names = list((distillers or {}).values()), ["ce", *self.distillers]
+        self.methods, self.loss_names = (
+            list((distillers or {}).values()),
+            ["ce", *self.distillers],
+        )
         self.need = max((method.need for method in self.methods), default=Need.NOTHING)
         self.label_smoothing = label_smoothing
         self.ema = copy.deepcopy(student).requires_grad_(False) if ema else None
@@ -87,7 +90,9 @@ class Trainable(nn.Module):
             student = _at_least_float32(student, self.need)
             smoothing = self.label_smoothing
             losses = [
-                nn.functional.cross_entropy(student.logits, batch.targets, label_smoothing=smoothing)
+                nn.functional.cross_entropy(
+                    student.logits, batch.targets, label_smoothing=smoothing
+                )
             ]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
@@ -95,7 +100,9 @@ class Trainable(nn.Module):
                     loss = method(student, teacher, batch)
                     if not isinstance(loss, Tensor) or loss.dim():
                         got = getattr(loss, "shape", type(loss).__name__)
-                        raise ConfigError(f"{name}: forward must return a scalar tensor, got {got}")
+                        raise ConfigError(
+                            f"{name}: forward must return a scalar tensor, got {got}"
+                        )
                     if losses[0].requires_grad and not loss.requires_grad:
                         raise ConfigError(f"{name}: the loss must have a gradient")
                     losses.append(loss)

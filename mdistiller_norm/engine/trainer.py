@@ -71,7 +71,12 @@ class Trainer:
         run_test: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.step, self.schedule, self.test = step, schedule, test
-        self.folder, self.log, self.provenance, self.intervals = folder, log, provenance, intervals
+        self.folder, self.log, self.provenance, self.intervals = (
+            folder,
+            log,
+            provenance,
+            intervals,
+        )
         self.run_step, self.run_test = run_step, run_test
         self.prefetch: Iterable[None] = ()
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0
@@ -107,7 +112,12 @@ class Trainer:
                 if stop := distributed.all_reduce_max(self._requested):
                     raise Interrupted(stop)
                 self._train_epoch()
-        return {"last": self.last, "best": self.best, "seconds": self.seconds, "parts": self.parts}
+        return {
+            "last": self.last,
+            "best": self.best,
+            "seconds": self.seconds,
+            "parts": self.parts,
+        }
 
     def stop(self, signal_number: int) -> None:
         self._requested = signal_number

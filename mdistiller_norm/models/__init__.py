@@ -78,7 +78,9 @@ def build_model(
         network.name = name
         return network
     if pretrained:
-        raise ConfigError(f"pretrained weights need a model named {'|'.join(PREFIXES)}, got {name}")
+        raise ConfigError(
+            f"pretrained weights need a model named {'|'.join(PREFIXES)}, got {name}"
+        )
     models = VARIANTS[variant]
     others = [other for other in VARIANTS if name in VARIANTS[other]]
     if name not in models and others:

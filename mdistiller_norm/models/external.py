@@ -33,12 +33,16 @@ def build_external(name: str, num_classes: int, image_size: Size, pretrained: bo
         if prefix == "torchvision":
             return _build_torchvision(rest, num_classes, image_size, pretrained)
         with needs_extra("timm", f"model {name!r}"):
-            return _build_timm(rest if prefix == "timm" else name, num_classes, image_size, pretrained)
+            return _build_timm(
+                rest if prefix == "timm" else name, num_classes, image_size, pretrained
+            )
     except ConfigError:
         raise
     except Exception as error:  # the libraries raise any type, also for failed downloads
         kind = type(error).__name__
-        raise ConfigError(f"model {name!r} cannot be built ({kind}: {first_line(error)})") from error
+        raise ConfigError(
+            f"model {name!r} cannot be built ({kind}: {first_line(error)})"
+        ) from error
 
 
 def _unknown(name: str, known: Iterable[str]) -> ConfigError:
@@ -78,7 +82,9 @@ def _build_timm(name: str, num_classes: int, image_size: Size, pretrained: bool)
     return network
 
 
-def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained: bool) -> Network:
+def _build_torchvision(
+    name: str, num_classes: int, image_size: Size, pretrained: bool
+) -> Network:
     from torchvision import models
 
     architecture, _, tag = name.partition(".")
@@ -92,11 +98,18 @@ def _build_torchvision(name: str, num_classes: int, image_size: Size, pretrained
     options: dict[str, Any] = {"num_classes": num_classes}
     if architecture.startswith("vit_") and image_size:
         options["image_size"] = image_size[0]
-    if architecture in ("googlenet", "inception_v3"):  # their weights expect another normalisation
+    if architecture in (
+        "googlenet",
+        "inception_v3",
+    ):  # their weights expect another normalisation
         options["transform_input"] = pretrained or bool(tag)
     module = models.get_model(architecture, weights=None, **options)
-    *_, classifier = (key for key, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d))
-    network = Wrapped(module, num_classes, classifier=classifier, features=_stages(module, classifier))
+    *_, classifier = (
+        key for key, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    )
+    network = Wrapped(
+        module, num_classes, classifier=classifier, features=_stages(module, classifier)
+    )
     if pretrained:
         weights = models.get_model_weights(architecture)[tag or "DEFAULT"]
         state, own = weights.get_state_dict(check_hash=True), module.state_dict()

@@ -7,7 +7,13 @@ RepDistiller's variant (ReLU instead of ReLU6, one stride fewer) with its parame
 
 from torch import Tensor, nn
 
-from mdistiller_norm.models.base import CIFAR_MODELS, IMAGENET_MODELS, Network, conv_bn, init_weights
+from mdistiller_norm.models.base import (
+    CIFAR_MODELS,
+    IMAGENET_MODELS,
+    Network,
+    conv_bn,
+    init_weights,
+)
 from mdistiller_norm.types import Outputs
 
 # V1: channels and stride of blocks 1 to 13, and the blocks whose outputs are features (the last of each size).
@@ -86,7 +92,9 @@ class MobileNetV2(Network):
 
     def __init__(self, num_classes: int) -> None:
         last = {group: depth - 1 for group, (_, _, depth, _) in enumerate(V2_GROUPS)}
-        super().__init__(num_classes, [None, *(f"blocks.{n}.{last[n]}.conv.7" for n in V2_FEATURES)])
+        super().__init__(
+            num_classes, [None, *(f"blocks.{n}.{last[n]}.conv.7" for n in V2_FEATURES)]
+        )
         self.conv1 = nn.Sequential(*_conv_bn_relu(3, V2_STEM, 3, stride=2))
         self.blocks = nn.ModuleList()
         channels = V2_STEM

@@ -23,7 +23,9 @@ class ResidualBlock(nn.Module):
     of the identity's projection, which exists if the shape changes.
     """
 
-    def __init__(self, ins: int, width: int, stride: int, bottleneck: bool, projection: str) -> None:
+    def __init__(
+        self, ins: int, width: int, stride: int, bottleneck: bool, projection: str
+    ) -> None:
         super().__init__()
         outs = 4 * width if bottleneck else width
         if bottleneck:
@@ -74,7 +76,9 @@ class ResNet(Network):
     ) -> None:
         stages = [f"layer{number}" for number in range(1, len(depths) + 1)]
         ends = [f"{stage}.{depth - 1}" for stage, depth in zip(stages, depths, strict=True)]
-        super().__init__(num_classes, [None, *(f"{end}.bn{3 if bottleneck else 2}" for end in ends)])
+        super().__init__(
+            num_classes, [None, *(f"{end}.bn{3 if bottleneck else 2}" for end in ends)]
+        )
         self.stages, self.classifier, self.large_images = stages, classifier, large_images
         kernel, stride = (7, 2) if large_images else (3, 1)
         self.conv1, self.bn1 = conv_bn(3, stem_width, kernel, stride)
@@ -118,4 +122,6 @@ for _depth, _depths in _DEPTHS.items():
     _build = partial(_FOUR_STAGES, depths=_depths, bottleneck=_depth >= 50)
     IMAGENET_MODELS[f"ResNet{_depth}"] = partial(_build, large_images=True)
     if _depth < 101:
-        CIFAR_MODELS[f"ResNet{_depth}"] = partial(_build, projection="shortcut", classifier="linear")
+        CIFAR_MODELS[f"ResNet{_depth}"] = partial(
+            _build, projection="shortcut", classifier="linear"
+        )

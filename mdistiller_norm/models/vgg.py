@@ -20,7 +20,11 @@ WIDTHS = (64, 128, 256, 512, 512)
 def _block(ins: int, outs: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Conv2d(ins, outs, 3, padding=1), nn.BatchNorm2d(outs), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(ins, outs, 3, padding=1),
+            nn.BatchNorm2d(outs),
+            nn.ReLU(inplace=True),
+        ]
         ins = outs
     return nn.Sequential(*layers[:-1])
 

@@ -32,7 +32,12 @@ class Wrapped(Network):
     """
 
     def __init__(
-        self, module: nn.Module, num_classes: int, *, classifier: str, features: Sequence[str] = ()
+        self,
+        module: nn.Module,
+        num_classes: int,
+        *,
+        classifier: str,
+        features: Sequence[str] = (),
     ) -> None:
         super().__init__(num_classes)
         names = [name for name, _ in module.named_modules() if name]
@@ -70,7 +75,9 @@ class Wrapped(Network):
         maps = [(f"the output of {name!r}", seen[name][1]) for name in self._features]
         maps += [(f"map {number}", value) for number, value in enumerate(found)]
         features = tuple(self._check(name, value, 4) for name, value in maps)
-        pooled = self._check(f"the input of {self._classifier!r}", seen[self._classifier][0], 2, 4)
+        pooled = self._check(
+            f"the input of {self._classifier!r}", seen[self._classifier][0], 2, 4
+        )
         return Outputs(logits, features, (), pooled if pooled.dim() == 2 else pooled.mean((2, 3)))
 
     def run_module(self, images: Tensor) -> tuple[Any, Sequence[Tensor]]:
@@ -81,10 +88,14 @@ class Wrapped(Network):
         if isinstance(value, Tensor) and value.dim() in dimensions:
             return value
         required = " or ".join({2: "[B, D]", 4: "[B, D, H, W]"}[count] for count in dimensions)
-        got = "no call of this submodule" if value is None else getattr(value, "shape", type(value))
+        got = (
+            "no call of this submodule" if value is None else getattr(value, "shape", type(value))
+        )
         raise ConfigError(f"{self.name}: {name} must be a tensor {required}, got {got}")
 
 
-def _add_module_prefix(network: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+def _add_module_prefix(
+    network: nn.Module, state: dict[str, Any], prefix: str, *rest: object
+) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -27,12 +27,16 @@ def line_chart(title: str, lines: Sequence[tuple[str, Sequence[float]]]) -> Mark
             shown = f"_{label}" if label in numbers else label  # "_": not in the legend
             number = numbers.setdefault(label, len(numbers))
             style = "." if len(values) == 1 else "-" if number < 10 else "--"
-            axes.plot(range(1, len(values) + 1), values, style, color=f"C{number % 10}", label=shown)
+            axes.plot(
+                range(1, len(values) + 1), values, style, color=f"C{number % 10}", label=shown
+            )
         axes.legend(bbox_to_anchor=(1, 1.03))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue().replace(_TEXT, "currentColor")
-    return Markup(text[text.index("<svg") :].replace("<svg ", '<svg class="chart" role="img" ', 1))
+    return Markup(
+        text[text.index("<svg") :].replace("<svg ", '<svg class="chart" role="img" ', 1)
+    )
 
 
 def run_charts(runs: Mapping[int, Entry]) -> list[Markup]:

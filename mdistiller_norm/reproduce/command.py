@@ -19,8 +19,21 @@ from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.files import command
 from mdistiller_norm.registry import suggest
 from mdistiller_norm.reproduce import report, runner, slurm, stats
-from mdistiller_norm.reproduce.ledger import Ledger, Record, finished_run, read_ledger, write_record
-from mdistiller_norm.reproduce.plan import Job, cell_identity, counted, duration, estimate, make_plan
+from mdistiller_norm.reproduce.ledger import (
+    Ledger,
+    Record,
+    finished_run,
+    read_ledger,
+    write_record,
+)
+from mdistiller_norm.reproduce.plan import (
+    Job,
+    cell_identity,
+    counted,
+    duration,
+    estimate,
+    make_plan,
+)
 from mdistiller_norm.reproduce.tables import TABLES, Cell, Row
 
 # KEY or KEY=VALUE of a config.
@@ -52,7 +65,9 @@ def main(options: argparse.Namespace) -> int:
     ledger = _updated_ledger(jobs, folder, options)
     todo = runner.pending_jobs(jobs, ledger)
     device = environment(build_device(load_config(None, options.overrides).node.DEVICE))["device"]
-    runs = [run.record for run in ledger.all_runs() if run.record["environment"]["device"] == device]
+    runs = [
+        run.record for run in ledger.all_runs() if run.record["environment"]["device"] == device
+    ]
     finished = [run for run in runs if run.get("processes", 1) == options.processes]
     if options.dry_run:
         _print_jobs(jobs, todo, finished)
@@ -77,7 +92,9 @@ def _check_options(options: argparse.Namespace) -> None:
     # Config keys may follow the values of a list option, as in --seeds 0 1 DEVICE cpu.
     for name in ("table", "pairs", "methods", "seeds", "slurm", "add", "publish"):
         values = getattr(options, name)
-        first = next((i for i, word in enumerate(values) if _OVERRIDE.fullmatch(word)), len(values))
+        first = next(
+            (i for i, word in enumerate(values) if _OVERRIDE.fullmatch(word)), len(values)
+        )
         options.overrides += values[first:]
         setattr(options, name, values[:first])
     here, limited = options.launcher == "here", options.jobs > 1 or options.budget < math.inf
@@ -104,10 +121,15 @@ def select_cells(
     cells = [cell for name in tables for cell in TABLES[name].cells.values()]
     known_rows = dict.fromkeys(cell.row.key for cell in cells)
     known_columns = dict.fromkeys(cell.column.key for cell in cells)
-    for option, names, known in (("--methods", rows, known_rows), ("--pairs", columns, known_columns)):
+    for option, names, known in (
+        ("--methods", rows, known_rows),
+        ("--pairs", columns, known_columns),
+    ):
         for name in names:
             if name not in known:
-                raise ConfigError(f"{option}: no {name!r} in these tables: {suggest(name, known)}")
+                raise ConfigError(
+                    f"{option}: no {name!r} in these tables: {suggest(name, known)}"
+                )
     chosen = [cell for cell in cells if not rows or cell.row.key in rows]
     return [cell for cell in chosen if not columns or cell.column.key in columns]
 
@@ -117,7 +139,9 @@ def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[C
     key, _, text = setting.partition("=")
     values = text.split(",")
     if not key or not all(values):
-        raise ConfigError(f"--sweep must be KEY=A,B,C such as KD.TEMPERATURE=2,4, got {setting!r}")
+        raise ConfigError(
+            f"--sweep must be KEY=A,B,C such as KD.TEMPERATURE=2,4, got {setting!r}"
+        )
     swept = []
     for cell in cells:
         for value in values if cell.row.key != "teacher" else ():
@@ -147,7 +171,9 @@ def publish(folder: Path) -> Path:
     record = run.record
     words = [record["student"], record["dataset"], *record["method"], f"seed{record['seed']}"]
     if (path := MANIFEST.with_name("_".join(words) + ".pt")).exists():
-        raise ConfigError(f"{path} exists: remove it and its entry in {MANIFEST} to publish another")
+        raise ConfigError(
+            f"{path} exists: remove it and its entry in {MANIFEST} to publish another"
+        )
     weights = load_weights(folder / "student_last.pt")
     for name, value in weights.state.items():
         # Vectors (batch norms, biases) may exceed the range of fp16.
@@ -180,7 +206,11 @@ def _print_jobs(jobs: Sequence[Job], todo: Sequence[Job], finished: Sequence[Rec
     for job in jobs:
         state = "done" if job.cells or job.weights.is_file() else "a teacher, not needed now"
         if job.key in pending:
-            after = f", after {job.teacher.name}" if job.teacher and job.teacher.key in pending else ""
+            after = (
+                f", after {job.teacher.name}"
+                if job.teacher and job.teacher.key in pending
+                else ""
+            )
             state = f"{job.progress}{_time([job], finished)}{after}"
         print(f"  {job.name}: {state}")
 
@@ -189,7 +219,9 @@ def _time(jobs: Sequence[Job], finished: Sequence[Record]) -> str:
     if not (estimates := [found for job in jobs if (found := estimate(job, finished))]):
         return ", no finished run to estimate the time from" if jobs else ""
     sources = " and ".join(dict.fromkeys(source for _, source in estimates))
-    missing = f", {len(jobs) - len(estimates)} without estimate" if len(estimates) < len(jobs) else ""
+    missing = (
+        f", {len(jobs) - len(estimates)} without estimate" if len(estimates) < len(jobs) else ""
+    )
     return f", about {duration(sum(seconds for seconds, _ in estimates))} (estimated from {sources}{missing})"
 
 
@@ -212,7 +244,11 @@ def _print_outcomes(
     failed, blocked, queued = counts[runner.FAILED], counts[runner.BLOCKED], counts[runner.QUEUED]
     print(f"{counts[runner.DONE]} done, {failed} failed, {blocked} waiting for a teacher")
     if queued:
-        print(f"{counted(queued, 'run')} queued on Slurm; --dry-run lists finished and pending runs")
+        print(
+            f"{counted(queued, 'run')} queued on Slurm; --dry-run lists finished and pending runs"
+        )
     if left := [job for job in todo if outcomes[job.key] == runner.STOPPED]:
-        print(f"{counted(len(left), 'run')} left{_time(left, finished)}; repeat the command to resume")
+        print(
+            f"{counted(len(left), 'run')} left{_time(left, finished)}; repeat the command to resume"
+        )
     return 1 if failed or blocked else 3 if left or queued else 0

@@ -28,9 +28,16 @@ from mdistiller_norm.run_folder import NEUTRAL
 Record = dict[str, Any]
 FORMAT, UTC = 1, "%Y-%m-%dT%H:%M:%SZ"
 # Keys that do not change the result except for its seed and rounding (INIT_SEED: in records of earlier versions).
-NOT_IDENTIFYING = (*(set(NEUTRAL) - {"SOLVER.EPOCHS"}), "SEED", "SOLVER.PRECISION", "SOLVER.INIT_SEED")
+NOT_IDENTIFYING = (
+    *(set(NEUTRAL) - {"SOLVER.EPOCHS"}),
+    "SEED",
+    "SOLVER.PRECISION",
+    "SOLVER.INIT_SEED",
+)
 # Types of the keys that are read from records, and columns of runs.csv.
-SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("record.yaml").read_text())
+SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(
+    Path(__file__).with_name("record.yaml").read_text()
+)
 _LARGEST = 1e15  # absolute value of a number in a record
 
 
@@ -83,7 +90,9 @@ class Ledger:
 
     runs: dict[tuple[str, str], dict[int, Entry]] = field(default_factory=dict)
     duplicates: list[Entry] = field(default_factory=list)  # further runs of a seed
-    failures: list[Entry] = field(default_factory=list)  # the latest of each run that has not finished
+    failures: list[Entry] = field(
+        default_factory=list
+    )  # the latest of each run that has not finished
     left_out: list[tuple[Path, str]] = field(default_factory=list)  # broken files with the reason
 
     def of(self, identity: str) -> dict[int, Entry]:
@@ -113,10 +122,18 @@ def identity(tree: Mapping[str, Any]) -> str:
     """
     used = method_names(tree)
     left_out = (*NOT_IDENTIFYING, *(f"{name}." for name in DISTILLERS if name not in used))
-    defaults = dict(leaves(default_config())) | {key: about.default for key, about in REMOVED.items()}
+    defaults = dict(leaves(default_config())) | {
+        key: about.default for key, about in REMOVED.items()
+    }
     kept = {}
     for key, value in leaves(tree):
-        value = used if key == "DISTILLER.TYPE" else list(value) if isinstance(value, tuple) else value
+        value = (
+            used
+            if key == "DISTILLER.TYPE"
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
         ignored = key.startswith(left_out) or (key == "DISTILLER.TEACHER" and not used)
         if not ignored and (key not in defaults or value != defaults[key]):
             kept[key] = value
@@ -167,7 +184,9 @@ def check(record: Any) -> None:
         raise DataError("the metrics do not cover the epochs 1 to SOLVER.EPOCHS")
     for which, expected in (("last", curve[-1]), ("best", max(curve))):
         if not math.isclose(record[which]["top1"], expected, abs_tol=1e-3):
-            raise DataError(f"{which} top1 {record[which]['top1']} differs from {expected} in metrics")
+            raise DataError(
+                f"{which} top1 {record[which]['top1']} differs from {expected} in metrics"
+            )
 
 
 def read_ledger(folder: Path, smoke: bool = False) -> Ledger:
@@ -205,21 +224,36 @@ def finished_run(run: Path, config_file: str = "", smoke: bool = False) -> Entry
         record |= {"config_file": config_file, "at": at} | json.loads(text)
         epochs = read_metrics(run / "metrics.jsonl")
         record["metrics"] = {"epoch": [metrics["epoch"] for metrics in epochs]}
-        for name in dict.fromkeys(name for metrics in epochs for name in metrics if name != "epoch"):
-            record["metrics"][name] = [float(f"{metrics[name]:.7g}") for metrics in epochs]  # short
+        for name in dict.fromkeys(
+            name for metrics in epochs for name in metrics if name != "epoch"
+        ):
+            record["metrics"][name] = [
+                float(f"{metrics[name]:.7g}") for metrics in epochs
+            ]  # short
         record = signed_record(record)
         check(record)
         return Entry(run, record, identity(record["config"]))
     except DataError as error:
         raise DataError(f"{run}: {error}") from None
     except MALFORMED as error:
-        raise DataError(f"{run} is not a finished run ({type(error).__name__}: {error})") from None
+        raise DataError(
+            f"{run} is not a finished run ({type(error).__name__}: {error})"
+        ) from None
 
 
-def failed_record(error: str, log: Sequence[str], config: Mapping[str, Any], **fields: Any) -> Record:
+def failed_record(
+    error: str, log: Sequence[str], config: Mapping[str, Any], **fields: Any
+) -> Record:
     """Return the record of a run that failed, with its resolved config and the last lines of its output."""
-    head = {"format": FORMAT, "status": "failed", "at": time.strftime(UTC, time.gmtime()), **fields}
-    return signed_record(head | {"config": yaml.safe_load(dump(config)), "error": error, "log": log})
+    head = {
+        "format": FORMAT,
+        "status": "failed",
+        "at": time.strftime(UTC, time.gmtime()),
+        **fields,
+    }
+    return signed_record(
+        head | {"config": yaml.safe_load(dump(config)), "error": error, "log": log}
+    )
 
 
 def write_record(record: Record, folder: Path) -> Path:
@@ -229,7 +263,9 @@ def write_record(record: Record, folder: Path) -> Path:
     name = f"{experiment['PROJECT']}-{experiment['TAG']}-seed{record['seed']}{failed}-{record['sha256'][:10]}"
     path = folder / (re.sub(r"[^A-Za-z0-9_.+-]+", "-", name) + ".json")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")  # two processes may add the same record at once
+    temporary = path.with_suffix(
+        f".{os.getpid()}"
+    )  # two processes may add the same record at once
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
     write_text("{\n" + ",\n".join(lines) + "\n}\n", temporary)
     temporary.replace(path)

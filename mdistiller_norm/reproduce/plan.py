@@ -61,7 +61,9 @@ class Job:
 
 @cache
 def _weights_hash(path: Path, model: str, dataset: str) -> str:
-    network = build_model(model, DATASETS[dataset]["classes"], variant=DATASETS[dataset]["variant"])
+    network = build_model(
+        model, DATASETS[dataset]["classes"], variant=DATASETS[dataset]["variant"]
+    )
     load_into(network, load_weights(path), model)
     return weights_hash(network)[:10]
 
@@ -71,7 +73,9 @@ _load = cache(load_config)
 
 def cell_config(cell: Cell, smoke: bool = False) -> Config | None:
     """Return the resolved config of a cell, or None for published teachers."""
-    return _load(cell.config, (*cell.overrides, *(SMOKE if smoke else ()))) if cell.config else None
+    return (
+        _load(cell.config, (*cell.overrides, *(SMOKE if smoke else ()))) if cell.config else None
+    )
 
 
 def cell_identity(cell: Cell, smoke: bool = False) -> str:
@@ -136,17 +140,27 @@ class _Planner:
         if not config or (is_teacher and weights):
             return  # published weights
         if table.teacher and distilled and not weights:
-            teacher = self._add_job(table.teacher_config(cell.column), (), (), TEACHER_SEED, rank=rank)
+            teacher = self._add_job(
+                table.teacher_config(cell.column), (), (), TEACHER_SEED, rank=rank
+            )
             weights = teacher.weights
         more = (f"DISTILLER.TEACHER_WEIGHTS={weights}",) if weights else ()
         for seed in [TEACHER_SEED] if is_teacher else seeds:
-            job = self._add_job(cell.config, cell.overrides, more, seed, teacher=teacher, rank=rank)
+            job = self._add_job(
+                cell.config, cell.overrides, more, seed, teacher=teacher, rank=rank
+            )
             job.cells.append(cell.name)
 
     def _add_job(
         self, file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any
     ) -> Job:
-        overrides = (*settings, *self.common, *more, *(SMOKE if self.smoke else ()), f"SEED={seed}")
+        overrides = (
+            *settings,
+            *self.common,
+            *more,
+            *(SMOKE if self.smoke else ()),
+            f"SEED={seed}",
+        )
         config = _load(file, overrides)
         experiment = config.node.EXPERIMENT
         name = " ".join([f"[seed {seed}] {experiment.PROJECT}/{experiment.TAG}", *settings])
@@ -210,7 +224,9 @@ def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
     left = max(epochs - len(done), 0)
     if done and "seconds" in done[-1]:
         return _START + left * done[-1]["seconds"] / len(done), "the run's speed so far"
-    same = [run["seconds"] / run["epochs"] for run in finished if _speed_key(run["config"]) == key]
+    same = [
+        run["seconds"] / run["epochs"] for run in finished if _speed_key(run["config"]) == key
+    ]
     if same:
         return _START + left * statistics.median(same), "finished runs of the same networks"
     comparable = [run for run in finished if run["config"]["SOLVER"]["PRECISION"] == key[-1]]

@@ -32,7 +32,9 @@ class CellView:
     identity: str
     runs: dict[int, Entry]
     failure: Entry | None
-    teacher_top1: float | None = None  # of a teacher without runs, as measured by its students' runs
+    teacher_top1: float | None = (
+        None  # of a teacher without runs, as measured by its students' runs
+    )
 
     def top1(self, which: str) -> dict[int, float]:
         return {seed: float(entry.record[which]["top1"]) for seed, entry in self.runs.items()}
@@ -42,7 +44,9 @@ class CellView:
 
     def minus(self, other: Self, which: str) -> stats.PairedDifference | None:
         """Return the paired difference of two rows; None without common seeds with the same teacher."""
-        teachers = {entry.teacher_hash for entry in (*self.runs.values(), *other.runs.values())} - {""}
+        teachers = {
+            entry.teacher_hash for entry in (*self.runs.values(), *other.runs.values())
+        } - {""}
         if len(teachers) > 1:
             return None
         return stats.paired_difference(self.top1(which), other.top1(which))
@@ -92,8 +96,12 @@ class TableView(NamedTuple):
         for digits in sorted({entry.teacher_hash for entry in runs} & tables.TEACHERS.keys()):
             lines.append(f"The teacher {digits} of {column.name} is {tables.TEACHERS[digits]}.")
         for name, value in _CONDITIONS.items():
-            counts = Counter(filter(None, map(value, runs))).most_common()  # some are not recorded
-            listed = ", ".join(f"{text} ({plan.counted(number, 'run')})" for text, number in counts)
+            counts = Counter(
+                filter(None, map(value, runs))
+            ).most_common()  # some are not recorded
+            listed = ", ".join(
+                f"{text} ({plan.counted(number, 'run')})" for text, number in counts
+            )
             if len(counts) > 1:
                 lines.append(f"Runs of {column.name} differ in {name}: {listed}.")
         return lines
@@ -120,12 +128,17 @@ def collect(folder: Path, smoke: bool = False) -> Record:
         table.id: TableView(table, {key: view(cell) for key, cell in table.cells.items()})
         for table in TABLES.values()
     }
-    runs, every = ledger.all_runs(), [cell for view in views.values() for cell in view.cells.values()]
+    runs, every = (
+        ledger.all_runs(),
+        [cell for view in views.values() for cell in view.cells.values()],
+    )
     placed = {cell.identity for cell in every}
     shown = {entry.path for cell in every for entry in cell.runs.values()}
     columns = [(view, column) for view in views.values() for column in view.table.columns]
     measured = {name for name, view in views.items() if view.measured}
-    tested = [claim for claim in tables.CLAIMS if not claim.own or measured.intersection(claim.tables)]
+    tested = [
+        claim for claim in tables.CLAIMS if not claim.own or measured.intersection(claim.tables)
+    ]
     facts = [
         {"processes": 1} | run.record | run.record["environment"] | {"precision": run.precision}
         for run in runs
@@ -140,14 +153,18 @@ def collect(folder: Path, smoke: bool = False) -> Record:
         "teachers": [row for view, column in columns for row in _teacher(view, column)],
         "claims": [_judge(claim, views) for claim in tested],
         "environments": [(dict(zip(keys, values, strict=True)), n) for values, n in environments],
-        "other_teachers": [run for run in runs if run.identity in placed and run.path not in shown],
+        "other_teachers": [
+            run for run in runs if run.identity in placed and run.path not in shown
+        ],
         "others": [run for run in runs if run.identity not in placed],
     }
 
 
 def _teacher(view: TableView, column: Column) -> list[Record]:
     cells = view.column(column)
-    runs = [entry for cell in cells.values() for entry in cell.runs.values() if entry.teacher_hash]
+    runs = [
+        entry for cell in cells.values() for entry in cell.runs.values() if entry.teacher_hash
+    ]
     measured = sorted({entry.record["teacher"]["top1"] for entry in runs})
     paper, own = None, cells.get("teacher")
     if own and measured:

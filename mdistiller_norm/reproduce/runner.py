@@ -13,10 +13,18 @@ from pathlib import Path
 from mdistiller_norm.engine.runtime import STOP_SIGNALS, slot_environment, stop_signals
 from mdistiller_norm.errors import DataError
 from mdistiller_norm.files import open_lock, python_arguments
-from mdistiller_norm.reproduce.ledger import Entry, Ledger, failed_record, finished_run, write_record
+from mdistiller_norm.reproduce.ledger import (
+    Entry,
+    Ledger,
+    failed_record,
+    finished_run,
+    write_record,
+)
 from mdistiller_norm.reproduce.plan import Job, JobKey, duration
 
-GRACE = 35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun gives its processes 30
+GRACE = (
+    35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun gives its processes 30
+)
 PROGRESS = 60.0  # seconds between two lines about a running job
 DONE, FAILED, BLOCKED, STOPPED, QUEUED = "done", "failed", "blocked", "stopped", "queued"
 _STOP_CODES = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
@@ -35,8 +43,12 @@ def trained(job: Job) -> Entry | None:
 def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
     """Return the jobs that are missing in the ledger, and the teachers of these whose weights are missing."""
     done = {job.key for job in jobs if ledger.has(*job.key, job.teacher_hash())}
-    teachers = {job.teacher.key: job.teacher for job in jobs if job.teacher and job.key not in done}
-    pending = {key for key, job in teachers.items() if not (job.weights.is_file() and trained(job))}
+    teachers = {
+        job.teacher.key: job.teacher for job in jobs if job.teacher and job.key not in done
+    }
+    pending = {
+        key for key, job in teachers.items() if not (job.weights.is_file() and trained(job))
+    }
     pending |= {job.key for job in jobs if job.cells} - done
     return [job for job in jobs if job.key in pending]
 
@@ -44,16 +56,30 @@ def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
 class Execution:
     """A job in a child process (torchrun for several processes), under a lock that is held until the process ends."""
 
-    def __init__(self, job: Job, folder: Path, processes: int, environment: Mapping[str, str]) -> None:
-        self.job, self.folder, self.processes, self.environment = job, folder, processes, environment
+    def __init__(
+        self, job: Job, folder: Path, processes: int, environment: Mapping[str, str]
+    ) -> None:
+        self.job, self.folder, self.processes, self.environment = (
+            job,
+            folder,
+            processes,
+            environment,
+        )
         logs = job.folder.parent / ".reproduce"
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"{job.folder.name}.log"
         self.started = self.reported = time.monotonic()
-        self.process: subprocess.Popen[bytes] | None = None  # None if another process finished the job
+        self.process: subprocess.Popen[bytes] | None = (
+            None  # None if another process finished the job
+        )
         self.run: Entry | None = None
         self._error = ""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
         train = [*python_arguments("train"), "--cfg", job.config_file, *job.overrides]
         self._arguments = [*launcher, *train] if processes > 1 else train
         self._lock = open_lock(logs / f"{job.folder.name}.lock")
@@ -178,7 +204,9 @@ class Runner:
             self._outcomes[job.key] = BLOCKED
             self._print(job, f"not started, its teacher {outcome}")
         elif free and outcome:
-            environment = slot_environment(job.config["DEVICE"], free[0], self.slots, self.processes)
+            environment = slot_environment(
+                job.config["DEVICE"], free[0], self.slots, self.processes
+            )
             execution = Execution(job, self.folder, self.processes, environment)
             if execution.start():
                 self._waiting.remove(job)

@@ -35,7 +35,9 @@ class ClusterTask:
             self._execution.stop(kill=True)
             while not self._execution.poll():
                 time.sleep(0.1)
-        return submitit.helpers.DelayedSubmission(ClusterTask(self.job, self.folder, self.processes))
+        return submitit.helpers.DelayedSubmission(
+            ClusterTask(self.job, self.folder, self.processes)
+        )
 
 
 def submit(

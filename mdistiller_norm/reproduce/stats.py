@@ -46,7 +46,9 @@ class PairedDifference(NamedTuple):
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            reason = "no interval with fewer than 3 seeds" if self.n < 3 else "identical in all seeds"
+            reason = (
+                "no interval with fewer than 3 seeds" if self.n < 3 else "identical in all seeds"
+            )
             return f"{signed(self.mean)} (n = {self.n}, {reason})"
         return f"{signed(self.mean)} [{signed(self.low)}, {signed(self.high)}] (n = {self.n})"
 
