@@ -93,6 +93,7 @@ def test_training_steps_against_a_reference(measure, reference, capsys):
     assert "progress bar" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_against_a_reference_and_loading(measure, reference, tmp_path):
     for number in range(12):
         (tmp_path / str(number % 2)).mkdir(exist_ok=True)

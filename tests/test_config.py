@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mdistiller_norm.config import default_config, dump, leaves, load_config, show
+from mdistiller_norm.config import default_config, leaves, load_config, show
 from mdistiller_norm.distillers import DISTILLERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,11 +41,10 @@ def values(node: dict, *keys: str) -> tuple:
 # Shipped files
 
 
-def test_shipped_configs_round_trip_name_their_command_and_write_to_different_folders(tmp_path):
+def test_shipped_configs_name_their_command_and_write_to_different_folders():
     places = Counter()
     for path in CONFIGS:
         node = load_config(ROOT / path).node
-        assert load_config(write(tmp_path, "dump.yaml", dump(node))).node == node, path
         if "/_base_/" not in path:
             assert node.DISTILLER.TEACHER
             assert node.DISTILLER.STUDENT
