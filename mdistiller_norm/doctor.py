@@ -40,10 +40,8 @@ def main(options: argparse.Namespace) -> int:
 
 def diagnose(root: Path) -> dict[str, Any]:
     """Return the environment, the data and checkpoints that were found, the free space and the result of the test."""
-    device, folders = (
-        build_device("auto"),
-        [root / name for name in (*FOLDERS.values(), "imagenet")],
-    )
+    device = build_device("auto")
+    folders = [root / name for name in (*FOLDERS.values(), "imagenet")]
     checkpoints: list[str] = []
     for folder in {folder.resolve() for folder in ROOTS}:
         listed = manifest_files(folder)

@@ -30,9 +30,7 @@ class Softened(NamedTuple):
 
     student: Tensor  # [B, C]
     teacher: Tensor  # [B, C]
-    weight: (
-        Tensor  # [B] or a scalar, tau_t ** 2: restores the gradient's scale (Hinton et al., 2015)
-    )
+    weight: Tensor  # [B] or a scalar, tau_t ** 2: restores the gradient's scale (Hinton, 2015)
 
 
 class Losses(NamedTuple):

@@ -56,9 +56,7 @@ def test_documented_command_parses(page, tool, arguments, monkeypatch):
     for word in words:
         assert not word.startswith(("configs/", "examples/")) or Path(word).is_file(), word
     if "--plugin" in words:
-        words[words.index("--plugin") + 1] = (
-            "json"  # any importable module: the file is not run here
-        )
+        words[words.index("--plugin") + 1] = "json"  # any module: the file is not run here
     words += ["--end-of-command"]  # reported only if everything else parses
     monkeypatch.syspath_prepend("tools")
     main = importlib.import_module("benchmark").main if tool == "benchmark" else cli.execute

@@ -80,10 +80,8 @@ def cifar10(root: str | Path) -> TensorDataset:
     classes = _read(folder / "batches.meta", lambda content: tuple(content["label_names"]))
     parts = [_read(folder / f"data_batch_{number}", _split) for number in range(1, 6)]
     images, targets = [part.images for part in parts], [part.targets for part in parts]
-    train, test = (
-        Split(torch.cat(images), torch.cat(targets)),
-        _read(folder / "test_batch", _split),
-    )
+    train = Split(torch.cat(images), torch.cat(targets))
+    test = _read(folder / "test_batch", _split)
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     return TensorDataset("cifar10", train, test, classes, mean, std)
 

@@ -45,9 +45,7 @@ class TeacherFile:
     path: Path
     top1: float | None = None  # stated accuracy in percent
     warning: str = ""  # why it may not be the intended teacher
-    images: dict[str, Any] | None = (
-        None  # that torchvision states: size, mean, std, interpolation
-    )
+    images: dict[str, Any] | None = None  # size, mean, std, interpolation stated by torchvision
 
     def cache_path(self, runs: Path) -> Path:
         """Return the path beside which its outputs are cached: in ``runs`` for a file of the installed package."""

@@ -41,10 +41,8 @@ class Trainable(nn.Module):
         self.student, self.autocast = student, autocast
         self.forward_student: Callable[[Tensor], Outputs] = student.outputs
         self.distillers = nn.ModuleDict(dict(distillers or {}))
-        self.methods, self.loss_names = (
-            list((distillers or {}).values()),
-            ["ce", *self.distillers],
-        )
+        self.methods = list((distillers or {}).values())
+        self.loss_names = ["ce", *self.distillers]
         self.need = max((method.need for method in self.methods), default=Need.NOTHING)
         self.label_smoothing = label_smoothing
         self.ema = copy.deepcopy(student).requires_grad_(False) if ema else None

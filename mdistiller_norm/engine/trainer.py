@@ -71,12 +71,8 @@ class Trainer:
         run_test: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.step, self.schedule, self.test = step, schedule, test
-        self.folder, self.log, self.provenance, self.intervals = (
-            folder,
-            log,
-            provenance,
-            intervals,
-        )
+        self.folder, self.log = folder, log
+        self.provenance, self.intervals = provenance, intervals
         self.run_step, self.run_test = run_step, run_test
         self.prefetch: Iterable[None] = ()
         self.epoch, self.steps_done, self.seconds = 1, 0, 0.0

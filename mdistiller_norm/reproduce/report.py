@@ -32,9 +32,7 @@ class CellView:
     identity: str
     runs: dict[int, Entry]
     failure: Entry | None
-    teacher_top1: float | None = (
-        None  # of a teacher without runs, as measured by its students' runs
-    )
+    teacher_top1: float | None = None  # of a teacher without runs, measured by its students' runs
 
     def top1(self, which: str) -> dict[int, float]:
         return {seed: float(entry.record[which]["top1"]) for seed, entry in self.runs.items()}

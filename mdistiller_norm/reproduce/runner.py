@@ -22,9 +22,7 @@ from mdistiller_norm.reproduce.ledger import (
 )
 from mdistiller_norm.reproduce.plan import Job, JobKey, duration
 
-GRACE = (
-    35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun gives its processes 30
-)
+GRACE = 35.0  # seconds between SIGTERM and SIGKILL at the deadline; torchrun's are 30
 PROGRESS = 60.0  # seconds between two lines about a running job
 DONE, FAILED, BLOCKED, STOPPED, QUEUED = "done", "failed", "blocked", "stopped", "queued"
 _STOP_CODES = {code for number in STOP_SIGNALS for code in (-number, 128 + number)}
@@ -59,19 +57,14 @@ class Execution:
     def __init__(
         self, job: Job, folder: Path, processes: int, environment: Mapping[str, str]
     ) -> None:
-        self.job, self.folder, self.processes, self.environment = (
-            job,
-            folder,
-            processes,
-            environment,
-        )
+        self.job, self.folder = job, folder
+        self.processes, self.environment = processes, environment
         logs = job.folder.parent / ".reproduce"
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"{job.folder.name}.log"
         self.started = self.reported = time.monotonic()
-        self.process: subprocess.Popen[bytes] | None = (
-            None  # None if another process finished the job
-        )
+        # None if another process finished the job.
+        self.process: subprocess.Popen[bytes] | None = None
         self.run: Entry | None = None
         self._error = ""
         launcher = [
