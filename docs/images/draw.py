@@ -87,18 +87,8 @@ def main() -> None:
     draw_results()
     if len(sys.argv) > 1:
         teacher, kd, normkd = sys.argv[1:]
-        execute(
-            [
-                "visualize",
-                "logits",
-                "-c",
-                teacher,
-                "--sample",
-                "7",
-                "--out",
-                str(HERE / "softening"),
-            ]
-        )
+        out = str(HERE / "softening")
+        execute(["visualize", "logits", "-c", teacher, "--sample", "7", "--out", out])
         names = ["--names", "KD", "NormKD", "--out", str(HERE / "correlation")]
         execute(["visualize", "correlation", "-t", teacher, "-c", kd, normkd, *names])
 
