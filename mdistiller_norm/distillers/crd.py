@@ -210,9 +210,9 @@ def _batch_sizes(indices: Tensor) -> list[int]:
     """Batch size of every process; they can differ in the last step of an epoch. Synchronises if there are several."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return [len(indices)]
-    sizes = [0] * distributed.get_world_size()
-    distributed.all_gather_object(sizes, len(indices))
-    return sizes
+    sizes = indices.new_empty(distributed.get_world_size())
+    distributed.all_gather(list(sizes.split(1)), indices.new_full((1,), len(indices)))
+    return [int(size) for size in sizes.tolist()]
 
 
 def _gather(tensor: Tensor, sizes: list[int]) -> Tensor:
