@@ -181,12 +181,13 @@ def test_a_run_killed_in_every_phase_equals_one_that_was_not(
     train_few(tmp_path, "whole", *settings, teacher)
     run_killed(
         lambda: train_few(tmp_path, "killed", *settings, copy, resume=True),
-        ("pwrite", 4),  # between a row of the teacher's cache and its checksum
-        ("TrainStep.__call__", 4),
-        ("latest.pt", 1),  # after the previous version was renamed
-        ("evaluate", 2),  # the first is of the teacher
-        ("student_last.pt", 1),  # at the end of an epoch
-        ("result.json", 1),
+        *(("pwrite", count) for count in (1, 2, 4)),  # rows of the teacher's cache and checksums
+        *(("TrainStep.__call__", count) for count in (1, 2, 3, 4)),
+        *(("latest.pt", count) for count in (1, 1, 2)),  # after the previous version was renamed
+        *(("evaluate", count) for count in (1, 2)),  # the first is of the teacher
+        *(("student_last.pt", 1), ("metrics.jsonl", 1), ("best.pt", 1)),
+        *(("TrainStep.__call__", count) for count in (1, 2)),  # of the second epoch
+        *(("evaluate", 2), ("student_last.pt", 1), ("result.json", 1)),
     )
     assert_equal_to_whole_run(tmp_path, "killed")
 
@@ -214,8 +215,10 @@ def test_two_processes_killed_in_every_phase_equal_ones_that_were_not(tmp_path: 
     run_killed(lambda: start("whole"))
     run_killed(
         lambda: start("killed"),
-        ("TrainStep.__call__", 3), ("latest.pt", 2), ("evaluate", 1), ("student_last.pt", 1),
-    )  # fmt: skip
+        *(("TrainStep.__call__", count) for count in (1, 2, 3)),
+        *(("latest.pt", count) for count in (1, 2, 2)),
+        *(("evaluate", 1), ("student_last.pt", 1), ("TrainStep.__call__", 1), ("evaluate", 1)),
+    )
     run_killed(restarted)
     for name in ("killed", "restarted"):
         assert_equal_to_whole_run(tmp_path, name)
@@ -241,9 +244,14 @@ def test_parallel_runs_of_a_killed_table_equal_runs_that_were_not(tmp_path: Path
     def start() -> None:
         assert execute([*command, "LOG.CHECKPOINT_STEPS=1"]) == 0
 
-    for file in ("latest.pt", "student_last.pt", "result.json"):
-        child = fork(start)
-        wait_for(lambda file=file: list(tmp_path.rglob(file)))
+    def newest(file: str) -> int:
+        with contextlib.suppress(FileNotFoundError):  # while it is replaced
+            return max((path.stat().st_mtime_ns for path in tmp_path.rglob(file)), default=0)
+        return 0
+
+    for file in (*["latest.pt"] * 7, "student_last.pt", "latest.pt", "result.json"):
+        before, child = newest(file), fork(start)
+        wait_for(lambda file=file, before=before: newest(file) > before)
         kill_processes(child)
         assert exit_code(child) == -signal.SIGKILL
     run_killed(start)
