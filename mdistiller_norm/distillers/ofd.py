@@ -48,10 +48,12 @@ def margins_of(norm: nn.BatchNorm2d) -> Tensor:
     return margin.float().reshape(1, -1, 1, 1)
 
 
-def _connector(ins: int, outs: int, kernel_size: int) -> nn.Sequential:
-    convolution = nn.Conv2d(ins, outs, kernel_size, padding=kernel_size // 2, bias=False)
+def _connector(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    convolution = nn.Conv2d(
+        in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
+    )
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(convolution, BatchNorm(outs))
+    return nn.Sequential(convolution, BatchNorm(out_channels))
 
 
 @register("OFD")
@@ -84,8 +86,8 @@ class OFD(Distiller):
         super().__init__(**weights)
         self.teacher_in_train_mode = teacher_train_mode
         self.connectors = nn.ModuleList()
-        for stage, (ins, norm) in enumerate(zip(channels, norms, strict=True)):
-            self.connectors.append(_connector(ins, norm.num_features, kernel_size))
+        for stage, (in_channels, norm) in enumerate(zip(channels, norms, strict=True)):
+            self.connectors.append(_connector(in_channels, norm.num_features, kernel_size))
             self.register_buffer(f"margin{stage}", margins_of(norm))
 
     @classmethod

@@ -49,14 +49,14 @@ class AttentionFusion(nn.Module):
     Channels are those of the student's, the fused and the teacher's map; the deepest map has nothing to fuse.
     """
 
-    def __init__(self, ins: int, width: int, outs: int, fuse: bool) -> None:
+    def __init__(self, in_channels: int, width: int, out_channels: int, fuse: bool) -> None:
         super().__init__()
-        inner = nn.Conv2d(ins, width, 1, bias=False)
-        outer = nn.Conv2d(width, outs, 3, padding=1, bias=False)
+        inner = nn.Conv2d(in_channels, width, 1, bias=False)
+        outer = nn.Conv2d(width, out_channels, 3, padding=1, bias=False)
         for convolution in (inner, outer):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
         self.inner = nn.Sequential(inner, BatchNorm(width))
-        self.outer = nn.Sequential(outer, BatchNorm(outs))
+        self.outer = nn.Sequential(outer, BatchNorm(out_channels))
         self.attention = nn.Conv2d(2 * width, 2, 1) if fuse else None
 
     def forward(
@@ -108,13 +108,19 @@ class ReviewKD(Distiller):
     need = Need.MAPS
 
     def __init__(
-        self, ins: Sequence[int], outs: Sequence[int], preact: bool, **weights: Any
+        self,
+        in_channels: Sequence[int],
+        out_channels: Sequence[int],
+        preact: bool,
+        **weights: Any,
     ) -> None:
         super().__init__(**weights)
-        self.preact, width = preact, min(512, ins[-1])
+        self.preact, width = preact, min(512, in_channels[-1])
         self.fusions = nn.ModuleList(
-            AttentionFusion(channels, width, outs[level], fuse=level < len(ins) - 1)
-            for level, channels in enumerate(ins)
+            AttentionFusion(
+                channels, width, out_channels[level], fuse=level < len(in_channels) - 1
+            )
+            for level, channels in enumerate(in_channels)
         )
 
     @classmethod
@@ -130,10 +136,12 @@ class ReviewKD(Distiller):
         sources = _levels(students[-count:], pair.student.pooled)
         targets = _levels(teachers[-count:], pair.teacher.pooled)
         sizes = [[level.shape[2] for level in side[::-1]] for side in (sources, targets)]
-        ins, outs = ([level.shape[1] for level in side] for side in (sources, targets))
-        for key, value in zip(_SHAPES, [*sizes, ins, outs], strict=True):
+        in_channels, out_channels = (
+            [level.shape[1] for level in side] for side in (sources, targets)
+        )
+        for key, value in zip(_SHAPES, [*sizes, in_channels, out_channels], strict=True):
             check_typed(f"REVIEWKD.{key}", node[key], cls.defaults[key], value)
-        return cls(ins, outs, node.STU_PREACT, **loss_weights(node))
+        return cls(in_channels, out_channels, node.STU_PREACT, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         count = len(self.fusions) - 1

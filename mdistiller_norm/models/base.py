@@ -62,16 +62,20 @@ class Stage(nn.Sequential):
         return F.relu(preact), preact
 
 
-def conv(ins: int, outs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
     """Create a convolution without bias, padded so that stride 1 keeps the size."""
-    return nn.Conv2d(ins, outs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Conv2d(
+        in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False
+    )
 
 
 def conv_bn(
-    ins: int, outs: int, kernel: int, stride: int = 1, groups: int = 1
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     """Create :func:`conv` and the batch norm of its output."""
-    return conv(ins, outs, kernel, stride, groups), nn.BatchNorm2d(outs)
+    return conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels)
 
 
 def init_weights(network: nn.Module, classifier: nn.Linear | None = None) -> None:

@@ -98,10 +98,8 @@ def _build_torchvision(
     options: dict[str, Any] = {"num_classes": num_classes}
     if architecture.startswith("vit_") and image_size:
         options["image_size"] = image_size[0]
-    if architecture in (
-        "googlenet",
-        "inception_v3",
-    ):  # their weights expect another normalisation
+    # Their weights expect another normalisation.
+    if architecture in ("googlenet", "inception_v3"):
         options["transform_input"] = pretrained or bool(tag)
     module = models.get_model(architecture, weights=None, **options)
     *_, classifier = (

@@ -30,9 +30,9 @@ V2_STEM, V2_HEAD = 16, 1280
 
 
 def _conv_bn_relu(
-    ins: int, outs: int, kernel: int, stride: int = 1, groups: int = 1
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    return [*conv_bn(ins, outs, kernel, stride, groups), nn.ReLU(inplace=True)]
+    return [*conv_bn(in_channels, out_channels, kernel, stride, groups), nn.ReLU(inplace=True)]
 
 
 class MobileNetV1(Network):
@@ -68,13 +68,13 @@ class MobileNetV1(Network):
 class InvertedResidual(nn.Module):
     """Expand (1x1), filter (depthwise 3x3), project (1x1, linear); residual if the shape is unchanged."""
 
-    def __init__(self, ins: int, outs: int, stride: int, expansion: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
-        width = ins * expansion
-        self.residual = stride == 1 and ins == outs
-        expand = _conv_bn_relu(ins, width, 1)
+        width = in_channels * expansion
+        self.residual = stride == 1 and in_channels == out_channels
+        expand = _conv_bn_relu(in_channels, width, 1)
         depthwise = _conv_bn_relu(width, width, 3, stride, groups=width)
-        self.conv = nn.Sequential(*expand, *depthwise, *conv_bn(width, outs, 1))
+        self.conv = nn.Sequential(*expand, *depthwise, *conv_bn(width, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(x)

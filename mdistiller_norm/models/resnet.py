@@ -24,21 +24,23 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, ins: int, width: int, stride: int, bottleneck: bool, projection: str
+        self, in_channels: int, width: int, stride: int, bottleneck: bool, projection: str
     ) -> None:
         super().__init__()
-        outs = 4 * width if bottleneck else width
+        out_channels = 4 * width if bottleneck else width
         if bottleneck:
-            self.conv1, self.bn1 = conv_bn(ins, width, 1)
+            self.conv1, self.bn1 = conv_bn(in_channels, width, 1)
             self.conv2, self.bn2 = conv_bn(width, width, 3, stride)
-            self.conv3, self.bn3 = conv_bn(width, outs, 1)
+            self.conv3, self.bn3 = conv_bn(width, out_channels, 1)
         else:
-            self.conv1, self.bn1 = conv_bn(ins, width, 3, stride)
+            self.conv1, self.bn1 = conv_bn(in_channels, width, 3, stride)
             self.conv2, self.bn2 = conv_bn(width, width, 3)
         self.bottleneck = bottleneck
-        self.projection = projection if stride != 1 or ins != outs else ""
+        self.projection = projection if stride != 1 or in_channels != out_channels else ""
         if self.projection:
-            self.add_module(projection, nn.Sequential(*conv_bn(ins, outs, 1, stride)))
+            self.add_module(
+                projection, nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)

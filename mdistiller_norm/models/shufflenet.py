@@ -30,13 +30,15 @@ class GroupedBlock(nn.Module):
     and concatenates the average-pooled input.
     """
 
-    def __init__(self, ins: int, outs: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.first = ins != outs
-        branch = outs - ins if self.first else outs
+        self.first = in_channels != out_channels
+        branch = out_channels - in_channels if self.first else out_channels
         width = branch // 4
-        self.groups = 1 if ins == STEM else GROUPS  # the stem has too few channels for groups
-        self.conv1, self.bn1 = conv_bn(ins, width, 1, groups=self.groups)
+        self.groups = (
+            1 if in_channels == STEM else GROUPS
+        )  # the stem has too few channels for groups
+        self.conv1, self.bn1 = conv_bn(in_channels, width, 1, groups=self.groups)
         self.conv2, self.bn2 = conv_bn(width, width, 3, 2 if self.first else 1, groups=width)
         self.conv3, self.bn3 = conv_bn(width, branch, 1, groups=GROUPS)
 
@@ -54,12 +56,12 @@ class GroupedBlock(nn.Module):
 class DownBlock(nn.Module):
     """First block of a V2 stage: halves the size and computes both halves of the output from the whole input."""
 
-    def __init__(self, ins: int, outs: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        half = outs // 2
-        self.conv1, self.bn1 = conv_bn(ins, ins, 3, stride=2, groups=ins)
-        self.conv2, self.bn2 = conv_bn(ins, half, 1)
-        self.conv3, self.bn3 = conv_bn(ins, half, 1)
+        half = out_channels // 2
+        self.conv1, self.bn1 = conv_bn(in_channels, in_channels, 3, stride=2, groups=in_channels)
+        self.conv2, self.bn2 = conv_bn(in_channels, half, 1)
+        self.conv3, self.bn3 = conv_bn(in_channels, half, 1)
         self.conv4, self.bn4 = conv_bn(half, half, 3, stride=2, groups=half)
         self.conv5, self.bn5 = conv_bn(half, half, 1)
 
@@ -73,9 +75,9 @@ class DownBlock(nn.Module):
 class SplitBlock(nn.Module):
     """Other blocks of V2: 1x1, depthwise 3x3 and 1x1 on one half of the channels; the other half is unchanged."""
 
-    def __init__(self, ins: int, outs: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        half = outs // 2
+        half = out_channels // 2
         self.conv1, self.bn1 = conv_bn(half, half, 1)
         self.conv2, self.bn2 = conv_bn(half, half, 3, groups=half)
         self.conv3, self.bn3 = conv_bn(half, half, 1)

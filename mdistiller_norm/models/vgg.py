@@ -17,15 +17,15 @@ from mdistiller_norm.types import Outputs
 WIDTHS = (64, 128, 256, 512, 512)
 
 
-def _block(ins: int, outs: int, depth: int) -> nn.Sequential:
+def _block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [
-            nn.Conv2d(ins, outs, 3, padding=1),
-            nn.BatchNorm2d(outs),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         ]
-        ins = outs
+        in_channels = out_channels
     return nn.Sequential(*layers[:-1])
 
 

@@ -15,14 +15,14 @@ from mdistiller_norm.types import Outputs
 class PreactBlock(nn.Module):
     """Two times BN, ReLU and 3x3 convolution, plus the identity or a projection; returns the output and ``bn1(x)``."""
 
-    def __init__(self, ins: int, outs: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(ins)
-        self.conv1 = conv(ins, outs, 3, stride)
-        self.bn2 = nn.BatchNorm2d(outs)
-        self.conv2 = conv(outs, outs, 3)
-        projects = ins != outs
-        self.convShortcut = conv(ins, outs, 1, stride) if projects else None
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        projects = in_channels != out_channels
+        self.convShortcut = conv(in_channels, out_channels, 1, stride) if projects else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         preact = self.bn1(x)
@@ -35,10 +35,10 @@ class PreactBlock(nn.Module):
 class Group(nn.Module):
     """Blocks of one width; returns the output and the pre-activation of the group's input."""
 
-    def __init__(self, ins: int, outs: int, depth: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int) -> None:
         super().__init__()
-        rest = (PreactBlock(outs, outs, 1) for _ in range(depth - 1))
-        self.layer = nn.Sequential(PreactBlock(ins, outs, stride), *rest)
+        rest = (PreactBlock(out_channels, out_channels, 1) for _ in range(depth - 1))
+        self.layer = nn.Sequential(PreactBlock(in_channels, out_channels, stride), *rest)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, *rest = self.layer
