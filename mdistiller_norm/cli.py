@@ -14,11 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from mdistiller_norm import __version__
 from mdistiller_norm.errors import ConfigError, Interrupted, UserError, first_line
-from mdistiller_norm.files import command, python_arguments
+from mdistiller_norm.files import command, package_data, python_arguments
 from mdistiller_norm.registry import import_plugin
 
 # Numbers of OSErrors that are reported without a path: of full disks and exhausted resources.
@@ -140,9 +138,7 @@ def execute(arguments: Sequence[str]) -> int:
     parser = ArgumentParser("mdistiller-norm", description="Distillation of image classifiers.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    content = yaml.safe_load(
-        Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8")
-    )
+    content = package_data("commands.yaml")
     for name, about in content["commands"].items():
         texts = {
             "help": about["help"],

@@ -9,21 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from mdistiller_norm.analysis.collect import Collected, check_same_classes, collect
 from mdistiller_norm.build import build_device, placed
 from mdistiller_norm.catalog import columns
-from mdistiller_norm.files import write_text
+from mdistiller_norm.files import package_data, write_text
 from mdistiller_norm.models import Network, count_macs
 from mdistiller_norm.reproduce.ledger import Record, identity
 from mdistiller_norm.reproduce.stats import mean_std, paired_difference
 from mdistiller_norm.run_folder import RESULT
 from mdistiller_norm.student import Student, load_student
 
-_COLUMNS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_COLUMNS = package_data("compare.yaml")
 _PAGE = """<meta charset="utf-8">
 <style>td {padding: 0.2em 0.8em; font-family: sans-serif} tr:first-child {font-weight: bold}</style>
 """

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from mdistiller_norm.distillers.temperature import STATISTICS, WEIGHTINGS
 from mdistiller_norm.errors import ConfigError
-from mdistiller_norm.files import command, find_config, regular
+from mdistiller_norm.files import command, find_config, package_data, regular
 from mdistiller_norm.registry import nearest, not_registered
 
 Settings = dict[str, tuple[Any, str]]  # dotted key -> text, or list of texts, and its source
@@ -54,7 +54,7 @@ class Key(NamedTuple):
     items: Any = None
 
 
-_SOURCE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_SOURCE = package_data("config_keys.yaml")
 # Every registered distiller adds a node under its name, see default_config.
 KEYS = {name: Key(**entry) for name, entry in _SOURCE["keys"].items()}
 REMOVED = {name: Key(**entry) for name, entry in _SOURCE["removed"].items()}

@@ -131,9 +131,7 @@ def _transfer(url: str, part: Path, start: int) -> None:
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with (
         urlopen(request, timeout=TIMEOUT) as response,
-        part.open(
-            "ab" if response.status == 206 else "wb"
-        ) as file,  # 206: the server supports ranges
+        part.open("ab" if response.status == 206 else "wb") as file,  # 206: supports ranges
     ):
         done, name = file.tell(), url.rpartition("/")[2]
         size = done + int(response.headers["Content-Length"] or 0)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 PACKAGE = Path(__file__).resolve().parent
 # Contains configs and checkpoints: the installed package, or the checkout that contains the package.
 PROJECT = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
@@ -31,6 +33,11 @@ def command(name: str) -> str:
     """Return a command of this package as the user would type it."""
     first, *others = python_arguments(name)
     return f"mdistiller-norm {name}" if others else f"python {first}"
+
+
+def package_data(name: str) -> Any:
+    """Return the content of a YAML file of the package."""
+    return yaml.safe_load((PACKAGE / name).read_text(encoding="utf-8"))
 
 
 def find_config(name: str | Path, folder: Path = Path()) -> Path:

@@ -22,7 +22,7 @@ from mdistiller_norm.config_keys import REMOVED
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.errors import DataError
-from mdistiller_norm.files import regular, write_text
+from mdistiller_norm.files import package_data, regular, write_text
 from mdistiller_norm.run_folder import NEUTRAL
 
 Record = dict[str, Any]
@@ -35,9 +35,7 @@ NOT_IDENTIFYING = (
     "SOLVER.INIT_SEED",
 )
 # Types of the keys that are read from records, and columns of runs.csv.
-SCHEMA: dict[str, dict[str, str]] = yaml.safe_load(
-    Path(__file__).with_name("record.yaml").read_text()
-)
+SCHEMA: dict[str, dict[str, str]] = package_data("reproduce/record.yaml")
 _LARGEST = 1e15  # absolute value of a number in a record
 
 

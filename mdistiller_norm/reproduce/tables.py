@@ -1,10 +1,9 @@
 """The tables of the NormKD paper and of this project's studies, read from ``tables.yaml``."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from mdistiller_norm.files import package_data
 
 _NUMBERS = ("top1", "top5", "ms", "parameters")  # of Cell.paper
 
@@ -110,7 +109,7 @@ def _table(entry: dict[str, Any]) -> Table:
     return Table(**entry | {"columns": columns, "rows": rows, "cells": cells, "deltas": deltas})
 
 
-_SOURCE = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
+_SOURCE = package_data("reproduce/tables.yaml")
 TABLES: Mapping[str, Table] = {entry["id"]: _table(entry) for entry in _SOURCE["tables"]}
 CLAIMS = [Claim(**entry) for entry in _SOURCE["claims"]]  # the paper's first
 TEACHERS: Mapping[str, str] = _SOURCE["teachers"]
