@@ -5,52 +5,54 @@ which gives their exact derivative: the imaginary part of ``f(x + i h d) / h``.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-Arrays = Sequence[np.ndarray]
-Reference = Callable[[Arrays, Arrays, np.ndarray], Any]
 
-
-def derivative(
-    function: Callable[[Arrays], Any], at: Arrays, direction: Arrays, analytic: bool
-) -> float:
+def derivative(function, at, direction, analytic):
     """Derivative along a direction: exact for analytic functions, else by central differences."""
+
+    def moved(h):
+        return function([x + h * d for x, d in zip(at, direction, strict=True)])
+
     if analytic:
-        return float(
-            function([x + 1e-30j * d for x, d in zip(at, direction, strict=True)]).imag / 1e-30
-        )
-    ahead, behind = (
-        function([x + h * d for x, d in zip(at, direction, strict=True)]) for h in (1e-6, -1e-6)
-    )
-    return float(ahead - behind) / 2e-6
+        return moved(1e-30j).imag / 1e-30
+    return (moved(1e-6) - moved(-1e-6)) / 2e-6
 
 
-def log_sum_exp(z: np.ndarray) -> Any:
+def over_samples(loss):
+    """Average a loss of one sample's logits and class over the batch (decorator)."""
+
+    def mean(students, teachers, targets, **settings):
+        samples = zip(students[0], teachers[0], targets, strict=True)
+        return sum(loss(*sample, **settings) for sample in samples) / len(targets)
+
+    return mean
+
+
+def log_sum_exp(z):
     peak = z.real.max()
     return peak + np.log(np.exp(z - peak).sum())
 
 
-def log_softmax(z: np.ndarray) -> np.ndarray:
+def log_softmax(z):
     return z - log_sum_exp(z)
 
 
-def softmax(z: np.ndarray) -> np.ndarray:
+def softmax(z):
     return np.exp(log_softmax(z))
 
 
-def kl(log_p: np.ndarray, log_q: np.ndarray) -> Any:
+def kl(log_p, log_q):
     """KL(p || q); NormKD, Eq. 2 in the direction of the published code."""
     return (np.exp(log_p) * (log_p - log_q)).sum()
 
 
-def kd(z_s: np.ndarray, z_t: np.ndarray) -> Any:
+def kd(z_s, z_t):
     return kl(log_softmax(z_t), log_softmax(z_s))
 
 
-def statistic(z: np.ndarray, name: str) -> Any:
+def statistic(z, name):
     """NormKD, Eq. 6 (the standard deviation with C - 1) and Table 8; 0 for a row without a scale."""
     top, bottom = z[z.real.argmax()], z[z.real.argmin()]
     if name == "std" and top.real > bottom.real:
@@ -60,57 +62,42 @@ def statistic(z: np.ndarray, name: str) -> Any:
     return value if np.real(value) > 1e-6 else 0.0
 
 
-def log_mean_softmax(unit: np.ndarray, scales: Sequence[float]) -> np.ndarray:
+def log_mean_softmax(unit, scales):
     """NormKD, Eq. 3: the probabilities are averaged over the temperatures."""
     each = np.stack([log_softmax(unit / t) for t in scales])
     return np.array([log_sum_exp(column) for column in each.T]) - np.log(len(scales))
 
 
-def decoupled(u_s: np.ndarray, u_t: np.ndarray, y: int, alpha: float, beta: float) -> Any:
+def binary(z, y):
+    """Logarithms of the probabilities of class y and of the rest."""
+    return np.array([z[y], log_sum_exp(np.delete(z, y))]) - log_sum_exp(z)
+
+
+def decoupled(u_s, u_t, y, alpha, beta):
     """DKD, Eq. 6-7: KL over {target, rest} and KL over the rest."""
-    parts = []
-    for u in (u_t, u_s):
-        rest = np.delete(u, y)
-        parts.append((np.array([u[y], log_sum_exp(rest)]) - log_sum_exp(u), log_softmax(rest)))
-    (binary_t, rest_t), (binary_s, rest_s) = parts
-    return alpha * kl(binary_t, binary_s) + beta * kl(rest_t, rest_s)
+    rest = kd(np.delete(u_s, y), np.delete(u_t, y))
+    return alpha * kl(binary(u_t, y), binary(u_s, y)) + beta * rest
 
 
-def softened(
-    stat: str = "constant",
-    scales: Sequence[float] = (4.0,),
-    weighting: str = "teacher",
-    dkd: tuple[float, float] | None = None,
-) -> Reference:
-    """KD, NormKD, DKD and logit standardization: mean of ``(max T * statistic_t)^2 * divergence``."""
-
-    def loss(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
-        total: Any = 0.0
-        for z_s, z_t, y in zip(students[0], teachers[0], targets, strict=True):
-            tau_s, tau_t = statistic(z_s, stat), statistic(z_t, stat)
-            u_s, u_t = (z / tau if tau != 0 else 0 * z for z, tau in ((z_s, tau_s), (z_t, tau_t)))
-            if dkd is None:
-                divergence = kl(log_mean_softmax(u_t, scales), log_mean_softmax(u_s, scales))
-            else:
-                divergence = decoupled(u_s / scales[0], u_t / scales[0], y, *dkd)
-            weight = {
-                "teacher": tau_t**2,
-                "student_teacher": np.real(tau_s) * tau_t,
-                "none": 1.0,
-            }[weighting]
-            total = total + max(scales) ** 2 * weight * divergence  # the weight has no gradient
-        return total / len(targets)
-
-    return loss
+@over_samples
+def softened(z_s, z_t, y, stat="constant", scales=(4.0,), weighting="teacher", dkd=None):
+    """KD, NormKD, DKD and logit standardization: ``(max T * statistic_t)^2 * divergence``."""
+    tau_s, tau_t = statistic(z_s, stat), statistic(z_t, stat)
+    u_s, u_t = (z / tau if tau != 0 else 0 * z for z, tau in ((z_s, tau_s), (z_t, tau_t)))
+    if dkd is None:
+        divergence = kl(log_mean_softmax(u_t, scales), log_mean_softmax(u_s, scales))
+    else:
+        divergence = decoupled(u_s / scales[0], u_t / scales[0], y, *dkd)
+    # The weight has no gradient.
+    weights = {"teacher": tau_t**2, "student_teacher": np.real(tau_s) * tau_t, "none": 1.0}
+    return max(scales) ** 2 * weights[weighting] * divergence
 
 
-def dist(
-    students: Arrays, teachers: Arrays, targets: np.ndarray, beta: float, gamma: float, t: float
-) -> Any:
+def dist(students, teachers, targets, beta, gamma, t):
     p_s, p_t = (np.array([softmax(z / t) for z in side]) for side in (students[0], teachers[0]))
 
-    def distance(a: np.ndarray, b: np.ndarray) -> Any:
-        total: Any = 0.0
+    def distance(a, b):
+        total = 0.0
         for x, y in zip(a, b, strict=True):
             x, y = x - x.mean(), y - y.mean()
             total = total + 1 - (x @ y) / (np.sqrt((x**2).sum()) * np.sqrt((y**2).sum()) + 1e-8)
@@ -119,64 +106,36 @@ def dist(
     return t**2 * (beta * distance(p_s, p_t) + gamma * distance(p_s.T, p_t.T))
 
 
-def ttm(
-    students: Arrays, teachers: Arrays, targets: np.ndarray, gamma: float, weighted: bool
-) -> Any:
+@over_samples
+def ttm(z_s, z_t, y, gamma, weighted):
     """Algorithm 1, by the logarithms of the powers of probabilities."""
-    total: Any = 0.0
-    for z_s, z_t in zip(students[0], teachers[0], strict=True):
-        log_powers = gamma * log_softmax(z_t)
-        log_sum = log_sum_exp(log_powers)
-        total = total + (np.exp(log_sum) if weighted else 1.0) * kl(
-            log_powers - log_sum, log_softmax(z_s)
-        )
-    return total / len(targets)
+    log_powers = gamma * log_softmax(z_t)
+    log_sum = log_sum_exp(log_powers)
+    weight = np.exp(log_sum) if weighted else 1.0
+    return weight * kl(log_powers - log_sum, log_softmax(z_s))
 
 
-def nkd(students: Arrays, teachers: Arrays, targets: np.ndarray, gamma: float, t: float) -> Any:
-    total: Any = 0.0
-    for z_s, z_t, y in zip(students[0], teachers[0], targets, strict=True):
-        rest = softmax(np.delete(z_t, y) / t) * log_softmax(np.delete(z_s, y) / t)
-        total = total - softmax(z_t)[y] * log_softmax(z_s)[y] - gamma * t**2 * rest.sum()
-    return total / len(targets)
+@over_samples
+def nkd(z_s, z_t, y, gamma, t):
+    rest = softmax(np.delete(z_t, y) / t) * log_softmax(np.delete(z_s, y) / t)
+    return -softmax(z_t)[y] * log_softmax(z_s)[y] - gamma * t**2 * rest.sum()
 
 
-def dtkd(
-    students: Arrays, teachers: Arrays, targets: np.ndarray, alpha: float, beta: float, t: float
-) -> Any:
-    total: Any = 0.0
-    for z_s, z_t in zip(students[0], teachers[0], strict=True):
-        top_s, top_t = z_s[z_s.real.argmax()], z_t[z_t.real.argmax()]
-        t_s, t_t = 2 * t * top_s / (top_s + top_t), 2 * t * top_t / (top_s + top_t)
-        total = (
-            total
-            + alpha * t_s * t_t * kd(z_s / t_s, z_t / t_t)
-            + beta * t**2 * kd(z_s / t, z_t / t)
-        )
-    return total / len(targets)
+@over_samples
+def dtkd(z_s, z_t, y, alpha, beta, t):
+    top_s, top_t = z_s[z_s.real.argmax()], z_t[z_t.real.argmax()]
+    t_s, t_t = 2 * t * top_s / (top_s + top_t), 2 * t * top_t / (top_s + top_t)
+    return alpha * t_s * t_t * kd(z_s / t_s, z_t / t_t) + beta * t**2 * kd(z_s / t, z_t / t)
 
 
-def rld(
-    students: Arrays,
-    teachers: Arrays,
-    targets: np.ndarray,
-    alpha: float,
-    beta: float,
-    t: float,
-    t_sure: float,
-) -> Any:
-    total: Any = 0.0
-    for z_s, z_t, y in zip(students[0], teachers[0], targets, strict=True):
-        halves = []
-        for z, top in ((z_t / t_sure, z_t.argmax()), (z_s / t_sure, y)):
-            halves.append(np.array([z[top], log_sum_exp(np.delete(z, top))]) - log_sum_exp(z))
-        below = [c for c in range(len(z_t)) if z_t[c] < z_t[y]]
-        total = total + alpha * t_sure**2 * kl(*halves)
-        total = total + (beta * t**2 * kd(z_s[below] / t, z_t[below] / t) if below else 0.0)
-    return total / len(targets)
+@over_samples
+def rld(z_s, z_t, y, alpha, beta, t, t_sure):
+    sure = alpha * t_sure**2 * kl(binary(z_t / t_sure, z_t.argmax()), binary(z_s / t_sure, y))
+    below = [c for c in range(len(z_t)) if z_t[c] < z_t[y]]
+    return sure + (beta * t**2 * kd(z_s[below] / t, z_t[below] / t) if below else 0.0)
 
 
-def block_mean(maps: np.ndarray, rows: int, columns: int) -> np.ndarray:
+def block_mean(maps, rows, columns):
     """Adaptive average pooling: window i of n covers [floor(i H / n), ceil((i + 1) H / n))."""
     height, width = maps.shape[-2:]
     out = np.empty((*maps.shape[:-2], rows, columns), maps.dtype)
@@ -187,7 +146,7 @@ def block_mean(maps: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return out
 
 
-def same_size(students: Arrays, teachers: Arrays) -> list[tuple[np.ndarray, np.ndarray]]:
+def same_size(students, teachers):
     pairs = []
     for s, t in zip(students, teachers, strict=True):
         size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
@@ -195,38 +154,36 @@ def same_size(students: Arrays, teachers: Arrays) -> list[tuple[np.ndarray, np.n
     return pairs
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def unit(x):
     return x / np.sqrt((x**2).sum())
 
 
-def at(students: Arrays, teachers: Arrays, targets: np.ndarray, p: float) -> Any:
-    total: Any = 0.0
+def at(students, teachers, targets, p):
+    total = 0.0
     for pair in same_size(students, teachers):
-        energy = ((np.abs(maps) ** p).mean(1).reshape(len(maps), -1) for maps in pair)
-        s, t = (np.stack([unit(row) for row in rows]) for rows in energy)
-        total = total + ((s - t) ** 2).mean()
+        energy = [(np.abs(maps) ** p).mean(1).reshape(len(maps), -1) for maps in pair]
+        total = total + np.mean([(unit(s) - unit(t)) ** 2 for s, t in zip(*energy, strict=True)])
     return total
 
 
-def hint(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
+def hint(students, teachers, targets):
     return ((students[0] - teachers[0]) ** 2).mean()
 
 
-def nst(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
-    def mean_kernel(a: list[np.ndarray], b: list[np.ndarray]) -> Any:
+def nst(students, teachers, targets):
+    def mean_kernel(a, b):
         return sum((x @ y) ** 2 for x in a for y in b) / (len(a) * len(b))
 
-    total: Any = 0.0
+    total = 0.0
     for pair in same_size(students, teachers):
         for one_s, one_t in zip(*pair, strict=True):
             s, t = ([unit(channel.ravel()) for channel in one] for one in (one_s, one_t))
-            total = total + (mean_kernel(t, t) + mean_kernel(s, s) - 2 * mean_kernel(s, t)) / len(
-                pair[0]
-            )
+            distance = mean_kernel(t, t) + mean_kernel(s, s) - 2 * mean_kernel(s, t)
+            total = total + distance / len(pair[0])
     return total
 
 
-def pkt(students: Arrays, teachers: Arrays, targets: np.ndarray, eps: float = 1e-7) -> Any:
+def pkt(students, teachers, targets, eps=1e-7):
     tables = []
     for features in (students[0], teachers[0]):
         rows = [unit(row) for row in features]
@@ -236,7 +193,7 @@ def pkt(students: Arrays, teachers: Arrays, targets: np.ndarray, eps: float = 1e
     return (t * np.log((t + eps) / (s + eps))).mean()
 
 
-def sp(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
+def sp(students, teachers, targets):
     tables = []
     for maps in (students[0], teachers[0]):
         rows = [one.ravel() for one in maps]
@@ -244,25 +201,20 @@ def sp(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
     return ((tables[0] - tables[1]) ** 2).sum() / len(students[0]) ** 2
 
 
-def vid(students: Arrays, teachers: Arrays, targets: np.ndarray, eps: float = 1e-5) -> Any:
+def vid(students, teachers, targets, eps=1e-5):
     """Students are the predicted mean and the raw variances."""
-    (mean, raw), total = students, 0.0
-    for channel, scale in enumerate(raw):
-        variance = np.log(1 + np.exp(scale)) + eps
-        error = mean[:, channel] - teachers[0][:, channel]
-        total = total + 0.5 * (error**2 / variance + np.log(variance)).sum()
-    return total / mean.size
+    mean, raw = students
+    variance = (np.log(1 + np.exp(raw)) + eps)[:, None, None]
+    return 0.5 * ((mean - teachers[0]) ** 2 / variance + np.log(variance)).mean()
 
 
-def kdsvd(students: Arrays, teachers: Arrays, targets: np.ndarray, k: int) -> float:
-    total, batch = 0.0, len(students[0])
-    pairs = same_size(students, teachers)
-    for n in range(batch):
-        before: list[tuple[np.ndarray, np.ndarray]] = []
+def kdsvd(students, teachers, targets, k):
+    total, pairs = 0.0, same_size(students, teachers)
+    for n in range(len(targets)):
+        before = []
         for s, t in ((s[n], t[n]) for s, t in pairs):
-            width = t.shape[-1]
-            _, sigma, v_t = np.linalg.svd(t.reshape(-1, width))
-            _, _, v_s = np.linalg.svd(s.reshape(-1, width))
+            _, sigma, v_t = np.linalg.svd(t.reshape(-1, t.shape[2]))
+            _, _, v_s = np.linalg.svd(s.reshape(-1, s.shape[2]))
             now = []
             for vector, weight in zip(v_t[:k], unit(sigma[:k]), strict=True):
                 vector = vector * (1 if vector.sum() >= 0 else -1)
@@ -272,40 +224,32 @@ def kdsvd(students: Arrays, teachers: Arrays, targets: np.ndarray, k: int) -> fl
             for (s_now, t_now), (s_old, t_old) in zip(now, before, strict=False):
                 rbf_s = np.exp(-((s_now[:, None] - s_old[None, :]) ** 2) / 8)
                 rbf_t = np.exp(-((t_now[:, None] - t_old[None, :]) ** 2) / 8)
-                total += ((rbf_s - rbf_t) ** 2).sum() / batch
+                total += ((rbf_s - rbf_t) ** 2).sum() / len(targets)
             before = now
     return total
 
 
-def rkd(
-    students: Arrays,
-    teachers: Arrays,
-    targets: np.ndarray,
-    squared: bool,
-    distance_weight: float,
-    angle_weight: float,
-) -> float:
-    s, t = students[0], teachers[0]
-    count = len(s)
+def rkd(students, teachers, targets, squared, distance_weight=25.0, angle_weight=50.0):
+    s, t, count = students[0], teachers[0], len(targets)
 
-    def huber(x: float) -> float:
+    def huber(x):
         return 0.5 * x * x if abs(x) < 1 else abs(x) - 0.5
 
-    def distances(x: np.ndarray) -> np.ndarray:
+    def distances(x):
         table = np.array([[((a - b) ** 2).sum() for b in x] for a in x])
         table = table if squared else np.sqrt(table)
         return table / (table.sum() / (count * (count - 1)))
 
-    def cosine(x: np.ndarray, i: int, j: int, k: int) -> float:
-        return 0.0 if i in (j, k) else float(unit(x[j] - x[i]) @ unit(x[k] - x[i]))
+    def cosine(x, i, j, k):
+        return 0.0 if i in (j, k) else unit(x[j] - x[i]) @ unit(x[k] - x[i])
 
-    gaps = distances(s) - distances(t)
+    distance = np.mean([huber(gap) for gap in (distances(s) - distances(t)).ravel()])
     triples = itertools.product(range(count), repeat=3)
     angle = sum(huber(cosine(s, *ijk) - cosine(t, *ijk)) for ijk in triples) / count**3
-    return distance_weight * np.mean([huber(gap) for gap in gaps.ravel()]) + angle_weight * angle
+    return distance_weight * distance + angle_weight * angle
 
 
-def ofd(students: Arrays, teachers: Arrays, targets: np.ndarray, margin: np.ndarray) -> float:
+def ofd(students, teachers, targets, margin):
     (source,), (target,), total = students, teachers, 0.0
     for b, c, i, j in itertools.product(*map(range, source.shape)):
         s, t = source[b, c, i, j], target[b, c, i, j]
@@ -313,26 +257,20 @@ def ofd(students: Arrays, teachers: Arrays, targets: np.ndarray, margin: np.ndar
     return total / len(source)
 
 
-def hcl(students: Arrays, teachers: Arrays, targets: np.ndarray) -> Any:
-    total: Any = 0.0
+def hcl(students, teachers, targets):
+    total = 0.0
     for s, t in zip(students, teachers, strict=True):
-        grids = [
-            (s, t),
-            *((block_mean(s, n, n), block_mean(t, n, n)) for n in (4, 2, 1) if n < s.shape[2]),
-        ]
+        smaller = [n for n in (4, 2, 1) if n < s.shape[2]]
+        grids = [(s, t), *((block_mean(s, n, n), block_mean(t, n, n)) for n in smaller)]
         weights = [0.5**level for level in range(len(grids))]
-        terms = [
-            weight * ((a - b) ** 2).mean() for weight, (a, b) in zip(weights, grids, strict=True)
-        ]
+        terms = [w * ((a - b) ** 2).mean() for w, (a, b) in zip(weights, grids, strict=True)]
         total = total + sum(terms) / sum(weights)
     return total
 
 
-def nce(students: Arrays, teachers: Arrays, targets: np.ndarray, z: float, samples: int) -> Any:
+def nce(students, teachers, targets, z, samples=50):
     """CRD, Eq. 17-18 with mdistiller's epsilon, as exponentials and quotients."""
-    scores = students[0]
-    noise, eps = (scores.shape[1] - 1) / samples, 1e-7
-    p = np.exp(scores) / z
-    log_d1 = np.log(p[:, 0] / (p[:, 0] + noise + eps))
-    log_d0 = np.log(noise / (p[:, 1:] + noise + eps))
-    return -(log_d1.sum() + log_d0.sum()) / len(scores)
+    p, noise = np.exp(students[0]) / z, (students[0].shape[1] - 1) / samples
+    log_d1 = np.log(p[:, 0] / (p[:, 0] + noise + 1e-7))
+    log_d0 = np.log(noise / (p[:, 1:] + noise + 1e-7))
+    return -(log_d1.sum() + log_d0.sum()) / len(p)
