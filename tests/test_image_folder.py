@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, unpacked
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from short_runs import assert_same_state
 from torchvision import transforms as T
 
@@ -101,8 +101,11 @@ def test_decode_equals_pillow(jpegs):
         assert (decode(content).permute(1, 2, 0).int() - expected).abs().max() <= tolerance
 
 
-def test_16_bits_are_read_and_other_formats_refused():
+def test_large_texts_and_16_bits_are_read_and_other_formats_refused():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("history", "x" * 2**21, zip=True)
     image, deep = Image.new("RGB", (8, 8)), np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    assert decode(encoded(image, "PNG", pnginfo=text)).shape == (3, 8, 8)
     for kind in ("PNG", "TIFF"):
         pixels = decode(encoded(Image.fromarray(deep), kind))
         assert torch.equal(pixels[1].flatten(), torch.arange(256).byte())
@@ -111,6 +114,14 @@ def test_16_bits_are_read_and_other_formats_refused():
             decode(content)
     with pytest.raises(ValueError, match="32 bits have no known range"):
         decode(encoded(Image.fromarray(deep.astype(np.float32)), "TIFF"))
+
+
+def test_thin_images_need_little_memory():
+    for height, width in ((1, 20_000), (20_000, 1)):
+        image = torch.full((3, height, width), 7, dtype=torch.uint8)
+        crop = draw_crop(np.random.default_rng(0), height, width, (0.08, 1.0))
+        for view in (train_image(image, crop, 224), eval_image(image, 256, 224)):
+            assert torch.equal(view, torch.full((3, 224, 224), 7, dtype=torch.uint8))
 
 
 def test_crops_are_within_two_levels_of_torchvision(jpegs):
@@ -474,3 +485,32 @@ def test_layouts_of_tiny_imagenet_are_equal(tree, original):
     (original / "val" / "val_annotations.txt").unlink()
     with pytest.raises(DataError, match="val has no class folders or val_annotations"):
         tiny_imagenet(original, options)
+
+
+MDISTILLER = """
+EXPERIMENT: {NAME: "", TAG: "kd,dot,r18,r18", PROJECT: "dot_tinyimagenet"}
+DATASET: {TYPE: "tiny_imagenet", NUM_WORKERS: 16}
+DISTILLER: {TYPE: "KD", TEACHER: "ResNet18", STUDENT: "ResNet18"}
+SOLVER:
+  {BATCH_SIZE: 256, EPOCHS: 200, LR: 0.2, LR_DECAY_STAGES: [60, 120, 160], LR_DECAY_RATE: 0.1, WEIGHT_DECAY: 0.0005,
+  MOMENTUM: 0.9, TYPE: "SGD", TRAINER: "dot", DOT: {DELTA: 0.075}}
+"""
+
+
+VIT = pytest.param("vit_tiny_tiny_imagenet", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["mdistiller", "resnet18_folder", VIT])
+def test_configs_train(tree, original, kd, tmp_path, name):
+    """Train for one epoch, with small networks in place of residual ones."""
+    config, root = ROOT / "configs" / "recipes" / f"{name}.yaml", tree
+    keys = f"DATASET.NUM_WORKERS=0 DATASET.VARIANT=cifar SOLVER.EPOCHS=1 LOG.PREFIX={tmp_path}"
+    if name == "mdistiller":
+        config, root = tmp_path / "run.yaml", original.parent
+        config.write_text(MDISTILLER)
+    if name.startswith("vit"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    else:
+        keys += " DISTILLER.STUDENT=resnet8"
+    result = train(load_config(config, [*keys.split(), f"DATASET.ROOT={root}", *kd[1]]))
+    assert (result["method"], result["last"]["epoch"]) == (["KD"], 1)
