@@ -2,167 +2,122 @@
 
 import argparse
 import hashlib
+import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from torch import nn
-from torchvision.models import mnasnet0_5
 
 from mdistiller_norm.engine import teacher_file
 from mdistiller_norm.engine.checkpoint import load_into, load_weights, save_atomically
 from mdistiller_norm.engine.teacher_file import TeacherFile, find_teacher
 from mdistiller_norm.errors import CheckpointError
-from mdistiller_norm.models import Wrapped, build_model
+from mdistiller_norm.models import build_model
 
 
-def network() -> nn.Module:
+def network():
     return build_model("resnet8", 10)
 
 
-def prefixed(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+def prefixed(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
-LAYOUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+LAYOUTS = {
     "bare": lambda state: state,
     "mdistiller distiller": lambda state: {
-        "epoch": 240,
+        "epoch": 240, "best_acc": np.float64(75.2),
         "model": prefixed("module.student.", state) | {f"module.teacher.{key}": v + 1 for key, v in state.items()},
-        "best_acc": np.float64(75.2),
     },
     "RepDistiller": lambda state: {
-        "model": state,
-        "opt": argparse.Namespace(model="resnet8", learning_rate=0.05),
-        "best_acc": torch.tensor(72.3),
-        "accuracy": np.float32(72.3),
+        "model": state, "opt": argparse.Namespace(lr=0.1), "best_acc": torch.tensor(7.3), "accuracy": np.float32(7.3),
     },
     "compiled": lambda state: {"net": prefixed("_orig_mod.module.", state), "acc": 72.3},
     "tutorial": lambda state: {"model_state_dict": prefixed("module._orig_mod.", state)},
     "Lightning": lambda state: {"state_dict": prefixed("model.", state), "pytorch-lightning_version": "2.5"},
-    "torchvision reference": lambda state: {
-        "state_dict": prefixed("module.", state), "args": argparse.Namespace(lr=0.1), "epoch": 89,
-    },
+    "torchvision": lambda state: {"state_dict": prefixed("module.", state), "args": argparse.Namespace(lr=0.1)},
     "metadata of another project": lambda state: {"model": state, "about": ["resnet8"]},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_published_layouts_load_strictly(tmp_path: Path, layout: str) -> None:
+def test_published_layouts_load_strictly(tmp_path, layout):
     source, target = network().eval(), network().eval()
     torch.save(LAYOUTS[layout](source.state_dict()), tmp_path / "weights.pth")
-    weights = load_weights(tmp_path / "weights.pth")
-    load_into(target, weights, "resnet8")
+    load_into(target, weights := load_weights(tmp_path / "weights.pth"), "resnet8")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(source(images), target(images))
     assert weights.about == {}
 
 
 class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return (os.system, ("echo code from a checkpoint ran",))
 
 
-def truncated(size: int) -> Callable[[Path], object]:
-    def write(path: Path) -> None:
-        torch.save(network().state_dict(), path)
-        path.write_bytes(path.read_bytes()[:size])
-
-    return write
+def stored(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
 
 
-def saved(content: Any) -> Callable[[Path], object]:
-    return lambda path: torch.save(content, path)
-
-
-def written(content: bytes) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(content)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:.*TorchScript")
 @pytest.mark.parametrize(
-    ("write", "message"),
+    ("content", "message"),
     [
-        (saved({"model": {}, "extra": Evil()}), "could run code"),
-        (lambda path: torch.save(network(), path), r"save only its state_dict\(\)"),
-        *((truncated(size), "may be truncated") for size in (0, 10, 20_000, -10)),
-        *((written(text), "is a text file") for text in (b"J\n", b"(l.\n", b"Entry not found")),
-        (written(b"<!DOCTYPE html><html></html>"), "an HTML or XML page"),
-        (written(b"version https://git-lfs.github.com/spec/v1\noid sha256"), "a Git LFS pointer"),
-        (written(b"\x1f\x8b\x08\0\0\0"), "a gzip file"),
-        (lambda path: torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path), "not loaded"),
-        (saved({"model": {"a": 1}}), "holds no weights"),
-        (saved({}), "holds no weights"),
-        (saved([1, 2]), "holds a list"),
-        (lambda path: None, "there is no checkpoint"),
+        (stored({"model": {}, "extra": Evil()}), "could run code"),
+        (stored(network()), r"save only its state_dict\(\)"),
+        *((stored(network().state_dict())[:n], "may be truncated") for n in (0, 10, 20_000, -10)),
+        *((text, "is a text file") for text in (b"J\n", b"(l.\n", b"Entry not found")),
+        (b"<!DOCTYPE html><html></html>", "an HTML or XML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256", "a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0\0\0", "a gzip file"),
+        (stored({"model": {"a": 1}}), "holds no weights"),
+        (stored([1, 2]), "holds a list"),
     ],
 )
-def test_other_files_are_refused(tmp_path, write, message, capfd):
-    write(tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=message) as caught:
+def test_other_files_are_refused(tmp_path, content, message, capfd):
+    (tmp_path / "odd.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*odd\.pth[^\n]*{message}[^\n]*$"):
         load_weights(tmp_path / "odd.pth")
-    assert "odd.pth" in str(caught.value)
-    assert "\n" not in str(caught.value)
     assert "code from a checkpoint" not in capfd.readouterr().out
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(network().state_dict(), tmp_path / "resnet8.pth")
     weights = load_weights(tmp_path / "resnet8.pth")
-    versioned = Wrapped(
-        mnasnet0_5(num_classes=4), 4, classifier="classifier.1"
-    )  # requires a version
-    torch.save(versioned.state_dict(), tmp_path / "mnasnet.pth")
-    unversioned = load_weights(tmp_path / "mnasnet.pth")
-    for network_, content, words in (
-        (build_model("resnet14", 10), weights, r"Missing.*layer1\.1\.conv1\.weight"),
-        (
-            build_model("resnet8", 100),
-            weights,
-            r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]",
-        ),
-        (versioned, unversioned, r"version sh.* be set"),
+    for other, words in (
+        (build_model("resnet14", 10), r"Missing.*layer1\.1\.conv1\.weight"),
+        (build_model("resnet8", 100), r"mismatch for fc\.weight.*\[10, 64\].*\[100, 64\]"),
     ):
         with pytest.raises(CheckpointError, match=rf"\.pth does not fit name: .*{words}"):
-            load_into(network_, content, "name")
+            load_into(other, weights, "name")
 
 
-def test_a_failed_write_keeps_the_previous_file(tmp_path: Path) -> None:
-    save_atomically({"a": torch.ones(2)}, tmp_path / "state.pt")
-    before = (tmp_path / "state.pt").read_bytes()
+class Interrupted:
+    def __reduce__(self):
+        raise KeyboardInterrupt
 
-    class CannotBeSaved:
-        def __init__(self, error: BaseException) -> None:
-            self.error = error
 
-        def __reduce__(self) -> tuple[Any, ...]:
-            raise self.error
-
+def test_a_failed_write_keeps_the_previous_file(tmp_path):
+    path = tmp_path / "state.pt"
+    save_atomically({"a": torch.ones(2)}, path)
+    before = path.read_bytes()
     (tmp_path / ".state.pt.tmp").write_bytes(b"left by a killed process")
-    for error, raised in (
-        (OSError("No space left"), CheckpointError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ):
-        with pytest.raises(raised):
-            save_atomically([torch.zeros(2), CannotBeSaved(error)], tmp_path / "state.pt")
-    assert (tmp_path / "state.pt").read_bytes() == before
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically([torch.zeros(2), Interrupted()], path)
+    assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["state.pt"]
-    (tmp_path / "best.pt").mkdir()  # cannot be replaced by a file
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        save_atomically({}, tmp_path / "best.pt")
 
 
 # The search for a teacher
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path, monkeypatch):
     """An empty working directory without the project's manifest."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(teacher_file, "ROOTS", (Path(), tmp_path))
@@ -171,28 +126,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def add_entry(project: Path, **changes: Any) -> None:
-    entry = {
-        "file": "teacher.pt",
-        "model": "resnet8",
-        "dataset": "digits",
-        "top1": 97.5,
-    } | changes
-    (project / "checkpoints" / "manifest.yaml").write_text(yaml.safe_dump([entry]))
+def add_entry(project, **changes):
+    entry = {"file": "teacher.pt", "model": "resnet8", "dataset": "digits", "top1": 97.5}
+    (project / "checkpoints" / "manifest.yaml").write_text(yaml.safe_dump([entry | changes]))
 
 
-def find(weights: str = "", dataset: str = "digits", epochs: int = 0, **data: Any) -> TeacherFile:
+def find(weights="", dataset="digits", epochs=0, **data):
     return find_teacher("resnet8", dataset, weights, Path("output"), "python x.py", epochs, data)
 
 
-def test_the_manifest_and_mdistillers_downloads_are_searched(project: Path) -> None:
+def test_the_manifest_and_mdistillers_downloads_are_searched(project):
     file = project / "checkpoints" / "teacher.pt"
     add_entry(project, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
     assert find() == TeacherFile(Path("checkpoints/teacher.pt"), 97.5)
     assert find(str(file)).top1 == 97.5
-    with pytest.raises(
-        CheckpointError, match=r"teacher resnet8 on cifar100.*train it with `python"
-    ):
+    with pytest.raises(CheckpointError, match=r"resnet8 on cifar100.*train it with `python"):
         find(dataset="cifar100")
     folder = project / "download_ckpts" / "cifar_teachers" / "resnet8_vanilla"
     folder.mkdir(parents=True)
@@ -200,27 +148,17 @@ def test_the_manifest_and_mdistillers_downloads_are_searched(project: Path) -> N
     assert find(dataset="cifar100").path.name == "ckpt_epoch_240.pth"
     with pytest.raises(CheckpointError, match=r"TEACHER_WEIGHTS: there is no file nowhere\.pth"):
         find("nowhere.pth")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+    for change, message in (
         ({"sha256": "0" * 64}, "another SHA-256"),
         ({"file": "gone.pt"}, "does not exist"),
         ({"file": ["teacher.pt"]}, "must have file, model and dataset"),
-        ("- teacher.pt", "cannot be read as a manifest"),
-    ],
-)
-def test_invalid_manifests_are_refused(project: Path, content: Any, message: str) -> None:
-    if isinstance(content, str):
-        (project / "checkpoints" / "manifest.yaml").write_text(content)
-    else:
-        add_entry(project, **content)
-    with pytest.raises(CheckpointError, match=message):
-        find()
+    ):
+        add_entry(project, **change)
+        with pytest.raises(CheckpointError, match=message):
+            find()
 
 
-def add_run(project: Path, name: str, epochs: int, top1: float, **changes: Any) -> Path:
+def add_run(project, name, epochs, top1, **changes):
     folder = project / "output" / "digits" / name
     folder.mkdir(parents=True)
     torch.save({"model": network().state_dict()}, folder / "student_last.pt")
@@ -232,7 +170,7 @@ def add_run(project: Path, name: str, epochs: int, top1: float, **changes: Any) 
     return Path("output", "digits", name, "student_last.pt")
 
 
-def test_finished_runs_are_searched_by_data_length_and_accuracy(project: Path) -> None:
+def test_finished_runs_are_searched_by_data_length_and_accuracy(project):
     smoke = add_run(project, "smoke", 2, 99.0)
     assert find(epochs=2) == TeacherFile(smoke, 99.0)
     warning = f"{smoke} was trained for 2 epochs, the student for 240: set"
@@ -245,8 +183,7 @@ def test_finished_runs_are_searched_by_data_length_and_accuracy(project: Path) -
     add_run(project, "another", 240, 99.9, student="resnet20")
     add_run(project, "unreadable", 240, 99.9, config="")
     (project / add_run(project, "without weights", 240, 99.9)).unlink()
-    assert [find(epochs=epochs) for epochs in (240, 100)] == [TeacherFile(full, 95.0)] * 2
-    assert find(epochs=2) == TeacherFile(smoke, 99.0)
+    assert find(epochs=240) == TeacherFile(full, 95.0)
     two = add_run(project, "two", 2, 80.0, config={"DATASET": {"CLASSES": ["a", "b"]}})
     assert find(epochs=240, CLASSES=["a", "b"]).path == two
     add_entry(project)
