@@ -29,7 +29,7 @@ RECIPE = [
     "SOLVER.LABEL_SMOOTHING=0.1", "SOLVER.EMA=0.9", "LOG.GRAD_NORMS=true",
 ]  # fmt: skip
 # Overrides of defaults that are too large for digits.
-SMALLER = {"CRD": ["CRD.NCE.K=16"]}
+SMALLER = {"CRD": ["CRD.NCE.K=8"]}
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def train_few(
 ) -> dict[str, Any]:
     """Train on 44 digits: an epoch has 5 steps of 8 and one of 4."""
     settings = config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs)
-    return train(settings, dataset=few_digits(44), **more)
+    return train(settings, **{"dataset": few_digits(44)} | more)
 
 
 def assert_same_state(a: Any, b: Any) -> None:
