@@ -78,9 +78,8 @@ def main(
         if not (message := _message(error)):
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(
-                2
-            )  # rank 0 reports an error of all ranks, after which torchrun ends the others
+            # Rank 0 reports an error of all ranks, after which torchrun ends the others.
+            time.sleep(2)
         print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
         code = 2
     if os.environ.get("WORLD_SIZE", "1") != "1":

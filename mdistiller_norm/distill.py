@@ -33,9 +33,7 @@ def main(options: argparse.Namespace) -> int:
         names["TEACHER_WEIGHTS"] = "pretrained" if teacher.startswith(PREFIXES) else ""
     distilled = _config(options, f"{student},{options.method}", names)
     dataset = build_dataset(distilled.node)
-    build_student(
-        student, dataset, 0
-    )  # an unknown name is an error before the teacher is trained
+    build_student(student, dataset, 0)  # refuse an unknown name before training the teacher
     runs = {"teacher": plain} if options.train_teacher else {}
     runs |= {"student alone": alone} if options.student_alone else {}
     if not options.train_teacher:

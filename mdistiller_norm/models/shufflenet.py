@@ -35,9 +35,8 @@ class GroupedBlock(nn.Module):
         self.first = in_channels != out_channels
         branch = out_channels - in_channels if self.first else out_channels
         width = branch // 4
-        self.groups = (
-            1 if in_channels == STEM else GROUPS
-        )  # the stem has too few channels for groups
+        # The stem has too few channels for groups.
+        self.groups = 1 if in_channels == STEM else GROUPS
         self.conv1, self.bn1 = conv_bn(in_channels, width, 1, groups=self.groups)
         self.conv2, self.bn2 = conv_bn(width, width, 3, 2 if self.first else 1, groups=width)
         self.conv3, self.bn3 = conv_bn(width, branch, 1, groups=GROUPS)

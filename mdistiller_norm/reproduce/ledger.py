@@ -88,9 +88,8 @@ class Ledger:
 
     runs: dict[tuple[str, str], dict[int, Entry]] = field(default_factory=dict)
     duplicates: list[Entry] = field(default_factory=list)  # further runs of a seed
-    failures: list[Entry] = field(
-        default_factory=list
-    )  # the latest of each run that has not finished
+    # The latest failure of each run that has not finished.
+    failures: list[Entry] = field(default_factory=list)
     left_out: list[tuple[Path, str]] = field(default_factory=list)  # broken files with the reason
 
     def of(self, identity: str) -> dict[int, Entry]:
@@ -261,9 +260,8 @@ def write_record(record: Record, folder: Path) -> Path:
     name = f"{experiment['PROJECT']}-{experiment['TAG']}-seed{record['seed']}{failed}-{record['sha256'][:10]}"
     path = folder / (re.sub(r"[^A-Za-z0-9_.+-]+", "-", name) + ".json")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(
-        f".{os.getpid()}"
-    )  # two processes may add the same record at once
+    # Two processes may add the same record at once.
+    temporary = path.with_suffix(f".{os.getpid()}")
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
     write_text("{\n" + ",\n".join(lines) + "\n}\n", temporary)
     temporary.replace(path)
