@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import reduce
+from hashlib import sha256
 from operator import getitem
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +42,10 @@ _STATE_KEYS = {
 
 
 def run_folder(config: Config) -> Path:
-    """Return ``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``; overrides of the computation are appended to the TAG."""
+    """Return ``LOG.PREFIX/EXPERIMENT.PROJECT/(NAME or TAG)``.
+
+    Overrides of the computation are appended to the TAG; beyond 255 bytes, a hash replaces the end.
+    """
     cfg = config.node
     name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
     for key, source in config.sources.items():
@@ -50,6 +54,8 @@ def run_folder(config: Config) -> Path:
         if (from_command and not cfg.EXPERIMENT.NAME) or (key == "DATASET.SUBSET" and value):
             name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
     name = name.encode(errors="backslashreplace").decode()  # TensorBoard requires UTF-8
+    if len(name.encode()) > 255 and not cfg.EXPERIMENT.NAME:
+        name = f"{name[:200]}...{sha256(name.encode()).hexdigest()[:8]}"
     return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name)
 
 
