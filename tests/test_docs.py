@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from mdistiller_norm import cli, config
@@ -91,6 +92,15 @@ def test_site_builds_without_warnings(tmp_path, monkeypatch):
 
 def run_script(*words):
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_files_of_the_project_are_well_formed():
+    files = [ROOT / name for name in ("CITATION.cff", ".github/workflows/test.yml", "Dockerfile")]
+    citation, workflow = (yaml.safe_load(file.read_text()) for file in files[:2])
+    assert {"cff-version", "message", "title", "authors", "references"} <= citation.keys()
+    assert {"run": "bash scripts/test.sh"} in workflow["jobs"]["test"]["steps"]
+    known = ("#", "FROM ", "ENV ", "WORKDIR ", "COPY ", "RUN ", "CMD [")
+    assert all(line.startswith(known) for line in files[2].read_text().splitlines())
 
 
 def test_scripts_have_no_lint():

@@ -66,6 +66,7 @@ COMMANDS = [
     ("eval -c 'two\nlines.pt'", "two lines.pt"),
     ("shards --root x --out y", "x"),
     ("predict -c x.safetensors run.yaml", "x.safetensors has no network: use the run folder"),
+    ("export -c x.pt -o s.foo", "-o s.foo must end in the suffix of its format: .pt2"),
     ("config show digits/normkt", "normkt does not exist; see mdistiller-norm list configs"),
     ("config copy run.yaml", "run.yaml is not a packaged config"),
     ("config copy digits/normkd run.yaml", "run.yaml exists: choose another name"),

@@ -149,3 +149,10 @@ def test_failed_self_test_is_reported(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "self_test:\n  passed: false" in printed
     assert "/nowhere" in printed
+
+
+def test_system_without_fcntl_is_named():
+    without = "import sys, importlib.util as u; u.find_spec = lambda name: None"
+    command = [sys.executable, "-c", f"{without}; import mdistiller_norm"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "ImportError: mdistiller_norm requires Linux" in done.stderr
