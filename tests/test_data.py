@@ -171,3 +171,11 @@ def test_held_out_part_is_stratified_fixed_and_disjoint():
     assert torch.equal(*(each.sort().values for each in sums))
     torch.manual_seed(5)
     assert torch.equal(whole.hold_out(0.1).test.images, held.test.images)
+
+
+def test_subset_is_balanced_and_fixed():
+    whole = digits()
+    part = whole.subset(103)
+    assert part.train.targets.bincount().tolist() == [11] * 3 + [10] * 7
+    assert torch.equal(part.test.images, whole.test.images)
+    assert torch.equal(whole.subset(103).train.images, part.train.images)

@@ -14,9 +14,11 @@ from conftest import ROOT, assert_user_error, tool
 from short_runs import build_few, train_few
 
 from mdistiller_norm.cli import main
+from mdistiller_norm.config import load_config
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import LATEST, load
 from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.run_folder import run_folder
 
 
 @pytest.fixture
@@ -30,6 +32,17 @@ def folder(once, tmp_path):
 
 def resume(folder, *overrides, **more):
     return train_few(folder.parents[1], "run", *overrides, resume=True, **more)
+
+
+def test_names_contain_the_overrides_and_fit_a_file_system():
+    def name(*overrides):
+        return run_folder(load_config(None, ["EXPERIMENT.TAG=t", *overrides])).name
+
+    assert name("DATASET.SUBSET=20", "SEED=1") == "t,DATASET.SUBSET=20,SEED=1"
+    classes = [f"DATASET.CLASSES=[{'x' * 300}, {last}]" for last in ("a", "b")]
+    assert name(classes[0])[:200] == name(classes[1])[:200]
+    assert name(classes[0]) != name(classes[1])
+    assert len(name(classes[0])) < 255
 
 
 def test_two_processes_do_not_train_in_one_folder(folder, tmp_path):
