@@ -45,9 +45,7 @@ def unpacked(name, marker):
             command = [sys.executable, str(unpack), str(root), name]
             subprocess.run(command, check=True, capture_output=True)
     if not (root / marker).exists():
-        pytest.skip(
-            f"{name} is not in data/: download it, or set MDISTILLER_NORM_DATA to its folder"
-        )
+        pytest.skip(f"{name} is not in {root}: download it, or set MDISTILLER_NORM_DATA")
     return root
 
 
@@ -122,9 +120,8 @@ def run(once):
 def tool(name, *arguments, check=True):
     """Run ``tools/<name>.py`` in another process."""
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert not (check and done.returncode), f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
+    more = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 600, "check": check}
+    return subprocess.run(command, **more)
 
 
 def assert_user_error(done, *words):

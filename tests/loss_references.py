@@ -39,10 +39,6 @@ def log_softmax(z):
     return z - log_sum_exp(z)
 
 
-def softmax(z):
-    return np.exp(log_softmax(z))
-
-
 def kl(log_p, log_q):
     """KL(p || q); NormKD, Eq. 2 in the direction of the published code."""
     return (np.exp(log_p) * (log_p - log_q)).sum()
@@ -94,7 +90,7 @@ def softened(z_s, z_t, y, stat="constant", scales=(4.0,), weighting="teacher", d
 
 
 def dist(students, teachers, targets, beta, gamma, t):
-    p_s, p_t = (np.array([softmax(z / t) for z in side]) for side in (students[0], teachers[0]))
+    p_s, p_t = (np.exp([log_softmax(z / t) for z in side]) for side in (students[0], teachers[0]))
 
     def distance(a, b):
         total = 0.0
@@ -117,8 +113,9 @@ def ttm(z_s, z_t, y, gamma, weighted):
 
 @over_samples
 def nkd(z_s, z_t, y, gamma, t):
-    rest = softmax(np.delete(z_t, y) / t) * log_softmax(np.delete(z_s, y) / t)
-    return -softmax(z_t)[y] * log_softmax(z_s)[y] - gamma * t**2 * rest.sum()
+    p_t, rest_t = np.exp(log_softmax(z_t)), np.exp(log_softmax(np.delete(z_t, y) / t))
+    rest = rest_t * log_softmax(np.delete(z_s, y) / t)
+    return -p_t[y] * log_softmax(z_s)[y] - gamma * t**2 * rest.sum()
 
 
 @over_samples
@@ -164,10 +161,6 @@ def at(students, teachers, targets, p):
         energy = [(np.abs(maps) ** p).mean(1).reshape(len(maps), -1) for maps in pair]
         total = total + np.mean([(unit(s) - unit(t)) ** 2 for s, t in zip(*energy, strict=True)])
     return total
-
-
-def hint(students, teachers, targets):
-    return ((students[0] - teachers[0]) ** 2).mean()
 
 
 def nst(students, teachers, targets):

@@ -40,16 +40,16 @@ def config(folder, name, *overrides, epochs=2):
     return load_config(None, [*PAIR, *place, *overrides])
 
 
-def build_few(folder, name, *overrides, epochs=2, **more):
-    """Build a run on 44 digits: an epoch has 5 steps of 8 and one of 4."""
+def build_few(folder, name, *overrides, epochs=2, images=44, **more):
+    """Build a run on 44 digits: an epoch has 5 steps of 8 and one of 4 images."""
     settings = config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs)
-    return build_run(settings, **{"dataset": few_digits(44)} | more)
+    return build_run(settings, **{"dataset": few_digits(images)} | more)
 
 
-def train_few(folder, name, *overrides, epochs=2, **more):
+def train_few(folder, name, *overrides, epochs=2, images=44, **more):
     """Train on 44 digits: an epoch has 5 steps of 8 and one of 4."""
     settings = config(folder, name, "SOLVER.BATCH_SIZE=8", *overrides, epochs=epochs)
-    return train(settings, **{"dataset": few_digits(44)} | more)
+    return train(settings, **{"dataset": few_digits(images)} | more)
 
 
 def assert_same_state(a, b):

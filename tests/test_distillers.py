@@ -247,7 +247,6 @@ def real_pair(teacher, student, variant="cifar"):
     return Pair(network(student, variant)[1], outputs_t, built, targets, 100)
 
 
-# Pairs of the paper's tables: stored losses are of resnets.
 PAIRS = ("vgg13_mv2", "wrn40_2_shuv1")
 
 

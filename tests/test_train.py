@@ -2,29 +2,18 @@
 
 import itertools
 import json
-import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from short_runs import (
-    RECIPE,
-    SMALLER,
-    assert_same_state,
-    build_few,
-    few_digits,
-    state_of,
-    train_few,
-)
-from torch._inductor import config as inductor
+from short_runs import RECIPE, SMALLER, assert_same_state, build_few, state_of, train_few
 
 from mdistiller_norm import errors
 from mdistiller_norm.cli import execute
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine import runtime
 from mdistiller_norm.engine.checkpoint import load
-from mdistiller_norm.engine.compile import compile_outputs
 from mdistiller_norm.engine.logger import read_metrics
 from mdistiller_norm.models import build_model
 
@@ -68,7 +57,6 @@ def test_a_run_writes_its_files(tmp_path, teacher):
     assert all(key.startswith("student.") for key in load(folder / "latest.pt")["trainable"])
     about = load(folder / "student_last.pt")["about"]
     assert (about["name"], about["top1"]) == ("resnet8", result["last"]["top1"])
-    assert about["classes"] == [str(i) for i in range(10)]
 
 
 DOT_EMA = ["SOLVER.TRAINER=dot", "SOLVER.EMA=0.5"]
@@ -81,19 +69,19 @@ MORE = [("KD", RECIPE), ("KD", DOT_EMA), ("NormKD", MIXED), ("NormKD", [*MIXED, 
 )
 def test_resuming_is_bit_identical(tmp_path, teacher, method, more):
     extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher, *more]
-    few = few_digits(20)  # an epoch has 2 steps of 8 and one of 4
-    train_few(tmp_path, "whole", *extra, dataset=few)
-    run = build_few(tmp_path, "parts", *extra, dataset=few)
+    few = {"images": 20}  # an epoch has 2 steps of 8 and one of 4
+    train_few(tmp_path, "whole", *extra, **few)
+    run = build_few(tmp_path, "parts", *extra, **few)
     after_step(run, 2, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(errors.Interrupted):
         run.trainer.fit()
     run.trainer.log.close()
     assert (run.trainer.epoch, run.trainer.steps_done) == (1, 2)
     if method in ("NONE", "CRD"):  # resumes at the end of an epoch too
-        train_few(tmp_path, "parts", *extra, epochs=1, resume=True, dataset=few)
+        train_few(tmp_path, "parts", *extra, epochs=1, resume=True, **few)
     with (tmp_path / "distill" / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "lo')  # the line of a killed process
-    train_few(tmp_path, "parts", *extra, resume=True, dataset=few)
+    train_few(tmp_path, "parts", *extra, resume=True, **few)
     assert_same_state(state_of(tmp_path, "whole"), state_of(tmp_path, "parts"))
     whole, parts = (metrics_of(tmp_path, name) for name in ("whole", "parts"))
     for record in (*whole, *parts):
@@ -103,19 +91,10 @@ def test_resuming_is_bit_identical(tmp_path, teacher, method, more):
     assert [record["epoch"] for record in whole] == [1, 2]
 
 
-@pytest.mark.slow
-def test_a_network_that_cannot_be_compiled_runs_uncompiled():
-    warnings, x = [], torch.ones(3)
-    with inductor.patch({"cpp.cxx": (None, "/bin/false"), "force_disable_caches": True}):
-        forward = compile_outputs(lambda x: x.sin() + 1, "student", warnings.append)
-        assert torch.equal(forward(x), x.sin() + 1)
-    assert re.match(r"the student could not be compiled \(.*\): it runs uncompiled", warnings[0])
-
-
 def test_the_warm_up_and_the_learning_rate_follow_the_epoch(tmp_path, teacher):
     common = ["DISTILLER.TYPE=DKD", "SOLVER.LR=1e-9", "SOLVER.LR_DECAY_STAGES=[1]", teacher]
     for name, warmup in (("none", 0), ("ten", 10)):
-        train_few(tmp_path, name, f"DKD.WARMUP={warmup}", *common, dataset=few_digits(20))
+        train_few(tmp_path, name, f"DKD.WARMUP={warmup}", *common, images=20)
     full, ramped = metrics_of(tmp_path, "none"), metrics_of(tmp_path, "ten")
     assert [record["lr"] for record in full] == pytest.approx([1e-9, 1e-10])
     for a, b in zip(full, ramped, strict=True):
