@@ -161,9 +161,8 @@ def test_two_processes_killed_in_every_phase_equal_ones_that_were_not(tmp_path):
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     def start(name, resume=True):
-        # As torchrun, without new imports.
         options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
-        pair = LaunchConfig(1, 1, 2, max_restarts=1, monitor_interval=0.02, **options)
+        pair = LaunchConfig(1, 1, 2, max_restarts=1, monitor_interval=0.02, **options)  # torchrun
         settings = ("LOG.CHECKPOINT_STEPS=1", "DEVICE=cpu")
         train = partial(train_few, tmp_path, name, *settings, resume=resume)
         elastic_launch(pair, lambda: train() and None)()
@@ -219,8 +218,7 @@ def test_parallel_runs_of_a_killed_table_equal_runs_that_were_not(tmp_path):
     run_killed(start)
     ledger = read_ledger(tmp_path / "smoke" / "results" / "runs", smoke=True)
     runs = {entry.record["seed"]: entry.record["metrics"] for entry in ledger.all_runs()}
-    assert runs.keys() == {0, 1}
-    for seed in runs:
+    for seed in (0, 1):
         place = f"LOG.PREFIX={tmp_path} EXPERIMENT.NAME={seed} SEED={seed}"
         execute(["train", "--cfg", "digits/vanilla_resnet8", *SMOKE, *place.split()])
         whole = finished_run(tmp_path / "digits" / str(seed)).record["metrics"]
