@@ -81,12 +81,6 @@ def test_base_that_two_bases_share_does_not_undo_the_first(tmp_path):
     assert (node.SOLVER.LR, node.SOLVER.EPOCHS, node.DISTILLER.TYPE) == (0.01, 9, "KD")
 
 
-def test_files_that_include_each_other_are_read_once(tmp_path):
-    write(tmp_path, "a.yaml", "_BASE_: b.yaml\nSOLVER.LR: 0.1\n")
-    path = write(tmp_path, "b.yaml", "_BASE_: a.yaml\nSOLVER.LR: 0.2\nSEED: 3\n")
-    assert values(load_config(path).node, "SOLVER.LR SEED") == (0.2, 3)
-
-
 @pytest.mark.parametrize(
     ("overrides", "key", "value"),
     [

@@ -74,10 +74,8 @@ def test_epoch_contains_every_sample_once_and_can_start_at_any_step():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
 def test_weighted_parts_give_the_mean_of_the_batch(count):
-    values, parts = (
-        torch.arange(100.0),
-        [share_out(40, count, Share(rank, 3)) for rank in range(3)],
-    )
+    values = torch.arange(100.0)
+    parts = [share_out(40, count, Share(rank, 3)) for rank in range(3)]
     mean = sum(part.weight * values[part.rows].mean() for part in parts) / 3
     torch.testing.assert_close(mean, values[40 : 40 + count].mean())
     real = [i for part in parts if part.weight for i in range(part.rows.start, part.rows.stop)]

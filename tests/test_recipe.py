@@ -138,12 +138,8 @@ def test_tensorboard_has_three_groups_and_a_cosine_keeps_its_length(tmp_path):
 
 
 def test_mixed_images_and_targets_equal_torchvisions():
-    images, targets, rest = (
-        torch.randn(5, 3, 8, 10),
-        torch.tensor([1, 0, 2, 2, 1]),
-        torch.zeros(()),
-    )
-    batch = Batch(images, targets, rest, rest, rest)
+    images, targets = torch.randn(5, 3, 8, 10), torch.tensor([1, 0, 2, 2, 1])
+    batch = Batch(images, targets, *[torch.zeros(())] * 3)
     common = {"labels": targets, "batch_size": 5}
     cut = {"box": (2, 0, 6, 4), "lam_adjusted": 0.8}
     for drawn, transform, parameters in (
@@ -224,10 +220,8 @@ def test_dot_computes_its_formula(nesterov):
         batch = Batch(images, targets, index, index, index[0])
         outputs = Outputs(torch.zeros(5, 4), (), (), features)
         pooled = images @ student.both
-        losses = (
-            0.6 * F.cross_entropy(pooled * student.task, targets),
-            1.7 * F.mse_loss(pooled * regression.own, features),
-        )
+        losses = [0.6 * F.cross_entropy(pooled * student.task, targets)]
+        losses.append(1.7 * F.mse_loss(pooled * regression.own, features))
         if not optimizer:
             network = SimpleNamespace(outputs=lambda _, outputs=outputs: outputs)
             sgd = {"lr": 1, "momentum": 0.7, "weight_decay": 0.11, "nesterov": nesterov}
