@@ -192,9 +192,7 @@ def test_every_key_of_a_method_with_modules_reaches_it(name):
 WEIGHTS = {"CE_WEIGHT", "KD_WEIGHT", "FEAT_WEIGHT", "WARMUP"}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in DISTILLERS if hasattr(DISTILLERS[name], "loss")]
-)
+@pytest.mark.parametrize("name", [key for key in DISTILLERS if hasattr(DISTILLERS[key], "loss")])
 def test_every_key_of_a_method_is_an_argument_of_its_loss(name):
     cls = DISTILLERS[name]
     names = [key for key, _ in leaves(cls.defaults)]

@@ -1,6 +1,5 @@
 """Bad input: every command prints one line and exits with code 2."""
 
-import errno
 import io
 import os
 import shlex
@@ -11,7 +10,6 @@ import pytest
 from conftest import ROOT, registries_as_before
 from test_plugins import REGISTER
 
-from mdistiller_norm import cli
 from mdistiller_norm.cli import main
 
 DIGITS = f"train --cfg {ROOT}/configs/digits/vanilla_resnet8.yaml LOG.PREFIX=out"
@@ -239,15 +237,6 @@ def test_run_folder_that_is_damaged_during_training(damage, words, teacher, caps
     text = f"{imports}{text}    def begin_epoch(self, epoch, seed):\n        {damage}\n"
     keys = f"{override} {SHORT} EXPERIMENT.NAME=run"
     check(command_with_plugin((text, keys), teacher), words, capsys)
-
-
-@pytest.mark.parametrize("path", [None, cli.__file__ + "x", os.__file__ + "x"])
-def test_an_os_error_that_is_a_bug_keeps_its_traceback(path):
-    def program(arguments):
-        raise OSError(errno.EINVAL, "a bug", path)
-
-    with pytest.raises(OSError, match="a bug"):
-        main([], program)
 
 
 def test_plugins_are_imported_for_training_only(capsys):

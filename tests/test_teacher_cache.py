@@ -280,21 +280,3 @@ def test_compiled_networks_compute_the_same():
     for expected, got in zip(eager.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(network.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
-
-
-def test_a_live_teacher_is_compiled_once(tmp_path, own_teacher, monkeypatch):
-    compiled = []
-
-    def backend(graph, *_, **__):
-        compiled.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr("mdistiller_norm.engine.compile.compiler_missing", lambda device: "")
-    more = ["DISTILLER.TYPE=AT", "ENGINE.COMPILE=teacher", own_teacher]
-    step = build(tmp_path, "run", *more).step
-    step.trainable.train()
-    # The last batch is smaller.
-    for raw in step.with_teacher_outputs(step.loader.batches(1, 16)):
-        step(*raw)
-    assert len(compiled) == 1
