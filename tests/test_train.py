@@ -61,12 +61,13 @@ def test_a_run_writes_its_files(tmp_path, teacher):
 
 DOT_EMA = ["SOLVER.TRAINER=dot", "SOLVER.EMA=0.5"]
 MIXED = ["DATASET.MIXUP=0.2", "DATASET.CUTMIX=1"]
+FAST = ("NONE", "NormKD", "CRD", "OFD", "REVIEWKD")
+MARKS = {method: () if method in FAST else pytest.mark.slow for method in ("NONE", *DISTILLERS)}
+METHODS = [pytest.param(method, [], marks=marks) for method, marks in MARKS.items()]
 MORE = [("KD", RECIPE), ("KD", DOT_EMA), ("NormKD", MIXED), ("NormKD", [*MIXED, *DOT_EMA])]
 
 
-@pytest.mark.parametrize(
-    ("method", "more"), [*((method, []) for method in ("NONE", *DISTILLERS)), *MORE]
-)
+@pytest.mark.parametrize(("method", "more"), [*METHODS, *MORE])
 def test_resuming_is_bit_identical(tmp_path, teacher, method, more):
     extra = [f"DISTILLER.TYPE={method}", *SMALLER.get(method, []), teacher, *more]
     few = {"images": 20}  # an epoch has 2 steps of 8 and one of 4
