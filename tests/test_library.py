@@ -158,6 +158,7 @@ def test_training_loops_of_other_libraries(package, tmp_path):
     assert list(map(torch.equal, before, after)) == [False, True]
 
 
+@pytest.mark.slow
 def test_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(ROOT)

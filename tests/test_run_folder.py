@@ -45,6 +45,7 @@ def test_names_contain_the_overrides_and_fit_a_file_system():
     assert len(name(classes[0])) < 255
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(folder, tmp_path):
     holder = build_few(tmp_path, "run", resume=True)
     again = ["--cfg", folder / "config.yaml", "--resume", "SOLVER.EPOCHS", 2]

@@ -28,6 +28,7 @@ def top1(folder, epoch="last"):
     return json.loads((folder / "result.json").read_text())[epoch]["top1"]
 
 
+@pytest.mark.slow
 def test_runs_are_grouped_by_seed_and_compared(tmp_path, capsys):
     for name, lr in (("plain", 0.02), ("fast", 0.05)):
         for seed in (0, 1, 2):
