@@ -51,7 +51,6 @@ COMMANDS = [
     (f"{PAIR} resnet8", "teacher resnet44 … or add --train-teacher"),
     ("eval -c x.pt -bs 0", "must be an integer >= 1, got 0"),
     ("eval -c x.pt --cfg x.yaml -d digits", "--cfg sets the data set"),
-    ("eval -c pretrain", "add -m"),
     ("eval -c 'two\nlines.pt'", "two lines.pt"),
     ("predict -c x.safetensors run.yaml", "x.safetensors has no network: use the run folder"),
     ("export -c x.pt -o s.foo", "-o s.foo must end in the suffix of its format: .pt2"),
