@@ -243,7 +243,7 @@ class Slow:
     """Kills a worker while it is saved."""
 
     def __reduce__(self):
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        os.kill(max(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
         time.sleep(30)
 
 
