@@ -78,6 +78,7 @@ def stored(content):
         (stored({"model": {"a": 1}}), "holds no weights"),
         (stored([1, 2]), "holds a list"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "file",
 )
 def test_other_files_are_refused(tmp_path, content, message, capfd):
     (tmp_path / "odd.pth").write_bytes(content)
