@@ -10,8 +10,9 @@ from mdistiller_norm.errors import DataError
 
 def main(options: argparse.Namespace) -> int:
     """Check all images and pack them."""
-    # The fraction is not used, it permits a folder without val.
-    images = ImageOptions(mean=MEAN, std=STD, workers=max(options.workers, 0), val_split=0.5)
+    # Without val, only train is opened: the fraction itself is not used.
+    fraction = 0.0 if (options.root / "val").is_dir() else 0.5
+    images = ImageOptions(mean=MEAN, std=STD, workers=max(options.workers, 0), val_split=fraction)
     dataset = image_folder(options.root, images)
     if broken := list_unreadable(dataset):
         problem = f"{len(broken)} images cannot be read (listed above)"

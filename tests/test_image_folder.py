@@ -29,13 +29,16 @@ from mdistiller_norm.data.folder import MEAN, STD
 from mdistiller_norm.data.shards import INDEX, webdataset
 from mdistiller_norm.engine.checkpoint import load, save_atomically
 from mdistiller_norm.errors import CheckpointError, ConfigError, DataError
+from mdistiller_norm.models import build_model
+from mdistiller_norm.predict import preprocess
 from mdistiller_norm.run import build_run, train
+from mdistiller_norm.student import load_student
 
 CPU = torch.device("cpu")
 VANILLA = ROOT / "configs" / "digits" / "vanilla_resnet8.yaml"
 SMALL = ImageOptions(size=48, resize=56, mean=MEAN, std=STD, workers=0)
 RUN = [
-    "DATASET.TYPE=image_folder", "DATASET.IMAGE_SIZE=32", "DATASET.RESIZE=36", "DATASET.NUM_WORKERS=0",
+    "DATASET.TYPE=image_folder", "DATASET.IMAGE_SIZE=32", "DATASET.NUM_WORKERS=0",
     "DISTILLER.STUDENT=resnet8", "SOLVER.BATCH_SIZE=8", "SOLVER.EPOCHS=2",
 ]  # fmt: skip
 
@@ -85,9 +88,6 @@ def encoded(image, kind, **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-# Pixels
 
 
 def test_decode_equals_pillow(jpegs):
@@ -154,9 +154,6 @@ def test_crops_are_distributed_as_in_torchvision():
     assert draw_crop(random, 10, 1000, (1.0, 1.0))[:4] == (0, 493, 10, 13)  # no attempt fits
 
 
-# The folder
-
-
 def test_folder_is_counted_named_and_measured(tree):
     data = image_folder(tree, ImageOptions(size=64, resize=64))
     assert data.summary() == "tiny: 3 classes, 36 + 12 images"
@@ -202,9 +199,6 @@ def test_names_that_are_not_utf8_are_escaped(copy):
     (copy / "train" / os.fsdecode(b"caf\xe9")).mkdir()
     with pytest.raises(DataError, match=r"caf\\udce9 in .*train has a name that is not UTF-8"):
         image_folder(copy, SMALL)
-
-
-# Loading
 
 
 def test_epochs_contain_every_sample_once_in_new_orders_and_crops(tree):
@@ -330,9 +324,6 @@ def test_batch_norm_on_a_single_value_is_refused(tree, tmp_path):
     assert [path.name for path in (tmp_path / "distill").iterdir()] == ["maps"]
 
 
-# Shards
-
-
 def test_shards_contain_the_same_images_and_classes(tree, shards, tmp_path):
     files, packed = image_folder(tree, SMALL), webdataset(shards, SMALL)
     assert packed.classes == files.classes
@@ -369,6 +360,15 @@ def test_damaged_shards_are_refused(shards, tmp_path, change, indexed, message):
         webdataset(copy, SMALL)
 
 
+def test_weights_without_metadata_are_preprocessed_like_the_evaluation(tree, tmp_path):
+    network = build_model("ResNet18", 3, variant="imagenet")
+    torch.save(network.state_dict(), tmp_path / "bare.pth")
+    student = load_student(tmp_path / "bare.pth", "ResNet18", "image_folder", tree)
+    path = max((tree / "val").rglob("*.JPEG"))
+    ((images, *_),) = student.dataset.eval_loader(12, CPU)
+    torch.testing.assert_close(preprocess(path, student.about), images[-1])
+
+
 def test_wrong_options_and_missing_folders_are_refused(copy):
     with pytest.raises(ConfigError, match=r"RESIZE must be >= DATASET\.IMAGE_SIZE 48, got 47"):
         image_folder(copy, replace(SMALL, resize=47))
@@ -396,9 +396,6 @@ def test_shards_are_written_completely_or_not_at_all(copy, shards, tmp_path, lim
     assert webdataset(full, SMALL).summary() == "full: 3 classes, 36 + 12 images"
 
 
-# Runs
-
-
 @pytest.fixture(scope="module")
 def kd(tree, tmp_path_factory):
     """The folder of the runs and the overrides with a teacher that was trained in it on the tree."""
@@ -417,7 +414,7 @@ def test_teacher_trained_on_other_images_is_reported(tree, kd, tmp_path, capsys)
     (tmp_path / "moved").symlink_to(shutil.copytree(tree, tmp_path / "another"))
     moved = build("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
     assert "was trained on tiny, not on another" in moved
-    larger = build("size", "DATASET.IMAGE_SIZE=40", "DATASET.RESIZE=44")
+    larger = build("size", "DATASET.IMAGE_SIZE=40")
     assert "image_size [32, 32] (here [40, 40])" in larger
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
     with pytest.raises(CheckpointError, match=f"has class '{first}' for '{second}'"):
@@ -436,8 +433,7 @@ def test_resumed_run_with_mixed_images_and_randaugment_is_bit_identical(tree, kd
     assert not torch.equal(mixed["student.conv1.weight"], plain["student.conv1.weight"])
 
 
-def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys):
-    shutil.rmtree(copy / "val")
+def test_images_are_held_out_the_same_everywhere(copy, tmp_path, capsys):
     split = ["DATASET.VAL_SPLIT=0.25", "SOLVER.EPOCHS=1", "DISTILLER.TEACHER=resnet8"]
     train(run_config(copy, tmp_path, "teacher", *split))
     result = train(run_config(copy, tmp_path, "student", *split, "DISTILLER.TYPE=KD"))
@@ -447,15 +443,13 @@ def test_folder_without_val_is_split_the_same_everywhere(copy, tmp_path, capsys)
     shown = capsys.readouterr().out
     assert f"top-1 {result['last']['top1']:6.2f}" in shown
     assert " 9 images of 32x32" in shown
+    shutil.rmtree(copy / "val")
     pack(copy, tmp_path / "packed")
     assert "no folder val: train on the shards with DATASET.VAL_SPL" in capsys.readouterr().out
     options = replace(SMALL, val_split=0.25, train=False)
     packed = open_dataset("webdataset", tmp_path / "packed", options)
     assert packed.summary() == "packed: 3 classes, 27 + 9 images"
     assert packed.test.targets.bincount().tolist() == [3, 3, 3]
-
-
-# Tiny-ImageNet
 
 
 @pytest.fixture

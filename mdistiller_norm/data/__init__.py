@@ -34,7 +34,7 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
     if isinstance(dataset, TensorDataset):
         dataset.check()
     try:
-        if options.val_split and (options.train or dataset.test is dataset.train):
+        if options.val_split:
             dataset = dataset.hold_out(options.val_split)
         return dataset.subset(options.subset) if options.train and options.subset else dataset
     except (AttributeError, TypeError) as error:  # of a plugin's splits

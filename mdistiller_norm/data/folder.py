@@ -72,14 +72,15 @@ def list_images(folder: Path, classes: Sequence[str] = ()) -> dict[str, list[str
             raise DataError(f"{folder} has no class folders or val_annotations.txt") from error
         return images
     labels = [label for label in labels if label in (classes or labels)]
-    return {label: sorted(_images(f"{folder}/{label}", f"{label}/")) for label in labels}
+    return {label: sorted(image_names(f"{folder}/{label}", f"{label}/")) for label in labels}
 
 
-def _images(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
+def image_names(folder: str, prefix: str, parents: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the image files in a folder and in the folders below it, links included, with a prefix."""
     real = os.path.realpath(folder)  # links may lead to a parent
     for entry in os.scandir(folder) if real not in parents else ():
         if entry.is_dir():
-            yield from _images(entry.path, f"{prefix}{entry.name}/", (*parents, real))
+            yield from image_names(entry.path, f"{prefix}{entry.name}/", (*parents, real))
         elif entry.name.lower().endswith(EXTENSIONS):
             yield prefix + entry.name
 
@@ -103,18 +104,15 @@ def data_root(root: Path, name: str) -> Path:
     return next((split.parent for split in splits if split.is_dir()), root)
 
 
-def split_names(root: Path, options: ImageOptions) -> tuple[str, ...]:
+def split_names(options: ImageOptions) -> tuple[str, ...]:
     """Return the splits to open, the last of them for evaluation, which may be held out of ``train``."""
-    held_out = options.val_split > 0 and not (root / "val").is_dir()
-    return ("train",) if held_out else ("train", "val") if options.train else ("val",)
+    return ("train",) if options.val_split else ("train", "val") if options.train else ("val",)
 
 
 def image_folder(root: Path, options: ImageOptions, name: str = "") -> ImageDataset:
     """Open a data set of image files, ``root/{train,val}/<class>/*`` or in the folder ``name`` of ``root``."""
     root = data_root(root, name)
-    found = {
-        each: list_images(root / each, options.classes) for each in split_names(root, options)
-    }
+    found = {each: list_images(root / each, options.classes) for each in split_names(options)}
     classes = options.classes or tuple(sorted(set().union(*found.values())))
     parts = [files(root / split, images, classes) for split, images in found.items()]
     dataset = ImageDataset(name or root.resolve().name, classes, parts, options)
@@ -179,6 +177,9 @@ class ImageDataset(Dataset):
     @property
     def image_size(self) -> tuple[int, int]:
         return self.options.size, self.options.size
+
+    def metadata(self) -> dict[str, object]:
+        return super().metadata() | {"resize": self.options.resize}
 
     def fingerprint(self) -> str:
         sizes = []

@@ -54,7 +54,7 @@ class Shards(ImageSplit):
 def webdataset(root: Path, options: ImageOptions) -> ImageDataset:
     """Open shards, ``root/{train,val}/*.tar`` and ``root/classes.txt``, normalised as ImageNet by default."""
     root = data_root(root, "webdataset")
-    splits = [open_shards(root / name) for name in split_names(root, options)]
+    splits = [open_shards(root / name) for name in split_names(options)]
     path = root / CLASSES
     try:
         classes = tuple(regular(path).read_text(encoding="utf-8").rstrip("\n").split("\n"))
