@@ -121,8 +121,7 @@ def _records(
     }  # fmt: skip
     about = dataset.metadata() | {
         "name": cfg.DISTILLER.STUDENT, "num_classes": len(dataset.classes), "type": cfg.DATASET.TYPE,
-        "resize": cfg.DATASET.RESIZE, "val_split": cfg.DATASET.VAL_SPLIT, "seed": cfg.SEED,
-        "plugins": list(cfg.EXPERIMENT.PLUGINS),
+        "val_split": cfg.DATASET.VAL_SPLIT, "seed": cfg.SEED, "plugins": list(cfg.EXPERIMENT.PLUGINS),
     }  # fmt: skip
     about |= {"ema": cfg.SOLVER.EMA} if cfg.SOLVER.EMA else {}
     identity = {

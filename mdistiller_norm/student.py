@@ -82,12 +82,11 @@ def load_student(
                 raise
             missing = str(error)
     network = _load(weights, model, about)
-    kept = {key: about[key] for key in (*_REQUIRED, "top1") if key in about} | {
-        "name": network.name
-    }
-    from_files = about.get("type") in ("imagenet", "image_folder", "webdataset")
-    resize = about.get("resize", 256) if from_files else about["image_size"][0]
-    return Student(network, kept | _PREPROCESSING | {"resize": resize}, dataset, missing)
+    kept = {key: about[key] for key in (*_REQUIRED, "top1", "epoch") if key in about}
+    kept |= {"name": network.name, "resize": about["image_size"][0]} | _PREPROCESSING
+    if kind not in (*CIFAR_FOLDERS, "digits", "tiny_imagenet"):
+        kept["resize"] = about.get("resize", kept["resize"])
+    return Student(network, kept, dataset, missing)
 
 
 def _open_data(
