@@ -55,12 +55,20 @@ def measure_speed(network: Network, size: Sequence[int], device: torch.device) -
 
 
 def group_runs(paths: Iterable[Path]) -> dict[str, list[tuple[Path, Record]]]:
-    """Return the paths with the content of their ``result.json`` by label; runs that differ in the seed are a group."""
-    groups: dict[str, list[tuple[Path, Record]]] = {}
+    """Return the paths with the content of their ``result.json`` by label; runs that differ in the seed are a group.
+
+    The runs of a group have the same config, training images and teacher's weights.
+    """
+    groups: dict[tuple[object, ...], list[tuple[Path, Record]]] = {}
     for path in paths:
         file = path / RESULT
         result: Record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        key = identity(result["config"]) if result else str(path)
+        key: tuple[object, ...] = (path,)
+        if result:
+            teacher = (result.get("teacher") or {}).get("hash")
+            key = identity(result["config"]), result.get("data"), teacher
+            if any(result["seed"] == other["seed"] for _, other in groups.get(key, ())):
+                key = (path,)
         groups.setdefault(key, []).append((path, result))
     labels = [re.sub(r",?SEED=\d+", "", runs[0][0].name) for runs in groups.values()]
     if len(set(labels)) < len(groups):
