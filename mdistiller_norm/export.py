@@ -172,18 +172,19 @@ def write_hub_folder(
         "tags": ["knowledge-distillation", *result.get("method", [])],
     }  # fmt: skip
     description = "An image classifier."
-    if result:
+    if result and "top1" in about:
         teacher, best, last = result.get("teacher"), result["best"], result["last"]
         method = "+".join(result["method"])
         source = f"with {method} from {teacher['name']}" if teacher else "without a teacher"
         description = (
             f"Trained {source} for {result['epochs']} epochs with seed {result['seed']}. Test top-1 of epoch "
-            f"{best['epoch']}, the best: {best['top1']:.2f}; of the last epoch: {last['top1']:.2f}."
+            f"{best['epoch']}, the best: {best['top1']:.2f}; of the last epoch: {last['top1']:.2f}. "
+            f"The weights are those of epoch {about['epoch']}."
         )
         header["model-index"] = [{"name": about["name"], "results": [{
             "task": {"type": "image-classification"},
             "dataset": {"name": about["dataset"], "type": about["dataset"]},
-            "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(best["top1"], 2)}],
+            "metrics": [{"type": "accuracy", "name": "top-1 (%)", "value": round(about["top1"], 2)}],
         }]}]  # fmt: skip
     start = yaml.safe_dump(header, sort_keys=False)
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
@@ -198,16 +199,19 @@ def main(options: argparse.Namespace) -> int:
     form: str = options.format or (SUFFIXES.get(options.out.suffix, "") if options.out else "pt2")
     suffix = next((suffix for suffix, name in SUFFIXES.items() if name == form), "")
     path: Path = options.out or source.with_suffix(suffix)
+    written = [path]
     if hub := options.push_folder:
         form, path = "safetensors", hub / "model.safetensors"
+        written = [path, hub / "config.json", hub / "README.md"]
+    existing = next((file for file in written if file.exists()), path)
     problems = {
         "--push-folder cannot be combined with -o or --format": hub and (options.out or options.format),
         f"-o {path} must be a file in an existing folder": not hub and (path.is_dir() or not path.parent.is_dir()),
         f"-o {path} must end in the suffix of its format: {', '.join(SUFFIXES)}": SUFFIXES.get(path.suffix) != form,
         "--with-normalisation requires --format pt2 or onnx: the others have weights only":
             options.with_normalisation and form not in EXECUTABLE,
-        f"{path} exists: choose another path, or replace it with --force":
-            path.resolve() == source.resolve() or (path.exists() and not options.force),
+        f"{existing} exists: choose another path, or replace it with --force":
+            path.resolve() == source.resolve() or (existing.exists() and not options.force),
     }  # fmt: skip
     if found := [message for message, holds in problems.items() if holds]:
         raise ConfigError(found[0])

@@ -129,3 +129,7 @@ def test_a_folder_for_the_hub(run, tmp_path):
     card = yaml.safe_load((hub / "README.md").read_text().split("---")[1])
     best = json.loads((run / "result.json").read_text())["best"]["top1"]
     assert card["model-index"][0]["results"][0]["metrics"][0]["value"] == round(best, 2)
+    assert "The weights are those of epoch 1." in (hub / "README.md").read_text()
+    (hub / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"config\.json exists"):
+        export(f"-c {run} --push-folder {hub}")
