@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mdistiller_norm.build import build_device, placed
 from mdistiller_norm.data.decode import UNREADABLE, decode, eval_image
-from mdistiller_norm.data.folder import EXTENSIONS
+from mdistiller_norm.data.folder import EXTENSIONS, image_names
 from mdistiller_norm.errors import DataError, first_line, needs_extra
 from mdistiller_norm.export import EXECUTABLE, SUFFIXES, Forward, read
 from mdistiller_norm.student import Metadata, load_student
@@ -57,9 +57,10 @@ def predict(
 
 
 def find_images(paths: Sequence[Path]) -> Iterator[Path]:
-    """Yield the image files in the given order, folders replaced by all images in them."""
+    """Yield the image files in the given order, folders replaced by the images in them that training would read."""
     for path in paths:
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        names = image_names(str(path), "/") if path.is_dir() else ()
+        found = sorted(Path(f"{path}{name}") for name in names if "/." not in name)
         if not found and not path.is_file():
             raise DataError(f"{path} does not exist or has no images ({', '.join(EXTENSIONS)})")
         yield from found or [path]

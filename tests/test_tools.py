@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from short_runs import outputs_of, train_few
 from sklearn.metrics import silhouette_score
 
 from mdistiller_norm.cli import execute, main
-from mdistiller_norm.compare import mcnemar
+from mdistiller_norm.compare import group_runs, mcnemar
 from mdistiller_norm.data.digits import digits
 from mdistiller_norm.errors import UserError
 
@@ -39,6 +40,10 @@ def test_runs_are_grouped_by_seed_and_compared(tmp_path, capsys):
     record = read(capsys, "compare", *plain, *fast, "--html", page)
     first, second = record["networks"]
     assert (first["name"], first["n"], second["name"], second["n"]) == ("plain", 3, "fast", 3)
+    others = [Path(shutil.copytree(plain[1], tmp_path / name)) for name in ("again", "moved")]
+    text = (plain[1] / "result.json").read_text().replace('"seed": 1,', '"seed": 7,')
+    (others[1] / "result.json").write_text(re.sub(r'"data": "\w+"', '"data": "another"', text))
+    assert [len(runs) for runs in group_runs([*plain, *others]).values()] == [3, 1, 1]
     assert (first["network"], first["parameters"]) == ("resnet8", 78042)
     assert first["last"]["mean"] == pytest.approx(np.mean([top1(folder) for folder in plain]))
     best = [top1(folder, "best") for folder in plain]
@@ -70,13 +75,13 @@ def test_weights_without_a_result(run, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder with three test digits as PNG files, one of them nested, and a file that is not an image."""
+    """A folder with three test digits as PNG files, one in a linked folder, and files that are not images."""
     folder = tmp_path_factory.mktemp("images")
-    (folder / "nested").mkdir()
+    (folder / "nested").symlink_to(tmp_path_factory.mktemp("linked"))
     for name, pixels in zip(("a", "b", "nested/c"), digits().test.images, strict=False):
         Image.fromarray(pixels.numpy()).save(folder / f"{name}.png")
-    (folder / "broken.png").write_text("text")
-    (folder / "notes.txt").write_text("text")
+    for name in ("broken.png", "notes.txt", "._hidden.png"):
+        (folder / name).write_text("text")
     return folder
 
 
