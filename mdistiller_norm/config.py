@@ -104,6 +104,8 @@ def load_config(
         ] = value
         sources[key] = source
     node.EXPERIMENT.PLUGINS = names or ""
+    if "DATASET.RESIZE" not in settings:
+        node.DATASET.RESIZE = round(node.DATASET.IMAGE_SIZE * 8 / 7)
     _check_together(node, sources, others, skipped)
     node.freeze()
     return Config(node, sources)

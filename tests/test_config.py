@@ -109,6 +109,14 @@ def test_overrides_may_set_the_keys_of_used_methods():
     assert load_config(None, ["KD.TEMPERATURE=3"], others=["KD"]).node.KD.TEMPERATURE == 3.0
 
 
+def test_resize_follows_the_image_size_unless_it_is_set():
+    assert load_config(None, ["DATASET.IMAGE_SIZE=64"]).node.DATASET.RESIZE == 73
+    assert (
+        load_config(None, ["DATASET.IMAGE_SIZE=64", "DATASET.RESIZE=64"]).node.DATASET.RESIZE
+        == 64
+    )
+
+
 def test_merge_keys_replace_whole_values(tmp_path):
     text = "KD: {LOSS: &a {CE_WEIGHT: 0.3, KD_WEIGHT: 0.7}}\nAT.LOSS: &b {CE_WEIGHT: 0.4, FEAT_WEIGHT: 2}\n"
     text += "NormKD: {LOSS: {<<: *a, KD_WEIGHT: 0.5}}\nPKT: {LOSS: {<<: [*b, {CE_WEIGHT: 9}]}}\n"
