@@ -114,9 +114,6 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path):
     assert os.listdir(tmp_path) == ["state.pt"]
 
 
-# The search for a teacher
-
-
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """An empty working directory without the project's manifest."""

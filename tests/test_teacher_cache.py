@@ -102,9 +102,6 @@ def test_every_family_can_be_folded_and_others_run_unchanged():
         assert torch.equal(folded(network, Need.LOGITS)(images).logits, network(images))
 
 
-# The cache
-
-
 @pytest.mark.parametrize("option", ["on_device", "resume"])
 def test_runs_that_fill_read_and_resume_with_the_cache_are_bit_identical(filled, option):
     folder, weights = filled
@@ -180,9 +177,6 @@ def test_resuming_with_another_rounding_is_refused(tmp_path, own_teacher):
         build(tmp_path, "half", own_teacher, FP16, epochs=2, resume=True)  # without a cache
 
 
-# The file of rows
-
-
 def open_store(folder):
     return RowStore(folder, rows=1000, width=3, dtype=torch.float32)
 
@@ -247,9 +241,6 @@ def test_a_full_disk_is_an_error(tmp_path, own_teacher, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)  # a disk cannot be filled up for a test
     with pytest.raises(CheckpointError, match=r"written \(No space left on device\): free space"):
         run(tmp_path, "run", own_teacher, LAZY)
-
-
-# Compilation
 
 
 def test_the_choice_depends_on_the_number_of_steps_and_the_compiler(monkeypatch):
