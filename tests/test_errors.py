@@ -42,6 +42,7 @@ COMMANDS = [
     (f"{DIGITS} DATASET.TYPE digit", "unknown data set 'digit': did you mean digits?"),
     (f"{DIGITS} DATASET.VAL_SPLIT 0.001", "DATASET.VAL_SPLIT 0.001 holds out no image of digits"),
     (f"{DIGITS} DATASET.RANDAUGMENT=9", "RANDAUGMENT requires image files, digits is in memory"),
+    (f"{DIGITS} DATASET.STD '[1, 1, 1]'", "set both DATASET.MEAN and DATASET.STD, or neither"),
     (f"{DIGITS} DATASET.CLASSES '[a, a]'", "CLASSES must be different names, got ['a', 'a']"),
     ("reproduce --table 1 --dry-run DATASET.SUBSET 20", "DATASET.SUBSET would change the result"),
     (f"{DIGITS} DEVICE tpu", "DEVICE … tpu"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from short_runs import SMALLER
+from short_runs import SMALLER, outputs_of
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet34_Weights, resnet34
@@ -97,10 +97,14 @@ def test_mistakes_raise_config_errors(method, keys, words):
 
 def test_train_runs_a_config_with_overrides(tmp_path):
     overrides = {"SOLVER.EPOCHS": 1, "SOLVER.LR_DECAY_STAGES": [], "LOG.PREFIX": str(tmp_path)}
+    images = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    overrides |= {f"DATASET.{key.upper()}": value for key, value in images.items()}
     overrides |= {"EXPERIMENT.NAME": "a", "DATASET.SUBSET": 64}
     result = mdn.train(ROOT / "configs/digits/vanilla_resnet8.yaml", overrides)
-    network, about = mdn.load(tmp_path / "digits" / "a,DATASET.SUBSET=64")
-    assert about["top1"] == result["best"]["top1"]
+    network, about = mdn.load(folder := tmp_path / "digits" / "a,DATASET.SUBSET=64")
+    logits, _, targets = outputs_of(folder)
+    assert F.cross_entropy(logits, targets).item() == pytest.approx(result["last"]["loss"])
+    assert about | images | {"top1": result["best"]["top1"]} == about
     assert (about["name"], network.training) == ("resnet8", False)
     with pytest.raises(ConfigError, match=r"unknown key SOLVER\.EPOCH: did you mean SOLVER"):
         mdn.train("digits/normkd", {"SOLVER.EPOCH": 2})
@@ -165,11 +169,9 @@ def test_notebook(tmp_path, monkeypatch):
     cells = json.loads((ROOT / "examples/digits.ipynb").read_text())["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     for old, new in (
-        ("epochs = 12", "epochs = 1"),
-        ("output/notebook", str(tmp_path)),
-        ('"train",', '"train", "DATASET.SUBSET=64",'),
-        ('"digits" / name', '"digits" / f"{name},DATASET.SUBSET=64"'),
-    ):
+        ("epochs = 12", "epochs = 1"), ("output/notebook", str(tmp_path)),
+        ('"train",', '"train", "DATASET.SUBSET=64",'), ('"digits" / name', '"digits" / f"{name},DATASET.SUBSET=64"'),
+    ):  # fmt: skip
         source = source.replace(old, new)
     exec(source, {})
     assert len(list(tmp_path.glob("digits/*/result.json"))) == 4

@@ -126,9 +126,8 @@ def test_forward_and_activations(variant, name):
     assert logits.std() > 0
     if name == "MobileNetV2":
         assert all(map(torch.equal, features, preacts))
-        assert all(
-            (each < 0).any() for each in features[1:]
-        )  # an activation in place overwrites them
+        # An activation in place overwrites them.
+        assert all((each < 0).any() for each in features[1:])
     elif name.startswith("wrn"):
         assert torch.equal(features[0], preacts[0])
         assert all((each < 0).any() for each in features)
@@ -163,10 +162,8 @@ def test_initialisation(variant, name):
 
 @pytest.mark.parametrize("name", ["ResNet18", "ResNet50"])
 def test_imagenet_resnets_equal_torchvision(name):
-    theirs, ours = (
-        torchvision.models.get_model(name.lower(), weights=None),
-        build("imagenet", name),
-    )
+    theirs = torchvision.models.get_model(name.lower(), weights=None)
+    ours = build("imagenet", name)
     randomise_norms(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     assert list(ours.state_dict()) == list(theirs.state_dict())

@@ -1,6 +1,7 @@
 """Data sets by name, and their loaders."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from mdistiller_norm.data.base import Dataset, EvalLoader, TrainLoader
@@ -11,7 +12,7 @@ from mdistiller_norm.data.loader import ImageOptions
 from mdistiller_norm.data.memory import MemoryTrainLoader, Split, TensorDataset
 from mdistiller_norm.data.plan import Share
 from mdistiller_norm.data.shards import webdataset
-from mdistiller_norm.errors import DataError, first_line
+from mdistiller_norm.errors import ConfigError, DataError, first_line
 from mdistiller_norm.registry import Registry
 
 DATASETS: Registry[Callable[[Path, ImageOptions], Dataset]] = Registry("data set")
@@ -25,6 +26,8 @@ DATASETS.update(
 
 def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
     """Open a registered data set: ``DATASET.TYPE`` in ``DATASET.ROOT``."""
+    if bool(options.mean) != bool(options.std):
+        raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither")
     try:
         dataset: object = DATASETS[name](root, options)
     except OSError as error:  # a plugin's files
@@ -32,6 +35,8 @@ def open_dataset(name: str, root: Path, options: ImageOptions) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise DataError(f"data set {name!r} must be a TensorDataset, got {type(dataset)}")
     if isinstance(dataset, TensorDataset):
+        if options.mean:
+            dataset = replace(dataset, mean=options.mean, std=options.std)
         dataset.check()
     try:
         if options.val_split:

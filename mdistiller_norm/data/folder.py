@@ -166,8 +166,6 @@ class ImageDataset(Dataset):
             raise ConfigError(
                 f"DATASET.RESIZE must be >= DATASET.IMAGE_SIZE {size}, got {resize}"
             )
-        if bool(options.mean) != bool(options.std):
-            raise ConfigError("set both DATASET.MEAN and DATASET.STD, or neither")
         self.name, self.classes, self.train, self.test = name, classes, splits[0], splits[-1]
         given = options.mean, options.std
         self.mean, self.std = given if options.mean else measure(self.train, options)

@@ -66,8 +66,8 @@ class TensorDataset(Dataset):
     train: Split
     test: Split
     classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     padding: int = 4
     flip: bool = True
     variant: str = "cifar"
