@@ -58,7 +58,7 @@ def test_methods_with_and_without_maps_and_a_cache(folder):
     train(folder, "teacher", "DISTILLER.STUDENT=timm:test_vit")
     teacher = f"""DISTILLER.TEACHER=timm:test_vit
         DISTILLER.TEACHER_WEIGHTS={run_folder(folder, "teacher")}/student_last.pt""".split()
-    small = ["DISTILLER.STUDENT=torchvision:mobilenet_v3_small", "DISTILLER.TEACHER_CACHE=full"]
+    small = ["DISTILLER.STUDENT=torchvision:mnasnet0_5", "DISTILLER.TEACHER_CACHE=full"]
     cached = train(folder, "kd", "DISTILLER.TYPE=NormKD", *small, *teacher)
     assert cached["teacher"]["cache"] == "fp32"
     methods = ["DISTILLER.TYPE=[AT,CRD]", "CRD.NCE.K=16"]
@@ -112,8 +112,7 @@ def test_the_images_are_converted_for_published_weights(torchvision_state):
     assert (network.pretrained["num_classes"], network.module.fc.out_features) == (1000, 10)
     name = "DISTILLER.TEACHER_WEIGHTS=torchvision:ResNet18_Weights.IMAGENET1K_V1"
     split = Split(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
-    classes = tuple(map(str, range(1000)))
-    dataset = TensorDataset("own", split, split, classes, (0.5,) * 3, (0.25,) * 3)
+    dataset = TensorDataset("own", split, split, ("a",) * 1000, (0.5,) * 3, (0.25,) * 3)
     cfg = load_config(None, ["DISTILLER.TEACHER=torchvision:resnet18", name]).node
     network, file = build_teacher(cfg, dataset)
     assert (type(network), network.size) == (Preprocessed, (224, 224))

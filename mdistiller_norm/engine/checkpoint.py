@@ -145,6 +145,6 @@ def load_into(network: nn.Module, weights: Weights, name: str) -> None:
         candidates.append({k[len(prefix) :]: v for k, v in bare.items() if k.startswith(prefix)})
     try:
         network.load_state_dict(max(candidates, key=lambda state: len(state.keys() & expected)))
-    except (RuntimeError, ValueError) as error:  # ValueError: of torchvision's MNASNet
+    except RuntimeError as error:
         reason = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300)
         raise CheckpointError(f"{weights.path} does not fit {name}: {reason}") from error

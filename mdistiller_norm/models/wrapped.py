@@ -48,6 +48,7 @@ class Wrapped(Network):
                 raise ConfigError(f"{kind} has no submodule {name!r}: did you mean {near}?")
         self.module, self._classifier, self._features = module, classifier, tuple(features)
         self.register_load_state_dict_pre_hook(_add_module_prefix)  # type: ignore[no-untyped-call]
+        vars(module)["_load_from_state_dict"] = partial(_load_versioned, module)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.state_dict(*args, **kwargs)
@@ -99,3 +100,11 @@ def _add_module_prefix(
 ) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)
+
+
+def _load_versioned(
+    module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any
+) -> None:
+    # torchvision's MNASNet requires its version, which is not stored under the changed names.
+    metadata = {"version": module._version} | metadata
+    type(module)._load_from_state_dict(module, state, prefix, metadata, *rest)
