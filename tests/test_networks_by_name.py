@@ -21,6 +21,7 @@ CHANNELS = {  # of the maps: a stem, or the first map twice, then the stages
     "torchvision:resnet18": [64, 64, 128, 256, 512],
     "torchvision:mobilenet_v3_small": [16, 16, 24, 48, 576],
     "torchvision:squeezenet1_1": [64, 128, 256, 512],
+    "torchvision:inception_v3": [32, 64, 80, 192, 288, 768, 2048],
 }
 
 
@@ -47,9 +48,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CHANNELS)
 def test_outputs_are_those_of_the_module(name):
-    network = build_model(name, 10, image_size=(64, 64)).eval()
-    assert [each.shape[1] for each in probe(network, (64, 64)).features] == CHANNELS[name]
-    images = torch.randn(2, 3, 64, 64)
+    network = build_model(name, 10, image_size=(96, 96)).eval()
+    assert [each.shape[1] for each in probe(network, (96, 96)).features] == CHANNELS[name]
+    images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(network.outputs(images).logits, network.module(images))
 

@@ -141,8 +141,11 @@ def _stages(module: nn.Module, classifier: str) -> tuple[str, ...]:
         if len(shape) == 4 and shape[2] == shape[3] > 1:
             ends[shape[2]] = name
 
-    for name, child in shadow.named_modules():  # deeper ones are inside of blocks
-        if name and name.count(".") < 2 and name.split(".")[0] != classifier.split(".")[0]:
+    for name, child in shadow.named_modules():
+        parent = shadow.get_submodule(name.rpartition(".")[0])
+        is_end = parent is shadow or isinstance(parent, nn.Sequential | nn.ModuleList)
+        # Deeper ones, and those of other parents, are inside of blocks.
+        if is_end and name.count(".") < 2 and name.split(".")[0] != classifier.split(".")[0]:
             child.register_forward_hook(partial(keep, name))
     try:
         with torch.no_grad():
