@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.fx.experimental.optimization import fuse
 
 from mdistiller_norm.data.base import Tensors
@@ -37,11 +38,15 @@ class _Forward(nn.Module):
 def folded(network: Network, need: Need) -> nn.Module:
     """Return a copy of a network in eval mode, its batch norms folded into the convolutions before them.
 
-    Maps that are not needed are not computed. A network that cannot be traced is copied as it is.
+    Unneeded maps are not computed. A network that cannot be traced, or calls a layer twice, is copied as it is.
     """
     module: nn.Module = _Forward(copy.deepcopy(network), need).eval()
     with suppress(Exception):  # tracing a user's network may raise anything
-        module = fuse(module, inplace=True, no_trace=False).to(memory_format=torch.channels_last)
+        traced = symbolic_trace(module)
+        names = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+        repeated = [traced.get_submodule(name) for name in set(names) if names.count(name) > 1]
+        if not list(nn.ModuleList(repeated).parameters()):  # folded at most once each
+            module = fuse(traced, True, True).to(memory_format=torch.channels_last)
     return module.requires_grad_(False)
 
 
