@@ -37,15 +37,15 @@ SMOKE = "--table digits --smoke --output"
 KD = "--methods kd --trials 1"
 
 
-def reproduce(arguments):
-    """Run the command in this process, its trainings in others; return exit code and output."""
+def reproduce(arguments, code=0):
+    """Run the command in this process, its trainings in others; check its exit code and return its output."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = execute(["reproduce", *shlex.split(arguments)])
-    return code, output.getvalue()
+        assert execute(["reproduce", *shlex.split(arguments)]) == code, output.getvalue()
+    return output.getvalue()
 
 
-def smoke(output, arguments):
-    return reproduce(f"{SMOKE} {output} {arguments}")
+def smoke(output, arguments, code=0):
+    return reproduce(f"{SMOKE} {output} {arguments}", code)
 
 
 def ledger_of(output):
@@ -86,8 +86,7 @@ def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(tmp_pat
         process.start()
         return process
 
-    code, printed = smoke(tmp_path, f"{arguments} --budget 1s")
-    assert code == 3
+    printed = smoke(tmp_path, f"{arguments} --budget 1s", 3)
     assert "1 run left" in printed
     stopped = start()
     wait_for(lambda: read_metrics(job.folder / "metrics.jsonl"))
@@ -100,12 +99,11 @@ def test_a_table_that_is_stopped_and_killed_resumes_and_repeats_no_epoch(tmp_pat
     wait_for((job.folder / "latest.prev.pt").exists)
     killed.kill()  # the training continues
     killed.join()
-    code, printed = smoke(tmp_path, arguments)
-    assert code == 0
+    printed = smoke(tmp_path, arguments)
     assert "1 done, 0 failed, 0 waiting for a teacher" in printed
     done = r"] digits/vanilla,resnet8: .*, last top-1 \d+\.\d\d, best top-1 \d+\.\d\d\n"
     assert re.search(done, printed)
-    assert "1 run: 1 done, 0 to run" in smoke(tmp_path, arguments)[1]
+    assert "1 run: 1 done, 0 to run" in smoke(tmp_path, arguments)
     (entry,) = ledger_of(tmp_path).all_runs()
     assert entry.record["metrics"]["epoch"] == [1, 2]
     log = (job.folder / "worklog.txt").read_text()
@@ -118,8 +116,7 @@ def test_a_failure_is_recorded_and_stops_only_the_students_of_that_teacher(train
     teacher.mkdir(parents=True)
     shutil.copy(finished / "config.yaml", teacher)
     (teacher / "latest.pt").write_bytes(b"not a checkpoint")
-    code, printed = smoke(tmp_path, "--methods kd student --seeds 0")
-    assert code == 1
+    printed = smoke(tmp_path, "--methods kd student --seeds 0", 1)
     assert "1 done, 1 failed, 1 waiting for a teacher" in printed
     assert "[seed 0] digits/kd,resnet20,resnet8: not started, its teacher failed" in printed
     (failure,) = ledger_of(tmp_path).failures
@@ -128,16 +125,19 @@ def test_a_failure_is_recorded_and_stops_only_the_students_of_that_teacher(train
     tables = tmp_path / "smoke" / "results" / "TABLES.md"
     assert "| Teacher | failed |" in tables.read_text()
     shutil.rmtree(teacher)
-    shutil.copytree(finished, teacher)
+    shutil.copytree(finished.parent, teacher.parent, dirs_exist_ok=True)
     smoke(tmp_path, f"--add {teacher}")
     assert not ledger_of(tmp_path).failures
+    weights = load(teacher / "student_last.pt")
+    weights["model"]["fc.bias"] += 1  # trained again
+    torch.save(weights, teacher / "student_last.pt")
+    assert "cannot be resumed with another teacher" in smoke(tmp_path, KD, 1)
 
 
 @pytest.mark.slow
 def test_a_sweep_by_torchrun_is_evaluated_on_held_out_images_and_fills_no_cell(tmp_path):
     sweep = "--sweep SOLVER.MOMENTUM=0.8 --trials 1 --processes 2"
-    code, printed = smoke(tmp_path, f"--methods student teacher {sweep}")
-    assert code == 0
+    printed = smoke(tmp_path, f"--methods student teacher {sweep}")
     line = r"  table digits, Student with SOLVER.MOMENTUM = 0.8, .* \(n = 1\) on held-out images"
     assert re.search(line, printed)
     (entry,) = ledger_of(tmp_path).all_runs()
@@ -161,8 +161,7 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(tmp_path, monke
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     constraint = "'slurm_additional_parameters={constraint: a100}'"
     arguments = f"{KD} --launcher slurm --slurm {constraint} timeout_min=7"
-    code, printed = smoke(tmp_path / "output", arguments)
-    assert code == 3
+    printed = smoke(tmp_path / "output", arguments, 3)
     assert "2 runs queued on Slurm" in printed
     teacher, student = ((tmp_path / f"{n}.sh").read_text() for n in (0, 1))
     assert "--constraint=a100" in student
@@ -173,15 +172,15 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(tmp_path, monke
 
 def test_finished_runs_are_added_to_the_ledger_and_not_repeated(output):
     runs, folder = output / "smoke" / "results" / "runs", jobs_of(output, "kd")[-1].folder
-    assert "2 runs: 2 done, 0 to run" in smoke(output, KD)[1]
+    assert "2 runs: 2 done, 0 to run" in smoke(output, KD)
     shutil.rmtree(runs)
     (output / "smoke" / "other" / "pipe").mkdir(parents=True)
     os.mkfifo(output / "smoke" / "other" / "pipe" / "result.json")
-    assert "2 runs: 2 done, 0 to run" in smoke(output, f"{KD} --dry-run")[1]
+    assert "2 runs: 2 done, 0 to run" in smoke(output, f"{KD} --dry-run")
     assert not runs.exists()
-    assert "2 runs: 2 done, 0 to run" in smoke(output, KD)[1]
+    assert "2 runs: 2 done, 0 to run" in smoke(output, KD)
     os.utime(folder / "result.json")  # as in a copy of the folder
-    assert "already in the ledger" in smoke(output, f"--add {folder}")[1]
+    assert "already in the ledger" in smoke(output, f"--add {folder}")
     assert len(list(runs.glob("*.json"))) == 2
 
 
@@ -255,7 +254,7 @@ def test_invalid_files_are_ignored_with_a_reason(output):
     for name, reason in reasons.items():
         assert cases[name][1] in reason
     assert len(ledger.all_runs()) == 2
-    assert "edited.json is ignored" in smoke(output, KD)[1]
+    assert "edited.json is ignored" in smoke(output, KD)
 
 
 @pytest.mark.slow
@@ -281,7 +280,7 @@ def test_published_weights_become_teachers_if_trained_alone(trained, tmp_path, m
 
     monkeypatch.chdir(tmp_path)
     runs = run("kd", ["KD"]), run("student", [])
-    assert reproduce(f"--publish {runs[0]} {runs[1]}")[0] == 0
+    reproduce(f"--publish {runs[0]} {runs[1]}")
     teacher = find_teacher("resnet8x4", "cifar100", "", tmp_path, "")
     assert teacher.path == Path("checkpoints/resnet8x4_cifar100_seed0.pt")
     assert teacher.top1 == 72.5

@@ -30,12 +30,13 @@ _EXCEPTION = re.compile(r"error: |[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 
 
 def trained(job: Job) -> Entry | None:
-    """Return the record of a job's run folder, or None if the run has not finished there."""
+    """Return the record of a job's run folder, or None if it has not finished with this teacher."""
     try:
         run = finished_run(job.folder, job.config_file, job.smoke)
     except DataError:
         return None
-    return run if run.key == job.key else None
+    same_teacher = run.teacher_hash.startswith(job.teacher_hash())
+    return run if run.key == job.key and same_teacher else None
 
 
 def pending_jobs(jobs: Sequence[Job], ledger: Ledger) -> list[Job]:
