@@ -49,8 +49,8 @@ class Distillation(nn.Module):
 
     Args:
         method: ``DISTILLER.TYPE``: a name or several, whose losses are summed.
-        student: any module from images to logits for methods that read logits only; otherwise a network of
-            ``create_model`` or a ``Wrapped``.
+        student: for methods that read logits only, any ``nn.Module`` with parameters (not TorchScript or an exported
+            program) from images to logits; otherwise a network of ``create_model`` or a ``Wrapped``.
         teacher: likewise.
         image_size: height and width of the images.
         targets: ``[N]`` int64, class of every training sample; required by CRD.
@@ -148,13 +148,14 @@ class Distillation(nn.Module):
 
 class _LogitNetwork(Network):
     def __init__(self, module: nn.Module, image_size: tuple[int, int]) -> None:
-        parameter, training = next(module.parameters()), module.training
+        parameter = next(module.parameters(), None)
+        if parameter is None or isinstance(module, torch.jit.ScriptModule):
+            raise ConfigError(f"{type(module).__name__} has no parameters or is TorchScript")
         with torch.no_grad():
             images = torch.zeros(
                 1, 3, *image_size, dtype=parameter.dtype, device=parameter.device
             )
-            logits = module.eval()(images)
-        module.train(training)
+            logits = copy.deepcopy(module).eval()(images)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise ConfigError(f"{type(module).__name__} must return logits [B, C]")
         super().__init__(logits.shape[1])
@@ -169,8 +170,8 @@ class _LogitNetwork(Network):
 
 def _settings(values: Mapping[str, Any]) -> list[str]:
     """Return config keys and values, which may be dictionaries of nested keys, as ``KEY=VALUE``."""
-    texts = {
-        key: value if isinstance(value, str) else json.dumps(value)
+    encode = json.JSONEncoder(default=lambda value: value.tolist()).encode
+    return [
+        f"{key}={value if isinstance(value, str) else encode(value)}"
         for key, value in leaves(values)
-    }
-    return [f"{key}={text}" for key, text in texts.items()]
+    ]
