@@ -46,7 +46,7 @@ class Trainable(nn.Module):
         self.need = max((method.need for method in self.methods), default=Need.NOTHING)
         self.label_smoothing = label_smoothing
         self.ema = copy.deepcopy(student).requires_grad_(False) if ema else None
-        self._average = get_ema_multi_avg_fn(ema)
+        self._decay = ema
 
     @property
     def evaluated(self) -> Network:
@@ -55,11 +55,13 @@ class Trainable(nn.Module):
 
     def update_average(self) -> None:
         if self.ema is not None:
+            states = (net.state_dict(keep_vars=True) for net in (self.ema, self.student))
             averages, values = (
-                [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
-                for network in (self.ema, self.student)
+                # Each tied tensor once.
+                [*filter(torch.is_floating_point, dict.fromkeys(state.values()))]
+                for state in states
             )
-            self._average(averages, values, None)
+            get_ema_multi_avg_fn(self._decay)(averages, values, None)
 
     def loss_weights(self, epoch: int) -> list[float]:
         """Return the weight of each loss in this epoch (counted from 1), with the warm-up ramp applied."""
