@@ -45,11 +45,11 @@ def inputs(count=4, student=STUDENT, teacher=TEACHER):
     return outputs(student, count, 1), outputs(teacher, count, 2), batch
 
 
-def make_pair(student=STUDENT, teacher=TEACHER, widths=None):
+def make_pair(student=STUDENT, teacher=TEACHER, widths=None, norm=nn.BatchNorm2d):
     """Return a pair; ``widths`` are those of the teacher's batch norms, none as of a wrapped network."""
     if widths is None:
         widths = [channels for channels, _ in teacher[1:]]
-    norms = [None, *map(nn.BatchNorm2d, widths)] if widths else []
+    norms = [None, *map(norm, widths)] if widths else []
     network = SimpleNamespace(norms_before_relu=lambda: norms)
     pair = tree_map(lambda x: x.to("meta"), (outputs(student), outputs(teacher)))
     return Pair(*pair, network, TARGETS, 5)
@@ -86,6 +86,8 @@ def test_bad_values(name, change, words):
 
 
 STEMS = make_pair(STUDENT[:1], TEACHER[:1])
+BARE = functools.partial(nn.BatchNorm2d, affine=False)
+OTHERS = {"widths": ()}, {"norm": BARE}, {"norm": functools.partial(nn.GroupNorm, 1)}
 
 
 @pytest.mark.parametrize(
@@ -94,8 +96,8 @@ STEMS = make_pair(STUDENT[:1], TEACHER[:1])
         ("FITNET", make_pair([(4, 3)] * 3), r"\[3, 3\].*\[8, 8\]"),
         *((name, STEMS, "4x16x16.*8x16x16") for name in ("AT", "NST", "VID", "KDSVD", "OFD")),
         ("REVIEWKD", make_pair(STUDENT, TEACHER[:1]), "teacher requires a stage"),
-        ("OFD", make_pair(widths=(5, 7, 3)), "no norm of 9 channels"),
-        ("OFD", make_pair(widths=()), "no norm of 5 channels"),
+        ("OFD", make_pair(widths=(5, 7, 3)), "no affine BatchNorm2d of 9 channels"),
+        *(("OFD", make_pair(**norms), "no affine BatchNorm2d of 5 channels") for norms in OTHERS),
     ],
 )
 def test_pairs_that_do_not_work(name, pair, words):
@@ -248,9 +250,7 @@ def real_pair(teacher, student, variant="cifar"):
 PAIRS = ("vgg13_mv2", "wrn40_2_shuv1")
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in DISTILLERS if DISTILLERS[name].need > Need.LOGITS]
-)
+@pytest.mark.parametrize("name", [k for k in DISTILLERS if DISTILLERS[k].need > Need.LOGITS])
 def test_steps_of_all_pairs_do_not_synchronise(name):
     """Fake tensors raise for host synchronisation and data-dependent shapes; with the shipped configs."""
     pair = real_pair("ResNet50", "MobileNetV1", "imagenet")
@@ -301,8 +301,7 @@ def test_extra_parameters_are_the_references(facts):
     assert len(rows) >= 60
     for row in rows:
         pair = real_pair(row["teacher"], row["student"])
-        expected = row["extra_parameters_reported_by_peer"]
-        expected -= 5 * (row["method"] == "CRD")
+        expected = row["extra_parameters_reported_by_peer"] - 5 * (row["method"] == "CRD")
         if row["method"] == "VID":
             expected += sum(maps.shape[1] for maps in pair.teacher.features[1:])
         with torch.device("meta"):

@@ -103,8 +103,9 @@ class OFD(Distiller):
         norms: Any = pair.teacher_network.norms_before_relu()[-len(teachers) :]  # type: ignore[operator]
         # A wrapped network may return no norms at all.
         for maps, norm in zip_longest(teachers, norms):
-            if norm is None or norm.num_features != maps.shape[1]:
-                raise ConfigError(f"norms_before_relu has no norm of {maps.shape[1]} channels")
+            count = norm.num_features if isinstance(norm, nn.BatchNorm2d) and norm.affine else 0
+            if count != (n := maps.shape[1]):
+                raise ConfigError(f"norms_before_relu has no affine BatchNorm2d of {n} channels")
         channels = [student.shape[1] for student in students]
         return cls(channels, norms, kernel_size, node.TEACHER_TRAIN_MODE, **loss_weights(node))
 
