@@ -78,6 +78,7 @@ def build(name, pair=None, changes=""):
         ("CRD", "FEAT.STUDENT_DIM=64", "STUDENT_DIM must be 10"),
         ("CRD", "NCE.K=14", "CRD.NCE.K must be <= 13"),
         ("CRD", "MODE=loose", "CRD.MODE must be exact or relax"),
+        ("RKD", "PDIST.EPSILON=-1", "RKD.PDIST.EPSILON must be >= 0, got -1"),
     ],
 )
 def test_bad_values(name, change, words):
