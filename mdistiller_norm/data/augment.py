@@ -30,9 +30,8 @@ class PadCropFlip:
         offset, mirrored = views // flips, (views % flips)[:, None]
         rows = (offset // offsets)[:, None] + torch.arange(height, device=views.device)
         column = torch.arange(width, device=views.device)
-        columns = (offset % offsets)[:, None] + torch.where(
-            mirrored == 1, width - 1 - column, column
-        )
+        column = torch.where(mirrored == 1, width - 1 - column, column)
+        columns = (offset % offsets)[:, None] + column
         sample = torch.arange(len(padded), device=views.device)
         return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
 

@@ -76,9 +76,8 @@ class Wrapped(Network):
         maps = [(f"the output of {name!r}", seen[name][1]) for name in self._features]
         maps += [(f"map {number}", value) for number, value in enumerate(found)]
         features = tuple(self._check(name, value, 4) for name, value in maps)
-        pooled = self._check(
-            f"the input of {self._classifier!r}", seen[self._classifier][0], 2, 4
-        )
+        name = self._classifier
+        pooled = self._check(f"the input of {name!r}", seen[name][0], 2, 4)
         return Outputs(logits, features, (), pooled if pooled.dim() == 2 else pooled.mean((2, 3)))
 
     def run_module(self, images: Tensor) -> tuple[Any, Sequence[Tensor]]:
@@ -102,9 +101,7 @@ def _add_module_prefix(
         state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
-def _load_versioned(
-    module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any
-) -> None:
+def _load_versioned(module: Any, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
     # torchvision's MNASNet requires its version, which is not stored under the changed names.
     metadata = {"version": module._version} | metadata
     type(module)._load_from_state_dict(module, state, prefix, metadata, *rest)
