@@ -48,7 +48,8 @@ def diagnose(root: Path) -> dict[str, Any]:
         checkpoints += [
             f"{entry['model']} on {entry['dataset']}: {path}" for path, entry in listed
         ]
-        checkpoints += map(str, (folder / PEER_TEACHERS).glob("*/*.pth"))
+        for pattern in PEER_TEACHERS.values():
+            checkpoints += map(str, folder.glob(pattern.format("*")))
     installed = {package.name.lower(): package.version for package in distributions()}
     return {
         "environment": environment(device),

@@ -4,6 +4,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Errors of invalid JSON, deep nesting, unexpected types and huge integers.
+MALFORMED = (
+    OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError,
+)  # fmt: skip
+
 
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's message, or the name of its type."""

@@ -15,7 +15,7 @@ import yaml
 from mdistiller_norm.data.base import EvalLoader
 from mdistiller_norm.engine.checkpoint import Weights
 from mdistiller_norm.engine.evaluate import evaluate
-from mdistiller_norm.errors import CheckpointError, first_line
+from mdistiller_norm.errors import MALFORMED, CheckpointError, first_line
 from mdistiller_norm.files import PACKAGE, PROJECT, regular, write_text
 from mdistiller_norm.models.base import Network
 from mdistiller_norm.models.external import expected_images
@@ -23,19 +23,11 @@ from mdistiller_norm.models.external import expected_images
 MANIFEST = Path("checkpoints/manifest.yaml")
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision's weights
 ROOTS = (Path(), PROJECT)  # folders that are searched
-PEER_TEACHERS = Path(
-    "download_ckpts/cifar_teachers"
-)  # mdistiller's folder of downloaded teachers
-# Errors of a result.json of another program, or one that is being written.
-FOREIGN = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-    OverflowError,
-)
+# mdistiller's downloaded teachers by data set.
+PEER_TEACHERS = {
+    "cifar100": "download_ckpts/cifar_teachers/{}_vanilla/ckpt_epoch_240.pth",
+    "tiny_imagenet": "download_ckpts/tiny_imagenet_teachers/{}_vanilla/ti_res18",
+}
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ def find_teacher(
         path, top1, length = trained
         warning = f"{path} was trained for {length} epochs, the student for {epochs}: {hint}"
         return TeacherFile(path, top1, warning if length < epochs else "")
-    places = f"{MANIFEST}, {PEER_TEACHERS} or the runs of {runs}"
+    places = f"{MANIFEST}, download_ckpts or the runs of {runs}"
     raise CheckpointError(f"no weights for the teacher {model} on {dataset} in {places}: {hint}")
 
 
@@ -140,8 +132,7 @@ def known_teacher(model: str, dataset: str) -> TeacherFile | None:
                 ):
                     raise CheckpointError(f"{path} has another SHA-256 than in {root / MANIFEST}")
                 return TeacherFile(path, entry.get("top1"))
-        path = root / PEER_TEACHERS / f"{model}_vanilla" / "ckpt_epoch_240.pth"
-        if dataset == "cifar100" and path.is_file():
+        if (path := root / PEER_TEACHERS.get(dataset, "").format(model)).is_file():
             return TeacherFile(path)
     return None
 
@@ -178,7 +169,7 @@ def _finished_run(
                 same_data = all(node.get(key, value) == value for key, value in data.items())
                 top1, length = float(result["last"]["top1"]), int(result["epochs"])
                 found.append((same_data, weights, top1, length))
-        except FOREIGN:
+        except MALFORMED:  # of another program, or one that is being written
             continue
     best = max(found, key=lambda run: (run[0], run[3] == epochs, run[3], run[2]), default=None)
     return best[1:] if best else None

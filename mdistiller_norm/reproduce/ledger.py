@@ -21,7 +21,7 @@ from mdistiller_norm.config import default_config, dump, leaves, method_names
 from mdistiller_norm.config_keys import REMOVED
 from mdistiller_norm.distillers import DISTILLERS
 from mdistiller_norm.engine.logger import read_metrics
-from mdistiller_norm.errors import DataError
+from mdistiller_norm.errors import MALFORMED, DataError
 from mdistiller_norm.files import package_data, regular, write_text
 from mdistiller_norm.run_folder import NEUTRAL
 
@@ -37,18 +37,6 @@ NOT_IDENTIFYING = (
 # Types of the keys that are read from records, and columns of runs.csv.
 SCHEMA: dict[str, dict[str, str]] = package_data("reproduce/record.yaml")
 _LARGEST = 1e15  # absolute value of a number in a record
-
-
-# Errors of invalid JSON, deep nesting, unexpected types and huge integers.
-MALFORMED = (
-    OSError,
-    ValueError,
-    RecursionError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-)
 
 
 @dataclass(frozen=True)
