@@ -55,7 +55,8 @@ def run_folder(config: Config) -> Path:
             name += "," + f"{key}={value}".replace("/", "_").replace(" ", "")
     name = name.encode(errors="backslashreplace").decode()  # TensorBoard requires UTF-8
     if len(name.encode()) > 255 and not cfg.EXPERIMENT.NAME:
-        name = f"{name[:200]}...{sha256(name.encode()).hexdigest()[:8]}"
+        start = name.encode()[:200].decode(errors="ignore")
+        name = f"{start}...{sha256(name.encode()).hexdigest()[:8]}"
     return Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT, name)
 
 

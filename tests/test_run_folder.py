@@ -39,10 +39,10 @@ def test_names_contain_the_overrides_and_fit_a_file_system():
         return run_folder(load_config(None, ["EXPERIMENT.TAG=t", *overrides])).name
 
     assert name("DATASET.SUBSET=20", "SEED=1") == "t,DATASET.SUBSET=20,SEED=1"
-    classes = [f"DATASET.CLASSES=[{'x' * 300}, {last}]" for last in ("a", "b")]
-    assert name(classes[0])[:200] == name(classes[1])[:200]
+    classes = [f"DATASET.CLASSES=[{'xé' * 150}, {last}]" for last in ("a", "b")]
+    assert name(classes[0])[:100] == name(classes[1])[:100]
     assert name(classes[0]) != name(classes[1])
-    assert len(name(classes[0])) < 255
+    assert 200 < len(name(classes[0]).encode()) < 255
 
 
 @pytest.mark.slow
@@ -112,8 +112,7 @@ def test_damaged_states_are_not_resumed(folder, damage, words):
     with pytest.raises((CheckpointError, ConfigError), match=words) as caught:
         resume(folder)
     assert "\n" not in str(caught.value)
-    after = {path.name: path.read_bytes() for path in folder.glob("*.*")}
-    assert before.items() <= after.items()
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
 
 
 @pytest.mark.parametrize("content", [b"\0", b"#" * 2**20 + b"#", b"- 1"])
