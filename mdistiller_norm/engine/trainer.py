@@ -262,10 +262,10 @@ class Trainer:
         """Resume from :meth:`state`."""
         optimizer = self.step.optimizer
         self.step.trainable.load_state_dict(state["trainable"])
-        rates = [group["lr"] for group in optimizer.param_groups]
+        settings = [dict(group) for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the tensor that a captured step reads
+        for group, present in zip(optimizer.param_groups, settings, strict=True):
+            group.update(present)  # the device's options, the tensor of lr that a graph reads
         self.step.scaler.load_state_dict(state["scaler"])
         self.step.meters.load_all_reduced_state(state["meters"])
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
