@@ -164,9 +164,8 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(tmp_path, monke
     printed = smoke(tmp_path / "output", arguments, 3)
     assert "2 runs queued on Slurm" in printed
     teacher, student = ((tmp_path / f"{n}.sh").read_text() for n in (0, 1))
-    assert "--constraint=a100" in student
-    assert "--time=7" in student
-    assert "--dependency=afterok:0" in student
+    for option in ("--constraint=a100", "--time=7", "--dependency=afterok:0"):
+        assert option in student
     assert "--dependency" not in teacher
 
 
@@ -282,8 +281,7 @@ def test_published_weights_become_teachers_if_trained_alone(trained, tmp_path, m
     runs = run("kd", ["KD"]), run("student", [])
     reproduce(f"--publish {runs[0]} {runs[1]}")
     teacher = find_teacher("resnet8x4", "cifar100", "", tmp_path, "")
-    assert teacher.path == Path("checkpoints/resnet8x4_cifar100_seed0.pt")
-    assert teacher.top1 == 72.5
+    assert (teacher.path, teacher.top1) == (Path("checkpoints/resnet8x4_cifar100_seed0.pt"), 72.5)
     again, images = build_model("resnet8x4", 100), torch.randn(4, 3, 32, 32)
     load_into(again, load_weights(teacher.path), "resnet8x4")
     torch.testing.assert_close(again.eval()(images), network.eval()(images), rtol=0.02, atol=0.02)
