@@ -34,7 +34,7 @@ def process_share() -> Share:
 def local_device() -> torch.device:
     """Return this process's GPU."""
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if not 0 <= local < gpus:
+    if local >= gpus:
         raise ConfigError(f"LOCAL_RANK must be < {gpus}, the number of GPUs, got {local}")
     return torch.device("cuda", local)
 
