@@ -18,12 +18,12 @@ from mdistiller_norm.config import load_config
 from mdistiller_norm.engine import distributed
 from mdistiller_norm.engine.checkpoint import LATEST, load
 from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.models import build_model
 from mdistiller_norm.run_folder import run_folder
 
 
 @pytest.fixture
 def folder(once, tmp_path):
-    """A copy of a finished run of one epoch; ``resume`` continues it."""
     finished = once("finished", lambda folder: train_few(folder, "run", epochs=1))
     logs = shutil.ignore_patterns("worklog.txt", "tensorboard")
     target = tmp_path / "distill" / "run"
@@ -62,7 +62,12 @@ def test_a_finished_run_keeps_its_record_and_a_longer_one_replaces_it(folder):
     with pytest.raises(ConfigError, match=r"with other values of SOLVER\.LR, SEED"):
         resume(folder, "SOLVER.LR=0.1", "SEED=5")
     files[0].write_text("damaged")
-    assert resume(folder, epochs=1)["last"]["epoch"] == 1
+    (folder / "student_last.pt").unlink()
+    assert (
+        resume(folder, epochs=1)["last"]["epoch"]
+        == load(folder / "student_last.pt")["about"]["epoch"]
+        == 1
+    )
     assert resume(folder, command=["another"])["command"] == "another"
     assert yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["EPOCHS"] == 2
 
@@ -125,18 +130,21 @@ def test_a_damaged_config_of_a_run_is_one_line_of_eval(run, tmp_path, content, c
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_process_group_saves_the_state_despite_workers(tree, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_process_group_saves_the_state_despite_workers(tree, tmp_path, number):
+    torch.save(build_model("resnet8", 3).state_dict(), tmp_path / "teacher.pth")
     arguments = (
-        f"--cfg digits/vanilla_resnet8 DATASET.TYPE=image_folder DATASET.ROOT={tree} DATASET.IMAGE_SIZE=32 "
-        f"DATASET.RESIZE=36 DATASET.NUM_WORKERS=1 SOLVER.BATCH_SIZE=4 SOLVER.EPOCHS=100000 LOG.PREFIX={tmp_path}"
+        f"--cfg digits/kd DATASET.TYPE=image_folder DATASET.ROOT={tree} DATASET.IMAGE_SIZE=32 LOG.PREFIX={tmp_path} "
+        f"DISTILLER.TEACHER=resnet8 DISTILLER.TEACHER_WEIGHTS={tmp_path}/teacher.pth DATASET.NUM_WORKERS=1 "
+        f"SOLVER.BATCH_SIZE=4 SOLVER.EPOCHS=100000 EXPERIMENT.NAME=run"
     )
-    command = [sys.executable, "tools/train.py", *arguments.split(), "EXPERIMENT.NAME=run"]
+    command = [sys.executable, "tools/train.py", *arguments.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     next(line for line in process.stdout if line.startswith("epoch 2/"))
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "stopped by SIGTERM; the state is saved" in output[1]
+    assert process.returncode == 128 + number, output
+    assert f"stopped by {number.name}; the state is saved" in output[1]
     assert load(tmp_path / "digits" / "run" / LATEST)["epoch"] >= 2
     assert [path.name for path in (tmp_path / "digits" / "run").glob(".*")] == [".lock"]

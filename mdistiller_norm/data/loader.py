@@ -159,7 +159,7 @@ def _start_worker(number: int, trainer: int) -> None:
     # The training process handles signals to the group and needs its workers to finish: only its SIGTERM ends them.
     # A worker prints no traceback when the training process has ended.
     sys.excepthook = lambda *error: None
-    for ignored in (signal.SIGINT, signal.SIGUSR1):
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=_exit_on_sigterm, args=(trainer,), daemon=True).start()

@@ -108,6 +108,8 @@ class Trainer:
                 if stop := distributed.all_reduce_max(self._requested):
                     raise Interrupted(stop)
                 self._train_epoch()
+        if not (self.folder / "student_last.pt").exists():
+            self._save({"student_last.pt": self._student(self.last)})
         return {
             "last": self.last,
             "best": self.best,
@@ -211,13 +213,16 @@ class Trainer:
         )
         self.epoch, self.steps_done = epoch + 1, 0
         self.step.meters.reset()
-        state, weights = self.state(), self.step.trainable.evaluated.state_dict()
-        student = {"model": weights, "about": self.provenance.about | summary}
+        state, student = self.state(), self._student(summary)
         files = {"best.pt": state, "student_best.pt": student} if improved else {}
         if epoch % self.intervals.keep_epochs == 0:
             files[f"student_{epoch}.pt"] = student
         # latest.pt last: after a crash, the epoch is repeated and the other files are written again.
         self._save(files | {"student_last.pt": student, LATEST: state})
+
+    def _student(self, summary: Record) -> Record:
+        weights = self.step.trainable.evaluated.state_dict()
+        return {"model": weights, "about": self.provenance.about | summary}
 
     def _save_latest(self) -> None:
         self.step.meters.read(self.epoch, together=True)

@@ -84,7 +84,7 @@ class Execution:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False  # another process holds the lock
-        if self._add_to_ledger():
+        if self.job.weights.is_file() and self._add_to_ledger():
             return True
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
