@@ -24,6 +24,7 @@ from mdistiller_norm.engine.optim import DOT, Schedule, build_fused, set_learnin
 from mdistiller_norm.engine.trainable import Trainable
 from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.models import build_model
+from mdistiller_norm.reproduce.ledger import finished_run
 from mdistiller_norm.types import Batch, Outputs
 
 DOUBLE = {"dtype": torch.float64}
@@ -110,6 +111,8 @@ def test_gradient_norms_are_logged_and_do_not_change_the_run(tmp_path, teacher):
     assert_same_state(*(load(path)["trainable"] for path in tmp_path.glob("distill/*/latest.pt")))
     records = read_metrics(tmp_path / "distill" / "norms" / "metrics.jsonl")
     assert all(record["grad_norm_distill"] > 0 for record in records)
+    train_few(tmp_path, "plain", *common, "LOG.GRAD_NORMS=true", epochs=3, resume=True)
+    assert len(finished_run(tmp_path / "distill" / "plain").record["metrics"]["lr"]) == 3
     step = build_step(tmp_path, "step", *common, "SOLVER.BATCH_SIZE=8", dataset=few_digits(44))
     step.begin_epoch(1, 0)
     step.optimizer.param_groups[0]["lr"] = 0.0

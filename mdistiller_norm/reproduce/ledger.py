@@ -209,12 +209,11 @@ def finished_run(run: Path, config_file: str = "", smoke: bool = False) -> Entry
         record |= {"config_file": config_file, "at": at} | json.loads(text)
         epochs = read_metrics(run / "metrics.jsonl")
         record["metrics"] = {"epoch": [metrics["epoch"] for metrics in epochs]}
-        for name in dict.fromkeys(
-            name for metrics in epochs for name in metrics if name != "epoch"
-        ):
-            record["metrics"][name] = [
-                float(f"{metrics[name]:.7g}") for metrics in epochs
-            ]  # short
+        for name in epochs[0]:
+            # A resumed run may have other metrics (LOG.GRAD_NORMS).
+            if name != "epoch" and all(name in metrics for metrics in epochs):
+                values = [float(f"{metrics[name]:.7g}") for metrics in epochs]
+                record["metrics"][name] = values
         record = signed_record(record)
         check(record)
         return Entry(run, record, identity(record["config"]))
