@@ -70,7 +70,6 @@ def trained(once):
 
 @pytest.fixture
 def output(trained, tmp_path):
-    """A copy of ``trained`` that a test may change."""
     return shutil.copytree(trained, tmp_path / "output")
 
 
@@ -150,7 +149,6 @@ def test_a_sweep_by_torchrun_is_evaluated_on_held_out_images_and_fills_no_cell(t
 
 
 def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(tmp_path, monkeypatch):
-    """With programs in place of Slurm's that copy their input."""
     pytest.importorskip("submitit", reason="submitit is not installed")
     for name in ("sbatch", "srun"):
         (tmp_path / name).write_text(
@@ -191,7 +189,8 @@ def test_teachers_run_only_for_pending_students_and_once_for_all_precisions(outp
     assert pending_jobs([*jobs, elsewhere], ledger) == jobs
     (run,) = ledger.of(student.key[0]).values()
     assert student.teacher_hash() == run.teacher_hash
-    other = dataclasses.replace(run, record=run.record | {"teacher": {"hash": "f" * 64}})
+    record = run.record | {"teacher": run.record["teacher"] | {"hash": "f" * 64}}
+    other = dataclasses.replace(run, record=record)
     one = ledgers.Ledger({(run.identity, other.teacher_hash): {0: other}})
     assert pending_jobs([teacher, student], one) == [student]
     teacher, student = jobs_of(output, "dkd", "SOLVER.PRECISION=bf16")
@@ -201,6 +200,10 @@ def test_teachers_run_only_for_pending_students_and_once_for_all_precisions(outp
     assert pending_jobs([teacher, student], ledger) == [student]
     teacher.weights.unlink()
     assert pending_jobs([teacher, student], ledger) == [teacher, student]
+    folder = output.parent / "another" / "smoke" / "results" / "runs"
+    write_record(signed_record(record), folder)
+    printed = smoke(output.parent / "another", "--methods teacher kd --trials 1", 3)
+    assert "1 run of another teacher: repeat the command" in printed
 
 
 def test_a_record_holds_the_run_and_no_path_of_the_machine(trained, tmp_path):

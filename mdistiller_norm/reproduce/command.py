@@ -20,6 +20,7 @@ from mdistiller_norm.files import command
 from mdistiller_norm.registry import suggest
 from mdistiller_norm.reproduce import report, runner, slurm, stats
 from mdistiller_norm.reproduce.ledger import (
+    NOT_IDENTIFYING,
     Ledger,
     Record,
     finished_run,
@@ -64,11 +65,13 @@ def main(options: argparse.Namespace) -> int:
         print(f"published weights, nothing to train: {cell.name}")
     ledger = _updated_ledger(jobs, folder, options)
     todo = runner.pending_jobs(jobs, ledger)
-    device = environment(build_device(load_config(None, options.overrides).node.DEVICE))["device"]
-    runs = [
-        run.record for run in ledger.all_runs() if run.record["environment"]["device"] == device
-    ]
-    finished = [run for run in runs if run.get("processes", 1) == options.processes]
+    finished: list[Record] = []  # on this machine, with as many processes
+    if options.launcher == "here":
+        device = build_device(load_config(None, options.overrides).node.DEVICE)
+        machine = environment(device)["device"], options.processes
+        for run in (entry.record for entry in ledger.all_runs()):
+            if (run["environment"]["device"], run.get("processes", 1)) == machine:
+                finished.append(run)
     if options.dry_run:
         _print_jobs(jobs, todo, finished)
     done = len(jobs) - len(todo)
@@ -82,8 +85,12 @@ def main(options: argparse.Namespace) -> int:
         outcomes = here.run(started + options.budget - min(10.0, options.budget / 10))
     else:
         outcomes = slurm.submit(todo, folder, options.launcher, options.slurm, options.processes)
-    _print_cells(cells, read_ledger(folder, options.smoke), options)
+    ledger = read_ledger(folder, options.smoke)
+    _print_cells(cells, ledger, options)
     code = _print_outcomes(todo, outcomes, finished) if todo else 0
+    if code == 0 and (others := runner.pending_jobs(jobs, ledger)):
+        print(f"{counted(len(others), 'run')} of another teacher: repeat the command")
+        code = 3
     print(f"report: {command('report')} --results {results}{' --smoke' if options.smoke else ''}")
     return 128 + here.signals[0] if here.signals else code
 
@@ -138,9 +145,10 @@ def sweep_cells(cells: Sequence[Cell], setting: str, val_split: float) -> list[C
     """Return the students' cells with each value of ``KEY=A,B,C``, evaluated on held-out training images."""
     key, _, text = setting.partition("=")
     values = text.split(",")
-    if not key or not all(values):
+    if not key or not all(values) or key.startswith(NOT_IDENTIFYING):
         raise ConfigError(
-            f"--sweep must be KEY=A,B,C such as KD.TEMPERATURE=2,4, got {setting!r}"
+            "--sweep must be KEY=A,B,C such as KD.TEMPERATURE=2,4, of a key that belongs to a run's identity, "
+            f"got {setting!r}"
         )
     swept = []
     for cell in cells:
