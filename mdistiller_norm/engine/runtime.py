@@ -70,7 +70,7 @@ def slot_environment(device: str, slot: int, at_once: int, processes: int = 1) -
     environment = {}
     if at_once * processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(
-            max((os.cpu_count() or 1) // (at_once * processes), 1)
+            max(len(os.sched_getaffinity(0)) // (at_once * processes), 1)
         )
     count = torch.cuda.device_count()
     if at_once > 1 and count > 1 and device in ("auto", "cuda"):
