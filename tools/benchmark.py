@@ -231,7 +231,7 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
         )
     data, size = node.DATASET, node.SOLVER.BATCH_SIZE
     options = ImageOptions(
-        size=data.IMAGE_SIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN) or MEAN,
+        size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN) or MEAN,
         std=tuple(data.STD) or STD, workers=data.NUM_WORKERS,
     )  # fmt: skip
     images = list_images(folder)
