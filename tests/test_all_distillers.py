@@ -91,7 +91,6 @@ def measure(name):
 
 
 def store():
-    """Write ``tests/data/twenty_steps.json``."""
     torch.set_num_threads(1)
     losses = {
         name: [" ".join(map(float.hex, parts)) for parts in measure(name)] for name in CASES

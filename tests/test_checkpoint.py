@@ -118,7 +118,6 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """An empty working directory without the project's manifest."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(teacher_file, "ROOTS", (Path(), tmp_path))
     (tmp_path / "checkpoints").mkdir()

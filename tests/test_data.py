@@ -91,7 +91,6 @@ def test_smallest_micro_batch():
 
 
 def write_cifar(root, train, names):
-    """Write CIFAR-100 with 100 training images."""
     folder = root / "cifar-100-python"
     folder.mkdir(exist_ok=True)
     good = {"data": np.zeros((100, 3072), np.uint8), "fine_labels": list(range(100))}

@@ -31,7 +31,6 @@ EVERY = pytest.mark.parametrize("name", DISTILLERS)
 
 
 def outputs(maps, count=2, seed=0):
-    """Random outputs with maps of these channels and sizes."""
     draw = functools.partial(torch.rand, generator=torch.Generator().manual_seed(seed))
     features = tuple(draw(count, channels, size, size) for channels, size in maps)
     # Values of the pre-activations differ, so that a method that mistakes one for the other is found.

@@ -108,7 +108,6 @@ def evaluated(share):
 
 
 def train_and_evaluate(teacher_file):
-    """Save the results of one of two processes."""
     share = distributed.process_share()
     results = {method: train_steps(teacher_file, method) for method in METHODS}
     results["accumulated"] = train_steps(teacher_file, "NormKD", "SOLVER.ACCUMULATE=2")
@@ -132,7 +131,6 @@ def teacher_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(teacher_file):
-    """The results of two processes."""
     folder = teacher_file.parent
     pair = start_pair(folder, train_and_evaluate, teacher_file)
     assert [done.stderr for done in finish(pair, folder) if done.returncode] == []

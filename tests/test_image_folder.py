@@ -51,7 +51,6 @@ def jpegs():
 
 @pytest.fixture
 def copy(tree, tmp_path):
-    """A copy of the tree that a test may damage."""
     return Path(shutil.copytree(tree, tmp_path / "tiny"))
 
 
@@ -234,8 +233,6 @@ def test_workers_and_processes_do_not_change_a_pixel(tree):
 
 
 class Slow:
-    """Kills a worker while it is saved."""
-
     def __reduce__(self):
         os.kill(max(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
         time.sleep(30)

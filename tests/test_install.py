@@ -53,7 +53,6 @@ def test_packaged_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
 
 
 def output_of(arguments, capsys):
-    """Run a command and return the cells of its table."""
     assert main(arguments.split()) == 0
     return [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
 

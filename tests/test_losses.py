@@ -101,7 +101,6 @@ def draw(name, seed, shape=None, scale=3.0):
 
 
 def evaluate(name, inputs, dtype=torch.float64):
-    """Loss and gradients with respect to the student's tensors."""
     students, teachers, targets = inputs
     leaves = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in students]
     fixed = [torch.tensor(x, dtype=dtype) for x in teachers]

@@ -37,7 +37,6 @@ class HostTensors(TorchDispatchMode):
 
 @pytest.fixture(scope="module", params=["NONE", *DISTILLERS])
 def step(teacher, tmp_path_factory, request):
-    """The step of each method."""
     return step_on_few_digits(tmp_path_factory.mktemp("step"), request.param, teacher)
 
 

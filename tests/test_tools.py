@@ -114,7 +114,6 @@ def test_unreadable_images_are_named_and_the_others_predicted(run, images, capsy
 
 
 def drawn(stem, command):
-    """Draw a figure, check its pictures and return its data."""
     assert execute(["visualize", *command.split(), "--data", "--out", str(stem)]) == 0
     assert stem.with_name(f"{stem.name}.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in stem.with_name(f"{stem.name}.svg").read_text()
@@ -123,7 +122,6 @@ def drawn(stem, command):
 
 @pytest.fixture
 def networks(run, teacher):
-    """Weights files of a teacher and a student."""
     return teacher.split("=")[1], str(run / "student_last.pt")
 
 

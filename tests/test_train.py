@@ -23,7 +23,6 @@ def metrics_of(folder, name):
 
 
 def after_step(run, number, action):
-    """Call ``action`` after that step of the run."""
     step, numbers = run.trainer.run_step, itertools.count(1)
 
     def counted(*raw):
@@ -118,7 +117,6 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_finite_state(tmp_path):
 
 @pytest.mark.parametrize("name", ["fc.weight", "bn1.running_var"])
 def test_states_that_are_not_finite_are_not_saved(tmp_path, name):
-    """The loss of a step is computed before its update."""
     run = build_few(tmp_path, "run", "LOG.CHECKPOINT_STEPS=1")
     tensor = run.trainer.step.trainable.student.state_dict()[name]
     after_step(run, 2, lambda: tensor.fill_(torch.inf))

@@ -94,7 +94,6 @@ def kill_at(point, count, kill):
 
 
 def fork(function):
-    """Start a function in another process, with its own process group."""
     context = multiprocessing.get_context("fork")
     process = context.Process(target=lambda: (os.setpgrp(), function()))
     process.start()
