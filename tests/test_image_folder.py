@@ -223,6 +223,7 @@ def test_workers_and_processes_do_not_change_a_pixel(tree):
     expected = epoch(alone, 3)
     loader = image_folder(tree, replace(SMALL, workers=2)).train_loader(8, 0, CPU)
     assert not same(list(loader.batches(1)), expected)
+    assert {type(each).__name__ for each in multiprocessing.active_children()} == {"ForkProcess"}
     next(loader.batches(2))  # the rest of this epoch is dropped
     assert same(list(loader.batches(3)), expected)  # by the same workers
     assert same(list(loader.batches(3, 2)), expected[2:])

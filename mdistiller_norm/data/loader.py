@@ -181,6 +181,7 @@ class _Loader:
             batch_size=None,
             sampler=tasks,
             num_workers=reader.options.workers,
+            multiprocessing_context="fork" if reader.options.workers else None,
             worker_init_fn=partial(_start_worker, trainer=os.getpid()),
             persistent_workers=bool(reader.options.workers),
             pin_memory=device.type == "cuda",
