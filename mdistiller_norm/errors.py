@@ -6,8 +6,14 @@ from contextlib import contextmanager
 
 # Errors of invalid JSON, deep nesting, unexpected types and huge integers.
 MALFORMED = (
-    OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    RecursionError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
 
 
 def first_line(error: BaseException) -> str:

@@ -270,7 +270,7 @@ class Trainer:
         settings = [dict(group) for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
         for group, present in zip(optimizer.param_groups, settings, strict=True):
-            group.update(present)  # the device's options, the tensor of lr that a graph reads
+            group.update(present)  # options of the device; the lr that a graph reads
         self.step.scaler.load_state_dict(state["scaler"])
         self.step.meters.load_all_reduced_state(state["meters"])
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
