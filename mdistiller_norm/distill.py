@@ -10,7 +10,7 @@ from mdistiller_norm.catalog import columns
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import DATASETS
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.errors import CheckpointError
+from mdistiller_norm.errors import CheckpointError, ConfigError
 from mdistiller_norm.files import command
 from mdistiller_norm.models import PREFIXES
 from mdistiller_norm.run import train
@@ -25,13 +25,12 @@ def main(options: argparse.Namespace) -> int:
     teacher, student = options.teacher, options.student
     plain = _config(options, f"teacher,{teacher}", {"STUDENT": teacher})
     alone = _config(options, f"{student},alone", {"STUDENT": student})
-    names = {
-        "TYPE": options.method, "TEACHER": teacher, "STUDENT": student,
-        "TEACHER_WEIGHTS": str(run_folder(plain) / "student_last.pt"),
-    }  # fmt: skip
+    tag = f"{teacher},{student},{'+'.join(_methods(options))}"
+    names = {"TYPE": options.method, "TEACHER": teacher, "STUDENT": student}
+    weights = str(run_folder(plain) / "student_last.pt")
     if not options.train_teacher and not (run_folder(plain) / "result.json").is_file():
-        names["TEACHER_WEIGHTS"] = "pretrained" if teacher.startswith(PREFIXES) else ""
-    distilled = _config(options, f"{student},{options.method}", names)
+        weights = ""  # of another run, or published
+    distilled = _config(options, tag, names | {"TEACHER_WEIGHTS": weights})
     dataset = build_dataset(distilled.node)
     build_student(student, dataset, 0)  # refuse an unknown name before training the teacher
     runs = {"teacher": plain} if options.train_teacher else {}
@@ -40,7 +39,10 @@ def main(options: argparse.Namespace) -> int:
         try:
             build_teacher(distilled.node, dataset)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}, or add --train-teacher") from error
+            if weights or not teacher.startswith(PREFIXES):
+                raise CheckpointError(f"{error}, or add --train-teacher") from error
+            distilled = _config(options, tag, names | {"TEACHER_WEIGHTS": "pretrained"})
+            build_teacher(distilled.node, dataset)
     runs |= {"distilled": distilled}
     command_line = ["python", *options.command]
     results = {role: train(run, True, command_line, dataset) for role, run in runs.items()}
@@ -58,6 +60,10 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
+def _methods(options: argparse.Namespace) -> list[str]:
+    return [name.strip() for name in options.method.strip("[]").split(",")]
+
+
 def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> Config:
     data, epochs = Path(options.data), options.epochs
     is_type = options.data in DATASETS and not data.exists()
@@ -69,10 +75,12 @@ def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> 
     }  # fmt: skip
     keys |= {} if is_type else {"DATASET.ROOT": data}
     keys |= {f"DISTILLER.{key}": name for key, name in names.items()}
-    keys |= SMALL_DATA if names.get("TYPE") == "NormKD" else {}
+    methods = _methods(options)
+    keys |= SMALL_DATA if "TYPE" in names and "NormKD" in methods else {}
     own = [f"{key}={value}" for key, value in keys.items()]
-    config = load_config(None, [*own, *options.overrides], others=[options.method])
+    config = load_config(None, [*own, *options.overrides], others=methods)
+    sources = load_config(None, options.overrides, others=methods).sources
+    if {sources["EXPERIMENT.NAME"], sources["EXPERIMENT.TAG"]} != {"default"}:
+        raise ConfigError("distill names its runs: set EXPERIMENT.PROJECT or LOG.PREFIX instead")
     # The folder is named after the tag and the overrides of the user.
-    return Config(
-        config.node, load_config(None, options.overrides, others=[options.method]).sources
-    )
+    return Config(config.node, sources)

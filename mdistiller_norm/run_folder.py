@@ -65,7 +65,8 @@ def _is_neutral(key: str, cfg: Any) -> bool:
         return bool(cfg.DISTILLER.TEACHER_CACHE == "off")
     if key == "SOLVER.EPOCHS":  # the period of a cosine
         return bool(cfg.SOLVER.SCHEDULE == "step")
-    return key.startswith(NEUTRAL)
+    section = key.split(".")[0]
+    return key.startswith(NEUTRAL) or (section in DISTILLERS and section not in method_names(cfg))
 
 
 @dataclass
@@ -179,14 +180,11 @@ def _lock(path: Path) -> IO[str]:
 
 def _load_state(path: Path, config: Config) -> tuple[Record, str]:
     cfg, stored = config.node, read_settings(path / CONFIG)
-    unused = {*DISTILLERS}.difference(method_names(cfg))
     defaults, current = (
         yaml.load(text, TextLoader) for text in (dump(default_config()), config.yaml)
     )
     different = [key for key, text in current.items() if stored.get(key, defaults[key]) != text]
-    if changed := [
-        k for k in different if not (_is_neutral(k, cfg) or k.split(".")[0] in unused)
-    ]:
+    if changed := [key for key in different if not _is_neutral(key, cfg)]:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")
     problems = []
     for name in (LATEST, PREVIOUS):

@@ -194,3 +194,7 @@ def test_teacher_student_alone_and_distilled(tree, tmp_path, monkeypatch, capsys
     assert main(command) == 0  # finds the teacher, and all is finished
     *_, distilled_again, _ = capsys.readouterr().out.splitlines()
     assert distilled_again.split() == distilled.split()
+    again = [*command, "--train-teacher", "--student-alone", "--method=[NormKD,KD]"]
+    assert main([*again, "KD.TEMPERATURE=2"]) == 0
+    assert capsys.readouterr().out.count("is finished: nothing left to train") == 2
+    assert main([*command, "--teacher=resnet8", "--train-teacher"]) == 0
