@@ -96,8 +96,10 @@ def _build_torchvision(
         known = [f"torchvision:{architecture}.{each}" for each in tags]
         raise _unknown(f"torchvision:{name}", known)
     options: dict[str, Any] = {"num_classes": num_classes}
-    if architecture.startswith("vit_") and image_size:
-        options["image_size"] = image_size[0]
+    weights = models.get_model_weights(architecture)[tag or "DEFAULT"] if pretrained else None
+    images = expected_images(weights) if weights else {"image_size": [224]}
+    if architecture.startswith("vit_"):
+        options["image_size"] = (image_size or images["image_size"])[0]
     # Their weights expect another normalisation.
     if architecture in ("googlenet", "inception_v3"):
         options["transform_input"] = pretrained or bool(tag)
@@ -108,15 +110,16 @@ def _build_torchvision(
     network = Wrapped(
         module, num_classes, classifier=classifier, features=_stages(module, classifier)
     )
-    if pretrained:
-        weights = models.get_model_weights(architecture)[tag or "DEFAULT"]
-        state, own = weights.get_state_dict(check_hash=True), module.state_dict()
-        for key in (f"{classifier}.weight", f"{classifier}.bias"):
-            if key in own and own[key].shape != state[key].shape:
-                state[key] = own[key]
+    if weights:
+        state: Any = weights.get_state_dict(check_hash=True)
+        if "image_size" in options:
+            embeddings = models.vision_transformer.interpolate_embeddings
+            state = embeddings(options["image_size"], module.patch_size, state)
+        for key, own in module.state_dict().items():
+            if own.shape[:1] == (num_classes,) and own.shape != state[key].shape:
+                state[key] = own  # a classifier, or an auxiliary one
         module.load_state_dict(state)
-        categories = weights.meta["categories"]
-        network.pretrained = {"num_classes": len(categories), **expected_images(weights)}
+        network.pretrained = {"num_classes": len(weights.meta["categories"]), **images}
     return network
 
 
