@@ -43,7 +43,6 @@ def settings(place, name, method, *overrides):
 
 
 def trained(place, name, *words):
-    """Train; return the final state, the log and the mean loss of each epoch."""
     train(settings(place, name, *words))
     folder = place[0] / "distill" / name
     lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -27,7 +27,6 @@ def export(options):
 
 
 def pixels():
-    """Return all test digits as ``[360, 3, 32, 32]`` in 0..1, without a loader."""
     return digits().test.images.permute(0, 3, 1, 2).float() / 255
 
 

@@ -26,7 +26,6 @@ PUBLIC = "271c7bfa8a"  # the hash of a public teacher
 
 
 def write(folder, table, row, seed, last, best, teacher_hash="a" * 64, **more):
-    """Write a valid record with chosen accuracies: input of the report, not a measurement."""
     cell = TABLES[table].cells[row, PAIR]
     node = cell_config(cell).node
     epochs = node.SOLVER.EPOCHS

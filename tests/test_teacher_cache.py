@@ -66,7 +66,6 @@ build = partial(run, fit=False)
 
 
 def trained(network):
-    """Return a network with the batch norms of a trained one."""
     with torch.no_grad():
         for _ in range(3):
             network.train()(torch.randn(16, 3, 32, 32))
