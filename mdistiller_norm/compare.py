@@ -79,11 +79,13 @@ def group_runs(paths: Iterable[Path]) -> dict[str, list[tuple[Path, Record]]]:
 def describe(label: str, student: Student, results: Sequence[Record]) -> Record:
     """Return the size of a network and the accuracies of its runs."""
     return {
-        "name": label, "network": student.about["name"],
+        "name": label,
+        "network": student.about["name"],
         "method": "+".join(results[0]["method"]) or "none" if results else None,
         "parameters": sum(parameter.numel() for parameter in student.network.parameters()),
         "megabytes": sum(tensor.nbytes for tensor in student.network.state_dict().values()) / 1e6,
-        "macs": count_macs(student.network, student.about["image_size"]), "n": len(results),
+        "macs": count_macs(student.network, student.about["image_size"]),
+        "n": len(results),
         "last": mean_std(result["last"]["top1"] for result in results),
         "best": mean_std(result["best"]["top1"] for result in results),
         "last_by_seed": {result["seed"]: result["last"]["top1"] for result in results},

@@ -168,7 +168,9 @@ def write_hub_folder(
     facts = {"architecture": about["name"], "num_classes": len(about["classes"])}
     write_json(facts | about, folder / "config.json")
     header: dict[str, Any] = {
-        "library_name": "mdistiller_norm", "pipeline_tag": "image-classification", "datasets": [about["dataset"]],
+        "library_name": "mdistiller_norm",
+        "pipeline_tag": "image-classification",
+        "datasets": [about["dataset"]],
         "tags": ["knowledge-distillation", *result.get("method", [])],
     }  # fmt: skip
     description = "An image classifier."

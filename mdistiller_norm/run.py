@@ -91,17 +91,14 @@ def build_run(config: Config, resume: bool = False, dataset: Dataset | None = No
     step = build.build_step(
         cfg, student, distillers, loader, teacher, autocast, device, to_compile == "all", log
     )
-    capture, logged = cfg.ENGINE.CUDA_GRAPH, cfg.LOG
+    capture = cfg.ENGINE.CUDA_GRAPH
     trainer = Trainer(
         step, optim.Schedule(
             solver.SCHEDULE, solver.LR, solver.EPOCHS, solver.WARMUP_EPOCHS, tuple(solver.LR_DECAY_STAGES),
             solver.LR_DECAY_RATE,
         ), test, folder.path, folder.log, provenance,
-        Intervals(
-            logged.TENSORBOARD_FREQ, logged.CHECKPOINT_STEPS, logged.SAVE_CHECKPOINT_FREQ, logged.GRAD_NORMS
-        ),
-        graph.capture_step(step, capture, log),
-        graph.capture_network(step.trainable.evaluated, test, capture, log),
+        Intervals(cfg.LOG.TENSORBOARD_FREQ, cfg.LOG.CHECKPOINT_STEPS, cfg.LOG.SAVE_CHECKPOINT_FREQ, cfg.LOG.GRAD_NORMS),
+        graph.capture_step(step, capture, log), graph.capture_network(step.trainable.evaluated, test, capture, log),
     )  # fmt: skip
     folder.restore(trainer)
     if isinstance(teacher, teacher_cache.CachedTeacher) and cfg.DISTILLER.TEACHER_CACHE == "full":

@@ -190,7 +190,8 @@ def publish(folder: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     save_atomically({"model": weights.state, "about": weights.about}, path)
     add_to_manifest(
-        MANIFEST, path, model=record["student"], dataset=record["dataset"], method="+".join(record["method"]),
+        MANIFEST, path, model=record["student"], dataset=record["dataset"],
+        method="+".join(record["method"]),
         epochs=record["epochs"], top1=round(record["last"]["top1"], 2), command=record["command"],
         commit=record["environment"].get("commit"),
     )  # fmt: skip
