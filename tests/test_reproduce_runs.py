@@ -200,10 +200,6 @@ def test_teachers_run_only_for_pending_students_and_once_for_all_precisions(outp
     assert pending_jobs([teacher, student], ledger) == [student]
     teacher.weights.unlink()
     assert pending_jobs([teacher, student], ledger) == [teacher, student]
-    folder = output.parent / "another" / "smoke" / "results" / "runs"
-    write_record(signed_record(record), folder)
-    printed = smoke(output.parent / "another", "--methods teacher kd --trials 1", 3)
-    assert "1 run of another teacher: repeat the command" in printed
 
 
 def test_a_record_holds_the_run_and_no_path_of_the_machine(trained, tmp_path):
