@@ -34,6 +34,10 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem != "test_trust")  # the longest tests, begun first
+
+
 def unpacked(name, marker):
     """Return the data folder with a data set, unpacked if necessary; skip the test if it is missing."""
     root = Path(os.environ.get("MDISTILLER_NORM_DATA", ROOT / "data"))
