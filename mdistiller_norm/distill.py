@@ -81,6 +81,8 @@ def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> 
     config = load_config(None, [*own, *options.overrides], others=methods)
     sources = load_config(None, options.overrides, others=methods).sources
     if {sources["EXPERIMENT.NAME"], sources["EXPERIMENT.TAG"]} != {"default"}:
-        raise ConfigError("distill names its runs: set EXPERIMENT.PROJECT or LOG.PREFIX instead")
+        raise ConfigError(
+            "distill sets NAME and TAG: set EXPERIMENT.PROJECT or LOG.PREFIX instead"
+        )
     # The folder is named after the tag and the overrides of the user.
     return Config(config.node, sources)

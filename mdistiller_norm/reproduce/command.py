@@ -89,7 +89,9 @@ def main(options: argparse.Namespace) -> int:
     _print_cells(cells, ledger, options)
     code = _print_outcomes(todo, outcomes, finished) if todo else 0
     if code == 0 and (others := runner.pending_jobs(jobs, ledger)):
-        print(f"{counted(len(others), 'run')} of another teacher: repeat the command")
+        print(
+            f"{counted(len(others), 'run')} left, recorded with another teacher: repeat the command"
+        )
         code = 3
     print(f"report: {command('report')} --results {results}{' --smoke' if options.smoke else ''}")
     return 128 + here.signals[0] if here.signals else code
