@@ -2,7 +2,7 @@
 
 Source: Sun et al., "Knowledge Distillation with Refined Logits" (ICCV 2025). Sample confidence: the student is as
 confident in the target as the teacher is in its top class, right or wrong. Masked correlation: only classes that the
-teacher ranks below the target are compared. If the teacher is right, this is DKD.
+teacher ranks below the target are compared. If the teacher is right and ``ALPHA_T`` is ``T``, this is DKD.
 
 Defaults: the authors' (zju-SWJ/RLD). The paper has one temperature (their option ``--same-t``, here ``ALPHA_T`` equal
 to ``T``).
