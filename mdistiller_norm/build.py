@@ -307,7 +307,7 @@ def build_step(
         placed(student, device), distillers, autocast, solver.LABEL_SMOOTHING, solver.EMA
     ).to(device)
     if solver.SYNC_BN and distributed.together():
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainable)
+        distributed.synchronise_batch_norms(trainable)
     settings = {
         "lr": solver.LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY, "nesterov": solver.NESTEROV,
     }  # fmt: skip

@@ -11,6 +11,7 @@ from mdistiller_norm.build import build_teacher
 from mdistiller_norm.cli import main
 from mdistiller_norm.config import load_config
 from mdistiller_norm.data import Split, TensorDataset
+from mdistiller_norm.engine.distributed import synchronise_batch_norms
 from mdistiller_norm.models import build_model, probe
 from mdistiller_norm.models.preprocessed import Preprocessed
 
@@ -118,3 +119,11 @@ def test_the_images_are_converted_for_published_weights(torchvision_state):
     network, file = build_teacher(cfg, dataset)
     assert (type(network), network.size) == (Preprocessed, (224, 224))
     assert "images with another image_size [224, 224] (here [32, 32]), mean" in file.warning
+
+
+def test_synchronised_batch_norms_keep_their_activation():
+    network, images = build_model("timm:test_efficientnet", 10).eval(), torch.rand(2, 3, 64, 64)
+    expected = network(images)
+    synchronise_batch_norms(network)
+    assert any(isinstance(each, torch.nn.SyncBatchNorm) for each in network.modules())
+    assert torch.equal(network(images), expected)

@@ -5,10 +5,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -123,6 +124,14 @@ def average_batch_norms(module: nn.Module) -> None:
         for buffer in (norm.running_mean, norm.running_var):
             if buffer is not None:
                 buffer.copy_(all_reduce(buffer) / distributed.get_world_size())
+
+
+def synchronise_batch_norms(module: nn.Module) -> None:
+    """Convert batch norms to SyncBatchNorm, those of timm with their activation, which PyTorch's function drops."""
+    convert: Callable[..., Any] = nn.SyncBatchNorm.convert_sync_batchnorm
+    with suppress(ImportError):
+        convert = import_module("timm.layers").convert_sync_batchnorm
+    convert(module)
 
 
 def wrap(module: nn.Module) -> nn.Module:
