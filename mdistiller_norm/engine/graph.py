@@ -31,6 +31,7 @@ class Captured:
         self._function, self._state_tensors, self._warn = function, state_tensors, warn
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
+        self._stream: Any = None  # PyTorch's default for captures belongs to one device
         self._failed = False
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -60,7 +61,7 @@ class Captured:
         buffers = [tensor.clone() for tensor in inputs]
         state = self._state_tensors()
         before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
@@ -73,7 +74,7 @@ class Captured:
         gc.collect()  # destroying an old graph during the recording would break it
         graph = torch.cuda.CUDAGraph()
         # Other threads may synchronise meanwhile: the teacher cache's writer does.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, stream, "thread_local"):
             outputs = self._function(*buffers)
         self._pool = graph.pool()
         return graph, buffers, outputs
