@@ -15,9 +15,7 @@ QUICK = "--blocks 2 --steps 1 --warmup 1 ENGINE.COMPILE=none"
 def measure(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     main, file = importlib.import_module("benchmark").main, tmp_path / "record.json"
-    return lambda words: (
-        main([*words.split(), "--json", str(file)]) or json.loads(file.read_text())
-    )
+    return lambda words: main(f"{words} --json {file}".split()) or json.loads(file.read_text())
 
 
 @pytest.mark.slow

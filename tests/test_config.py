@@ -111,10 +111,8 @@ def test_overrides_may_set_the_keys_of_used_methods():
 
 def test_resize_follows_the_image_size_unless_it_is_set():
     assert load_config(None, ["DATASET.IMAGE_SIZE=64"]).node.DATASET.RESIZE == 73
-    assert (
-        load_config(None, ["DATASET.IMAGE_SIZE=64", "DATASET.RESIZE=64"]).node.DATASET.RESIZE
-        == 64
-    )
+    words = ["DATASET.IMAGE_SIZE=64", "DATASET.RESIZE=64"]
+    assert load_config(None, words).node.DATASET.RESIZE == 64
 
 
 def test_merge_keys_replace_whole_values(tmp_path):

@@ -64,7 +64,7 @@ def test_every_key_has_a_meaning(capsys):
     assert output_of("config keys solver.dot.*", capsys)[0][1:3] == ["0.075", "float"]
 
 
-@pytest.mark.parametrize("name", ["digits/at", "cifar100/ablation/table1/t_1"])
+@pytest.mark.parametrize("name", ["cifar100/combined/normkd_at", "cifar100/ablation/table1/t_1"])
 def test_copied_config_equals_the_packaged_one(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["config", "copy", name]) == 0

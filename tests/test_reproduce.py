@@ -180,10 +180,7 @@ def test_the_queue_is_ordered_by_value():
         ("--table 2 --methods KD NormKD DEVICE cpu", "did you mean kd"),
         ("--table digits --budget 9", "must be a duration such as 90s, 9m or 1h30m, got '9'"),
         ("--table digits --sweep KD.TEMPERATURE", "--sweep must be KEY=A,B,C"),
-        (
-            "--table digits --sweep SOLVER.PRECISION=fp32,bf16",
-            "a key that belongs to a run's ide",
-        ),
+        ("--table digits --sweep SOLVER.PRECISION=fp32,bf16", "key that belongs to a run's ide"),
         ("--table digits --sweep KD.TEMPERATURE=1 --val-split 0", "--val-split must be > 0"),
         ("--table digits --seeds 0 kd", "--seeds must be integers >= 0"),
         ("--table digits --slurm gpus=1", "--slurm requires --launcher"),

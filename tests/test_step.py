@@ -131,9 +131,8 @@ def test_steps_train_in_half_precision(tmp_path, teacher, dtype):
     """The CPU emulates it; a step whose gradients overflow in float16 is skipped and halves their scale."""
     plain = step_on_few_digits(tmp_path, "NormKD", teacher)
     plain.trainable.autocast = plain.teacher.autocast = dtype
-    scaler = torch.amp.GradScaler(
-        "cpu", 1024.0, growth_interval=2, enabled=dtype is torch.float16
-    )
+    half = dtype is torch.float16
+    scaler = torch.amp.GradScaler("cpu", 1024.0, growth_interval=2, enabled=half)
     parts = (plain.loader, plain.teacher, plain.trainable, plain.optimizer, plain.meters)
     step = TrainStep(*parts, scaler)
     weight = step.trainable.student.conv1.weight
@@ -145,7 +144,7 @@ def test_steps_train_in_half_precision(tmp_path, teacher, dtype):
     assert weight.isfinite().all()
     assert not torch.equal(before, weight)
     step.meters.read(epoch=1)
-    if dtype is torch.float16:
+    if half:
         assert scaler.get_scale() == 2048
         restore(state, saved)
         assert scaler.get_scale() == 1024
