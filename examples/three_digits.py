@@ -1,4 +1,4 @@
-"""A data set in memory: the digits 3, 5 and 8."""
+"""A data set in memory: the digits 3, 5 and 8 (pip install scikit-learn)."""
 
 import torch
 from sklearn.datasets import load_digits
