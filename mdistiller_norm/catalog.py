@@ -42,11 +42,8 @@ def _distillers(pattern: str) -> Rows:
     yield "name", "reads", "method"
     for name, method in DISTILLERS.items():
         if matches(name, pattern):
-            yield (
-                name,
-                method.need.name.lower() + ", indices" * method.needs_indices,
-                _summary(method),
-            )
+            reads = method.need.name.lower() + ", indices" * method.needs_indices
+            yield name, reads, _summary(method)
 
 
 def _datasets(pattern: str) -> Rows:

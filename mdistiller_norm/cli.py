@@ -103,9 +103,8 @@ def _prepare_streams() -> None:
 
 def _message(error: BaseException) -> str:
     cause: BaseException | None = error
-    while (
-        cause is not None
-    ):  # PyTorch raises it in a signal handler, so it may cause any other error
+    # PyTorch raises it in a signal handler, so it may cause any other error.
+    while cause is not None:
         if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker (pid"):
             return (
                 f"{first_line(cause).rstrip('.')}: a process that loads images was lost. If memory or shared memory is "

@@ -89,7 +89,7 @@ def describe(label: str, student: Student, results: Sequence[Record]) -> Record:
         "last": mean_std(result["last"]["top1"] for result in results),
         "best": mean_std(result["best"]["top1"] for result in results),
         "last_by_seed": {result["seed"]: result["last"]["top1"] for result in results},
-    }  # fmt: skip
+    }
 
 
 def compare_pair(
@@ -97,9 +97,14 @@ def compare_pair(
 ) -> Record:
     """Return the paired difference of two networks over common seeds, their agreement and McNemar's test."""
     pair: Record = {
-        "first": first["name"], "second": second["name"], "agreement": None, "only_first": None, "only_second": None,
-        "difference": paired_difference(second["last_by_seed"], first["last_by_seed"]), "p": None,
-    }  # fmt: skip
+        "first": first["name"],
+        "second": second["name"],
+        "agreement": None,
+        "only_first": None,
+        "only_second": None,
+        "difference": paired_difference(second["last_by_seed"], first["last_by_seed"]),
+        "p": None,
+    }
     if a and b:
         x, y = a.logits.argmax(1), b.logits.argmax(1)
         agreement = 100 * float((x == y).double().mean())

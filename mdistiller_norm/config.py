@@ -87,9 +87,7 @@ def load_config(
     names = [name for name in ([names] if isinstance(names, str) else names) if name]
     if names and plugins == "refuse":
         raise ConfigError(f"{source}: --no-plugins refuses EXPERIMENT.PLUGINS {', '.join(names)}")
-    if (
-        plugins == "import"
-    ):  # searched beside the config that names it, then in the working directory
+    if plugins == "import":  # beside the config that names it, else in the working directory
         names = [import_plugin(name, Path(source).parent) for name in names]
     node = default_config()
     defaults = dict(leaves(node, sections=True))

@@ -171,15 +171,12 @@ def _hint(key: str, known: Iterable[str]) -> str:
     last = f".{key.rpartition('.')[2]}".lower()
     same_name = [name for name in known if name.lower().endswith(last)]
     section = [name for name in known if name.startswith(f"{key.partition('.')[0]}.")]
-    near = (nearest(key, same_name) or same_name or nearest(key, section) or nearest(key, known))[
-        :3
-    ]
+    near = nearest(key, same_name) or same_name or nearest(key, section) or nearest(key, known)
     if key in REMOVED:
         return f": it was removed, {REMOVED[key].help.format(command('reproduce'))}"
-    hint = not_registered(key.split(".")[0]) or (
-        f"did you mean {' or '.join(near)}?" if near else ""
-    )
-    return f": {hint}" if hint else ""
+    if hint := not_registered(key.split(".")[0]):
+        return f": {hint}"
+    return f": did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 def _convert(key: str, text: Any, default: Any) -> Any:

@@ -69,10 +69,14 @@ def _config(options: argparse.Namespace, tag: str, names: Mapping[str, str]) -> 
     is_type = options.data in DATASETS and not data.exists()
     stages = sorted({epochs * part // 8 for part in (5, 6, 7)} - {0, epochs})
     keys: dict[str, Any] = {
-        "EXPERIMENT.PROJECT": data.resolve().name, "EXPERIMENT.TAG": f"{tag},{epochs} epochs".replace("/", "_"),
-        "DATASET.TYPE": options.data if is_type else "image_folder", "SOLVER.EPOCHS": epochs,
-        "SOLVER.LR_DECAY_STAGES": stages, "SOLVER.NESTEROV": True, "SOLVER.WEIGHT_DECAY": 5e-4,
-    }  # fmt: skip
+        "EXPERIMENT.PROJECT": data.resolve().name,
+        "EXPERIMENT.TAG": f"{tag},{epochs} epochs".replace("/", "_"),
+        "DATASET.TYPE": options.data if is_type else "image_folder",
+        "SOLVER.EPOCHS": epochs,
+        "SOLVER.LR_DECAY_STAGES": stages,
+        "SOLVER.NESTEROV": True,
+        "SOLVER.WEIGHT_DECAY": 5e-4,
+    }
     keys |= {} if is_type else {"DATASET.ROOT": data}
     keys |= {f"DISTILLER.{key}": name for key, name in names.items()}
     methods = _methods(options)

@@ -77,9 +77,6 @@ def self_test() -> dict[str, Any]:
                 place = [f"LOG.PREFIX={folder}", f"EXPERIMENT.NAME={name}"]
                 train(load_config(file, [*solver, *place, "DISTILLER.TEACHER=resnet8", weights]))
     except Exception as error:  # a broken installation may raise anything
-        return {
-            "passed": False,
-            "error": first_line(error),
-            "output": output.getvalue().splitlines(),
-        }
+        lines = output.getvalue().splitlines()
+        return {"passed": False, "error": first_line(error), "output": lines}
     return {"passed": True, "seconds": round(time.perf_counter() - start, 1)}

@@ -133,12 +133,9 @@ class Distillation(nn.Module):
         self.trainable.autocast = torch.get_autocast_dtype(device.type) if enabled else None
         with torch.no_grad():
             outputs = self._teacher[0].outputs(images)
-        losses = self.trainable(
-            batch, outputs, torch.tensor(self.trainable.loss_weights(epoch), device=device)
-        )
-        return losses.total, dict(
-            zip(self.trainable.loss_names, losses.parts.detach(), strict=True)
-        )
+        weights = torch.tensor(self.trainable.loss_weights(epoch), device=device)
+        total, parts, _ = self.trainable(batch, outputs, weights)
+        return total, dict(zip(self.trainable.loss_names, parts.detach(), strict=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._teacher[0]._apply(fn)  # type: ignore[no-untyped-call]
@@ -152,10 +149,7 @@ class _LogitNetwork(Network):
         if parameter is None or isinstance(module, torch.jit.ScriptModule):
             raise ConfigError(f"{type(module).__name__} has no parameters or is TorchScript")
         with torch.no_grad():
-            images = torch.zeros(
-                1, 3, *image_size, dtype=parameter.dtype, device=parameter.device
-            )
-            logits = copy.deepcopy(module).eval()(images)
+            logits = copy.deepcopy(module).eval()(parameter.new_zeros(1, 3, *image_size))
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise ConfigError(f"{type(module).__name__} must return logits [B, C]")
         super().__init__(logits.shape[1])

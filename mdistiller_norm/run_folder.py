@@ -25,9 +25,19 @@ from mdistiller_norm.files import open_lock, write_json, write_text
 
 # Keys that do not change the computation; hashes of data and teacher and the precision in use are compared instead.
 NEUTRAL = (
-    "EXPERIMENT.", "LOG.", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.MAX_BROKEN", "DATASET.TEST.", "DEVICE",
-    "SOLVER.EPOCHS", "SOLVER.TIMEOUT", "ENGINE.", "DISTILLER.TEACHER_CACHE", "DISTILLER.TEACHER_WEIGHTS",
-)  # fmt: skip
+    "EXPERIMENT.",
+    "LOG.",
+    "DATASET.ROOT",
+    "DATASET.NUM_WORKERS",
+    "DATASET.MAX_BROKEN",
+    "DATASET.TEST.",
+    "DEVICE",
+    "SOLVER.EPOCHS",
+    "SOLVER.TIMEOUT",
+    "ENGINE.",
+    "DISTILLER.TEACHER_CACHE",
+    "DISTILLER.TEACHER_WEIGHTS",
+)
 CONFIG, RESULT = "config.yaml", "result.json"
 _LOCK = ".lock"
 _STATE_KEYS = {
@@ -180,9 +190,8 @@ def _lock(path: Path) -> IO[str]:
 
 def _load_state(path: Path, config: Config) -> tuple[Record, str]:
     cfg, stored = config.node, read_settings(path / CONFIG)
-    defaults, current = (
-        yaml.load(text, TextLoader) for text in (dump(default_config()), config.yaml)
-    )
+    defaults = yaml.load(dump(default_config()), TextLoader)
+    current = yaml.load(config.yaml, TextLoader)
     different = [key for key, text in current.items() if stored.get(key, defaults[key]) != text]
     if changed := [key for key in different if not _is_neutral(key, cfg)]:
         raise ConfigError(f"{path} cannot be resumed with other values of {', '.join(changed)}")

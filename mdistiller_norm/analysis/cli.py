@@ -28,18 +28,25 @@ def main(options: argparse.Namespace) -> int:
     with mpl.rc_context(fname=figures.STYLE):
         if options.figure == "tsne":
             figure, data, lines = figures.draw_tsne(
-                networks, classes=options.classes, samples=options.samples, seed=options.seed,
+                networks,
+                classes=options.classes,
+                samples=options.samples,
+                seed=options.seed,
                 perplexity=options.perplexity,
-            )  # fmt: skip
+            )
         elif options.figure == "correlation":
             path = find_weights(options.teacher)
             teacher = outputs(path, short_names([path])[0], options.teacher_model)
             figure, data, lines = figures.draw_correlation(teacher, networks)
         else:
             figure, data, lines = figures.draw_softening(
-                networks[0], sample=options.sample, temperatures=options.temperatures, fixed=options.fixed,
-                t_norm=options.t_norm, tolerance=options.tolerance,
-            )  # fmt: skip
+                networks[0],
+                sample=options.sample,
+                temperatures=options.temperatures,
+                fixed=options.fixed,
+                t_norm=options.t_norm,
+                tolerance=options.tolerance,
+            )
         stem = options.out or Path("output", "figures", options.figure)
         figures.save(figure, data if options.data else {}, stem)
     print("\n".join([*lines, f"wrote {stem}.png and .svg{' and .json' if options.data else ''}"]))

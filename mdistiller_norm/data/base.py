@@ -17,7 +17,6 @@ from mdistiller_norm.errors import ConfigError
 from mdistiller_norm.types import Batch
 
 Tensors = tuple[Tensor, ...]
-Warn = Callable[[str], None]
 
 
 class Dataset(ABC):
@@ -61,9 +60,13 @@ class Dataset(ABC):
     def metadata(self) -> dict[str, Any]:
         """Return the part of a student's metadata that the data set determines."""
         return {
-            "variant": self.variant, "dataset": self.name, "classes": list(self.classes), "mean": list(self.mean),
-            "std": list(self.std), "image_size": list(self.image_size),
-        }  # fmt: skip
+            "variant": self.variant,
+            "dataset": self.name,
+            "classes": list(self.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "image_size": list(self.image_size),
+        }
 
     def summary(self) -> str:
         sizes = f"{len(self.train)} + {len(self.test)} images"
@@ -130,7 +133,7 @@ class TrainLoader(ABC):
     """
 
     on_device: bool = False
-    warn: Warn = print
+    warn: Callable[[str], None] = print
 
     def __init__(self, samples: int, batch_size: int, seed: int, share: Share = ALONE) -> None:
         self.samples, self.seed, self.share = samples, seed, share

@@ -219,9 +219,14 @@ class ImageTrainLoader(TrainLoader):
     """Augmented training batches of encoded images. The last, short batch of an epoch is kept."""
 
     def __init__(
-        self, split: ImageSplit, options: ImageOptions, batch_size: int, seed: int, device: torch.device,
+        self,
+        split: ImageSplit,
+        options: ImageOptions,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
         share: Share = ALONE,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(len(split), batch_size, seed, share)
         self._max_broken, self._broken = options.max_broken, set[str]()
         self._tasks: list[Task] = []

@@ -84,11 +84,8 @@ def _read_index(folder: Path, shards: list[str]) -> tuple[Ints, Ints]:
     sizes = np.array([(folder / name).stat().st_size for name in shards])
     try:
         with np.load(folder / INDEX) as index:
-            names, positions, targets = (
-                index["shards"].tolist(),
-                index["places"],
-                index["targets"],
-            )
+            names = index["shards"].tolist()
+            positions, targets = index["places"], index["targets"]
         shard, first, size = positions.T
         if names != shards or len(shard) != len(targets) or (first + size > sizes[shard]).any():
             raise ValueError("it was written for others")

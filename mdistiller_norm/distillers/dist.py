@@ -40,10 +40,8 @@ def dist_loss(
     """
     softened = soften(student_logits, teacher_logits, temperature)
     student, teacher = softened.student.softmax(1), softened.teacher.softmax(1)
-    inter, intra = (
-        1 - _pearson(student, teacher).mean(),
-        1 - _pearson(student.T, teacher.T).mean(),
-    )
+    inter = 1 - _pearson(student, teacher).mean()
+    intra = 1 - _pearson(student.T, teacher.T).mean()
     return softened.weight.mean() * (beta * inter + gamma * intra)
 
 

@@ -61,23 +61,19 @@ class VID(Distiller):
         start = variance - eps
         start += math.log(-math.expm1(-start))
         self.regressors = nn.ModuleList(_regressor(s, t) for s, t in channels)
-        self.log_scales = nn.ParameterList(
-            nn.Parameter(torch.full((t,), start)) for _, t in channels
-        )
+        self.log_scales = nn.ParameterList(torch.full((t,), start) for _, t in channels)
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:
-        students, teachers = match_stages(pair.student.features, pair.teacher.features)
-        stages = zip(students, teachers, strict=True)
+        stages = zip(*match_stages(pair.student.features, pair.teacher.features), strict=True)
         channels = [(s.shape[1], t.shape[1]) for s, t in stages]
         return cls(channels, node.INIT_PRED_VAR, node.EPS, **loss_weights(node))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         losses = []
-        stages = zip(*match_stages(student.features, teacher.features), strict=True)
-        for regressor, log_scale, stage in zip(
-            self.regressors, self.log_scales, stages, strict=True
-        ):
-            s, t = same_size(*stage)
+        stages = match_stages(student.features, teacher.features)
+        parts = zip(self.regressors, self.log_scales, *stages, strict=True)
+        for regressor, log_scale, *maps in parts:
+            s, t = same_size(*maps)
             losses.append(vid_loss(regressor(s), t, log_scale, self.eps))
         return torch.stack(losses).sum()

@@ -24,12 +24,21 @@ from mdistiller_norm.files import whole_file
 # Types that published checkpoints contain besides tensors; NumPy 1 and 2 store scalars under different names.
 _numpy: Any = getattr(np, "core" if np.__version__.startswith("1.") else "_core")
 _SAFE_TYPES: list[Any] = [
-    argparse.Namespace, collections.defaultdict, list, dict,
-    *((getattr(pathlib, name), f"{module}.{name}") for name in ("PosixPath", "PurePosixPath")
-      for module in ("pathlib", "pathlib._local")),  # the second one in Python 3.13
-    np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
-    _numpy.multiarray.scalar, (_numpy.multiarray.scalar, "numpy.core.multiarray.scalar"),
-]  # fmt: skip
+    argparse.Namespace,
+    collections.defaultdict,
+    list,
+    dict,
+    *(
+        (getattr(pathlib, name), f"{module}.{name}")
+        for name in ("PosixPath", "PurePosixPath")
+        for module in ("pathlib", "pathlib._local")
+    ),  # the second one in Python 3.13
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+    _numpy.multiarray.scalar,
+    (_numpy.multiarray.scalar, "numpy.core.multiarray.scalar"),
+]
 
 LATEST, PREVIOUS = "latest.pt", "latest.prev.pt"  # the last two states of a run
 _WEIGHT_KEYS = ("model", "state_dict", "trainable", "model_state_dict", "net")

@@ -52,9 +52,8 @@ def evaluate(
         module = None if autocast else folded(network, Need.LOGITS)
         forward = (lambda images: module(images).logits) if module else network
     keep_freed_memory()
-    for images, targets in progress(
-        loader, desc="evaluation", disable=not distributed.is_first()
-    ):
+    batches = progress(loader, desc="evaluation", disable=not distributed.is_first())
+    for images, targets in batches:
         # Without autocast's cache: a captured graph would keep the cached copies of old weights.
         with torch.autocast(device.type, autocast, enabled=bool(autocast), cache_enabled=False):
             logits = at_least_float32(forward(images))
@@ -66,8 +65,6 @@ def evaluate(
     correct, seen, in_top5, loss = map(distributed.all_reduce, (correct, seen, in_top5, loss))
     samples = int(seen.sum())
     top1, top5 = 100 * int(correct.sum()) / samples, 100 * int(in_top5) / samples
-    rate, per_class = (
-        samples / (time.perf_counter() - start),
-        (100 * correct.double() / seen).cpu(),
-    )
+    rate = samples / (time.perf_counter() - start)
+    per_class = (100 * correct.double() / seen).cpu()
     return Evaluation(top1, top5, float(loss) / samples, samples, rate, per_class)

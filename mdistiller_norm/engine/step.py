@@ -70,15 +70,13 @@ class TrainStep:
         """Train on one batch, given its tensors from :meth:`with_teacher_outputs`."""
         batch, extra = self._prepare(raw)
         rows = len(batch.targets)
-        micro_batches = _split(batch, extra, min(self.accumulate, self.part.smallest))
+        count = min(self.accumulate, self.part.smallest)
         parallel = self.forward if isinstance(self.forward, DistributedDataParallel) else None
         self.trainable.zero_grad()
-        for number, (micro_batch, its_extra) in enumerate(micro_batches, 1):
+        for number, (micro_batch, its_extra) in enumerate(_split(batch, extra, count), 1):
             teacher_outputs = self.teacher(micro_batch, *its_extra) if self.teacher else None
             # Gradients are exchanged after the last micro-batch.
-            with (
-                parallel.no_sync() if parallel and number < len(micro_batches) else nullcontext()
-            ):
+            with parallel.no_sync() if parallel and number < count else nullcontext():
                 losses = self.forward(micro_batch, teacher_outputs, self.loss_weights)
                 if isinstance(self.optimizer, DOT):
                     self.optimizer.backward(losses.parts)

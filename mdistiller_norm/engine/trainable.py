@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller_norm.distillers.base import Distiller, Need
@@ -23,9 +24,7 @@ class Trainable(nn.Module):
 
     Attributes:
         ema: the student with averaged weights, or None.
-        methods: the distillers, in order.
-        loss_names: names of the losses.
-        need: outputs that they read.
+        need: outputs that the distillers read.
         forward_student: maps images to the student's outputs: ``student.outputs`` or a compiled form of it.
     """
 
@@ -89,11 +88,7 @@ class Trainable(nn.Module):
         with torch.autocast(batch.images.device.type, enabled=False):
             student = _at_least_float32(student, self.need)
             smoothing = self.label_smoothing
-            losses = [
-                nn.functional.cross_entropy(
-                    student.logits, batch.targets, label_smoothing=smoothing
-                )
-            ]
+            losses = [F.cross_entropy(student.logits, batch.targets, label_smoothing=smoothing)]
             if teacher is not None:
                 teacher = _at_least_float32(teacher, self.need)
                 for name, method in self.distillers.items():

@@ -110,12 +110,8 @@ class Trainer:
                 self._train_epoch()
         if not (self.folder / "student_last.pt").exists():
             self._save({"student_last.pt": self._student(self.last)})
-        return {
-            "last": self.last,
-            "best": self.best,
-            "seconds": self.seconds,
-            "parts": self.parts,
-        }
+        accuracies = {"last": self.last, "best": self.best}
+        return accuracies | {"seconds": self.seconds, "parts": self.parts}
 
     def stop(self, signal_number: int) -> None:
         self._requested = signal_number

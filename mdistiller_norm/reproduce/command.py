@@ -192,11 +192,16 @@ def publish(folder: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     save_atomically({"model": weights.state, "about": weights.about}, path)
     add_to_manifest(
-        MANIFEST, path, model=record["student"], dataset=record["dataset"],
+        MANIFEST,
+        path,
+        model=record["student"],
+        dataset=record["dataset"],
         method="+".join(record["method"]),
-        epochs=record["epochs"], top1=round(record["last"]["top1"], 2), command=record["command"],
+        epochs=record["epochs"],
+        top1=round(record["last"]["top1"], 2),
+        command=record["command"],
         commit=record["environment"].get("commit"),
-    )  # fmt: skip
+    )
     return path
 
 

@@ -111,14 +111,8 @@ def identity(tree: Mapping[str, Any]) -> str:
         key: about.default for key, about in REMOVED.items()
     }
     kept = {}
-    for key, value in leaves(tree):
-        value = (
-            used
-            if key == "DISTILLER.TYPE"
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
+    for key, value in (dict(leaves(tree)) | {"DISTILLER.TYPE": used}).items():
+        value = list(value) if isinstance(value, tuple) else value
         ignored = key.startswith(left_out) or (key == "DISTILLER.TEACHER" and not used)
         if not ignored and (key not in defaults or value != defaults[key]):
             kept[key] = value
@@ -229,15 +223,9 @@ def failed_record(
     error: str, log: Sequence[str], config: Mapping[str, Any], **fields: Any
 ) -> Record:
     """Return the record of a run that failed, with its resolved config and the last lines of its output."""
-    head = {
-        "format": FORMAT,
-        "status": "failed",
-        "at": time.strftime(UTC, time.gmtime()),
-        **fields,
-    }
-    return signed_record(
-        head | {"config": yaml.safe_load(dump(config)), "error": error, "log": log}
-    )
+    at, config = time.strftime(UTC, time.gmtime()), yaml.safe_load(dump(config))
+    head = {"format": FORMAT, "status": "failed", "at": at, **fields}
+    return signed_record(head | {"config": config, "error": error, "log": log})
 
 
 def write_record(record: Record, folder: Path) -> Path:

@@ -154,13 +154,8 @@ class _Planner:
     def _add_job(
         self, file: str, settings: Sequence[str], more: Sequence[str], seed: int, **fields: Any
     ) -> Job:
-        overrides = (
-            *settings,
-            *self.common,
-            *more,
-            *(SMOKE if self.smoke else ()),
-            f"SEED={seed}",
-        )
+        smoke = SMOKE if self.smoke else ()
+        overrides = (*settings, *self.common, *more, *smoke, f"SEED={seed}")
         config = _load(file, overrides)
         experiment = config.node.EXPERIMENT
         name = " ".join([f"[seed {seed}] {experiment.PROJECT}/{experiment.TAG}", *settings])

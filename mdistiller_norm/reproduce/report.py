@@ -94,9 +94,8 @@ class TableView(NamedTuple):
         for digits in sorted({entry.teacher_hash for entry in runs} & tables.TEACHERS.keys()):
             lines.append(f"The teacher {digits} of {column.name} is {tables.TEACHERS[digits]}.")
         for name, value in _CONDITIONS.items():
-            counts = Counter(
-                filter(None, map(value, runs))
-            ).most_common()  # some are not recorded
+            recorded = filter(None, map(value, runs))  # older records lack some
+            counts = Counter(recorded).most_common()
             listed = ", ".join(
                 f"{text} ({plan.counted(number, 'run')})" for text, number in counts
             )
@@ -126,10 +125,8 @@ def collect(folder: Path, smoke: bool = False) -> Record:
         table.id: TableView(table, {key: view(cell) for key, cell in table.cells.items()})
         for table in TABLES.values()
     }
-    runs, every = (
-        ledger.all_runs(),
-        [cell for view in views.values() for cell in view.cells.values()],
-    )
+    runs = ledger.all_runs()
+    every = [cell for view in views.values() for cell in view.cells.values()]
     placed = {cell.identity for cell in every}
     shown = {entry.path for cell in every for entry in cell.runs.values()}
     columns = [(view, column) for view in views.values() for column in view.table.columns]

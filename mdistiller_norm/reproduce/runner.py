@@ -88,10 +88,14 @@ class Execution:
             return True
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *self._arguments, "--resume"], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, env=os.environ | dict(self.environment), start_new_session=True,
+                [sys.executable, *self._arguments, "--resume"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | dict(self.environment),
+                start_new_session=True,
                 pass_fds=[self._lock.fileno()],
-            )  # fmt: skip
+            )
         return True
 
     def poll(self) -> str:
@@ -143,9 +147,14 @@ class Execution:
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
         self._error = f"{(errors or lines[-1:] or [''])[0]} ({reason})"
         record = failed_record(
-            self._error, lines[-20:], job.config, command=" ".join(["python", *self._arguments]), smoke=job.smoke,
-            config_file=job.config_file, seed=job.key[1],
-        )  # fmt: skip
+            self._error,
+            lines[-20:],
+            job.config,
+            command=" ".join(["python", *self._arguments]),
+            smoke=job.smoke,
+            config_file=job.config_file,
+            seed=job.key[1],
+        )
         write_record(record, self.folder)
 
 
