@@ -65,6 +65,8 @@ class Distillation(nn.Module):
         >>> loss, parts = kd(images, targets, epoch=1)
     """
 
+    _step: Tensor
+
     def __init__(
         self,
         method: str | Sequence[str],
@@ -101,7 +103,9 @@ class Distillation(nn.Module):
         if any(each.teacher_in_train_mode for each in distillers.values()):
             frozen = copy.deepcopy(frozen).train()
         self._teacher = [frozen]  # a list: no submodule
-        self._epoch, self._step = 0, 0
+        self._epoch, self._weights = 0, torch.empty(0)
+        step = torch.zeros((), dtype=torch.int64, device=next(student.parameters()).device)
+        self.register_buffer("_step", step, persistent=False)
 
     def forward(
         self, images: Tensor, targets: Tensor, epoch: int = 1, indices: Tensor | None = None
@@ -121,21 +125,25 @@ class Distillation(nn.Module):
         methods, device = self.trainable.methods, images.device
         if indices is None and any(method.needs_indices for method in methods):
             raise ConfigError(f"{' and '.join(self.trainable.distillers)} requires indices")
-        if epoch != self._epoch:
-            self._epoch = epoch
-            for method in methods:
-                method.begin_epoch(epoch, 0)
+        self._begin_epoch(epoch)
         unknown = targets.new_full(targets.shape, -1)
-        key = torch.full((), self._step, device=device)
-        batch = Batch(images, targets, unknown if indices is None else indices, unknown, key)
+        indices = unknown if indices is None else indices
+        batch = Batch(images, targets, indices, unknown, self._step.clone())
         self._step += 1
         enabled = torch.is_autocast_enabled(device.type)
         self.trainable.autocast = torch.get_autocast_dtype(device.type) if enabled else None
         with torch.no_grad():
             outputs = self._teacher[0].outputs(images)
-        weights = torch.tensor(self.trainable.loss_weights(epoch), device=device)
-        total, parts, _ = self.trainable(batch, outputs, weights)
+        total, parts, _ = self.trainable(batch, outputs, self._weights.to(device))
         return total, dict(zip(self.trainable.loss_names, parts.detach(), strict=True))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin_epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._weights = torch.tensor(self.trainable.loss_weights(epoch))
+            for method in self.trainable.methods:
+                method.begin_epoch(epoch, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._teacher[0]._apply(fn)  # type: ignore[no-untyped-call]
