@@ -33,7 +33,7 @@ def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tenso
 
 @register("CTKD")
 class CTKD(Distiller):
-    """Curriculum temperature ``T = start + span * sigmoid(theta)``, reversed with full strength from ``epochs`` on."""
+    """KD with a learned temperature; the reversal of its gradient has full strength from epoch EPOCHS on."""
 
     defaults = {
         "T_START": 1.0,

@@ -45,7 +45,7 @@ def make_regressor(student: Tensor, teacher: Tensor) -> nn.Sequential:
 
 @register("FITNET")
 class FitNet(Distiller):
-    """Regression from map ``layer`` of the student to that of the teacher, counted from the end (-1 is the last)."""
+    """Regression of one map of the student onto one map of the teacher."""
 
     defaults = {
         "HINT_LAYER": 2,
@@ -58,7 +58,7 @@ class FitNet(Distiller):
 
     def __init__(self, regressor: nn.Module, layer: int, **weights: Any) -> None:
         super().__init__(**weights)
-        self.regressor, self.layer = regressor, layer
+        self.regressor, self.layer = regressor, layer  # negative: counted from the end
 
     @classmethod
     def from_config(cls, node: Any, pair: Pair) -> Self:
