@@ -44,21 +44,18 @@ Record = dict[str, Any]
 def spread(values: Sequence[float], by: Sequence[float] | None = None) -> Record:
     """Return median, quartiles (inclusive method), number and list of the values, or of their quotients by ``by``."""
     values = [a / b for a, b in zip(values, by, strict=True)] if by else list(values)
-    q1, median, q3 = (
-        statistics.quantiles(values, n=4, method="inclusive")
-        if len(values) > 1
-        else [*values] * 3
-    )
+    quartiles = values * 3
+    if len(values) > 1:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    q1, median, q3 = quartiles
     return {"median": median, "q1": q1, "q3": q3, "n": len(values), "values": values}
 
 
 def show(found: Record | None, digits: int) -> str:
     """Return the median and, in parentheses, the quartiles of a spread as text."""
-    return (
-        f"{found['median']:.{digits}f} ({found['q1']:.{digits}f}-{found['q3']:.{digits}f})"
-        if found
-        else "-"
-    )
+    if not found:
+        return "-"
+    return f"{found['median']:.{digits}f} ({found['q1']:.{digits}f}-{found['q3']:.{digits}f})"
 
 
 def interleave(
@@ -82,20 +79,17 @@ class Bench:
         first = self.load(options.methods[0])
         self.node = first.node
         self.dataset, self.data = load_images(first, options.synthetic)
-        if len(self.dataset.train) < self.node.SOLVER.BATCH_SIZE:
-            raise ConfigError(
-                f"SOLVER.BATCH_SIZE must be <= {len(self.dataset.train)}, the number of training images"
-            )
-        self.teacher = self.weights = (
-            options.teacher or self.node.DISTILLER.TEACHER_WEIGHTS or "random"
-        )
+        images = len(self.dataset.train)
+        if images < self.node.SOLVER.BATCH_SIZE:
+            raise ConfigError(f"SOLVER.BATCH_SIZE must be <= {images}, the number of images")
+        given = options.teacher or self.node.DISTILLER.TEACHER_WEIGHTS
+        self.teacher = self.weights = given or "random"
         if self.teacher == "random":
             torch.manual_seed(0)
             network = build_model(self.node.DISTILLER.TEACHER, len(self.dataset.classes))
             loader = MemoryTrainLoader(self.dataset, 64, seed=0)
-            update_bn(
-                [loader.prepare(*next(loader.batches(1))).images], network
-            )  # else the activations overflow
+            # With its initial batch norms, the activations overflow.
+            update_bn([loader.prepare(*next(loader.batches(1))).images], network)
             self.weights = str(folder / "teacher.pth")
             torch.save({"model": network.state_dict()}, self.weights)
 
@@ -103,25 +97,17 @@ class Bench:
         """Return the config of a method: the pair's file, or that of ``--cfg`` with this method."""
         options, overrides = self.options, [*self.options.overrides, *more]
         if options.cfg:
-            return load_config(
-                options.cfg, [*overrides, f"DISTILLER.TYPE={method}"], options.methods
-            )
-        folder = (
-            PROJECT
-            / "configs"
-            / "cifar100"
-            / ("dkd_normkd" if method == "NormKD_W_DKD" else method.lower())
-        )
-        return load_config(folder / f"{options.pair}.yaml", overrides, options.methods)
+            overrides.append(f"DISTILLER.TYPE={method}")
+            return load_config(options.cfg, overrides, options.methods)
+        folder = "dkd_normkd" if method == "NormKD_W_DKD" else method.lower()
+        file = PROJECT / "configs" / "cifar100" / folder / f"{options.pair}.yaml"
+        return load_config(file, overrides, options.methods)
 
     def config(self, method: str, name: str) -> Config:
         """Return the config of a run of the method in a subfolder of that name."""
-        where = [
-            f"LOG.PREFIX={self.folder / name}",
-            f"EXPERIMENT.NAME={method}",
-            "LOG.WANDB=false",
-        ]
-        return self.load(method, f"DISTILLER.TEACHER_WEIGHTS={self.weights}", *where)
+        where = f"LOG.PREFIX={self.folder / name}", f"EXPERIMENT.NAME={method}"
+        weights = f"DISTILLER.TEACHER_WEIGHTS={self.weights}"
+        return self.load(method, weights, *where, "LOG.WANDB=false")
 
     def reference(self, method: str, ours: Ours) -> Reference:
         """Return the reference's run of the method, which starts with the current weights of ours."""
@@ -134,16 +120,12 @@ class Bench:
 
     def step_times(self, sides: Mapping[str, Ours | Reference]) -> dict[str, list[float]]:
         """Return the milliseconds of a step of each side in each round, after a warm-up."""
-        steps = self.options.steps
+        options = self.options
+        warmup = max(options.warmup, options.steps) if options.replay else options.warmup
         for side in sides.values():
-            side.block(
-                max(self.options.warmup, steps) if self.options.replay else self.options.warmup
-            )
-        return interleave(
-            {name: partial(side.block, steps) for name, side in sides.items()},
-            self.options.blocks,
-            1000,
-        )
+            side.block(warmup)
+        blocks = {name: partial(side.block, options.steps) for name, side in sides.items()}
+        return interleave(blocks, options.blocks, 1000)
 
 
 def measure_table9(bench: Bench) -> Record:
@@ -160,16 +142,13 @@ def measure_table9(bench: Bench) -> Record:
     print(f"{'':14}{'ms a step':>24}{'x KD':>20}{'memory MB':>11}{'parameters':>12}")
     table: Record = {}
     for method, side in ours.items():
-        ms, kd = (
-            spread(times[method]),
-            spread(times[method], times["KD"]) if "KD" in times else None,
-        )
+        ms = spread(times[method])
+        kd = spread(times[method], times["KD"]) if "KD" in times else None
         extra = sum(part.extra_parameters() for part in side.step.trainable.methods)
         # A separate process: this one's allocator keeps the memory of the other methods.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            peak = pool.submit(
-                memory, bench.config(method, "memory"), bench.options.synthetic
-            ).result()
+            config = bench.config(method, "memory")
+            peak = pool.submit(memory, config, bench.options.synthetic).result()
         print(f"{method:14}{show(ms, 1):>24}{show(kd, 3):>20}{peak:>11.0f}{extra:>12,}")
         table[method] = {
             "ms": ms,
@@ -185,9 +164,8 @@ def measure_against(bench: Bench, method: str) -> Record:
     """Time training steps of the reference and of ours."""
     ours = Ours(bench.config(method, "against"), bench.dataset, bench.options.replay)
     times = bench.step_times({"reference": bench.reference(method, ours), "ours": ours})
-    record: Record = {f"{name}_ms": spread(values) for name, values in times.items()} | {
-        "log": ours.log
-    }
+    record: Record = {f"{name}_ms": spread(values) for name, values in times.items()}
+    record["log"] = ours.log
     record["ratio"] = spread(times["reference"], times["ours"])
     line = ", ".join(f"{name} {show(record[f'{name}_ms'], 1)} ms" for name in times)
     print(f"{method:14}{line}, reference / ours {show(record['ratio'], 2)}")
@@ -207,28 +185,23 @@ def measure_evaluation(bench: Bench) -> Record:
         sides["reference"] = bench.reference(method, ours).images_per_second
     interleave(sides, 1)  # warm up
     rates = interleave(sides, bench.options.blocks)
-    record: Record = {"images": len(bench.dataset.test)} | {
-        name: spread(values) for name, values in rates.items()
-    }
-    record["ratio"] = spread(rates["ours"], rates["reference"]) if "reference" in rates else None
+    images = len(bench.dataset.test)
+    record: Record = {name: spread(values) for name, values in rates.items()}
+    ratio = spread(rates["ours"], rates["reference"]) if "reference" in rates else None
     line = ", ".join(f"{name} {show(record[name], 0)}" for name in rates)
-    print(
-        f"evaluation of {len(bench.dataset.test)} images, images/s: {line}, ours / reference {show(record['ratio'], 2)}"
-    )
-    return record
+    line += f", ours / reference {show(ratio, 2)}"
+    print(f"evaluation of {images} images, images/s: {line}")
+    return record | {"images": images, "ratio": ratio}
 
 
 def measure_loader(node: Any, name: str, passes: int) -> Record:
     """Measure images/s of reading class folders with our loader and with torchvision's ImageFolder, best of passes."""
-    folder = (
-        Path(name)
-        if name != "imagenet"
-        else data_root(Path(node.DATASET.ROOT), "imagenet") / "train"
-    )
+    folder = Path(name)
+    if name == "imagenet":
+        folder = data_root(Path(node.DATASET.ROOT), "imagenet") / "train"
     if not folder.is_dir():
-        raise DataError(
-            f"--loader: the folder {folder} does not exist; it must have one folder of images per class"
-        )
+        hint = "it must contain one folder of images per class"
+        raise DataError(f"--loader: the folder {folder} does not exist; {hint}")
     data, size = node.DATASET, node.SOLVER.BATCH_SIZE
     options = ImageOptions(
         size=data.IMAGE_SIZE, resize=data.RESIZE, crop_scale=tuple(data.CROP_SCALE), mean=tuple(data.MEAN) or MEAN,
@@ -236,18 +209,16 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
     )  # fmt: skip
     images = list_images(folder)
     split, classes = files(folder, images, tuple(images)), tuple(images)
-    ours = ImageDataset("throughput", tuple(classes), [split], options).train_loader(
-        size, 0, torch.device("cpu")
-    )
+    dataset = ImageDataset("throughput", classes, [split], options)
+    ours = dataset.train_loader(size, 0, torch.device("cpu"))
     steps = [
         transforms.RandomResizedCrop(options.size, options.crop_scale),
         transforms.RandomHorizontalFlip(),
     ]
     steps += [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     workers = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
-    usual: Any = DataLoader(
-        ImageFolder(str(folder), transforms.Compose(steps)), size, shuffle=True, **workers
-    )
+    peers = ImageFolder(str(folder), transforms.Compose(steps))
+    usual: Any = DataLoader(peers, size, shuffle=True, **workers)
     epochs, images = iter(range(1, passes + 2)), len(split)
 
     def rate(kind: str) -> float:
@@ -260,76 +231,37 @@ def measure_loader(node: Any, name: str, passes: int) -> Record:
     interleave(sides, 1)  # start the workers
     best = {kind: max(rates) for kind, rates in interleave(sides, passes).items()}
     ratio = best["ours"] / best["usual"]
-    print(f"loading {images} images of {folder}, {options.workers} workers, best of {passes} passes: "
-          f"{best['ours']:.0f} images/s, torchvision {best['usual']:.0f}, ratio {ratio:.2f}")  # fmt: skip
-    return best | {
-        "ratio": ratio,
-        "folder": str(folder),
-        "images": images,
-        "workers": options.workers,
-    }
+    rates = f"{best['ours']:.0f} images/s, torchvision {best['usual']:.0f}, ratio {ratio:.2f}"
+    how = f"{options.workers} workers, best of {passes} passes"
+    print(f"loading {images} images of {folder}, {how}: {rates}")
+    about = {"folder": str(folder), "images": images, "workers": options.workers}
+    return best | about | {"ratio": ratio}
 
 
 def parse(arguments: Sequence[str]) -> Any:
     """Parse and check the command line."""
-    example = "example: python tools/benchmark.py --table9 --methods KD,NormKD --json table9.json ENGINE.COMPILE none"
+    example = "python tools/benchmark.py --table9 --methods KD,NormKD --json table9.json ENGINE.COMPILE none"
     parser = ArgumentParser(
-        prog="tools/benchmark.py", description="Measure speed.", epilog=example
+        prog="tools/benchmark.py", description="Measure speed.", epilog=f"example: {example}"
     )
     add = parser.add_argument
-    add("--table9", action="store_true", help="time, memory and extra parameters of the methods")
-    add(
-        "--evaluate",
-        action="store_true",
-        help="images/s of evaluating the student on the test split",
-    )
+    flag = partial(add, action="store_true")
+    number = partial(add, type=int)
+    flag("--table9", help="time, memory and extra parameters of the methods")
+    flag("--evaluate", help="images/s of evaluating the student on the test split")
     add("--against", type=Path, metavar="PATH", help="compare with the checkout of a reference")
-    add(
-        "--loader",
-        default="",
-        metavar="FOLDER",
-        help="images/s of reading class folders, or: imagenet",
-    )
-    add(
-        "--methods",
-        default="",
-        metavar="A,B",
-        help="DISTILLER.TYPEs; default: those of Table 9, or NormKD",
-    )
-    add(
-        "--pair",
-        default="res32x4_res8x4",
-        help="stem of the config files in configs/cifar100/METHOD",
-    )
-    add("--cfg", default="", metavar="FILE", help="config file to use instead of the pair's")
-    add("--blocks", type=int, default=7, help="rounds, the n of medians and quartiles")
-    add("--steps", type=int, default=5, help="steps of a block")
-    add("--warmup", type=int, default=3, help="untimed steps before")
-    add("--batch-size", type=int, help="short for SOLVER.BATCH_SIZE")
-    add(
-        "--teacher",
-        default="",
-        metavar="FILE",
-        help="the teacher's weights (default: random ones)",
-    )
-    add(
-        "--synthetic",
-        type=int,
-        default=0,
-        metavar="N",
-        help="use N images of noise instead of real ones",
-    )
-    add(
-        "--replay",
-        action="store_true",
-        help="train on the same batches in all blocks (teacher cache: all hits)",
-    )
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write all numbers: median, q1, q3, n, values over the rounds",
-    )
+    add("--loader", metavar="FOLDER", help="images/s of reading class folders, or: imagenet")
+    add("--methods", metavar="A,B", help="DISTILLER.TYPEs; default: those of Table 9, or NormKD")
+    add("--pair", default="res32x4_res8x4", help="stem of files in configs/cifar100/METHOD")
+    add("--cfg", metavar="FILE", help="config file to use instead of the pair's")
+    number("--blocks", default=7, help="rounds, the n of medians and quartiles")
+    number("--steps", default=5, help="steps of a block")
+    number("--warmup", default=3, help="untimed steps before")
+    number("--batch-size", help="short for SOLVER.BATCH_SIZE")
+    add("--teacher", metavar="FILE", help="the teacher's weights (default: random ones)")
+    number("--synthetic", default=0, metavar="N", help="use N images of noise, not real ones")
+    flag("--replay", help="train on the same batches in all blocks (teacher cache: all hits)")
+    add("--json", type=Path, metavar="FILE", help="write median, q1, q3, n and all values")
     add("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
     options = parser.parse_intermixed_args(arguments)
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
@@ -337,9 +269,8 @@ def parse(arguments: Sequence[str]) -> Any:
     if min(options.blocks, options.steps, options.warmup) < 1:
         raise ConfigError("--blocks, --steps and --warmup must be >= 1")
     if not (options.table9 or options.evaluate or options.against or options.loader):
-        raise ConfigError(
-            "nothing to measure: add --table9, --evaluate, --against PATH or --loader FOLDER"
-        )
+        hint = "add --table9, --evaluate, --against PATH or --loader FOLDER"
+        raise ConfigError(f"nothing to measure: {hint}")
     methods = options.methods or (TABLE9 if options.table9 else "NormKD")
     options.methods = list(dict.fromkeys(methods.split(",")))
     if options.batch_size is not None:
@@ -350,7 +281,7 @@ def parse(arguments: Sequence[str]) -> Any:
 def measure(options: Any, record: Record, folder: Path) -> None:
     """Run the requested measurements, print their results and add all numbers to the record."""
     training = options.table9 or options.evaluate or options.against
-    plain = load_config(options.cfg or None, options.overrides, options.methods).node
+    plain = load_config(options.cfg, options.overrides, options.methods).node
     bench = Bench(options, folder) if training else None
     device = build_device(plain.DEVICE)
     dtype, _ = build_precision(plain.SOLVER.PRECISION, device)
@@ -359,22 +290,18 @@ def measure(options: Any, record: Record, folder: Path) -> None:
     timer = Timer("a @ a", globals={"a": matrix}, num_threads=threads)
     peak = 2e-9 * size**3 / min(timer.timeit(1).mean for _ in range(10))
     machine = record["machine"] = environment(device) | {"matmul_gflops": peak}
-    print(
-        f"machine: {machine['device']}, {threads} threads, PyTorch {machine['torch']}, {peak:.0f} GFLOP/s"
-    )
+    versions = f"{threads} threads, PyTorch {machine['torch']}"
+    print(f"machine: {machine['device']}, {versions}, {peak:.0f} GFLOP/s")
     if options.loader:
         record["loader"] = measure_loader(plain, options.loader, options.blocks)
     if bench is None:
         return
     names, size = bench.node.DISTILLER, bench.node.SOLVER.BATCH_SIZE
-    record |= {
-        "data": bench.data,
-        "teacher": names.TEACHER,
-        "student": names.STUDENT,
-        "batch_size": size,
-    }
-    print(f"{names.TEACHER} -> {names.STUDENT}, batch {size}\nteacher's weights: {bench.teacher}\ndata: {bench.data}\n"
-          f"blocks of {options.steps} steps, n = {options.blocks}; median (quartiles)")  # fmt: skip
+    pair = {"teacher": names.TEACHER, "student": names.STUDENT}
+    record |= pair | {"data": bench.data, "batch_size": size}
+    print(f"{names.TEACHER} -> {names.STUDENT}, batch {size}")
+    print(f"teacher's weights: {bench.teacher}\ndata: {bench.data}")
+    print(f"blocks of {options.steps} steps, n = {options.blocks}; median (quartiles)")
     if options.table9:
         record["table9"] = measure_table9(bench)
     if options.evaluate:

@@ -41,14 +41,11 @@ def clock(device: torch.device) -> float:
 def load_images(config: Config, synthetic: int) -> tuple[TensorDataset, str]:
     """Return the data set and its description: noise in the shapes of CIFAR-100 if requested or if it is missing."""
     node = config.node.DATASET
-    if not synthetic and (
-        node.TYPE != "cifar100" or (Path(node.ROOT) / "cifar-100-python").is_dir()
-    ):
+    present = node.TYPE != "cifar100" or (Path(node.ROOT) / "cifar-100-python").is_dir()
+    if present and not synthetic:
         dataset = build_dataset(config.node)
         if not isinstance(dataset, TensorDataset):
-            raise ConfigError(
-                f"DATASET.TYPE must be a data set in memory (cifar100, digits), got {node.TYPE}"
-            )
+            raise ConfigError(f"DATASET.TYPE must be cifar100 or digits, got {node.TYPE}")
         return dataset, f"real {node.TYPE}, {len(dataset.train)} training images"
     count, splits = synthetic or 50_000, []
     generator = torch.Generator().manual_seed(0)
@@ -64,9 +61,7 @@ class Ours:
 
     def __init__(self, config: Config, dataset: TensorDataset, replay: bool = False) -> None:
         self.seed, self.replay = config.node.SEED, replay
-        few = Split(
-            dataset.test.images[:64], dataset.test.targets[:64]
-        )  # the teacher is evaluated on these
+        few = dataset.test[:64]  # for the evaluation of the teacher
         with contextlib.redirect_stdout(StringIO()):
             run = build_run(config, dataset=replace(dataset, test=few))
             for _ in run.trainer.prefetch:  # a full teacher cache
@@ -100,15 +95,12 @@ def memory(config: Config, synthetic: int) -> float:
     for name in config.node.EXPERIMENT.PLUGINS:
         import_plugin(name)
     ours = Ours(config, load_images(config, synthetic)[0])
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # reset the peak, which may be from reading the data
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which reading may have set
     ours.block(3)
     if ours.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ours.device) / 1e6
-    return (
-        int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024 / 1e6
-    )
+    peak = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]
+    return int(peak) * 1024 / 1e6
 
 
 def _module(name: str) -> Any:
@@ -153,9 +145,8 @@ class Reference:
         known, models = _module("distillers").distiller_dict, _module("models").cifar_model_dict
         names = [node.DISTILLER.STUDENT, node.DISTILLER.TEACHER]
         if method not in known or not models.keys() >= {*names}:
-            raise ConfigError(
-                f"--against: the reference has no {method} with {' and '.join(names)}"
-            )
+            pair = " and ".join(names)
+            raise ConfigError(f"--against: the reference has no {method} with {pair}")
         with self._patched(data):
             train, self._test, count, classes = _module("dataset").get_dataset(node)
             networks = [models[name][0](num_classes=classes) for name in names]
@@ -170,10 +161,9 @@ class Reference:
     @staticmethod
     def load_package(path: Path) -> None:
         """Make ``import mdistiller`` import the checkout at ``path``."""
-        if not (path / "mdistiller" / "__init__.py").is_file():
-            raise ConfigError(
-                f"--against {path} must have mdistiller's layout, but mdistiller/__init__.py is missing"
-            )
+        package = path / "mdistiller"
+        if not (package / "__init__.py").is_file():
+            raise ConfigError(f"--against {path} must have mdistiller's layout, with {package}")
         if importlib.util.find_spec("tensorboardX") is None:
             sys.modules["tensorboardX"] = torch.utils.tensorboard  # it has the same SummaryWriter
         sys.path.insert(0, str(path.resolve()))
@@ -182,30 +172,22 @@ class Reference:
     def _patched(self, data: Path | None = None) -> Iterator[None]:
         """Replace CUDA, the data folder and the output of its code while it runs; keep its allocator settings."""
         output = contextlib.redirect_stderr(self._null), contextlib.redirect_stdout(self._null)
-        contexts: list[Any] = [
-            *output,
-            torch.backends.cudnn.flags(enabled=True, benchmark=True),
-        ]  # as its train.py
+        # As its train.py.
+        contexts: list[Any] = [*output, torch.backends.cudnn.flags(enabled=True, benchmark=True)]
         if self.device.type == "cpu":
-            contexts += [
-                patch.object(kind, "cuda", lambda self, *_, **__: self)
-                for kind in (Tensor, nn.Module)
-            ]
+            for kind in (Tensor, nn.Module):
+                contexts.append(patch.object(kind, "cuda", lambda self, *_, **__: self))
         if data:  # the checksums are those of the original files
-            contexts += [patch("torchvision.datasets.cifar.check_integrity", return_value=True)]
-            contexts += [
-                patch(
-                    "mdistiller.dataset.cifar100.get_data_folder",
-                    return_value=str(data),
-                    create=True,
-                )
-            ]
+            contexts.append(
+                patch("torchvision.datasets.cifar.check_integrity", return_value=True)
+            )
+            folder = "mdistiller.dataset.cifar100.get_data_folder"
+            contexts.append(patch(folder, return_value=str(data), create=True))
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
                 mallopt = ctypes.CDLL("libc.so.6").mallopt
-                mallopt(
-                    -3, 32 * 2**20
-                )  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: the largest of the defaults
+                # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: the largest of the defaults.
+                mallopt(-3, 32 * 2**20)
                 mallopt(-1, 64 * 2**20)
             stack.callback(keep_freed_memory)
             for context in contexts:
@@ -243,9 +225,8 @@ def _reference_config(cfg: Any, folder: Path) -> Any:
     copy_shared(cfg, node)
     if cfg.DISTILLER.TYPE == "CRD":  # its default dimensions fit one pair only
         for role in ("STUDENT", "TEACHER"):
-            node.CRD.FEAT[f"{role}_DIM"] = probe(
-                build_model(cfg.DISTILLER[role], 2)
-            ).pooled.shape[1]
+            pooled = probe(build_model(cfg.DISTILLER[role], 2)).pooled
+            node.CRD.FEAT[f"{role}_DIM"] = pooled.shape[1]
     node.SOLVER.TRAINER = "crd" if cfg.DISTILLER.TYPE == "CRD" else "base"
     node.LOG.PREFIX, node.LOG.WANDB = str(folder), False
     return node
@@ -257,7 +238,6 @@ def write_cifar(dataset: TensorDataset, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         pixels = split.images.permute(0, 3, 1, 2).reshape(len(split), -1).numpy()
-        (folder / name).write_bytes(
-            pickle.dumps({"data": pixels, "fine_labels": split.targets.tolist()})
-        )
+        content = {"data": pixels, "fine_labels": split.targets.tolist()}
+        (folder / name).write_bytes(pickle.dumps(content))
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": list(dataset.classes)}))
