@@ -125,7 +125,7 @@ class Distillation(nn.Module):
         methods, device = self.trainable.methods, images.device
         if indices is None and any(method.needs_indices for method in methods):
             raise ConfigError(f"{' and '.join(self.trainable.distillers)} requires indices")
-        self._begin_epoch(epoch)
+        self._begin_epoch(epoch, device)
         unknown = targets.new_full(targets.shape, -1)
         indices = unknown if indices is None else indices
         batch = Batch(images, targets, indices, unknown, self._step.clone())
@@ -134,14 +134,14 @@ class Distillation(nn.Module):
         self.trainable.autocast = torch.get_autocast_dtype(device.type) if enabled else None
         with torch.no_grad():
             outputs = self._teacher[0].outputs(images)
-        total, parts, _ = self.trainable(batch, outputs, self._weights.to(device))
+        total, parts, _ = self.trainable(batch, outputs, self._weights)
         return total, dict(zip(self.trainable.loss_names, parts.detach(), strict=True))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin_epoch(self, epoch: int) -> None:
-        if epoch != self._epoch:
+    def _begin_epoch(self, epoch: int, device: torch.device) -> None:
+        if (epoch, device) != (self._epoch, self._weights.device):
             self._epoch = epoch
-            self._weights = torch.tensor(self.trainable.loss_weights(epoch))
+            self._weights = torch.tensor(self.trainable.loss_weights(epoch), device=device)
             for method in self.trainable.methods:
                 method.begin_epoch(epoch, 0)
 
