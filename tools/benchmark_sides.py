@@ -172,7 +172,7 @@ class Reference:
     def _patched(self, data: Path | None = None) -> Iterator[None]:
         """Replace CUDA, the data folder and the output of its code while it runs; keep its allocator settings."""
         output = contextlib.redirect_stderr(self._null), contextlib.redirect_stdout(self._null)
-        # As its train.py.
+        # The cuDNN settings are those of its train.py.
         contexts: list[Any] = [*output, torch.backends.cudnn.flags(enabled=True, benchmark=True)]
         if self.device.type == "cpu":
             for kind in (Tensor, nn.Module):
