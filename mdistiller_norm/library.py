@@ -65,8 +65,6 @@ class Distillation(nn.Module):
         >>> loss, parts = kd(images, targets, epoch=1)
     """
 
-    _step: Tensor
-
     def __init__(
         self,
         method: str | Sequence[str],
@@ -105,7 +103,7 @@ class Distillation(nn.Module):
         self._teacher = [frozen]  # a list: no submodule
         self._epoch, self._weights = 0, torch.empty(0)
         step = torch.zeros((), dtype=torch.int64, device=next(student.parameters()).device)
-        self.register_buffer("_step", step, persistent=False)
+        self._step = nn.Buffer(step, persistent=False)
 
     def forward(
         self, images: Tensor, targets: Tensor, epoch: int = 1, indices: Tensor | None = None
@@ -129,7 +127,7 @@ class Distillation(nn.Module):
         unknown = targets.new_full(targets.shape, -1)
         indices = unknown if indices is None else indices
         batch = Batch(images, targets, indices, unknown, self._step.clone())
-        self._step += 1
+        self._step.add_(1)
         enabled = torch.is_autocast_enabled(device.type)
         self.trainable.autocast = torch.get_autocast_dtype(device.type) if enabled else None
         with torch.no_grad():
