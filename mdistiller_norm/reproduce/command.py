@@ -222,12 +222,9 @@ def _print_jobs(jobs: Sequence[Job], todo: Sequence[Job], finished: Sequence[Rec
     for job in jobs:
         state = "done" if job.cells or job.weights.is_file() else "a teacher, not needed now"
         if job.key in pending:
-            after = (
-                f", after {job.teacher.name}"
-                if job.teacher and job.teacher.key in pending
-                else ""
-            )
-            state = f"{job.progress}{_time([job], finished)}{after}"
+            state = f"{job.progress}{_time([job], finished)}"
+            if job.teacher and job.teacher.key in pending:
+                state += f", after {job.teacher.name}"
         print(f"  {job.name}: {state}")
 
 
@@ -235,10 +232,11 @@ def _time(jobs: Sequence[Job], finished: Sequence[Record]) -> str:
     if not (estimates := [found for job in jobs if (found := estimate(job, finished))]):
         return ", no finished run to estimate the time from" if jobs else ""
     sources = " and ".join(dict.fromkeys(source for _, source in estimates))
-    missing = (
-        f", {len(jobs) - len(estimates)} without estimate" if len(estimates) < len(jobs) else ""
-    )
-    return f", about {duration(sum(seconds for seconds, _ in estimates))} (estimated from {sources}{missing})"
+    missing = len(jobs) - len(estimates)
+    if missing:
+        sources += f", {missing} without estimate"
+    total = duration(sum(seconds for seconds, _ in estimates))
+    return f", about {total} (estimated from {sources})"
 
 
 def _print_cells(cells: Sequence[Cell], ledger: Ledger, options: argparse.Namespace) -> None:

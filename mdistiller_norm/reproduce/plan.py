@@ -73,9 +73,8 @@ _load = cache(load_config)
 
 def cell_config(cell: Cell, smoke: bool = False) -> Config | None:
     """Return the resolved config of a cell, or None for published teachers."""
-    return (
-        _load(cell.config, (*cell.overrides, *(SMOKE if smoke else ()))) if cell.config else None
-    )
+    keys = cell.overrides + (SMOKE if smoke else ())
+    return _load(cell.config, keys) if cell.config else None
 
 
 def cell_identity(cell: Cell, smoke: bool = False) -> str:
