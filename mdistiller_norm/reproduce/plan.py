@@ -130,6 +130,7 @@ class _Planner:
         self._finished = _finished_teachers(output)
 
     def add(self, cell: Cell, seeds: Sequence[int], rank: int) -> None:
+        """Add the jobs of a cell, and its teacher's if no weights are known."""
         config, table = cell_config(cell, self.smoke), TABLES[cell.table]
         is_teacher, teacher, weights = cell.row.key == "teacher", None, None
         distilled = config is not None and bool(method_names(config.node))
