@@ -1,10 +1,10 @@
 """From table cells to jobs: configs, teachers, order and estimated time."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -219,14 +219,15 @@ def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
     left = max(epochs - len(done), 0)
     if done and "seconds" in done[-1]:
         return _START + left * done[-1]["seconds"] / len(done), "the run's speed so far"
-    same = [
-        run["seconds"] / run["epochs"] for run in finished if _speed_key(run["config"]) == key
-    ]
-    if same:
-        return _START + left * statistics.median(same), "finished runs of the same networks"
-    comparable = [run for run in finished if run["config"]["SOLVER"]["PRECISION"] == key[-1]]
-    rates = [training_flops(run["config"]) / max(run["seconds"], 1e-3) for run in comparable]
-    seconds = training_flops(job.config) * left / epochs / (max(rates, default=0.0) or math.inf)
+    same = [run for run in finished if _speed_key(run["config"]) == key]
+    if same:  # machines of one name differ in speed
+        run = max(same, key=itemgetter("at"))
+        seconds = left * run["seconds"] / run["epochs"]
+        return _START + seconds, "the latest run of the networks"
+    others = [run for run in finished if _speed_key(run["config"])[-1] == key[-1]]
+    rates = [training_flops(run["config"]) / max(run["seconds"], 1e-3) for run in others]
+    rate = max(rates, default=0.0) or math.inf
+    seconds = training_flops(job.config) * left / epochs / rate
     return (_START + seconds, "operation counts") if seconds else None
 
 
