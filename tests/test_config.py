@@ -64,8 +64,7 @@ def test_later_bases_override_earlier_ones_and_the_file_overrides_all(tmp_path):
     write(tmp_path, "base/a.yaml", "SOLVER: {LR: 0.1, EPOCHS: 1, BATCH_SIZE: 8}\n")
     write(tmp_path, "base/b.yaml", "SOLVER: {LR: 0.2, EPOCHS: 2}\n")
     text = "SOLVER: {EPOCHS: 3}\n_BASE_: [../base/a.yaml, ../base/b.yaml]\n"
-    path = write(tmp_path, "run/c.yaml", text)
-    config = load_config(path, ["SEED", "5"])
+    config = load_config(write(tmp_path, "run/c.yaml", text), ["SEED", "5"])
     keys = "SOLVER.BATCH_SIZE SOLVER.LR SOLVER.EPOCHS SEED SOLVER.MOMENTUM"
     assert values(config.node, keys) == (8, 0.2, 3, 5, 0.9)
     files = [str(tmp_path / name) for name in ("base/a.yaml", "base/b.yaml", "run/c.yaml")]

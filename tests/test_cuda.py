@@ -71,8 +71,7 @@ def test_captured_evaluation_equals_eager_evaluation(precision, place):
         advance()
         # The student itself instead of its folded form, which is equal up to rounding only.
         eager = evaluate(*arguments, trainable.student)
-        captured = evaluate(*arguments, trainer.run_test)
-        assert captured[:3] == eager[:3]
+        assert evaluate(*arguments, trainer.run_test)[:3] == eager[:3]
 
 
 def test_a_cached_teacher_is_held_on_the_device(place):

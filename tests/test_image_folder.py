@@ -412,8 +412,7 @@ def test_teacher_trained_on_other_images_is_reported(tree, kd, tmp_path, capsys)
     (tmp_path / "moved").symlink_to(shutil.copytree(tree, tmp_path / "another"))
     moved = build("moved", f"DATASET.ROOT={tmp_path / 'moved'}")
     assert "was trained on tiny, not on another" in moved
-    larger = build("size", "DATASET.IMAGE_SIZE=40")
-    assert "image_size [32, 32] (here [40, 40])" in larger
+    assert "image_size [32, 32] (here [40, 40])" in build("size", "DATASET.IMAGE_SIZE=40")
     first, second, third = sorted(folder.name for folder in (tree / "train").iterdir())
     with pytest.raises(CheckpointError, match=f"has class '{first}' for '{second}'"):
         build("order", f"DATASET.CLASSES=[{second},{first},{third}]")

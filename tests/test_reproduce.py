@@ -39,9 +39,8 @@ def test_printed_numbers_equal_the_facts(facts):
         table, expected = TABLES[number], paper[f"table{number}"]
         for row in table.rows:
             cells = [table.cells[row.key, column.key].paper for column in table.columns]
-            top1 = [cell["top1"] for cell in cells]
-            printed = list(cells[0].values()) if number in "45" else top1
-            assert printed == expected["rows"].pop(NAMES.get(row.key, row.name)), row.name
+            top1 = [*cells[0].values()] if number in "45" else [cell["top1"] for cell in cells]
+            assert top1 == expected["rows"].pop(NAMES.get(row.key, row.name)), row.name
         assert not expected["rows"]
         if "delta1_printed" in expected:
             deltas = [expected["delta1_printed"], expected["delta2_printed"]]
@@ -210,6 +209,11 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, capsys):
     assert execute(f"{command} {few}".split()) == 0
     assert "2 runs: 0 done, 2 to run" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+    cells = select_cells(["digits"], ["student"], [], False)
+    job = plan.make_plan(cells, [0], tmp_path, False, [], False)[-1]
+    runs = [{"config": job.config, "epochs": 1, "seconds": 9.0, "at": "2026-11-30T00:00:00Z"}]
+    runs.append(runs[0] | {"seconds": 1.0, "at": "2026-11-29T00:00:00Z"})
+    assert plan.estimate(job, runs) == (5 + 12 * 9, "the latest run of these networks")
 
 
 def test_parallel_runs_share_cores_and_gpus(monkeypatch):

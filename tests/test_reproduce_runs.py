@@ -159,8 +159,7 @@ def test_slurm_jobs_have_the_options_and_depend_on_their_teacher(tmp_path, monke
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     constraint = "'slurm_additional_parameters={constraint: a100}'"
     arguments = f"{KD} --launcher slurm --slurm {constraint} timeout_min=7"
-    printed = smoke(tmp_path / "output", arguments, 3)
-    assert "2 runs queued on Slurm" in printed
+    assert "2 runs queued on Slurm" in smoke(tmp_path / "output", arguments, 3)
     teacher, student = ((tmp_path / f"{n}.sh").read_text() for n in (0, 1))
     for option in ("--constraint=a100", "--time=7", "--dependency=afterok:0"):
         assert option in student

@@ -223,10 +223,10 @@ def estimate(job: Job, finished: Sequence[Record]) -> tuple[float, str] | None:
     if same:  # machines of one name differ in speed
         run = max(same, key=itemgetter("at"))
         seconds = left * run["seconds"] / run["epochs"]
-        return _START + seconds, "the latest run of the networks"
+        return _START + seconds, "the latest run of these networks"
     others = [run for run in finished if _speed_key(run["config"])[-1] == key[-1]]
     rates = [training_flops(run["config"]) / max(run["seconds"], 1e-3) for run in others]
-    rate = max(rates, default=0.0) or math.inf
+    rate = max(rates, default=0) or math.inf
     seconds = training_flops(job.config) * left / epochs / rate
     return (_START + seconds, "operation counts") if seconds else None
 
