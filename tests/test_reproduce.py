@@ -39,8 +39,8 @@ def test_printed_numbers_equal_the_facts(facts):
         table, expected = TABLES[number], paper[f"table{number}"]
         for row in table.rows:
             cells = [table.cells[row.key, column.key].paper for column in table.columns]
-            top1 = [*cells[0].values()] if number in "45" else [cell["top1"] for cell in cells]
-            assert top1 == expected["rows"].pop(NAMES.get(row.key, row.name)), row.name
+            shown = [*cells[0].values()] if number in "45" else [cell["top1"] for cell in cells]
+            assert shown == expected["rows"].pop(NAMES.get(row.key, row.name)), row.name
         assert not expected["rows"]
         if "delta1_printed" in expected:
             deltas = [expected["delta1_printed"], expected["delta2_printed"]]
