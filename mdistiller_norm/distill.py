@@ -10,7 +10,7 @@ from mdistiller_norm.catalog import columns
 from mdistiller_norm.config import Config, load_config
 from mdistiller_norm.data import DATASETS
 from mdistiller_norm.engine import distributed
-from mdistiller_norm.errors import CheckpointError, ConfigError
+from mdistiller_norm.errors import CheckpointError, ConfigError, UserError
 from mdistiller_norm.files import command
 from mdistiller_norm.models import PREFIXES
 from mdistiller_norm.run import train
@@ -42,7 +42,10 @@ def main(options: argparse.Namespace) -> int:
             if weights or not teacher.startswith(PREFIXES):
                 raise CheckpointError(f"{error}, or add --train-teacher") from error
             distilled = _config(options, tag, names | {"TEACHER_WEIGHTS": "pretrained"})
-            build_teacher(distilled.node, dataset)
+            try:
+                build_teacher(distilled.node, dataset)
+            except UserError as fault:
+                raise UserError(f"{fault}, or add --train-teacher") from fault
     runs |= {"distilled": distilled}
     command_line = ["python", *options.command]
     results = {role: train(run, True, command_line, dataset) for role, run in runs.items()}

@@ -60,21 +60,18 @@ def test_methods_with_and_without_maps_and_a_cache(folder):
     train(folder, "teacher", "DISTILLER.STUDENT=timm:test_vit")
     teacher = f"""DISTILLER.TEACHER=timm:test_vit
         DISTILLER.TEACHER_WEIGHTS={run_folder(folder, "teacher")}/student_last.pt""".split()
-    small = ["DISTILLER.STUDENT=torchvision:mnasnet0_5", "DISTILLER.TEACHER_CACHE=full"]
-    cached = train(folder, "kd", "DISTILLER.TYPE=NormKD", *small, *teacher)
-    assert cached["teacher"]["cache"] == "fp32"
+    words = "DISTILLER.STUDENT=torchvision:mnasnet0_5 DISTILLER.TEACHER_CACHE=full DISTILLER.TYPE=NormKD"
+    assert train(folder, "kd", *words.split(), *teacher)["teacher"]["cache"] == "fp32"
     methods = ["DISTILLER.TYPE=[AT,CRD]", "CRD.NCE.K=16"]
     train(folder, "at", *methods, "DISTILLER.STUDENT=timm:test_resnet", *teacher)
-    weights = run_folder(folder, "kd") / "student_last.pt"
-    assert main(f"eval -c {weights}".split()) == 0
+    assert main(f"eval -c {run_folder(folder, 'kd')}/student_last.pt".split()) == 0
 
 
 def test_pretrained_weights_of_a_hub_folder(folder, capsys):
     name = f"local-dir:{folder}/hub"
-    words = f"""DISTILLER.TYPE=KD DISTILLER.TEACHER_WEIGHTS=pretrained SOLVER.LR=1e-9
+    words = f"""DISTILLER.TYPE=KD DISTILLER.TEACHER_WEIGHTS=pretrained SOLVER.LR=1e-9 DISTILLER.TEACHER_CACHE=full
         DISTILLER.TEACHER={name} DISTILLER.STUDENT={name}""".split()
-    result = train(folder, "hub", *words, "DISTILLER.TEACHER_CACHE=full")
-    assert result["teacher"]["cache"] == "fp32"
+    assert train(folder, "hub", *words)["teacher"]["cache"] == "fp32"
     assert "was trained on images with another image_size [160, 160]" in capsys.readouterr().out
     stored, other = (build_model(name, classes, pretrained=True) for classes in (10, 7))
     assert (stored.pretrained["num_classes"], other.module.fc.out_features) == (10, 7)
@@ -108,7 +105,7 @@ def test_the_teacher_sees_the_preprocessing_of_its_library():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_images_are_converted_for_published_weights(torchvision_state):
+def test_the_images_are_converted_for_published_weights(torchvision_state, capsys):
     network = build_model("torchvision:resnet18.IMAGENET1K_V1", 10, pretrained=True)
     assert torch.equal(network.state_dict()["conv1.weight"], torchvision_state["conv1.weight"])
     assert (network.pretrained["num_classes"], network.module.fc.out_features) == (1000, 10)
@@ -119,6 +116,9 @@ def test_the_images_are_converted_for_published_weights(torchvision_state):
     network, file = build_teacher(cfg, dataset)
     assert (type(network), network.size) == (Preprocessed, (224, 224))
     assert "images with another image_size [224, 224] (here [32, 32]), mean" in file.warning
+    command = "distill --teacher torchvision:resnet18 --student resnet8 --data digits"
+    assert main(command.split()) == 2  # weights of ImageNet
+    assert capsys.readouterr().err.endswith("resnet18, or add --train-teacher\n")
 
 
 def test_synchronised_batch_norms_keep_their_activation():
